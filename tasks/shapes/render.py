@@ -1,0 +1,40 @@
+"""Scenes to pixels, exactly: flat colours, no antialiasing, so that equal scenes are equal bytes.
+
+The masks are also the detector's templates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tasks.shapes.world import CANVAS, COLORS, GROUND, OBJECT, Object, Scene
+
+
+def _masks() -> dict[str, np.ndarray]:
+    y, x = np.mgrid[:OBJECT, :OBJECT] - (OBJECT - 1) / 2  # centred pixel coordinates, half-integers
+    row = np.arange(OBJECT)[:, None]
+    arm = OBJECT / 6
+    return {
+        "circle": x**2 + y**2 <= (OBJECT / 2) ** 2,
+        "square": np.ones((OBJECT, OBJECT), bool),
+        "triangle": np.abs(x) <= (row + 1) / 2,  # apex up; the base fills the last row
+        "cross": (np.abs(x) < arm) | (np.abs(y) < arm),
+    }
+
+
+MASKS = _masks()  # shape name -> bool [OBJECT, OBJECT]
+
+
+def draw(picture: np.ndarray, item: Object) -> None:
+    """Paint one object into a uint8 picture [CANVAS, CANVAS, 3], in place."""
+    x0, y0, x1, y1 = item.box
+    picture[y0:y1, x0:x1][MASKS[item.shape]] = COLORS[item.color]
+
+
+def render(scene: Scene) -> np.ndarray:
+    """uint8 [CANVAS, CANVAS, 3]."""
+    picture = np.empty((CANVAS, CANVAS, 3), np.uint8)
+    picture[:] = GROUND
+    for item in scene.objects:
+        draw(picture, item)
+    return picture
