@@ -1,0 +1,226 @@
+"""A run's folder to report.html: before and after, learning curves, and a filmstrip for every sampled trajectory.
+
+Reads only the record (stored trajectories), metrics.jsonl and the evaluations' summaries.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from rollout.errors import UserError
+from rollout.store import load_trajectories
+from rollout.trajectory import Author, Trajectory
+from underdrawing.report.charts import PALETTE, Series, bars, line_chart
+from underdrawing.tracking import read_metrics
+
+# Curves in the order of what one looks at first: (title, metric names or prefixes ending in "/", y range).
+CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (
+    ("Reward", ("reward/mean",), (None, None)),
+    ("Held-out score", ("heldout/score", "heldout/first_sketch", "heldout/final_image"), (0.0, None)),
+    ("Reward parts", ("reward/part/",), (None, None)),
+    ("Rates", ("rate/",), (0.0, 1.0)),
+    ("Entropy of decisions", ("entropy/",), (0.0, None)),
+    ("KL to the reference", ("kl",), (0.0, None)),
+    ("Clipped decisions", ("clip/",), (0.0, None)),
+    ("On-policy gap", ("on_policy_gap",), (0.0, None)),
+    ("Groups", ("groups/",), (0.0, None)),
+    ("Tokens and images a trajectory", ("rollout/tokens_mean", "rollout/images_mean"), (0.0, None)),
+    ("Warm-start loss", ("sft/loss", "sft/loss_text", "sft/loss_image"), (0.0, None)),
+    ("Gradient norm", ("grad_norm",), (0.0, None)),
+    ("Tokens a second", ("perf/rollout_tokens_per_s", "perf/train_tokens_per_s"), (0.0, None)),
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation's summary.json with its stored trajectories."""
+
+    label: str
+    score: float
+    by_tag: Mapping[str, float]
+    first_sketch: float | None
+    final_image: float | None
+    prompts: int
+    trajectories: Sequence[Trajectory] = ()
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All that the page shows."""
+
+    title: str
+    subtitle: str
+    metrics: Sequence[Mapping[str, Any]] = ()
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    interval: tuple[float, float] | None = None  # 95% paired bootstrap of after - before
+    sampled: Sequence[tuple[int, Sequence[Trajectory]]] = ()  # step, trajectories
+    recipe: str = ""
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def write_report(data: ReportData, path: Path) -> Path:
+    """Render to one self-contained file, written whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    html = render(data)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def render(data: ReportData) -> str:
+    """The page as a string."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True)
+    pairs = _pairs(data.before, data.after)
+    return environment.get_template("page.html.j2").render(
+        data=data,
+        curves=_curves(data.metrics),
+        tag_bars=bars(data.before.by_tag, data.after.by_tag) if data.before and data.after else "",
+        pairs=[(_film(b), _film(a)) for b, a in pairs],
+        sampled=[(step, [_film(t) for t in trajectories]) for step, trajectories in data.sampled],
+    )
+
+
+def report_data(run_dir: Path, title: str | None = None) -> ReportData:
+    """Gather what a run's folder holds.
+
+    Raises:
+        UserError: the folder is no run: neither metrics, evaluations nor trajectories in it.
+    """
+    run_dir = Path(run_dir)
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    evaluations = {p.parent.name: p for p in sorted((run_dir / "evaluations").glob("*/summary.json"))}
+    stored = sorted((run_dir / "trajectories").glob("*")) if (run_dir / "trajectories").is_dir() else []
+    if not (metrics or evaluations or stored):
+        raise UserError(f"{run_dir}: no run here: metrics.jsonl, evaluations/ and trajectories/ are all missing")
+    loaded = [_load_evaluation(path) for path in evaluations.values()]
+    order = {"warm_start": 0, "grpo": 2}
+    loaded.sort(key=lambda e: order.get(e.label, 1))
+    comparison = run_dir / "evaluations" / "comparison.json"
+    interval = None
+    if comparison.exists():
+        low, high = json.loads(comparison.read_text())["interval"]
+        interval = (low, high)
+    recipe = run_dir / "recipe.yaml"
+    sampled = [(int(folder.name), load_trajectories(folder)) for folder in stored if folder.name.isdigit()]
+    return ReportData(
+        title=title or run_dir.name,
+        subtitle=f"{len(metrics)} logged steps",
+        metrics=metrics,
+        before=loaded[0] if len(loaded) > 1 else None,
+        after=loaded[-1] if loaded else None,
+        interval=interval,
+        sampled=[sampled[i] for i in _spread(len(sampled), 5)],
+        recipe=recipe.read_text() if recipe.exists() else "",
+    )
+
+
+def _spread(count: int, most: int) -> list[int]:
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+def _load_evaluation(path: Path) -> Evaluation:
+    summary = json.loads(path.read_text())
+    folder = path.parent / "trajectories"
+    return Evaluation(
+        label=path.parent.name, score=summary["score"], by_tag=summary["by_tag"],
+        first_sketch=summary.get("first_sketch"), final_image=summary.get("final_image"),
+        prompts=summary["prompts"], trajectories=load_trajectories(folder) if folder.is_dir() else [],
+    )
+
+
+def _pairs(before: Evaluation | None, after: Evaluation | None,
+           most: int = 12) -> list[tuple[Trajectory, Trajectory]]:
+    """The same held-out prompts before and after, the tags in turn."""
+    if before is None or after is None:
+        return []
+    earlier = {t.key: t for t in before.trajectories}
+    both = [(earlier[t.key], t) for t in after.trajectories if t.key in earlier]
+    by_tag: dict[str, list[tuple[Trajectory, Trajectory]]] = {}
+    for pair in both:
+        by_tag.setdefault(str(pair[1].record.get("tag", "")), []).append(pair)
+    chosen: list[tuple[Trajectory, Trajectory]] = []
+    while len(chosen) < min(most, len(both)):
+        for queue in by_tag.values():
+            if queue:
+                chosen.append(queue.pop(0))
+    return chosen[:most]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One segment on a filmstrip."""
+
+    role: str
+    author: str
+    text: str
+    picture: str  # data URI; empty where the segment has none
+    advantage: float | None
+    credit: str  # segment rewards by part
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Film:
+    prompt: str
+    tag: str
+    stop: str
+    reward: float | None
+    parts: list[tuple[str, float | None]]
+    frames: list[Frame]
+
+
+def _film(trajectory: Trajectory) -> Film:
+    frames = []
+    for index, segment in enumerate(trajectory.segments):
+        if segment.author is Author.USER:
+            continue
+        advantage = None
+        if trajectory.advantage_S is not None and segment.trained:
+            advantage = float(trajectory.advantage_S[index])
+        credit = "  ".join(f"{part} {value:+.2f}" for part, credits in trajectory.segment_rewards.items()
+                           if (value := credits.get(index)) is not None)
+        frames.append(Frame(segment.role, str(segment.author), segment.text.strip(),
+                            _data_uri(segment.picture) if segment.picture is not None else "",
+                            advantage, credit, len(segment.ids)))
+    return Film(trajectory.prompt, str(trajectory.record.get("tag", "")).replace("_", " "), str(trajectory.stop),
+                trajectory.reward, sorted(trajectory.rewards.items()), frames)
+
+
+def _data_uri(picture: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(title, SVG, [(line, colour)]) of every curve that has a point."""
+    names = sorted({name for row in metrics for name in row})
+    out = []
+    for title, wanted, (low, high) in CURVES:
+        lines = [n for w in wanted for n in names if n == w or (w.endswith("/") and n.startswith(w))]
+        series = []
+        for name in lines[: len(PALETTE)]:
+            rows = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+            if rows:
+                series.append(Series(name, [r[0] for r in rows], [r[1] for r in rows]))
+        svg = line_chart(series, y_from=low, y_to=high) if series else ""
+        if svg:
+            out.append((title, svg, [(s.name, c) for s, c in zip(series, PALETTE, strict=False)]))
+    return out
