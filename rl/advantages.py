@@ -1,0 +1,126 @@
+"""Group-relative credit: judged groups from rewards/ in, advantages for losses.py out. Pure numpy.
+
+Source: GRPO (arXiv:2402.03300, section 4.1.2), with TRL's scaling and its rule for rows that nobody could score.
+
+Letters: G members of a group, S segments of a trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rl.config import GrpoConfig
+from rl.ledger import UNJUDGED, ZERO_VARIANCE, Group, Ledger
+from rollout.trajectory import Trajectory
+
+EPSILON = 1e-4  # TRL's: added to the standard deviation that advantages are divided by
+
+Centred = list[dict[int, float]]  # one a member: segment -> its score less the baseline
+
+
+def credit(groups: Sequence[Group], config: GrpoConfig) -> Ledger:
+    """Fill `advantage_S` of every trajectory and say which groups are worth training on.
+
+    A member without a reward leaves its group's baseline and gets zeros. A group with fewer than two judged members,
+    or whose advantages are all zero, is dropped (its advantages are zeros) and counted in the ledger, which is checked.
+    """
+    ledger = Ledger(groups_in=len(groups))
+    centre = _by_segment if config.advantage_level == "segment" else _by_trajectory
+    centred = {index: centre(group, config) for index, group in enumerate(groups) if _judged(group) >= 2}
+    scale = _batch_scale(groups, centred, config)
+
+    for index, group in enumerate(groups):
+        for trajectory in group:
+            trajectory.advantage_S = np.zeros(len(trajectory.segments), np.float32)
+        if index not in centred:
+            ledger.drop(UNJUDGED)
+            continue
+        for trajectory, values in zip(group, _scaled(group, centred[index], config, scale), strict=True):
+            for segment, value in values.items():
+                trajectory.advantage_S[segment] = value
+        if any(trajectory.advantage_S.any() for trajectory in group):
+            ledger.trained.append(group)
+        else:
+            ledger.drop(ZERO_VARIANCE)
+    ledger.check()
+    return ledger
+
+
+def _judged(group: Group) -> int:
+    return sum(trajectory.reward is not None for trajectory in group)
+
+
+def _trained_segments(trajectory: Trajectory) -> list[int]:
+    return [index for index, segment in enumerate(trajectory.segments) if segment.trained]
+
+
+def _key(trajectory: Trajectory, segment: int) -> tuple[str, str, int]:
+    this = trajectory.segments[segment]
+    return this.role, this.modality, trajectory.occurrence(segment)
+
+
+def _by_trajectory(group: Group, config: GrpoConfig) -> Centred:
+    rewards = [trajectory.reward for trajectory in group]
+    centred_G = _less_mean(rewards)
+    return [{} if value is None else dict.fromkeys(_trained_segments(trajectory), value)
+            for trajectory, value in zip(group, centred_G, strict=True)]
+
+
+def _by_segment(group: Group, config: GrpoConfig) -> Centred:
+    """A segment's score is the trajectory's reward plus the parts that credit it, each less its own mean over the
+    same (role, modality, occurrence): a part that says nothing of a member's segment leaves it as it was, not at 0."""
+    centred: Centred = [{} for _ in group]
+    places: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
+    for member, trajectory in enumerate(group):
+        if trajectory.reward is not None:
+            for segment in _trained_segments(trajectory):
+                places.setdefault(_key(trajectory, segment), []).append((member, segment))
+    parts = sorted({part for trajectory in group for part in trajectory.segment_rewards})
+    for members in places.values():
+        sources = [(1.0, [group[member].reward for member, _ in members])]
+        for part in parts:
+            values = [group[member].segment_rewards.get(part, {}).get(segment) for member, segment in members]
+            sources.append((config.segment_reward_weights.get(part, 1.0), values))
+        for weight, values in sources:
+            for (member, segment), value in zip(members, _less_mean(values), strict=True):
+                if value is not None:
+                    centred[member][segment] = centred[member].get(segment, 0.0) + weight * value
+    return centred
+
+
+def _less_mean(values: Sequence[float | None]) -> list[float | None]:
+    """Values less the mean of those that are there. A lone value has no baseline: 0. Equal values give exactly 0."""
+    present = [value for value in values if value is not None]
+    if len(present) < 2 or min(present) == max(present):
+        return [None if value is None else 0.0 for value in values]
+    mean = float(np.mean(present))
+    return [None if value is None else value - mean for value in values]
+
+
+def _std(values: Sequence[float]) -> float:
+    """Sample standard deviation, as TRL's (divisor n - 1); 0 for fewer than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _batch_scale(groups: Sequence[Group], centred: dict[int, Centred], config: GrpoConfig) -> float:
+    if config.scale_rewards != "batch":
+        return 1.0
+    if config.advantage_level == "trajectory":  # TRL's: of the rewards themselves, dropped groups' too
+        return _std([t.reward for group in groups for t in group if t.reward is not None]) + EPSILON
+    return _std([value for group in centred.values() for member in group for value in member.values()]) + EPSILON
+
+
+def _scaled(group: Group, centred: Centred, config: GrpoConfig, batch_scale: float) -> Centred:
+    if config.scale_rewards != "group":
+        return [{segment: value / batch_scale for segment, value in member.items()} for member in centred]
+    if config.advantage_level == "trajectory":
+        scale = _std([t.reward for t in group if t.reward is not None]) + EPSILON
+        return [{segment: value / scale for segment, value in member.items()} for member in centred]
+    scores: dict[tuple[str, str, int], list[float]] = {}
+    for trajectory, member in zip(group, centred, strict=True):
+        for segment, value in member.items():
+            scores.setdefault(_key(trajectory, segment), []).append(value)
+    return [{segment: value / (_std(scores[_key(trajectory, segment)]) + EPSILON) for segment, value in member.items()}
+            for trajectory, member in zip(group, centred, strict=True)]

@@ -1,0 +1,45 @@
+"""The account of groups: what went in was trained or dropped, and every drop has its reason.
+
+Made by advantages.py, read by the driver, which logs it as groups/*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rollout.trajectory import Trajectory
+
+Group = Sequence[Trajectory]
+
+UNJUDGED = "unjudged"  # fewer than two members have a reward
+ZERO_VARIANCE = "zero_variance"  # every member deserves the same, so nothing can be learned
+FAILED = "failed"  # the rollouts never came back whole
+
+
+class LedgerError(RuntimeError):
+    """Groups went in that came out neither trained nor dropped: a bug, never the user's doing."""
+
+
+@dataclass
+class Ledger:
+    groups_in: int
+    trained: list[Group] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)  # by reason
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        if count:
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def check(self) -> None:
+        """Raises LedgerError unless groups in = groups trained + groups dropped."""
+        out = len(self.trained) + sum(self.dropped.values())
+        if out != self.groups_in:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
+            raise LedgerError(f"{self.groups_in} groups in, but {len(self.trained)} trained and dropped: {reasons}")
+
+    def metrics(self) -> dict[str, float]:
+        """groups/in, groups/trained, groups/dropped/<reason>. The usual reasons are always there."""
+        dropped = {reason: 0 for reason in (FAILED, UNJUDGED, ZERO_VARIANCE)} | self.dropped
+        return {"groups/in": float(self.groups_in), "groups/trained": float(len(self.trained)),
+                **{f"groups/dropped/{reason}": float(count) for reason, count in dropped.items()}}
