@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +158,7 @@ def _start_wandb(config: TrackConfig, run_dir: Path, name: str, recipe: Mapping[
         mode = "online" if wandb_login() else "offline"
     # The id is the run directory's, so that a resumed run goes on in the same W&B run.
     marker = run_dir / "wandb_id"
-    identity = marker.read_text().strip() if marker.exists() else wandb.util.generate_id()
+    identity = marker.read_text().strip() if marker.exists() else uuid.uuid4().hex[:12]
     marker.write_text(identity)
     run = wandb.init(project=config.wandb_project, entity=config.wandb_entity, name=name, dir=str(run_dir), mode=mode,
                      id=identity, resume="allow", config=dict(recipe or {}),
