@@ -29,7 +29,10 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert f'width="{full:.1f}" height="9" class="after"' in svg
 
 
-@given(st.lists(st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=32)), min_size=1, max_size=40))
+VALUES = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True, width=32))
+
+
+@given(st.lists(VALUES, min_size=1, max_size=40))
 def test_every_point_stays_on_the_chart(values: list[float | None]) -> None:
     svg = line_chart([Series("x", list(range(len(values))), values)])
     for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", svg):

@@ -88,14 +88,15 @@ class Tracker:
     def close(self) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _write(self, line: str) -> None:
         try:
             self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise UserError(f"{self.path}: cannot write metrics ({error.strerror}); free some space and resume") from None
+            raise UserError(f"{self.path}: cannot write metrics ({error.strerror}); "
+                            "free some space and resume") from None
 
     def _log_table(self, step: int, sample: Sequence[Trajectory]) -> None:
         import wandb
