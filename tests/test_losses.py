@@ -170,8 +170,9 @@ def test_micro_batches_add_up_to_the_batch(loss_type):
     ratio, advantage = np.exp(rng.normal(0, 0.3, 15)), rng.normal(0, 1, 15)
 
     def loss_of(keep):
-        return (policy_loss(scored(ratio[keep].tolist(), advantage[keep].tolist(), weight=weight_N[keep].tolist(),
-                                        trajectory=LAYOUT.trajectory_S[segment_N][keep].tolist()), LossSettings()).loss.item())
+        kept = scored(ratio[keep].tolist(), advantage[keep].tolist(), weight=weight_N[keep].tolist(),
+                      trajectory=LAYOUT.trajectory_S[segment_N][keep].tolist())
+        return policy_loss(kept, LossSettings()).loss.item()
 
     first, second = segment_N < 3, segment_N == 3
     assert loss_of(first) + loss_of(second) == pytest.approx(loss_of(first | second), abs=1e-12)

@@ -1,0 +1,192 @@
+"""A run's state on disk: weights, optimiser, random states, data cursor, version, recipe; whole or not at all.
+
+    checkpoints/step-000040/
+        weights/       the policy's own layout (policy.save), so that any command can start from it
+        trainer.pt     optimiser, schedule, version, random states (tensors and plain values only)
+        state.json     step, cursor, recipe, and size and CRC-32 of every other file
+
+A checkpoint is written under another name, flushed to the disk and renamed, so that a folder called step-* is a
+finished one, however the process that wrote it ended. Metrics need no place here: the tracker rewinds to the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from rollout.errors import UserError
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or not be trusted."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a finished checkpoint holds."""
+
+    folder: Path
+    step: int  # the last finished step
+    cursor: dict[str, Any]
+    trainer: dict[str, Any]
+    recipe: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights"
+
+
+def save(root: Path, step: int, save_weights: Callable[[Path], Any], trainer: dict[str, Any], cursor: dict[str, Any],
+         recipe: dict[str, Any], keep: int = 2) -> Path:
+    """Write checkpoints/step-<step> under `root` and delete all but the newest `keep`.
+
+    Args:
+        root: the run's folder `checkpoints`.
+        save_weights: writes the policy into the folder that it is given.
+        trainer: Trainer.state().
+
+    Raises:
+        CheckpointError: the disk is full or not writable. Nothing half-written is left, and earlier checkpoints are as
+            they were.
+    """
+    root = Path(root)
+    final, temporary = root / f"step-{step:06d}", root / f".step-{step:06d}.part"
+    try:
+        for leftover in root.glob(".step-*"):
+            shutil.rmtree(leftover)
+        (temporary / "weights").mkdir(parents=True)
+        save_weights(temporary / "weights")
+        torch.save(trainer, temporary / "trainer.pt")
+        files = {str(path.relative_to(temporary)): _measure(path) for path in _files(temporary)}
+        state = {"format": FORMAT, "step": step, "cursor": cursor, "recipe": recipe, "files": files}
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        _flush(temporary)
+        if final.exists():  # a run that was resumed from an earlier step comes past here again
+            os.rename(final, root / f".step-{step:06d}.old")
+        os.rename(temporary, final)
+        _flush_folder(root)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's errors
+        shutil.rmtree(temporary, ignore_errors=True)
+        aside = root / f".step-{step:06d}.old"
+        if aside.exists() and not final.exists():
+            os.rename(aside, final)
+        raise CheckpointError(_cannot_write(root, step, error)) from error
+    for old in [*root.glob(".step-*.old"), *(root / f"step-{number:06d}" for number in steps(root)[:-keep])]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the finished checkpoints, ascending."""
+    if not Path(root).is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in Path(root).iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def latest(root: Path) -> Path | None:
+    """The newest finished checkpoint; None: there is none."""
+    finished = steps(root)
+    return Path(root) / f"step-{finished[-1]:06d}" if finished else None
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint after checking every file of it against its size and checksum.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or altered, by name; or the folder is no checkpoint.
+    """
+    folder = Path(folder)
+    state = _read_state(folder)
+    for name, expected in state["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete{_other(folder)}")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{path}: {size} bytes where {expected['bytes']} were written; the file was cut or "
+                                  f"altered{_other(folder)}")
+        if _measure(path) != expected:
+            raise CheckpointError(f"{path}: its checksum is not the one written; the file is corrupt{_other(folder)}")
+    try:
+        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{folder / 'trainer.pt'}: cannot be read ({error}){_other(folder)}") from None
+    return Checkpoint(folder, state["step"], state["cursor"], trainer, state["recipe"])
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder}: no checkpoint: it has no state.json. A checkpoint is a folder "
+                              f"checkpoints/step-* of a run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); the file was cut or altered{_other(folder)}") from None
+    missing = {"format", "step", "cursor", "recipe", "files"} - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise CheckpointError(f"{path}: no key '{sorted(missing)[0]}'; the file was altered{_other(folder)}")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path}: written in format {state['format']}; this version reads {FORMAT}")
+    return state
+
+
+def _other(folder: Path) -> str:
+    """Where else to go: the newest earlier checkpoint."""
+    match = _NAME.fullmatch(folder.name)
+    earlier = [number for number in steps(folder.parent) if match and number < int(match[1])]
+    return f". The one before is {folder.parent / f'step-{earlier[-1]:06d}'}" if earlier else ""
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _measure(path: Path) -> dict[str, int]:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return {"bytes": path.stat().st_size, "crc32": crc}
+
+
+def _flush(folder: Path) -> None:
+    """Force files and folders to the disk: after a rename the content must be there, even if the power goes."""
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _flush_folder(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(root: Path, step: int, error: Exception) -> str:
+    try:
+        free = f" {shutil.disk_usage(root).free / 2**20:.0f} MiB are free there."
+    except OSError:
+        free = ""
+    kept = latest(root)
+    safe = f"The last checkpoint is whole: {kept}" if kept else "There is no earlier checkpoint"
+    return f"{root}: the checkpoint of step {step} cannot be written ({error}).{free} {safe}"

@@ -1,0 +1,282 @@
+"""Credited groups in, an updated policy out: replay, loss, gradient, step. The loop around it is grpo.py.
+
+It runs on every process alike, each with all groups (batches.py divides them). Gradients are averaged by whatever
+accelerate wraps the model in, and losses are weighted by the counts of the whole batch, so that N processes give the
+losses and weights of one.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from policy.base import Policy, Scored
+from rl.batches import MicroBatch, pack, plan, scored_decisions, trainable
+from rl.config import ClipConfig, GrpoConfig
+from rl.ledger import Group
+from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
+from rollout.errors import UserError
+from rollout.trajectory import DecisionKind, Trajectory
+
+
+class TrainingError(UserError):
+    """A run that must not go on: what it would learn from here is not what it was asked to learn."""
+
+
+class _Scorer(nn.Module):
+    """`policy.score` as a module's forward, so that what accelerate wraps sees every pass go through it."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.model = policy.model
+        self._score = policy.score
+
+    def forward(self, trajectories: Sequence[Trajectory], **kwargs: Any) -> Scored:
+        return self._score(trajectories, **kwargs)
+
+
+class Trainer:
+    """The optimiser of one policy.
+
+    Args:
+        policy: only parameters that require a gradient are trained, which with adapters are the adapters alone.
+        config: see GrpoConfig.
+        accelerator: with gradient_accumulation_steps 1: micro-batches are accumulated here.
+
+    Attributes:
+        version: of the weights; one more after every update that moved them.
+    """
+
+    def __init__(self, policy: Policy, config: GrpoConfig, accelerator: Accelerator) -> None:
+        if accelerator.gradient_accumulation_steps != 1:
+            raise TrainingError("accelerate's gradient_accumulation_steps must be 1; the trainer accumulates by itself "
+                                "(grpo.tokens_per_micro_batch)")
+        self.policy, self.config, self.accelerator = policy, config, accelerator
+        self.version = 0
+        # Dropout would make the log-probs of the same weights differ, and the ratio of the first update is 1.
+        for module in policy.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        if not parameters:
+            raise TrainingError("no parameter of the policy requires a gradient: there is nothing to train")
+        groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+                  {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,
+                                      betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        self.scorer, self.optimizer = accelerator.prepare(_Scorer(policy), optimizer)
+        # Not prepared: accelerate would step a prepared schedule once for every process.
+        self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps,
+                                       num_training_steps=config.steps * config.num_iterations * config.num_minibatches)
+        self.settings = loss_settings(config)
+        policy.model.eval()
+
+    # ---- checks ----
+    def on_policy_gap(self, trajectories: Sequence[Trajectory]) -> float:
+        """Largest |new - old log-prob| of trajectories that the present weights sampled: 0 but for rounding.
+
+        Every process scores its share and returns the largest of all.
+
+        Raises:
+            TrainingError: it is past the tolerance, so sampling and scoring do not follow the same law.
+        """
+        trajectories = [t for t in trajectories if scored_decisions(t).any()]
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        packs = pack([t.num_tokens() for t in trajectories], self.config.tokens_per_micro_batch, processes)
+        worst, place = 0.0, ""
+        # Processes without a pack left score the last one again: all make equally many passes.
+        for start in range(0, len(packs), processes):
+            rows = packs[min(start + rank, len(packs) - 1)]
+            scored = self._score([trajectories[row] for row in rows])
+            gap_N = (scored.logprob_N - scored.behaviour_N).abs().nan_to_num(nan=float("inf"))
+            if float(gap_N.max()) > worst:
+                worst, at = float(gap_N.max()), int(gap_N.argmax())
+                trajectory = trajectories[rows[int(scored.trajectory_N[at])]]
+                segment = trajectory.segments[int(scored.segment_N[at])]
+                place = (f"trajectory {trajectory.key}, segment {int(scored.segment_N[at])} ({segment.role}), "
+                         f"{DecisionKind(int(scored.kind_N[at])).name.lower()}: {float(scored.behaviour_N[at]):.6f} when "
+                         f"sampled, {float(scored.logprob_N[at]):.6f} when scored")
+        worst, place = max(gather_object([(worst, place)]))
+        if worst > self._tolerance():
+            raise TrainingError(
+                f"sampling and scoring disagree: the largest difference of log-probs under the same weights is "
+                f"{worst:.3g}, over the tolerance of {self._tolerance():g} (grpo.on_policy_tolerance). Worst at {place}. "
+                f"Look for a law (temperature, allowed set, guidance), a context or a precision that differs")
+        return worst
+
+    def _tolerance(self) -> float:
+        if self.config.on_policy_tolerance is not None:
+            return self.config.on_policy_tolerance
+        full = all(p.dtype == torch.float32 for p in self.policy.model.parameters() if p.is_floating_point())
+        return 1e-4 if full and self.accelerator.mixed_precision == "no" else 0.1
+
+    # ---- learning ----
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """num_iterations passes of num_minibatches optimiser steps over the credited groups.
+
+        Returns metrics, equal on every process: loss/*, kl, clip/*, entropy/*, ratio/max, importance/*, grad_norm,
+        learning_rate, trained/*, optimizer_steps, time/update, perf/trained_tokens_per_s; on_policy_gap where the
+        trajectories are the present weights' own. Without a group to train on, nothing moves.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, or the policy scored another number of decisions than
+                the record holds.
+        """
+        started, config = time.perf_counter(), self.config
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        parts = [trainable(part, config) for part in _split(groups, config.num_minibatches)]
+        minibatches = [plan(part, config, processes, rank) for part in parts if part]
+        metrics = {"optimizer_steps": 0.0, "learning_rate": self.scheduler.get_last_lr()[0]}
+        if not minibatches:
+            return metrics | {"time/update": time.perf_counter() - started}
+
+        stale = any(s.version != self.version for part in parts for t in part for s in t.segments if s.trained)
+        # Ratios are to the weights at the start of this update. The recorded log-probs are theirs if they sampled
+        # and one step is all there is; else they are scored here, in the very passes in which they will be compared.
+        rescored = stale or len(minibatches) * config.num_iterations > 1
+        old = [[self._score(batch.trajectories) if rescored else None for batch in batches] for batches in minibatches]
+        reference = self._reference(minibatches)
+
+        sums_KM, losses, norms, worst, gap = _no_sums(self.accelerator.device), [], [], 0.0, 0.0
+        self.policy.model.train()
+        for iteration in range(config.num_iterations):
+            for number, batches in enumerate(minibatches):
+                loss_2, minibatch_sums_KM, log_ratio = self._accumulate(batches, old[number], reference[number])
+                if iteration == number == 0:
+                    gap = self._first_gap(old) if rescored else log_ratio
+                norms.append(self._step())
+                sums_KM, worst = sums_KM + minibatch_sums_KM, max(worst, log_ratio)
+                losses.append(loss_2)
+        self.policy.model.eval()
+        self.version += 1
+
+        sums_KM = self.accelerator.reduce(sums_KM, "sum").cpu()
+        total, policy = self.accelerator.reduce(torch.stack(losses), "sum").mean(0).tolist()
+        worst, gap = self._largest(worst, gap)
+        seconds, tokens = time.perf_counter() - started, sum(t.num_tokens() for part in parts for t in part)
+        metrics |= summarise(sums_KM)
+        metrics |= {"loss/total": total, "loss/policy": policy, "loss/kl": total - policy, "log_ratio/max": worst,
+                    "grad_norm": float(np.mean(norms)), "optimizer_steps": float(len(norms)),
+                    "trained/trajectories": float(sum(map(len, parts))), "trained/tokens": float(tokens),
+                    "time/update": seconds, "perf/trained_tokens_per_s": tokens * config.num_iterations / seconds}
+        return metrics if stale else metrics | {"on_policy_gap": gap}
+
+    def _score(self, trajectories: Sequence[Trajectory]) -> Scored:
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.scorer(trajectories)
+
+    def _reference(self, minibatches: list[list[MicroBatch]]) -> list[list[Scored | None]]:
+        if not self.config.beta:
+            return [[None] * len(batches) for batches in minibatches]
+        with self.policy.reference():
+            return [[self._score(batch.trajectories) for batch in batches] for batches in minibatches]
+
+    def _accumulate(self, batches: list[MicroBatch], old: list[Scored | None],
+                    reference: list[Scored | None]) -> tuple[Tensor, Tensor, float]:
+        """Add up gradients over micro-batches. Returns (total, policy) losses [2], sums_KM, largest |log-ratio|."""
+        losses_2, sums_KM = torch.zeros(2, dtype=torch.float64), _no_sums(self.accelerator.device)
+        worst = 0.0
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with self.accelerator.no_sync(self.scorer) if not last else nullcontext():
+                with self.accelerator.autocast():
+                    scored = self.scorer(batch.trajectories, old=old[number], reference=reference[number], entropy=True)
+                loss = policy_loss(self._decisions(batch, scored, old[number]), self.settings)
+                # Gradients are averaged over processes, and the loss is already a share of the whole batch's sum.
+                self.accelerator.backward(loss.loss * self.accelerator.num_processes)
+            losses_2 += torch.stack([loss.loss.detach(), loss.policy]).double().cpu()
+            sums_KM = sums_KM + loss.sums_KM
+            worst = max(worst, float(scored.log_ratio_N.detach().abs().max()))
+        return losses_2.to(self.accelerator.device), sums_KM, worst
+
+    def _decisions(self, batch: MicroBatch, scored: Scored, old: Scored | None) -> ScoredDecisions:
+        if len(scored.logprob_N) != batch.decisions:
+            raise TrainingError(f"the policy scored {len(scored.logprob_N)} decisions where the record holds "
+                                f"{batch.decisions} trained ones: losses would be weighted wrongly")
+        device = scored.logprob_N.device
+        at = (scored.trajectory_N, scored.segment_N)
+        return ScoredDecisions(
+            log_ratio_N=scored.log_ratio_N, advantage_N=batch.advantage_BS.to(device)[at], kind_N=scored.kind_N,
+            weight_N=batch.weight_BS.to(device)[at], trajectory_N=scored.trajectory_N,
+            divergence_N=scored.divergence_N, entropy_N=scored.entropy_N,
+            behaviour_log_ratio_N=None if old is None else old.logprob_N - old.behaviour_N)
+
+    def _step(self) -> float:
+        parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        if not np.isfinite(norm):
+            raise TrainingError(f"the gradient's norm is {norm} after version {self.version}: the weights were left as "
+                                f"they are. Try a lower grpo.learning_rate, or grpo.delta to bound the ratios")
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _first_gap(self, old: list[list[Scored | None]]) -> float:
+        return max(float((s.logprob_N - s.behaviour_N).abs().max()) for batches in old for s in batches if s is not None)
+
+    def _largest(self, *values: float) -> list[float]:
+        local_1V = torch.tensor([values], dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.gather(local_1V).max(0).values.tolist()
+
+    # ---- state ----
+    def state(self) -> dict[str, Any]:
+        """Optimiser, schedule, version and every process's random state. All processes call it."""
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+                "version": self.version, "random": gather_object([random_state()])}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a state() again; a process that it does not know of takes another's random state."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.version = state["version"]
+        set_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
+
+
+def loss_settings(config: GrpoConfig) -> LossSettings:
+    """Clip ranges by kind, and the rest of what the loss must know."""
+    clip = {}
+    for kind in DecisionKind:
+        source: GrpoConfig | ClipConfig = config.clip_by_kind.get(kind.name.lower(), config)  # type: ignore[call-overload]
+        high = source.epsilon if source.epsilon_high is None else source.epsilon_high
+        clip[kind] = ClipRange(source.epsilon, high, source.delta)
+    return LossSettings(clip, config.beta, config.use_bias_correction_kl, config.importance_sampling_level,
+                        config.importance_sampling_cap)
+
+
+def _split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+    """Consecutive parts, whole groups each, of nearly equal number."""
+    edges = np.linspace(0, len(groups), parts + 1).round().astype(int)
+    return [groups[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _no_sums(device: torch.device) -> Tensor:
+    return torch.zeros(len(DecisionKind), len(SUMS), dtype=torch.float64, device=device)
+
+
+def random_state() -> dict[str, Any]:
+    """Python's, numpy's and torch's generators, as plain values and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {"python": list(random.getstate()[1]), "python_gauss": random.getstate()[2],
+             "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+             "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,169 @@
+"""rl/checkpoint.py and rl/cursor.py: whole or not at all, and errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from rl import checkpoint
+from rl.checkpoint import CheckpointError
+from rl.cursor import PromptCursor
+from rollout.errors import UserError
+
+TRAINER = {"optimizer": {"state": {0: {"exp_avg": torch.arange(5.0)}}, "param_groups": [{"lr": 0.5}]}, "version": 3}
+CURSOR = {"taken": 32, "seed": 0, "identity": "abc"}
+
+
+def write_weights(folder):
+    (folder / "model.bin").write_bytes(b"\x01" * 5000)
+
+
+def save(root, step, **kwargs):
+    options = dict(save_weights=write_weights, trainer=TRAINER, cursor=CURSOR, recipe={"name": "run"})
+    return checkpoint.save(root, step, **{**options, **kwargs})
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    folder = save(tmp_path, 4)
+    loaded = checkpoint.load(folder)
+    assert (loaded.step, loaded.cursor, loaded.recipe) == (4, CURSOR, {"name": "run"})
+    assert loaded.trainer["version"] == 3
+    assert torch.equal(loaded.trainer["optimizer"]["state"][0]["exp_avg"], torch.arange(5.0))
+    assert (loaded.weights / "model.bin").read_bytes() == b"\x01" * 5000
+
+
+def test_keeps_the_newest_and_finds_the_latest(tmp_path):
+    assert checkpoint.latest(tmp_path / "nowhere") is None and checkpoint.latest(tmp_path) is None
+    for step in (9, 10, 11, 100):
+        save(tmp_path, step, keep=2)
+    assert checkpoint.steps(tmp_path) == [11, 100]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000100"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000011", "step-000100"]
+
+
+def test_a_step_that_was_saved_before_is_replaced(tmp_path):
+    save(tmp_path, 5)
+    folder = save(tmp_path, 5, cursor={"taken": 1})
+    assert checkpoint.load(folder).cursor == {"taken": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "trainer.pt", "weights/model.bin"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_damaged_file_is_named_and_the_one_before_offered(tmp_path, name, damage):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    path = folder / name
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:len(content) // 2])
+    elif damage == "flip":
+        path.write_bytes(b"\xff" + content[1:])
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=name.rsplit("/", 1)[-1]) as raised:
+        checkpoint.load(folder)
+    assert raised.value.exit_code == 2
+    if not (name == "state.json" and damage == "remove"):
+        assert "step-000001" in str(raised.value)
+
+
+def test_keys_and_formats_are_checked(tmp_path):
+    folder = save(tmp_path, 2)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format": 99}))
+    with pytest.raises(CheckpointError, match="written in format 99"):
+        checkpoint.load(folder)
+    (folder / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "cursor"}))
+    with pytest.raises(CheckpointError, match="no key 'cursor'"):
+        checkpoint.load(folder)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [100, 6000])  # within the weights, and within trainer.pt
+def test_a_full_disk_leaves_what_was_there(tmp_path, limit):
+    """A limit on the size of a file makes the kernel refuse the write, as a full disk does."""
+    save(tmp_path, 1)
+    big = {**TRAINER, "more": torch.zeros(10_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(CheckpointError, match="step 2 cannot be written.*MiB are free.*step-000001"):
+            save(tmp_path, 2, trainer=big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    checkpoint.load(tmp_path / "step-000001")
+    save(tmp_path, 2, trainer=big)  # and once there is room, all is well
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="checkpoints: the checkpoint of step 1 cannot be written"):
+        save(tmp_path / "checkpoints", 1)
+
+
+WRITER = """
+import sys, time, torch
+from pathlib import Path
+from rl import checkpoint
+def weights(folder):
+    (folder / "model.bin").write_bytes(bytes(200_000))
+step = 0
+while True:
+    step += 1
+    checkpoint.save(Path(sys.argv[1]), step, weights, {"a": torch.zeros(50_000)}, {}, {}, keep=2)
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_moment_a_folder_with_a_finished_name_is_whole(tmp_path):
+    for delay in (0.0, 0.003, 0.011):
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout.readline()
+            time.sleep(delay)
+            os.kill(writer.pid, signal.SIGKILL)
+        finished = checkpoint.steps(tmp_path)
+        assert finished
+        for step in finished:
+            assert checkpoint.load(tmp_path / f"step-{step:06d}").step == step
+    save(tmp_path, 10_000)
+    assert not list(tmp_path.glob(".step-*"))  # what the killed ones left is swept
+
+
+RECORDS = [{"prompt": f"prompt {number}"} for number in range(7)]
+
+
+def test_cursor_draws_every_prompt_once_an_epoch_and_resumes():
+    whole = PromptCursor(RECORDS, seed=1)
+    drawn = whole.take(21)
+    assert [group for group, _ in drawn] == list(range(21))
+    prompts = [record["prompt"] for _, record in drawn]
+    assert len(set(prompts[:7])) == 7 and len(set(prompts[7:14])) == 7 and prompts[:7] != prompts[7:14]
+    assert prompts != [record["prompt"] for _, record in PromptCursor(RECORDS, seed=2).take(21)]
+
+    first, second = PromptCursor(RECORDS, seed=1), PromptCursor(RECORDS, seed=1)
+    head = first.take(10)
+    second.load(json.loads(json.dumps(first.state())))
+    assert head + second.take(11) == drawn
+
+
+def test_cursor_refuses_another_data_set_or_seed():
+    state = PromptCursor(RECORDS, seed=1).state()
+    with pytest.raises(UserError, match="training prompts are not these"):
+        PromptCursor(RECORDS[::-1], seed=1).load(state)
+    with pytest.raises(UserError, match="has seed 1, not 2"):
+        PromptCursor(RECORDS, seed=2).load(state)
+    with pytest.raises(UserError, match="no training prompts"):
+        PromptCursor([], seed=0)
