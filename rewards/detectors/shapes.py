@@ -1,0 +1,34 @@
+"""The embedded worlds' own detectors, in the rewards' form: whatever a task's `detect` sees, grouped by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rewards.detectors.base import Detected, Detections
+
+
+class TaskDetector:
+    """A Detector over a task's `detect`. Quick and pure, so it runs in the driver."""
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+        self.classes: tuple[str, ...] = tuple(task.classes)
+
+    @staticmethod
+    def of(task: Any) -> TaskDetector | None:
+        """None where the task has nothing to detect with."""
+        if getattr(task, "detect", None) is None or getattr(task, "classes", None) is None:
+            return None
+        return TaskDetector(task)
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
+        found = []
+        for picture in pictures:
+            objects: Detections = {}
+            for seen in self.task.detect(picture):
+                objects.setdefault(seen.cls, []).append(Detected(seen.box, seen.score, seen.color, seen.mask))
+            found.append(objects)
+        return found

@@ -1,0 +1,144 @@
+"""The recipe's formula over reward parts: arithmetic in which None stays None.
+
+Anything computed from None is None, in comparisons and conditions too; `coalesce(x, d)` alone turns it into a number.
+The language is a whitelist on simpleeval: numbers, parts, + - * / ** %, comparisons, and/or/not, `a if b else c`,
+min, max, abs, clip(x, low, high), coalesce(x, d).
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from simpleeval import InvalidExpression, SimpleEval, safe_power
+
+from rollout.errors import UserError, nearest
+
+
+class ExpressionError(UserError):
+    """A formula that says nothing computable, or that meets values it cannot combine."""
+
+
+def _strict(function: Callable[..., Any]) -> Callable[..., Any]:
+    """None if any argument is None."""
+    def or_none(*values: Any) -> Any:
+        return None if any(value is None for value in values) else function(*values)
+    return or_none
+
+
+def _clip(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)
+
+
+def _coalesce(x: Any, default: Any) -> Any:
+    return default if x is None else x
+
+
+# name -> (function, fewest arguments, most arguments or None)
+FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int | None]] = {
+    "min": (_strict(min), 2, None),
+    "max": (_strict(max), 2, None),
+    "abs": (_strict(abs), 1, 1),
+    "clip": (_strict(_clip), 3, 3),
+    "coalesce": (_coalesce, 2, 2),
+}
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Mod: operator.mod, ast.Pow: safe_power, ast.USub: operator.neg, ast.UAdd: operator.pos,
+    ast.Not: operator.not_, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne,
+}
+_NODES = (ast.Expr, ast.Name, ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, ast.Constant)
+
+
+class _Evaluator(SimpleEval):
+    """simpleeval with fewer nodes, and with None that spreads through conditions."""
+
+    def __init__(self) -> None:
+        super().__init__(operators={kind: _strict(function) for kind, function in _OPERATORS.items()},
+                         functions={name: function for name, (function, _, _) in FUNCTIONS.items()}, names={})
+        self.nodes: dict[type, Any] = {kind: handler for kind, handler in self.nodes.items() if kind in _NODES}
+
+    def _eval_boolop(self, node: ast.BoolOp) -> Any:
+        values = [self._eval(value) for value in node.values]
+        if any(value is None for value in values):
+            return None
+        return all(values) if isinstance(node.op, ast.And) else any(values)
+
+    def _eval_compare(self, node: ast.Compare) -> Any:
+        values = [self._eval(value) for value in (node.left, *node.comparators)]
+        if any(value is None for value in values):
+            return None
+        pairs = zip(node.ops, values, values[1:], strict=False)
+        return all(self.operators[type(op)](left, right) for op, left, right in pairs)
+
+    def _eval_ifexp(self, node: ast.IfExp) -> Any:
+        test = self._eval(node.test)
+        return None if test is None else self._eval(node.body if test else node.orelse)
+
+
+class Expression:
+    """A checked formula. Immutable; evaluating it changes nothing."""
+
+    def __init__(self, text: str, known: Iterable[str], where: str = "rewards.total") -> None:
+        """Raises ExpressionError for bad syntax, a name outside `known`, or a construct outside the whitelist."""
+        self.text, self.where = text.strip(), where
+        known = list(known)
+        try:
+            with_line = ast.parse(self.text, mode="eval")
+        except SyntaxError as error:
+            raise ExpressionError(f"{where}: '{self.text}' is no formula: {error.msg} at column "
+                                  f"{error.offset}") from None
+        functions: set[int] = set()
+        for node in ast.walk(with_line):
+            if isinstance(node, ast.Call):
+                functions.add(id(node.func))
+                self._check_call(node)
+        for node in ast.walk(with_line):
+            if isinstance(node, ast.Name) and id(node) not in functions and node.id not in known:
+                raise ExpressionError(f"{where}: no reward part '{node.id}'; {nearest(node.id, known)}")
+            if isinstance(node, ast.expr) and not isinstance(node, _NODES):
+                raise ExpressionError(f"{where}: '{ast.unparse(node)}' is not allowed; a formula has numbers, parts, "
+                                      f"arithmetic, comparisons, conditions and {', '.join(FUNCTIONS)}")
+            if isinstance(node, ast.Constant) and not isinstance(node.value, int | float | None):
+                raise ExpressionError(f"{where}: {node.value!r} is no number")
+            if isinstance(node, ast.operator | ast.unaryop | ast.cmpop) and type(node) not in _OPERATORS:
+                raise ExpressionError(f"{where}: the operator {type(node).__name__} is not allowed; use + - * / % **, "
+                                      f"comparisons, and, or, not")
+        self.names = tuple(sorted({node.id for node in ast.walk(with_line)
+                                   if isinstance(node, ast.Name) and id(node) not in functions}))
+        self._tree = with_line.body
+        self._evaluator = _Evaluator()
+
+    def _check_call(self, node: ast.Call) -> None:
+        name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
+        if name not in FUNCTIONS:
+            raise ExpressionError(f"{self.where}: no function '{name}'; {nearest(name, FUNCTIONS)}")
+        _, fewest, most = FUNCTIONS[name]
+        if node.keywords or len(node.args) < fewest or (most is not None and len(node.args) > most):
+            wanted = f"{fewest}" if most == fewest else f"at least {fewest}"
+            raise ExpressionError(f"{self.where}: '{ast.unparse(node)}': {name} takes {wanted} plain argument(s)")
+
+    def __call__(self, parts: Mapping[str, float | None], row: str = "") -> float | None:
+        """The value for one trajectory; None where it rests on an unjudged part.
+
+        Raises ExpressionError where it divides by zero or leaves the finite numbers; `row` names the trajectory.
+        """
+        self._evaluator.names = dict(parts)
+        try:
+            value = self._evaluator.eval(self.text, previously_parsed=self._tree)
+            number = None if value is None else float(value)
+        except ZeroDivisionError:
+            raise ExpressionError(self._fault("divides by zero", parts, row)) from None
+        except (OverflowError, InvalidExpression, TypeError):  # a complex power, or one past every bound
+            raise ExpressionError(self._fault("leaves the finite numbers", parts, row)) from None
+        if number is not None and not math.isfinite(number):
+            raise ExpressionError(self._fault("leaves the finite numbers", parts, row))
+        return number
+
+    def _fault(self, what: str, parts: Mapping[str, float | None], row: str) -> str:
+        values = ", ".join(f"{name} = {parts[name]}" for name in self.names)
+        return f"{self.where}: '{self.text}' {what}{f' for trajectory {row}' if row else ''} ({values})"

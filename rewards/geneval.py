@@ -1,0 +1,212 @@
+"""GenEval's rules over any detector's output, and the reward that applies them to a thought's picture.
+
+Source: GenEval (arXiv:2310.11513, section 3.2) and its released scorer, whose thresholds, comparisons and reasons
+are reproduced: `evaluate` gives its `correct` and `reason` for equal detections. Coordinates are float32, as there.
+Relation names inside a reason are sorted, where the scorer's order is that of a set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from rewards.base import Setting, policy_pictures
+from rewards.detectors.base import Detected, Detections
+from rollout.errors import UserError
+from rollout.trajectory import Trajectory
+
+Mode = Literal["standard", "strict", "graded"]
+MODES = ("standard", "strict", "graded")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+SCORE_THRESHOLD = 0.3
+COUNTING_THRESHOLD = 0.9
+MAX_OBJECTS = 16  # of one class
+OVERLAP_SLACK = 0.1  # share of both sizes by which two centres must be apart before a relation holds
+
+
+class RecordColumnError(UserError):
+    """A record that GenEval's schema does not allow."""
+
+
+def evaluate(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]],
+             mode: Mode = "standard") -> tuple[bool | float, str]:
+    """Judge one picture against one record.
+
+    Args:
+        metadata: `tag`, `include` [{class, count, color?, position? [relation, index]}] and `exclude`.
+        detections: by class, Detected or mappings with `box`, `score`, `color`; in any order.
+        mode: "standard" is the released scorer. "strict" wants the exact count of every included class and ignores
+            `exclude`. "graded" gives a float in [0, 1] (see `grade`) that is 1 exactly where "standard" is correct.
+
+    Returns:
+        (correct, reason): the reason is empty where nothing is wrong, else one line a fault.
+    """
+    if mode not in MODES:
+        raise UserError(f"geneval: no mode '{mode}'. Known: {', '.join(MODES)}")
+    objects = _kept(metadata, detections)
+    correct, reasons = _judge(metadata, objects, strict=mode == "strict")
+    verdict: bool | float = grade(metadata, objects) if mode == "graded" else correct
+    return verdict, "\n".join(reasons)
+
+
+def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
+    """Where a box (x0, y0, x1, y1) lies, seen from another: none, one, or two names on a diagonal."""
+    corners, corners_other = (np.asarray(b, np.float32).reshape(2, 2) for b in (box, other))
+    offset = corners.mean(0) - corners_other.mean(0)
+    sizes = np.abs(np.diff(corners, axis=0))[0] + np.abs(np.diff(corners_other, axis=0))[0]
+    apart = np.maximum(np.abs(offset) - OVERLAP_SLACK * sizes, 0) * np.sign(offset)
+    if np.all(np.abs(apart) < 1e-3):
+        return set()
+    dx, dy = apart / np.linalg.norm(offset)
+    held = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {name for name, holds in held.items() if holds}
+
+
+def _kept(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]]) -> Detections:
+    """Above the threshold, best first, at most MAX_OBJECTS a class."""
+    threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else SCORE_THRESHOLD
+    kept: Detections = {}
+    for name, found in detections.items():
+        objects = [o if isinstance(o, Detected) else Detected(tuple(o["box"]), o["score"], o.get("color"))
+                   for o in found]
+        above = [o for o in objects if o.score > threshold]
+        kept[name] = sorted(above, key=lambda o: -o.score)[:MAX_OBJECTS]
+    return kept
+
+
+def _judge(metadata: Mapping[str, Any], objects: Detections, strict: bool) -> tuple[bool, list[str]]:
+    reasons: list[str] = []
+    groups: list[list[Detected] | None] = []  # by include clause; None: it was not satisfied
+    for clause in metadata.get("include", ()):
+        name, count = clause["class"], clause["count"]
+        every = objects.get(name, [])
+        found = every[:count]
+        fault = None
+        if strict and len(every) != count:
+            fault = f"expected {name}={count}, found {len(every)}"
+        elif len(found) < count:
+            fault = f"expected {name}>={count}, found {len(found)}"
+        else:
+            fault = _color_fault(clause, found) or _position_fault(clause, found, groups)
+        if fault:
+            reasons.append(fault)
+        groups.append(None if fault else found)
+    if not strict:
+        for clause in metadata.get("exclude") or ():
+            found = objects.get(clause["class"], [])
+            if len(found) >= clause["count"]:
+                reasons.append(f"expected {clause['class']}<{clause['count']}, found {len(found)}")
+    return not reasons, reasons
+
+
+def _color_fault(clause: Mapping[str, Any], found: Sequence[Detected]) -> str | None:
+    wanted, count = clause.get("color"), clause["count"]
+    if wanted is None:
+        return None
+    colors = [o.color for o in found]
+    hits = colors.count(wanted)
+    if hits >= count:
+        return None
+    seen = ", ".join(f"{colors.count(c)} {c}" for c in COLORS if c in colors)
+    return f"expected {wanted} {clause['class']}>={count}, found {hits} {wanted}; and {seen}"
+
+
+def _position_fault(clause: Mapping[str, Any], found: Sequence[Detected],
+                    groups: Sequence[list[Detected] | None]) -> str | None:
+    if clause.get("position") is None:
+        return None
+    wanted, name = clause["position"][0], clause["class"]
+    targets = _targets(clause, groups)
+    if targets is None:
+        return f"no target for {name} to be {wanted}"
+    for one in found:
+        for target in targets:
+            held = relations(one.box, target.box)
+            if wanted not in held:
+                return f"expected {name} {wanted} target, found {' and '.join(sorted(held))} target"
+    return None
+
+
+def _targets(clause: Mapping[str, Any], groups: Sequence[Any]) -> Any:
+    index = clause["position"][1]
+    if not 0 <= index < len(groups):
+        raise RecordColumnError(f"a record's include clause '{clause['class']}' is placed relative to clause {index}; "
+                                f"it must name an earlier one (0 to {len(groups) - 1})")
+    return groups[index]
+
+
+def grade(metadata: Mapping[str, Any], objects: Detections) -> float:
+    """How much of the record the picture meets, in [0, 1]: the mean over all that it asks for.
+
+    With n wanted, f found (best n of them looked at) and k the count from which `exclude` refuses the class:
+        count     f / n below n; 1 from n to k - 1; max(0, 1 - (f - k + 1) / n) from k on
+        colour    share of the n that have the colour; what is missing counts as wrong
+        position  share of the n x targets pairs in which the relation holds; 0 where either side is missing
+    A class that only `exclude` names asks for one thing more: 1 below k, else 0. Nothing is negative, unlike in the
+    graded score of RL forks of GenEval, where five found for one wanted gives -3.
+    """
+    include, exclude = metadata.get("include", ()), metadata.get("exclude") or ()
+    refused = {clause["class"]: clause["count"] for clause in exclude}
+    included = {clause["class"] for clause in include}
+    parts: list[float] = []
+    groups: list[list[Detected]] = []
+    for clause in include:
+        name, count = clause["class"], clause["count"]
+        every = objects.get(name, [])
+        found = every[:count]
+        limit = refused.get(name)
+        if limit is not None and len(every) >= limit:
+            parts.append(max(0.0, 1 - (len(every) - limit + 1) / count))
+        else:
+            parts.append(len(found) / count)
+        if clause.get("color") is not None:
+            parts.append(sum(o.color == clause["color"] for o in found) / count)
+        if clause.get("position") is not None:
+            targets = _targets(clause, groups)
+            wanted_targets = include[clause["position"][1]]["count"]
+            held = sum(clause["position"][0] in relations(o.box, t.box) for o in found for t in targets)
+            parts.append(held / (count * wanted_targets))
+        groups.append(found)
+    parts += [float(len(objects.get(name, [])) < limit) for name, limit in refused.items() if name not in included]
+    return sum(parts) / len(parts) if parts else 1.0
+
+
+def classes_of(metadata: Mapping[str, Any]) -> list[str]:
+    """Every class that a record names."""
+    return [c["class"] for key in ("include", "exclude") for c in metadata.get(key) or ()]
+
+
+def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str, Any]], setting: Setting, mode: Mode,
+                   reward: str = "geneval") -> list[tuple[bool | float, str]]:
+    """`evaluate` for each picture and its record, through the shared detector.
+
+    Raises UnknownClass for a record that names a class the detector cannot see.
+    """
+    detector = setting.detector_for(reward)
+    for record in records:
+        detector.require(classes_of(record), f"prompt '{record.get('prompt', '')}'")
+    found = detector.detect(pictures)
+    return [evaluate(record, objects, mode) for record, objects in zip(records, found, strict=True)]
+
+
+def geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any = None,
+            picture: Literal["final", "first"] = "final", mode: Mode = "standard",
+            **columns: Any) -> list[float | None]:
+    """Whether the final (or first) picture shows what the prompt asks for: 1 or 0, or a share of it when graded.
+
+    A thought without a picture earns 0: the task was to draw. A record without `include` has no ground truth: None.
+    """
+    if picture not in ("final", "first"):
+        raise UserError(f"geneval: no picture '{picture}'. Known: final, first")
+    drawn = [[p for _, p in policy_pictures(t)] for t in trajectories]
+    rows = [i for i, t in enumerate(trajectories) if t.record.get("include") and drawn[i]]
+    chosen = [drawn[i][-1 if picture == "final" else 0] for i in rows]
+    verdicts = dict(zip(rows, score_pictures(chosen, [trajectories[i].record for i in rows], setting, mode),
+                        strict=True))
+    reasons = [verdicts[i][1] if i in verdicts else "no picture" for i in range(len(trajectories))]
+    if log_extra is not None:
+        log_extra("reason", reasons)
+    return [float(verdicts[i][0]) if i in verdicts else 0.0 if t.record.get("include") else None
+            for i, t in enumerate(trajectories)]

@@ -1,0 +1,182 @@
+"""GenEval's rules: parity with the released scorer's answers, hand-computed tables, and bounds of the graded score."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewards.base import Setting
+from rewards.detectors.base import Detected, UnknownClass
+from rewards.geneval import RecordColumnError, evaluate, geneval, relations
+from rollout.errors import UserError
+from rollout.trajectory import Author, Modality, Segment, Trajectory
+
+FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
+
+
+def seen(*scores_and_boxes, color="red"):
+    return [{"box": box, "score": score, "color": color} for score, box in scores_and_boxes]
+
+
+BOX = (0.0, 0.0, 10.0, 10.0)
+RIGHT = (30.0, 0.0, 40.0, 10.0)
+BELOW = (0.0, 30.0, 10.0, 40.0)
+
+
+@pytest.mark.parity
+def test_equals_the_released_scorer_on_600_cases():
+    path = FIXTURES / "geneval_cases.jsonl"
+    if not path.exists():
+        pytest.skip(f"no reference cases at {path}; set UNDERDRAWING_FIXTURES")
+    cases = [json.loads(line) for line in path.read_text().splitlines()]
+    wrong = [case for case in cases
+             if evaluate(case["metadata"], case["detections"]) != (case["correct"], case["reason"])]
+    assert len(cases) == 600 and not wrong
+
+
+@pytest.mark.parametrize(("other", "expected"), [
+    (RIGHT, {"left of"}),  # dx = -(30 - 2) / 30 = -0.93
+    (BELOW, {"above"}),
+    ((30.0, 30.0, 40.0, 40.0), {"left of", "above"}),  # -28 / 42.4 = -0.66 on both axes
+    ((1.0, 1.0, 11.0, 11.0), set()),  # offset 1 < 0.1 * (10 + 10)
+    ((30.0, 14.0, 40.0, 24.0), {"left of"}),  # dx = -28 / 33.1 = -0.85, dy = -12 / 33.1 = -0.36
+])
+def test_relations_by_hand(other, expected):
+    inverse = {"left of": "right of", "above": "below"}
+    assert relations(BOX, other) == expected
+    assert relations(other, BOX) == {inverse[name] for name in expected}
+
+
+def test_scores_are_compared_strictly_and_counting_wants_more():
+    one = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+    assert evaluate(one, {"dog": seen((0.3, BOX))}) == (False, "expected dog>=1, found 0")
+    assert evaluate(one, {"dog": seen((0.31, BOX))}) == (True, "")
+    two = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]}
+    assert evaluate(two, {"dog": seen((0.95, BOX), (0.9, RIGHT))}) == (False, "expected dog>=2, found 1")
+    assert evaluate(two, {"dog": seen((0.95, BOX), (0.91, RIGHT))}) == (True, "")
+    three = seen((0.95, BOX), (0.91, RIGHT), (0.92, BELOW))
+    assert evaluate(two, {"dog": three}) == (False, "expected dog<3, found 3")
+
+
+def test_at_most_sixteen_of_a_class():
+    many = {"tag": "two_object", "include": [{"class": "dog", "count": 17}]}
+    assert evaluate(many, {"dog": seen(*[(0.5, BOX)] * 20)}) == (False, "expected dog>=17, found 16")
+
+
+def test_colour_is_judged_on_the_best_boxes_alone():
+    record = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
+    found = seen((0.9, BOX), color="blue") + seen((0.8, RIGHT), color="red")
+    assert evaluate(record, {"dog": found}) == (False, "expected red dog>=1, found 0 red; and 1 blue")
+    assert evaluate(record, {"dog": found[::-1]})[0] is False  # the order given does not matter
+    assert evaluate(record, {"dog": found[1:]}) == (True, "")
+
+
+POSITION = {"tag": "position", "include": [{"class": "cat", "count": 1},
+                                           {"class": "dog", "count": 1, "position": ["right of", 0]}]}
+
+
+def test_position_reasons():
+    assert evaluate(POSITION, {"cat": seen((0.9, BOX)), "dog": seen((0.9, RIGHT))}) == (True, "")
+    assert evaluate(POSITION, {"cat": seen((0.9, RIGHT)), "dog": seen((0.9, BOX))}) == (
+        False, "expected dog right of target, found left of target")
+    diagonal = seen((0.9, (-30.0, -30.0, -20.0, -20.0)))
+    assert evaluate(POSITION, {"cat": seen((0.9, BOX)), "dog": diagonal}) == (
+        False, "expected dog right of target, found above and left of target")
+    assert evaluate(POSITION, {"dog": seen((0.9, RIGHT))}) == (
+        False, "expected cat>=1, found 0\nno target for dog to be right of")
+
+
+def test_strict_wants_the_exact_count_and_ignores_exclude():
+    one = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "exclude": [{"class": "cat", "count": 1}]}
+    found = {"dog": seen((0.9, BOX)), "cat": seen((0.9, BOX))}
+    assert evaluate(one, found) == (False, "expected cat<1, found 1")
+    assert evaluate(one, found, "strict") == (True, "")
+    assert evaluate(one, {"dog": seen((0.9, BOX), (0.8, RIGHT))}, "strict") == (False, "expected dog=1, found 2")
+
+
+def test_graded_by_hand():
+    # count 2 of 2 (1), colour 1 of 2 (0.5): mean 0.75
+    record = {"tag": "color_attr", "include": [{"class": "dog", "count": 2, "color": "red"}]}
+    found = seen((0.9, BOX)) + seen((0.9, RIGHT), color="blue")
+    assert evaluate(record, {"dog": found}, "graded")[0] == pytest.approx(0.75)
+    # both there (1, 1), relation wrong (0): 2 / 3
+    assert evaluate(POSITION, {"cat": seen((0.9, RIGHT)), "dog": seen((0.9, BOX))}, "graded")[0] == pytest.approx(2 / 3)
+    # only the cat: 1, 0, and no pair (0): 1 / 3
+    assert evaluate(POSITION, {"cat": seen((0.9, RIGHT))}, "graded")[0] == pytest.approx(1 / 3)
+    # counting 2: one gives 1/2, two 1, three 1 - 1/2, four 0, five 0 and not -1/2
+    two = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]}
+    graded = [evaluate(two, {"dog": seen(*[(0.95, BOX)] * n)}, "graded")[0] for n in range(6)]
+    assert graded == [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    # outside counting a surplus is no fault, as in the released scorer
+    assert evaluate({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(*[(0.95, BOX)] * 3)}, "graded")[0] == 1
+
+
+objects = st.lists(st.builds(
+    lambda x, y, w, h, score, color: {"box": (x, y, x + w, y + h), "score": score, "color": color},
+    *[st.integers(0, 40)] * 2, *[st.integers(1, 20)] * 2, st.sampled_from([0.2, 0.5, 0.95]),
+    st.sampled_from(["red", "blue", None])), max_size=5)
+clauses = st.lists(st.fixed_dictionaries(
+    {"class": st.sampled_from(["cat", "dog"]), "count": st.integers(1, 3)},
+    optional={"color": st.just("red"), "position": st.just(["left of", 0])}), min_size=1, max_size=3)
+
+
+@given(clauses, st.lists(st.fixed_dictionaries({"class": st.sampled_from(["cat", "dog", "cow"]),
+                                                "count": st.integers(1, 4)}), max_size=2),
+       st.fixed_dictionaries({"cat": objects, "dog": objects, "cow": objects}), st.sampled_from(["counting", "other"]))
+def test_graded_is_bounded_and_one_exactly_where_correct(include, exclude, found, tag):
+    include[0].pop("position", None)
+    record = {"tag": tag, "include": include, "exclude": exclude}
+    graded, correct = evaluate(record, found, "graded")[0], evaluate(record, found)[0]
+    assert 0 <= graded <= 1
+    assert (graded == 1) == correct
+
+
+def test_bad_records_and_modes_are_named():
+    with pytest.raises(RecordColumnError, match="relative to clause 3"):
+        evaluate({"include": [{"class": "dog", "count": 1, "position": ["left of", 3]}]}, {"dog": seen((0.9, BOX))})
+    with pytest.raises(UserError, match="no mode 'loose'.*standard, strict, graded"):
+        evaluate(POSITION, {}, "loose")
+
+
+# ---- the reward -------------------------------------------------------------------------------------------------
+
+class Marked:
+    """Sees one dog where the first pixel is bright."""
+
+    classes = ("dog", "cat")
+
+    def detect(self, pictures):
+        return [{"dog": [Detected(BOX, 0.9, "red")]} if picture[0, 0, 0] else {} for picture in pictures]
+
+
+def drawn(*bright, record=None):
+    segments = [Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True,
+                        picture=np.full((4, 4, 3), 255 * b, np.uint8)) for b in bright]
+    return Trajectory("a photo of a dog", record or {"prompt": "a photo of a dog", "tag": "single_object",
+                                                     "include": [{"class": "dog", "count": 1}]}, "strokes", segments)
+
+
+def test_reward_reads_the_final_or_the_first_picture_and_no_picture_earns_nothing():
+    setting = Setting.of(None, None, Marked())
+    thoughts = [drawn(0, 1), drawn(1, 0), drawn(), drawn(1, record={"tag": "free"})]
+    assert geneval(trajectories=thoughts, setting=setting) == [1.0, 0.0, 0.0, None]
+    assert geneval(trajectories=thoughts, setting=setting, picture="first") == [0.0, 1.0, 0.0, None]
+    assert setting.detector.looks == 2  # two distinct pictures, whoever asks
+
+
+def test_reward_ignores_pictures_that_the_policy_did_not_draw():
+    thought = drawn(0, 1)
+    thought.segments[-1].author = Author.ENVIRONMENT
+    assert geneval(trajectories=[thought], setting=Setting.of(None, None, Marked())) == [0.0]
+
+
+def test_a_class_that_the_detector_lacks_is_named():
+    record = {"prompt": "a photo of a dgo", "include": [{"class": "dgo", "count": 1}]}
+    with pytest.raises(UnknownClass, match="'a photo of a dgo' asks for 'dgo'.*did you mean 'dog'"):
+        geneval(trajectories=[drawn(1, record=record)], setting=Setting.of(None, None, Marked()))
