@@ -8,6 +8,7 @@ quarters, and the blank one).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -94,3 +95,23 @@ def sample_scene(rng: np.random.Generator, count: int) -> Scene:
     colors = tuple(COLORS)
     return Scene(tuple(Object(SHAPES[rng.integers(len(SHAPES))], colors[rng.integers(len(colors))], place,
                               int(rng.integers(len(JITTERS)))) for place in places))
+
+
+def place_of(box: Sequence[float]) -> int:
+    """The place whose blocks' centre is nearest to a box's centre."""
+    # The jitters shift an object by 0 or +-1 around its block's centre once their mean is taken into account.
+    mean = np.mean(JITTERS, axis=0) + OBJECT / 2
+    column, row = ((box[0] + box[2]) / 2 - mean[0]) / PATCH, ((box[1] + box[3]) / 2 - mean[1]) / PATCH
+    return int(np.clip(round(row), 0, 2) * 3 + np.clip(round(column), 0, 2))
+
+
+def unit_offset(box: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Where a box lies, seen from another: GenEval's offset of the centres, shrunk by a tenth of both sizes, over
+    its length before shrinking. (0, 0) for boxes on the same spot."""
+    offset = [(box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]
+    length = math.hypot(*offset)
+    if length == 0:
+        return 0.0, 0.0
+    sizes = [box[i + 2] - box[i] + other[i + 2] - other[i] for i in (0, 1)]
+    dx, dy = (math.copysign(max(abs(o) - 0.1 * s, 0.0), o) / length for o, s in zip(offset, sizes, strict=True))
+    return dx, dy

@@ -1,0 +1,60 @@
+"""What a task offers: prompts, demonstrations, and ground truth. sft/, rl/ and rewards/ ask only this.
+
+Imports the record and nothing that holds weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from rollout.formats.base import Part
+
+Split = Literal["train", "heldout"]
+Record = dict[str, Any]  # GenEval's schema: tag, prompt, include, exclude; JSON values
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One thought that somebody wrote: rollout/formats/render.py makes a Trajectory of it."""
+
+    prompt: str
+    record: Record
+    parts: tuple[Part, ...]
+    mistakes: tuple[int, ...] = ()  # indices of pictures in `parts` that are wrong on purpose: a loss may leave them out
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """One object that a detector sees in a picture."""
+
+    cls: str
+    color: str | None  # None: not judged
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1 in px, half-open
+    score: float  # in [0, 1]
+    mask: np.ndarray  # bool [height, width]
+
+
+@runtime_checkable
+class Task(Protocol):
+    name: str
+    words: list[str]  # every word of its prompts and demonstrations, tags excluded: what a small tokenizer must know
+    classes: tuple[str, ...]  # what `detect` can see
+
+    def prompts(self, split: Split) -> list[Record]:
+        """Records of one split, always the same ones in the same order."""
+        ...
+
+    def demonstrations(self, format: str, count: int, seed: int) -> list[Demonstration]:
+        """`count` thoughts in a named format over train prompts; a function of the seed.
+
+        Raises:
+            UserError: the task has no demonstrations in that format.
+        """
+        ...
+
+    def detect(self, picture: np.ndarray) -> list[Detection]:
+        """Objects in a picture, uint8 [height, width, 3], best score first."""
+        ...

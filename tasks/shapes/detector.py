@@ -1,0 +1,110 @@
+"""Pixels back to objects: exact on rendered scenes, and forgiving enough for a visual tokenizer's reconstructions.
+
+Each pixel is given the palette colour it is a tint of, blobs of one colour are labelled (scikit-image), and each blob
+is compared with the templates of render.py. Reads 32 x 32 pictures of the shapes world and nothing else.
+
+Letters: P palette colours (ground first), K templates (shape by shift), W a window's pixels.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from skimage.measure import label
+
+from rollout.errors import UserError
+from tasks.base import Detection
+from tasks.shapes.render import MASKS
+from tasks.shapes.world import CANVAS, COLORS, GROUND, OBJECT, SHAPES
+
+MIN_AREA = 24  # px; smaller blobs are blur or dirt. A quarter of the smallest shape's area is 20
+SHIFT = 2  # px by which a blob's box may be off a template's
+_SIDE = OBJECT + 2 * SHIFT
+
+# A blob that covers a template to IoU 0.55 or less scores 0 (the shapes overlap one another by 0.52 to 0.78, so half
+# an object, or two halves of different ones, lies there), one at 0.85 or more scores 1: GenEval's thresholds of 0.3
+# and 0.9 fall at IoU 0.64 and 0.82.
+IOU_FLOOR, IOU_FULL = 0.55, 0.85
+
+_COLOR_NAMES = tuple(COLORS)
+
+
+class PictureError(UserError):
+    """A picture that is none of this world's."""
+
+
+@cache
+def _color_table() -> np.ndarray:
+    """uint8 [32, 32, 32]: index of the palette colour (0 is the ground) by the upper five bits of r, g, b.
+
+    A pixel on an object's edge is a mix of ground and colour, so colours are told apart by their distance from the
+    line between the ground and each colour, and belong to an object when more than half of the mix is colour.
+    """
+    levels = np.arange(32, dtype=np.float32) * 8 + 4
+    rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1)
+    ground = np.asarray(GROUND, np.float32)
+    line_P3 = np.asarray(list(COLORS.values()), np.float32) - ground
+    away = rgb - ground
+    share_P = (away @ line_P3.T) / (line_P3**2).sum(-1)
+    nearest_P3 = np.clip(share_P, 0, 1)[..., None] * line_P3
+    distance_P = np.linalg.norm(away[..., None, :] - nearest_P3, axis=-1)
+    best = distance_P.argmin(-1)
+    share = np.take_along_axis(share_P, best[..., None], -1)[..., 0]
+    return np.where(share > 0.5, best + 1, 0).astype(np.uint8)
+
+
+@cache
+def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 [K, W] masks in a window of _SIDE x _SIDE at every shift, their areas [K], and the shape index [K]."""
+    masks, shapes = [], []
+    for index, shape in enumerate(SHAPES):
+        for dy in range(2 * SHIFT + 1):
+            for dx in range(2 * SHIFT + 1):
+                window = np.zeros((_SIDE, _SIDE), np.float32)
+                window[dy:dy + OBJECT, dx:dx + OBJECT] = MASKS[shape]
+                masks.append(window.ravel())
+                shapes.append(index)
+    templates_KW = np.stack(masks)
+    return templates_KW, templates_KW.sum(1), np.asarray(shapes)
+
+
+def detect(picture: np.ndarray) -> list[Detection]:
+    """Objects in a picture, best score first, then in reading order.
+
+    Args:
+        picture: uint8 [32, 32, 3].
+
+    Raises:
+        PictureError: another type or size.
+    """
+    if picture.dtype != np.uint8 or picture.shape != (CANVAS, CANVAS, 3):
+        raise PictureError(f"the shapes detector reads uint8 pictures of [{CANVAS}, {CANVAS}, 3], not "
+                           f"{picture.dtype} {list(picture.shape)}")
+    r, g, b = np.moveaxis(picture >> 3, -1, 0)
+    colors = _color_table()[r, g, b]
+    blobs = label(colors, background=0, connectivity=1)
+    areas = np.bincount(blobs.ravel())
+    found = []
+    for index in np.flatnonzero(areas[1:] >= MIN_AREA) + 1:
+        mask = blobs == index
+        ys, xs = np.nonzero(mask)
+        box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
+        shape, iou = _match(mask, box, int(areas[index]))
+        score = float(np.clip((iou - IOU_FLOOR) / (IOU_FULL - IOU_FLOOR), 0, 1))
+        if score > 0:
+            found.append(Detection(shape, _COLOR_NAMES[colors[ys[0], xs[0]] - 1], box, score, mask))
+    return sorted(found, key=lambda d: (-d.score, d.box[1], d.box[0]))
+
+
+def _match(mask: np.ndarray, box: tuple[float, ...], area: int) -> tuple[str, float]:
+    """The shape whose template, at the best shift, overlaps the blob most, and that overlap (IoU)."""
+    templates_KW, areas_K, shapes_K = _templates()
+    x = round((box[0] + box[2] - _SIDE) / 2)
+    y = round((box[1] + box[3] - _SIDE) / 2)
+    padded = np.pad(mask, _SIDE)
+    window = padded[y + _SIDE:y + 2 * _SIDE, x + _SIDE:x + 2 * _SIDE]
+    shared_K = templates_KW @ window.ravel().astype(np.float32)
+    iou_K = shared_K / (areas_K + area - shared_K)
+    best = int(iou_K.argmax())
+    return SHAPES[shapes_K[best]], float(iou_K[best])

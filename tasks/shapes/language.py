@@ -1,0 +1,250 @@
+"""The world's little language: what plans, inspections and refinements say, written and read.
+
+A description names objects, each as colour, shape, place: "red circle top-left , blue square right" ("nothing" for an
+empty picture). What it says in each role (the tags are the format's, not the language's):
+
+    plan        <ins> draw all </ins> <des> DESCRIPTION </des>          what to do now, and the picture after it
+                <ins> draw one circle </ins>, <ins> add two squares </ins>, <ins> keep all </ins>
+    inspection  DESCRIPTION : fine                                      what is seen, then the verdict
+                DESCRIPTION : wrong color red square right              and the mistake, by kind and object
+    refinement  make red square right blue | make red square right circle | move red circle top to left
+                add blue square right | remove red circle top
+
+An inspection says what it sees before it judges: a small model compares words with words more easily than codes with
+words. The kinds of mistake are those that break a prompt under GenEval's rules: color, shape, place (the relation that
+was asked for does not hold; the object named is the one to move), missing, extra. "missing" names what the plan wanted.
+
+The reading half serves rewards/critique_consistency.py: `claims`, `requirement`, `holds`. It reads what a policy wrote,
+so it takes any text and says None where there is no sense in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tasks.base import Detection, Record
+from tasks.shapes.prompts import NUMBERS, plural, related
+from tasks.shapes.world import COLORS, PLACES, SHAPES, Object, Scene, place_of
+
+Verdict = Literal["fine", "wrong"]
+Kind = Literal["color", "shape", "place", "missing", "extra"]
+KINDS: tuple[Kind, ...] = ("color", "shape", "place", "missing", "extra")
+COUNT_WORDS = {1: "one", **NUMBERS}
+VERBS = ("draw", "add", "keep", "make", "move", "remove", "all", "to")
+
+_TAG = re.compile(r"<[^<>\s]*>")
+_DES = re.compile(r"<des>(.*?)</des>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One object of a description. None: not said."""
+
+    shape: str
+    color: str | None = None
+    place: str | None = None
+
+    def __str__(self) -> str:
+        return " ".join(word for word in (self.color, self.shape, self.place) if word)
+
+    def matches(self, other: Clause) -> bool:
+        """Whether nothing that both say differs."""
+        return self.shape == other.shape and all(
+            mine is None or theirs is None or mine == theirs
+            for mine, theirs in ((self.color, other.color), (self.place, other.place)))
+
+
+@dataclass(frozen=True)
+class Mistake:
+    kind: Kind
+    object: Clause
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.object}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What an inspection says of the picture before it."""
+
+    verdict: Verdict | None  # None: no verdict, or both at once
+    mistakes: tuple[Mistake, ...] = ()  # named ones that could be read; empty for "fine"
+    seen: tuple[Clause, ...] | None = None  # None: it does not say, or not readably
+
+
+def vocabulary() -> set[str]:
+    """Every word of the language, prompts apart."""
+    words = {*SHAPES, *COLORS, *PLACES, *VERBS, *KINDS, *COUNT_WORDS.values(), *map(plural, SHAPES)}
+    return words | {"nothing", "fine", "wrong", ",", ":", ";"}
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+def clause_of(item: Object) -> Clause:
+    return Clause(item.shape, item.color, PLACES[item.place])
+
+
+def describe(scene: Scene | Iterable[Clause]) -> str:
+    """All objects in reading order (by place), so that one picture has one description."""
+    clauses = [clause_of(item) for item in scene.objects] if isinstance(scene, Scene) else list(scene)
+    clauses.sort(key=lambda clause: PLACES.index(clause.place) if clause.place else len(PLACES))
+    return " , ".join(map(str, clauses)) or "nothing"
+
+
+def plan(instruction: str, scene: Scene) -> str:
+    return f"<ins> {instruction} </ins> <des> {describe(scene)} </des>"
+
+
+def instruction(verb: Literal["draw", "add"], items: Sequence[Object]) -> str:
+    """ "draw one circle", "add two squares": the items are of one shape."""
+    shape, count = items[0].shape, len(items)
+    return f"{verb} {COUNT_WORDS[count]} {shape if count == 1 else plural(shape)}"
+
+
+def inspection(scene: Scene, mistake: Mistake | None) -> str:
+    return f"{describe(scene)} : {'fine' if mistake is None else f'wrong {mistake}'}"
+
+
+def refinement(mistake: Mistake, target: Object | None) -> str:
+    """How to repair it. target: the object as it should be; None where one is to be removed."""
+    if target is None:
+        return f"remove {mistake.object}"
+    if mistake.kind == "missing":
+        return f"add {clause_of(target)}"
+    if mistake.kind == "place":
+        return f"move {mistake.object} to {PLACES[target.place]}"
+    return f"make {mistake.object} {target.color if mistake.kind == 'color' else target.shape}"
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+def _parse_clause(words: Sequence[str]) -> Clause | None:
+    rest = list(words)
+    color = rest.pop(0) if rest and rest[0] in COLORS else None
+    shape = rest.pop(0) if rest and rest[0] in SHAPES else None
+    place = rest.pop(0) if rest and rest[0] in PLACES else None
+    return Clause(shape, color, place) if shape and not rest else None
+
+
+def parse_description(text: str) -> list[Clause] | None:
+    """Clauses of a description; colours and places may be left out. None: it is no description."""
+    words = _TAG.sub(" ", text).split()
+    if words == ["nothing"]:
+        return []
+    clauses = [_parse_clause(part.split()) for part in " ".join(words).split(",")]
+    return None if None in clauses else [clause for clause in clauses if clause is not None]
+
+
+def parse_plan(text: str) -> list[Clause] | None:
+    """What the last <des> ... </des> of a plan describes. None: there is none, or it cannot be read."""
+    bodies = _DES.findall(text)
+    return parse_description(bodies[-1]) if bodies else None
+
+
+def claims(text: str) -> Claim:
+    """What an inspection (or a critique: an inspection and a refinement joined by ";") says. Takes any text."""
+    said = " ".join(_TAG.sub(" ", text).split(";")[0].split())
+    before, colon, after = said.rpartition(":")
+    seen = parse_description(before) if colon else None
+    words = after.split()
+    verdicts = {word for word in words if word in ("fine", "wrong")}
+    if len(verdicts) != 1:
+        return Claim(None, (), None if seen is None else tuple(seen))
+    if "fine" in verdicts:
+        return Claim("fine", (), None if seen is None else tuple(seen))
+    mistakes = []
+    for part in " ".join(words[words.index("wrong") + 1:]).split(","):
+        kind, *object_words = part.split() or [""]
+        clause = _parse_clause(object_words)
+        if kind in KINDS and clause is not None:
+            mistakes.append(Mistake(kind, clause))  # type: ignore[arg-type]
+    return Claim("wrong", tuple(mistakes), None if seen is None else tuple(seen))
+
+
+# ---- what a picture must show, and what is wrong with it ---------------------------------------------------------
+
+def requirement(record: Record, plan_text: str) -> Record:
+    """The record that the picture drawn after this plan must satisfy.
+
+    A plan whose description names fewer objects of the prompt's shapes than the prompt asks for is a partial stroke:
+    its picture owes only those (a relation only where both ends are planned; exact counts stay exact). Any other plan,
+    an unreadable one included, owes the whole prompt.
+    """
+    planned = parse_plan(plan_text)
+    if planned is None:
+        return record
+    owed: list[dict[str, Any]] = []
+    index_of: dict[int, int] = {}  # index in the record's include -> index in `owed`
+    partial = False
+    for index, clause in enumerate(record["include"]):
+        count = min(clause["count"], sum(item.shape == clause["class"] for item in planned))
+        partial |= count < clause["count"]
+        if count == 0:
+            continue
+        reduced = {**clause, "count": count}
+        if "position" in clause:
+            relation, target = clause["position"]
+            if target in index_of:
+                reduced["position"] = [relation, index_of[target]]
+            else:
+                del reduced["position"]
+        index_of[index] = len(owed)
+        owed.append(reduced)
+    if not (partial and owed):
+        return record
+    exact = {clause["class"] for clause in record.get("exclude", ())}
+    exclude = [{"class": c["class"], "count": c["count"] + 1} for c in owed if c["class"] in exact]
+    return {**record, "include": owed, **({"exclude": exclude} if exclude else {})}
+
+
+def seen_in(detections: Iterable[Detection]) -> list[tuple[Clause, tuple[float, ...]]]:
+    """Detections as clauses with their boxes."""
+    return [(Clause(d.cls, d.color, PLACES[place_of(d.box)]), d.box) for d in detections]
+
+
+def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> bool:
+    """Whether a named mistake is truly one: the object is in the picture (or missing from it) and at odds with the
+    record, which is `requirement`'s for a partial stroke. Detections below the rules' threshold are for the caller
+    to leave out.
+    """
+    include = record["include"]
+    seen = seen_in(detections)
+    wanted = {clause["class"]: clause for clause in include}
+    clause = wanted.get(mistake.object.shape)
+    found = [item for item, _ in seen if item.shape == mistake.object.shape]
+    if mistake.kind == "missing":
+        if clause is None or len(found) >= clause["count"]:
+            return False
+        return None in (clause.get("color"), mistake.object.color) or clause["color"] == mistake.object.color
+    boxes = [box for item, box in seen if item.matches(mistake.object)]
+    if not boxes:  # what it points at is not there
+        return False
+    if mistake.kind == "extra":
+        limits = [e["count"] for e in record.get("exclude", ()) if e["class"] == mistake.object.shape]
+        return any(len(found) >= limit for limit in limits)
+    if mistake.kind == "shape":
+        lacking = any(sum(item.shape == c["class"] for item, _ in seen) < c["count"] for c in include)
+        return lacking and (clause is None or len(found) > clause["count"])
+    if mistake.kind == "color":
+        return clause is not None and "color" in clause and any(
+            item.matches(mistake.object) and item.color != clause["color"] for item in found)
+    return any(_breaks_relation(mistake.object.shape, box, include, seen) for box in boxes)
+
+
+def _breaks_relation(shape: str, box: tuple[float, ...], include: Sequence[dict[str, Any]],
+                     seen: Sequence[tuple[Clause, tuple[float, ...]]]) -> bool:
+    for clause in include:
+        if "position" not in clause:
+            continue
+        relation, target = clause["position"]
+        reference = include[target]["class"]
+        if clause["class"] == shape:
+            if any(item.shape == reference and not related(box, relation, other) for item, other in seen):
+                return True
+        if reference == shape:
+            if any(item.shape == clause["class"] and not related(other, relation, box) for item, other in seen):
+                return True
+    return False
