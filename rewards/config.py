@@ -92,7 +92,7 @@ class RewardsConfig(BaseModel):
 
         Raises ValueError: under full constraint the part is 1 for everybody, which moves no advantage.
         """
-        if format_config.constrain != "full":
+        if not format_config.form_is_constant:
             return
         paid = self.expression().names
         for name, part in self.parts.items():

@@ -27,7 +27,8 @@ def format_reward(trajectories: Sequence[Trajectory], setting: Setting, log_extr
         return [float(not violations) for violations in found]
     values = []
     for trajectory, violations in zip(trajectories, found, strict=True):
-        own = {i for i, s in enumerate(trajectory.segments) if s.author is Author.POLICY}
+        own = {i for i, s in enumerate(trajectory.segments)
+               if s.author is Author.POLICY and (s.picture is not None or s.text.strip())}
         at_fault = {v.segment if v.segment in own else None for v in violations}
         values.append(1 - len(at_fault) / (len(own) + 1))
     return values

@@ -45,7 +45,7 @@ def evaluate(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]
     """
     if mode not in MODES:
         raise UserError(f"geneval: no mode '{mode}'. Known: {', '.join(MODES)}")
-    objects = _kept(metadata, detections)
+    objects = kept(metadata, detections)
     correct, reasons = _judge(metadata, objects, strict=mode == "strict")
     verdict: bool | float = grade(metadata, objects) if mode == "graded" else correct
     return verdict, "\n".join(reasons)
@@ -64,7 +64,7 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
     return {name for name, holds in held.items() if holds}
 
 
-def _kept(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]]) -> Detections:
+def kept(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]]) -> Detections:
     """Above the threshold, best first, at most MAX_OBJECTS a class."""
     threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else SCORE_THRESHOLD
     kept: Detections = {}
