@@ -1,0 +1,278 @@
+"""The policy family `chameleon` (Anole): one transformer over words and visual codes.
+
+Everything is a token: contexts are ids, decisions are words and codes. `decode.py` serves the engine from cached
+rows; `score` replays the recorded contexts in full rows through the model's own forward, with gradient.
+
+Letters: B rows of a call, T ids, V vocabulary, N decisions of all trajectories of a call, K guidance branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from policy.base import Categorical, FlowStep, Scored, TokenStep
+from policy.chameleon.cache import RowCache
+from policy.chameleon.decode import Decode
+from policy.chameleon.model import InterleavedChameleon, load_model, save_model
+from policy.chameleon.replay import plan
+from policy.chameleon.tiny import tiny_model
+from policy.chameleon.vocabulary import ChameleonVocabulary, load_tokenizer
+from policy.config import LoraSection, PolicyConfig
+from policy.guidance import combine
+from policy.rows import context_ids, piece_ids
+from rollout.errors import UserError
+from rollout.trajectory import Context, Guidance, Piece, Trajectory
+
+
+class ContextOverflow(UserError):
+    """More ids than a row holds."""
+
+
+class ReferenceLost(UserError):
+    """The reference was asked for after the weights had changed."""
+
+
+class ChameleonPolicy:
+    """See policy/base.py for what each method promises."""
+
+    family = "chameleon"
+
+    def __init__(self, model: InterleavedChameleon, vocabulary: ChameleonVocabulary, score_chunk: int = 1024,
+                 lora: LoraSection | None = None):
+        self.vocabulary = vocabulary
+        self.score_chunk = score_chunk
+        self.max_length = int(model.config.max_position_embeddings)
+        self.core = model  # the model under whatever wraps `self.model`
+        self.model: nn.Module = _with_adapters(model, lora) if lora else model
+        self.has_adapters = lora is not None
+        self._decode: Decode | None = None
+        self._frozen: list[Tensor] | None = None
+        self._versions = self._weights_version()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained: the decoder's weights, or the adapters'. The visual tokenizer is frozen."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def device(self) -> torch.device:
+        return self.core.model.embed_tokens.weight.device
+
+    # ---- sampling ----
+
+    def allocate(self, rows: int, length: int) -> RowCache:
+        config = self.core.config
+        weight = self.core.model.embed_tokens.weight
+        length = min(length, self.max_length)
+        return RowCache(rows, length, config.num_hidden_layers, config.num_key_value_heads,
+                        config.hidden_size // config.num_attention_heads, weight.dtype, weight.device)
+
+    def prefill(self, cache: RowCache, row_B: Sequence[int],
+                contexts: Sequence[tuple[Trajectory, Context]]) -> Tensor:
+        cache.reset(row_B)
+        known = [context_ids(trajectory, context) for trajectory, context in contexts]
+        logits_BV = self._extend(cache, row_B, known, [trajectory.key for trajectory, _ in contexts])
+        cache.position_R[list(row_B)] = [context.start for _, context in contexts]
+        return logits_BV
+
+    def copy(self, cache: RowCache, source: int, row_B: Sequence[int]) -> None:
+        cache.copy(source, row_B)
+
+    def step(self, cache: RowCache, row_B: Sequence[int], inputs: TokenStep | FlowStep) -> Categorical:
+        if not isinstance(inputs, TokenStep):
+            raise TypeError("the family 'chameleon' has no flow: it steps by TokenStep")
+        row = np.asarray(row_B, np.int64)
+        self._check_room(cache, row, np.ones(len(row), np.int64), None)
+        position_B = cache.position_R[row]
+        hidden_BD = self._decoder()(cache, row, inputs.ids_B.to(cache.device)[:, None], position_B[:, None],
+                                    np.ones(len(row), np.int64))
+        cache.position_R[row] += 1
+        return Categorical(self.core.lm_head(hidden_BD).float())
+
+    def append(self, cache: RowCache, row_B: Sequence[int], pieces: Sequence[tuple[Trajectory, int, str]]) -> Tensor:
+        known = [piece_ids(trajectory, Piece(segment, form, int(cache.position_R[row])))
+                 for row, (trajectory, segment, form) in zip(row_B, pieces, strict=True)]
+        logits_BV = self._extend(cache, row_B, known, [trajectory.key for trajectory, _, _ in pieces])
+        cache.position_R[list(row_B)] += [len(ids) for ids, _ in known]
+        return logits_BV
+
+    def _extend(self, cache: RowCache, row_B: Sequence[int], known: Sequence[tuple[np.ndarray, np.ndarray]],
+                names: Sequence[str]) -> Tensor:
+        """Append ids at their positions; logits_BV after the last of each row (zeros where a row got none)."""
+        row = np.asarray(row_B, np.int64)
+        count_B = np.array([len(ids) for ids, _ in known], np.int64)
+        self._check_room(cache, row, count_B, names)
+        logits_BV = torch.zeros(len(row), self.core.config.vocab_size, device=cache.device)
+        some = np.flatnonzero(count_B)
+        if not len(some):
+            return logits_BV
+        steps = int(count_B.max())
+        ids_BT = np.full((len(some), steps), self.vocabulary.pad, np.int64)
+        position_BT = np.zeros((len(some), steps), np.int64)
+        for place, index in enumerate(some):
+            ids, positions = known[index]
+            ids_BT[place, : len(ids)], position_BT[place, : len(ids)] = ids, positions
+        if int(position_BT.max()) >= self.max_length:
+            raise ContextOverflow(f"position {int(position_BT.max())} in a context: the model has {self.max_length}")
+        hidden_BD = self._decoder()(cache, row[some], torch.from_numpy(ids_BT).to(cache.device), position_BT,
+                                    count_B[some])
+        logits_BV[torch.from_numpy(some).to(cache.device)] = self.core.lm_head(hidden_BD).float()
+        return logits_BV
+
+    def _check_room(self, cache: RowCache, row: np.ndarray, count_B: np.ndarray, names: Sequence[str] | None) -> None:
+        needed_B = cache.used_R[row] + count_B
+        if (needed_B <= cache.length).all():
+            return
+        worst = int(needed_B.argmax())
+        what = f"trajectory {names[worst]}" if names else f"row {int(row[worst])}"
+        raise ContextOverflow(f"{what} needs {int(needed_B[worst])} ids, but a row holds {cache.length}: shorten the "
+                              "prompt or raise the length that rollouts allocate (at most the model's "
+                              f"{self.max_length})")
+
+    def _decoder(self) -> Decode:
+        if self._decode is None or self._decode.cos_Pd.device != self.device:
+            self._decode = Decode(self.core.model, self.max_length)
+        return self._decode
+
+    # ---- pictures ----
+
+    def see(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if not pictures:
+            return []
+        codes_BN = self.core.model.vqmodel.see(pictures).cpu().numpy()
+        return list(self.vocabulary.to_ids(codes_BN))
+
+    def draw(self, contents: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if not contents:
+            return []
+        for content in contents:
+            if len(content) != self.vocabulary.codes_per_image:
+                raise UserError(f"a picture of {len(content)} codes: this model draws from exactly "
+                                f"{self.vocabulary.codes_per_image}")
+        codes_BN = self.vocabulary.to_codes(np.stack(contents))
+        return self.core.model.vqmodel.draw(torch.from_numpy(codes_BN))
+
+    # ---- training ----
+
+    def guide(self, branches: dict[str, Tensor], guidance: Guidance) -> Tensor:
+        return combine(branches, guidance)
+
+    def score(self, trajectories: Sequence[Trajectory], old: Scored | None = None,
+              reference: Scored | None = None, entropy: bool = False) -> Scored:
+        replay = plan(trajectories, self.vocabulary.pad, entropy, self.score_chunk, self.device)
+        if replay.batch is None:
+            logprob_N, entropy_N = torch.zeros(0, device=self.device), None
+        else:
+            # All ones rather than nothing: without a mask, transformers takes a jump in the position ids for the
+            # seam of packed sequences. Padding is on the right, so causality hides it.
+            logprob_N, entropy_N = self.model(
+                input_ids=replay.ids_RT, position_ids=replay.position_RT,
+                attention_mask=torch.ones_like(replay.ids_RT), decisions=replay.batch)
+        behaviour_N = replay.behaviour_N
+        _check_same(replay.target_count, old, "old")
+        _check_same(replay.target_count, reference, "reference")
+        base_N = old.logprob_N.detach() if old is not None else behaviour_N
+        divergence_N = None
+        if reference is not None:
+            # k3 (Schulman, "Approximating KL Divergence", 2020): exp(r) - r - 1 with r = log ref - log new
+            gap_N = reference.logprob_N.detach() - logprob_N
+            divergence_N = torch.exp(gap_N) - gap_N - 1
+        return Scored(replay.trajectory_N, replay.segment_N, replay.kind_N, logprob_N, behaviour_N,
+                      logprob_N - base_N, divergence_N, entropy_N)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self.has_adapters:
+            with self.model.disable_adapter():  # type: ignore[operator]
+                yield
+            return
+        if self._frozen is None:
+            if self._weights_version() != self._versions:
+                raise ReferenceLost("the reference policy was first asked for after the weights had changed: call "
+                                    "policy.keep_reference() before the first update (a KL term does so by itself)")
+            self.keep_reference()
+        assert self._frozen is not None
+        trained = self.parameters()
+        live = [parameter.data for parameter in trained]
+        for parameter, frozen in zip(trained, self._frozen, strict=True):
+            parameter.data = frozen
+        try:
+            yield
+        finally:
+            for parameter, data in zip(trained, live, strict=True):
+                parameter.data = data
+
+    def keep_reference(self) -> None:
+        """Freeze a copy of the weights as they are now. With adapters nothing is copied: the base is the reference."""
+        if not self.has_adapters:
+            self._frozen = [parameter.detach().clone() for parameter in self.parameters()]
+
+    def _weights_version(self) -> int:
+        """Counts in-place changes, so that a reference taken too late is noticed."""
+        return sum(parameter._version for parameter in self.parameters())
+
+    # ---- files ----
+
+    def save(self, folder: str | Path) -> None:
+        """Write the released layout; adapters are merged into the weights."""
+        save_model(self.core, self.vocabulary.tokenizer, folder, self.merged_state() if self.has_adapters else None)
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """The weights under the model's own names, with adapters merged in."""
+        merged: dict[str, Tensor] = {}
+        for name, tensor in self.core.state_dict().items():
+            if ".lora_" in name:
+                continue
+            if ".base_layer." in name:
+                layer = self.core.get_submodule(name.split(".base_layer.")[0])
+                name = name.replace(".base_layer.", ".")
+                if name.endswith(".weight"):
+                    delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+                    tensor = tensor + delta.to(tensor.dtype)
+            merged[name] = tensor.detach()
+        return merged
+
+
+def _check_same(count: int, scored: Scored | None, name: str) -> None:
+    if scored is not None and len(scored.logprob_N) != count:
+        raise ValueError(f"score: `{name}` holds {len(scored.logprob_N)} decisions, the trajectories {count}; it must "
+                         "come from the same call's trajectories")
+
+
+def _with_adapters(model: InterleavedChameleon, lora: LoraSection) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    known = {name.rpartition(".")[2] for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)}
+    for target in lora.target_modules:
+        if target not in known:
+            from rollout.errors import nearest
+
+            raise UserError(f"policy.lora.target_modules: the model has no linear layer '{target}'; "
+                            f"{nearest(target, known)}")
+    return get_peft_model(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+                                            target_modules=list(lora.target_modules)))
+
+
+def load(config: PolicyConfig, words: Sequence[str] = ()) -> ChameleonPolicy:
+    """The family's entry in policy/registry.py."""
+    dtype: Any = getattr(torch, config.dtype)
+    if config.path is None:
+        model, tokenizer = tiny_model(config.tiny, words)
+        model = model.to(dtype)
+        model.model.vqmodel.float()
+        model.set_attn_implementation(config.attn_implementation)
+    else:
+        tokenizer = load_tokenizer(config.path)
+        model = load_model(config.path, dtype, config.attn_implementation)
+    model = model.to(config.device).eval()
+    model.model.vqmodel.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    vocabulary = ChameleonVocabulary(tokenizer, model.model.vqmodel.codes_per_image, model.config.vocab_size)
+    return ChameleonPolicy(model, vocabulary, config.score_chunk, config.lora)

@@ -1,0 +1,75 @@
+"""The tiny preset: the classes of the 7B model with a small configuration, built offline with fresh weights.
+
+The text tokenizer is word-level over the task's words, with each tag one token; visual codes and markers bear the
+released names. The visual tokenizer is the committed one of the shapes world unless the recipe says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import ChameleonConfig, PreTrainedTokenizerFast
+
+from policy.chameleon.model import InterleavedChameleon
+from policy.chameleon.vocabulary import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP, UNK, VocabularyError, code_name
+from policy.chameleon.vq import ChameleonVQ, load_shapes_vq, load_vq, vq_config
+from policy.config import TinySection
+
+
+def tiny_tokenizer(words: Sequence[str], tags: Sequence[str], codes: int) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with `codes` visual codes.
+
+    Raises VocabularyError for a word that text would not yield as one token.
+    """
+    split = pre_tokenizers.Whitespace()  # runs of word characters, runs of punctuation
+    unique = list(dict.fromkeys(words))
+    for word in unique:
+        if [part for part, _ in split.pre_tokenize_str(word)] != [word]:
+            raise VocabularyError(f"the word {word!r} is more than one token: give its parts as words")
+    # Released ids are by name too, so that nobody can take id - 4 for the code.
+    names = [BOS, PAD, EOS, UNK, *sorted(code_name(code) for code in range(codes)), EOI, BOI, SEP, IMAGE]
+    table = {name: id for id, name in enumerate(dict.fromkeys([*names, *tags, *unique]))}
+    tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNK))
+    tokenizer.pre_tokenizer = split
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, pad_token=PAD, eos_token=EOS,
+                                   unk_token=UNK, sep_token=SEP)
+
+
+def tiny_vq(section: TinySection) -> ChameleonVQ:
+    """The visual tokenizer that the section names."""
+    if isinstance(section.vq, dict):
+        return ChameleonVQ(vq_config(section.vq, "policy.tiny.vq")).requires_grad_(False)
+    return load_shapes_vq() if section.vq == "shapes" else load_vq(Path(section.vq))
+
+
+def tiny_model(section: TinySection, words: Sequence[str]) -> tuple[InterleavedChameleon, PreTrainedTokenizerFast]:
+    """The model with fresh weights, a function of `section.seed`, and its tokenizer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(section.seed)
+        vq = tiny_vq(section)
+        tokenizer = tiny_tokenizer([*words, *section.words], section.tags, vq.config.num_embeddings)
+        vocabulary_map = tokenizer.get_vocab()
+        config = ChameleonConfig(
+            vocab_size=len(vocabulary_map),
+            hidden_size=section.hidden_size,
+            intermediate_size=section.intermediate_size,
+            num_hidden_layers=section.num_hidden_layers,
+            num_attention_heads=section.num_attention_heads,
+            num_key_value_heads=section.num_key_value_heads,
+            max_position_embeddings=section.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
+            swin_norm=section.swin_norm,
+            bos_token_id=vocabulary_map[BOS],
+            pad_token_id=vocabulary_map[PAD],
+            eos_token_id=vocabulary_map[EOS],
+            vq_config=vq.config.to_dict(),
+            vocabulary_map=vocabulary_map,
+        )
+        model = InterleavedChameleon(config)
+        model.model.vqmodel.load_state_dict(vq.state_dict())
+    return model, tokenizer

@@ -1,0 +1,83 @@
+"""The recipe's `policy` section."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class LoraSection(BaseModel):
+    """Low-rank adapters through peft (arXiv:2106.09685); the base weights stay frozen."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    r: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(32.0, gt=0, description="Scaling numerator: updates are scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input. Not 0: ratios are not 1.")
+    target_modules: list[str] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="Names of the linear layers that get adapters. The output head cannot be one of them.",
+    )
+
+    @model_validator(mode="after")
+    def _head_is_frozen(self) -> LoraSection:
+        if "lm_head" in self.target_modules:
+            raise ValueError("target_modules: 'lm_head' cannot have adapters (scoring reads its weight in chunks); "
+                             "name layers of the decoder, such as 'q_proj'")
+        return self
+
+
+class TinySection(BaseModel):
+    """A small model of the full-size class, built offline with fresh weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hidden_size: int = Field(128, ge=8, description="Width of the decoder.")
+    num_hidden_layers: int = Field(5, ge=1, description="Layers of the decoder.")
+    num_attention_heads: int = Field(4, ge=1, description="Query heads.")
+    num_key_value_heads: int = Field(1, ge=1, description="Key-value heads; fewer make decoding on a CPU faster.")
+    intermediate_size: int = Field(384, ge=8, description="Width of the feed-forward layers.")
+    max_position_embeddings: int = Field(512, ge=8, description="Ids that one row can hold.")
+    rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary position embedding.")
+    swin_norm: bool = Field(False, description="Normalise after attention and feed-forward (Chameleon-34B's way).")
+    vq: str | dict[str, Any] = Field(
+        default="shapes",
+        description="Visual tokenizer: 'shapes' (the committed weights of the shapes world), a path to a .safetensors "
+                    "file with its .json, or a mapping of ChameleonVQVAEConfig's keys for random weights.",
+    )
+    words: list[str] = Field(default=[], description="Words of the text tokenizer beyond those of the task.")
+    tags: list[str] = Field(
+        default=["<ins>", "</ins>", "<des>", "</des>", "<inspect>", "</inspect>", "<refine>", "</refine>"],
+        description="Tags that are one token each.",
+    )
+    seed: int = Field(0, description="Of the fresh weights.")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TinySection:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of 2 x num_attention_heads "
+                             f"({self.num_attention_heads}): rotary embeddings need an even head width")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        return self
+
+
+class PolicyConfig(BaseModel):
+    """Which model thinks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    family: str = Field("chameleon", description="A known family, or the dotted path of a function "
+                                                 "(PolicyConfig, words) -> Policy.")
+    path: str | None = Field(None, description="Folder with config.json, model.safetensors and tokenizer files. "
+                                               "None: a tiny model with fresh weights.")
+    tiny: TinySection = Field(default_factory=TinySection, description="The tiny model; not read when path is given.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the decoder's weights.")
+    device: str = Field("cpu", description="torch device of the weights, such as 'cpu' or 'cuda'.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="transformers' attention in scoring and training.")
+    lora: LoraSection | None = Field(None, description="Train adapters only. None: all weights of the decoder.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    score_chunk: int = Field(1024, ge=1, description="Decisions whose logits scoring holds at a time.")
