@@ -104,6 +104,13 @@ def latest(root: Path) -> Path | None:
     return Path(root) / f"step-{finished[-1]:06d}" if finished else None
 
 
+def rewind(root: Path, step: int) -> None:
+    """Forget the checkpoints after `step`, from which a run goes on: they belong to what it will do otherwise."""
+    for later in steps(root):
+        if later > step:
+            shutil.rmtree(Path(root) / f"step-{later:06d}")
+
+
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint after checking every file of it against its size and checksum.
 

@@ -101,17 +101,13 @@ class Trainer:
             gap_N = (scored.logprob_N - scored.behaviour_N).abs().nan_to_num(nan=float("inf"))
             if float(gap_N.max()) > worst:
                 worst, at = float(gap_N.max()), int(gap_N.argmax())
-                trajectory = trajectories[rows[int(scored.trajectory_N[at])]]
-                segment = trajectory.segments[int(scored.segment_N[at])]
-                place = (f"trajectory {trajectory.key}, segment {int(scored.segment_N[at])} ({segment.role}), "
-                         f"{DecisionKind(int(scored.kind_N[at])).name.lower()}: {float(scored.behaviour_N[at]):.6f} when "
-                         f"sampled, {float(scored.logprob_N[at]):.6f} when scored")
+                place = _place(trajectories[rows[int(scored.trajectory_N[at])]], scored, at)
         worst, place = max(gather_object([(worst, place)]))
         if worst > self._tolerance():
             raise TrainingError(
                 f"sampling and scoring disagree: the largest difference of log-probs under the same weights is "
-                f"{worst:.3g}, over the tolerance of {self._tolerance():g} (grpo.on_policy_tolerance). Worst at {place}. "
-                f"Look for a law (temperature, allowed set, guidance), a context or a precision that differs")
+                f"{worst:.3g}, over the tolerance of {self._tolerance():g} (grpo.on_policy_tolerance). Worst at "
+                f"{place}. Look for a law (temperature, allowed set, guidance), a context or a precision that differs")
         return worst
 
     def _tolerance(self) -> float:
@@ -153,7 +149,7 @@ class Trainer:
             for number, batches in enumerate(minibatches):
                 loss_2, minibatch_sums_KM, log_ratio = self._accumulate(batches, old[number], reference[number])
                 if iteration == number == 0:
-                    gap = self._first_gap(old) if rescored else log_ratio
+                    gap = _gap(old) if rescored else log_ratio
                 norms.append(self._step())
                 sums_KM, worst = sums_KM + minibatch_sums_KM, max(worst, log_ratio)
                 losses.append(loss_2)
@@ -222,9 +218,6 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm
 
-    def _first_gap(self, old: list[list[Scored | None]]) -> float:
-        return max(float((s.logprob_N - s.behaviour_N).abs().max()) for batches in old for s in batches if s is not None)
-
     def _largest(self, *values: float) -> list[float]:
         local_1V = torch.tensor([values], dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.gather(local_1V).max(0).values.tolist()
@@ -258,6 +251,17 @@ def _split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
     """Consecutive parts, whole groups each, of nearly equal number."""
     edges = np.linspace(0, len(groups), parts + 1).round().astype(int)
     return [groups[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _gap(scored: list[list[Scored | None]]) -> float:
+    return max(float((s.logprob_N - s.behaviour_N).abs().max()) for batch in scored for s in batch if s is not None)
+
+
+def _place(trajectory: Trajectory, scored: Scored, at: int) -> str:
+    segment, kind = int(scored.segment_N[at]), DecisionKind(int(scored.kind_N[at]))
+    return (f"trajectory {trajectory.key}, segment {segment} ({trajectory.segments[segment].role}), a "
+            f"{kind.name.lower()}: {float(scored.behaviour_N[at]):.6f} when sampled, {float(scored.logprob_N[at]):.6f} "
+            f"when scored")
 
 
 def _no_sums(device: torch.device) -> Tensor:

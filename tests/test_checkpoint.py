@@ -76,6 +76,13 @@ def test_a_damaged_file_is_named_and_the_one_before_offered(tmp_path, name, dama
         assert "step-000001" in str(raised.value)
 
 
+def test_going_back_forgets_what_came_after(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=5)
+    checkpoint.rewind(tmp_path, 1)
+    assert checkpoint.steps(tmp_path) == [1]
+
+
 def test_keys_and_formats_are_checked(tmp_path):
     folder = save(tmp_path, 2)
     state = json.loads((folder / "state.json").read_text())
@@ -130,7 +137,8 @@ while True:
 
 def test_killed_at_any_moment_a_folder_with_a_finished_name_is_whole(tmp_path):
     for delay in (0.0, 0.003, 0.011):
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as writer:
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout.readline()
             time.sleep(delay)
             os.kill(writer.pid, signal.SIGKILL)

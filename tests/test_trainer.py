@@ -1,0 +1,264 @@
+"""rl/trainer.py and rl/batches.py on a policy of 400 parameters, in one process."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl.advantages import credit
+from rl.batches import pack, plan, trainable
+from rl.config import GrpoConfig
+from rl.trainer import Trainer, TrainingError, random_state, set_random_state
+from rollout.trajectory import StopReason
+from tests.bigram import BigramPolicy, reward, sampled_groups
+
+
+def make(seed=0, **config):
+    policy = BigramPolicy(seed)
+    config = GrpoConfig(**{"learning_rate": 0.01, **config})
+    return policy, config, Trainer(policy, config, Accelerator(cpu=True))
+
+
+def credited(policy, config, **kwargs):
+    groups = sampled_groups(policy, **kwargs)
+    for group in groups:
+        for trajectory in group:
+            trajectory.reward = reward(trajectory)
+    return credit(groups, config).trained
+
+
+def weights(policy):
+    return {name: value.detach().clone() for name, value in policy.model.state_dict().items()}
+
+
+def test_the_first_rollouts_score_as_they_were_sampled():
+    policy, _, trainer = make()
+    trajectories = [t for group in sampled_groups(policy) for t in group]
+    assert trainer.on_policy_gap(trajectories) < 1e-5
+
+
+@pytest.mark.parametrize("breach", ["temperature", "allowed set", "log-prob", "nan"])
+def test_a_law_that_is_not_the_samplings_stops_the_run(breach):
+    policy, _, trainer = make()
+    trajectories = [t for group in sampled_groups(policy) for t in group]
+    decisions = trajectories[5].segments[2].decisions
+    if breach == "temperature":
+        decisions.law.temperature_N[:] = 1.0
+    elif breach == "allowed set":
+        decisions.law.sets = (np.array([[4, 12]], np.int32),)
+    else:
+        decisions.logprob_N[1] = np.nan if breach == "nan" else decisions.logprob_N[1] - 0.01
+    with pytest.raises(TrainingError, match=r"over the tolerance of 0.0001.*trajectory 1-1, segment 2 \(sketch\)"):
+        trainer.on_policy_gap(trajectories)
+
+
+def test_dropout_is_off():
+    policy, config, trainer = make()
+    metrics = trainer.update(credited(policy, config))
+    assert metrics["on_policy_gap"] < 1e-5 and metrics["log_ratio/max"] < 1e-5
+
+
+def test_one_step_is_adamw_on_the_gradient_of_the_formula():
+    """An independent computation: the on-policy gradient is -A * weight * d log-prob, clipped, through AdamW."""
+    policy, config, trainer = make(max_grad_norm=0.05)
+    groups = credited(policy, config)
+    twin = copy.deepcopy(policy.model)
+    for module in twin.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+    other = BigramPolicy()
+    other._active = twin
+    trajectories = [t for group in groups for t in group]
+    scored = other.score(trajectories)
+    loss = torch.zeros(())
+    for n in range(len(scored.logprob_N)):
+        trajectory = trajectories[scored.trajectory_N[n]]
+        segment = trajectory.segments[scored.segment_N[n]]
+        loss = loss - float(trajectory.advantage_S[scored.segment_N[n]]) * scored.logprob_N[n] / (
+            len(segment.decisions) * len(trajectories))
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+    torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.0).step()
+
+    metrics = trainer.update(groups)
+    assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-4) and norm > 0.05
+    for name, value in policy.model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["segment", "modality", "token", "grpo", "dr_grpo"])
+def test_how_the_batch_is_cut_into_passes_changes_nothing(loss_type):
+    results = []
+    for budget in (10_000, 40, 1):
+        policy, config, trainer = make(loss_type=loss_type, tokens_per_micro_batch=budget, beta=0.1)
+        metrics = trainer.update(credited(policy, config))
+        results.append((policy.passes, metrics["loss/total"], metrics["grad_norm"], weights(policy)))
+    assert results[0][0] < results[1][0] < results[2][0]
+    for _, loss, norm, state in results[1:]:
+        assert loss == pytest.approx(results[0][1], abs=1e-7) and norm == pytest.approx(results[0][2], rel=1e-5)
+        for name in state:
+            torch.testing.assert_close(state[name], results[0][3][name], atol=2e-6, rtol=1e-5)
+
+
+def test_it_learns():
+    policy, config, trainer = make(learning_rate=0.03, num_iterations=2)
+    before = np.mean([reward(t) for g in sampled_groups(policy, 8, 8, seed=9) for t in g])
+    for step in range(15):
+        trainer.update(credited(policy, config, groups=6, members=8, first=6 * step, version=trainer.version))
+    after = np.mean([reward(t) for g in sampled_groups(policy, 8, 8, seed=9) for t in g])
+    assert after > before + 0.4
+
+
+def test_several_steps_on_one_batch_compare_with_the_weights_at_its_start():
+    policy, config, trainer = make(num_iterations=3, num_minibatches=2, learning_rate=0.1)
+    metrics = trainer.update(credited(policy, config))
+    assert metrics["optimizer_steps"] == 6 and metrics["on_policy_gap"] < 1e-5
+    assert metrics["log_ratio/max"] > 0.05 and metrics["clip/low"] + metrics["clip/high"] > 0
+    assert trainer.version == 1
+
+
+def test_older_trajectories_are_weighted_by_their_ratio():
+    policy, config, trainer = make(learning_rate=0.1)
+    groups = credited(policy, config)
+    trainer.update(groups)
+    metrics = trainer.update(groups)  # of version 0, and the weights are version 1
+    assert "on_policy_gap" not in metrics and metrics["log_ratio/max"] < 1e-5
+    assert metrics["importance/mean"] != pytest.approx(1.0, abs=1e-3)
+
+
+def test_kl_is_to_the_reference_and_starts_at_zero():
+    policy, config, trainer = make(beta=0.1, loss_type="token", use_bias_correction_kl=False)
+    metrics = trainer.update(credited(policy, config))
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-9)
+    metrics = trainer.update(credited(policy, config, first=4, version=1))
+    assert metrics["kl"] > 1e-6 and metrics["loss/kl"] == pytest.approx(0.1 * metrics["kl"], rel=1e-4)
+
+
+def test_metrics_tell_words_from_codes():
+    policy, config, trainer = make()
+    groups = credited(policy, config)
+    metrics = trainer.update(groups)
+    assert metrics["trained/code_decisions"] == 3 * metrics["trained/trajectories"]
+    words = sum(len(t.segments[1].ids) + 1 for g in groups for t in g)
+    assert metrics["trained/word_decisions"] == words
+    assert 0 < metrics["entropy/code"] <= np.log(4) + 1e-6 and 0 < metrics["entropy/word"] <= np.log(4) + 1e-6
+    assert metrics["entropy"] == pytest.approx(
+        (metrics["entropy/code"] * metrics["trained/code_decisions"] + metrics["entropy/word"] * words)
+        / (words + metrics["trained/code_decisions"]))
+
+
+def test_nothing_to_train_on_moves_nothing():
+    policy, _, trainer = make()
+    before = weights(policy)
+    assert trainer.update([])["optimizer_steps"] == 0
+    assert trainer.version == 0 and all(torch.equal(before[n], v) for n, v in policy.model.state_dict().items())
+
+
+def test_who_is_trained():
+    policy, _, _ = make()
+    [group] = sampled_groups(policy, groups=1, members=4)
+    for trajectory in group:
+        trajectory.reward = 1.0
+    group[0].reward = None
+    group[1].stop = StopReason.MAX_TOKENS
+    for segment in group[2].segments[1:]:
+        segment.decisions.law.temperature_N[:] = 0  # greedy
+    assert trainable([group], GrpoConfig()) == [group[1], group[3]]
+    assert trainable([group], GrpoConfig(mask_truncated_completions=True)) == [group[3]]
+
+
+def test_a_role_of_weight_zero_learns_nothing():
+    policy, config, trainer = make(role_weights={"plan": 0.0, "inspect": 0.0}, weight_decay=0.0)
+    metrics = trainer.update(credited(policy, config))
+    assert "trained/word_decisions" not in metrics and metrics["trained/code_decisions"] > 0
+
+
+def test_frozen_parameters_stay():
+    policy = BigramPolicy()
+    policy.model.embedding.weight.requires_grad_(False)
+    config = GrpoConfig(learning_rate=0.01)
+    trainer = Trainer(policy, config, Accelerator(cpu=True))
+    before = weights(policy)
+    trainer.update(credited(policy, config))
+    assert torch.equal(policy.model.embedding.weight, before["embedding.weight"])
+    assert not torch.equal(policy.model.head.weight, before["head.weight"])
+    policy.model.requires_grad_(False)
+    with pytest.raises(TrainingError, match="nothing to train"):
+        Trainer(policy, config, Accelerator(cpu=True))
+
+
+def test_an_infinite_gradient_stops_the_run_and_leaves_the_weights():
+    policy, config, trainer = make()
+    groups = credited(policy, config)
+    groups[0][0].advantage_S[:] = np.inf
+    before = weights(policy)
+    with pytest.raises(TrainingError, match="gradient's norm is"):
+        trainer.update(groups)
+    assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
+
+
+def test_a_policy_that_leaves_decisions_out_is_found_out():
+    policy, config, trainer = make()
+    groups = credited(policy, config)
+    whole = policy.score
+    trainer.scorer._score = lambda trajectories, **kwargs: whole(trajectories[:-1], **kwargs)
+    with pytest.raises(TrainingError, match="decisions where the record holds"):
+        trainer.update(groups)
+
+
+def test_the_schedule_warms_up_and_state_continues_it():
+    policy, config, trainer = make(warmup_steps=4, lr_scheduler_type="linear", steps=10)
+    rates = [trainer.update(credited(policy, config, first=4 * s, version=trainer.version))["learning_rate"]
+             for s in range(3)]
+    assert rates == pytest.approx([0.0, 0.0025, 0.005])
+
+    other = BigramPolicy(seed=5)
+    other.model.load_state_dict(policy.model.state_dict())
+    second = Trainer(other, config, Accelerator(cpu=True))
+    torch.save(trainer.state(), buffer := io.BytesIO())
+    buffer.seek(0)
+    second.load(torch.load(buffer, weights_only=True))
+    assert second.version == trainer.version == 3
+    for one, p in ((trainer, policy), (second, other)):
+        one.update(credited(p, config, first=12, version=3))
+    for name, value in other.model.state_dict().items():
+        assert torch.equal(value, policy.model.state_dict()[name])
+
+
+def test_random_state_round_trips():
+    import random
+
+    state = random_state()
+    drawn = (random.random(), np.random.rand(), torch.rand(3).tolist())
+    set_random_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == drawn
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 200), st.integers(1, 4))
+def test_packs_hold_every_row_once_and_keep_the_budget(lengths, budget, processes):
+    packs = pack(lengths, budget, processes)
+    assert sorted(row for rows in packs for row in rows) == list(range(len(lengths)))
+    for rows in packs:
+        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= budget
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_every_process_makes_equally_many_passes_and_weights_add_up(processes):
+    policy, config, _ = make(tokens_per_micro_batch=40)
+    trajectories = [t for group in credited(policy, config) for t in group]
+    plans = [plan(trajectories, config, processes, rank) for rank in range(processes)]
+    assert len({len(batches) for batches in plans}) == 1
+    real = [b for batches in plans for b in batches if b.weight_BS.any()]
+    assert sorted(t.key for b in real for t in b.trajectories) == sorted(t.key for t in trajectories)
+    # three segments of weight one each, averaged over trajectories
+    total = sum(float(b.weight_BS[row, s]) * len(segment.decisions) for b in real
+                for row, t in enumerate(b.trajectories) for s, segment in enumerate(t.segments) if segment.decisions)
+    assert total == pytest.approx(3.0, rel=1e-5)
