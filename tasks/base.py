@@ -23,7 +23,7 @@ class Demonstration:
     prompt: str
     record: Record
     parts: tuple[Part, ...]
-    mistakes: tuple[int, ...] = ()  # indices of pictures in `parts` that are wrong on purpose: a loss may leave them out
+    mistakes: tuple[int, ...] = ()  # indices in `parts` of pictures that are wrong on purpose: a loss may skip them
 
 
 @dataclass(frozen=True, eq=False)

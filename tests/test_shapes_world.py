@@ -3,7 +3,18 @@ import pytest
 
 from tasks.shapes.render import MASKS, render
 from tasks.shapes.world import (
-    CANVAS, COLORS, JITTERS, OBJECT, PATCH, PLACES, SHAPES, Object, Scene, disjoint, layouts, sample_scene,
+    CANVAS,
+    COLORS,
+    JITTERS,
+    OBJECT,
+    PATCH,
+    PLACES,
+    SHAPES,
+    Object,
+    Scene,
+    disjoint,
+    layouts,
+    sample_scene,
 )
 
 

@@ -1,0 +1,47 @@
+"""Tasks by name, or by dotted path for a user's own, which needs no registration."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from rollout.errors import UserError, nearest
+from tasks.base import Task
+
+_BUILT_IN = {"shapes": "tasks.shapes.task.ShapesTask"}
+
+
+def known_tasks() -> list[str]:
+    return sorted(_BUILT_IN)
+
+
+def get_task(name: str, **options: Any) -> Task:
+    """Build a task: one of ours by name, or any class (or function) at `package.module.attribute`.
+
+    Raises:
+        UserError: no such name, module or attribute; an option that the task does not take; a task that lacks a part
+            of tasks.base.Task.
+    """
+    make = _find(_BUILT_IN.get(name, name))
+    try:
+        task = make(**options)
+    except TypeError as error:
+        raise UserError(f"task.options: '{name}' cannot be built with {sorted(options)}: {error}") from error
+    missing = [part for part in ("name", "words", "classes", "prompts", "demonstrations", "detect")
+               if not hasattr(task, part)]
+    if missing:
+        raise UserError(f"task '{name}' has no '{missing[0]}'; tasks/base.py says what a task offers")
+    return task
+
+
+def _find(path: str) -> Callable[..., Task]:
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        raise UserError(f"task.name: no task '{path}'; {nearest(path, _BUILT_IN)}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"task.name: cannot import '{module}' of '{path}': {error}") from error
+    except AttributeError as error:
+        raise UserError(f"task.name: the module '{module}' has no '{attribute}'") from error

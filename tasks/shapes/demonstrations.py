@@ -1,0 +1,265 @@
+"""Thoughts that somebody wrote, in every format: what the warm start learns from.
+
+A demonstration draws what its prompt asks for in 2 to 4 pictures. In about half of them a picture is wrong on purpose,
+by one mistake that breaks the prompt under GenEval's rules; the text after it names the mistake, the refinement repairs
+it, and everything else of the picture stays as it was. In the others the inspection rightly finds nothing. The last
+picture is always right. `Demonstration.mistakes` says which pictures are wrong, for a loss that would rather not learn
+to draw them.
+
+Formats (rollout/formats): strokes, subgoals, self_critique.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rollout.errors import UserError, nearest
+from rollout.formats.base import Part
+from tasks.base import Demonstration, Record
+from tasks.shapes.language import (
+    Mistake,
+    clause_of,
+    describe,
+    inspection,
+    instruction,
+    plan,
+    refinement,
+    requirement,
+)
+from tasks.shapes.prompts import TAGS, pool, sample_scene_for, satisfies
+from tasks.shapes.render import render
+from tasks.shapes.world import COLORS, JITTERS, SHAPES, Object, Scene, free_places
+
+# Kinds of mistake by tag, with weights: only what GenEval's rules would punish. An extra object is no fault outside
+# counting, nor is a colour that nobody asked for.
+MISTAKES: dict[str, dict[str, float]] = {
+    "single_object": {"shape": 0.9, "missing": 0.1},
+    "two_object": {"shape": 0.7, "missing": 0.3},
+    "counting": {"shape": 0.3, "missing": 0.35, "extra": 0.35},
+    "colors": {"color": 0.6, "shape": 0.4},
+    "position": {"place": 0.6, "shape": 0.25, "missing": 0.15},
+    "color_attr": {"color": 0.55, "shape": 0.3, "missing": 0.15},
+}
+ANOTHER_MISTAKE = 0.35  # of the repairs that go wrong once more, while there is room for two pictures
+TWO_STROKES = 0.25  # of the thoughts on several objects that are drawn in two strokes
+MAX_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class Slip:
+    """A picture that went wrong, what is wrong with it, and the object as it should be (None: there should be none)."""
+
+    scene: Scene
+    mistake: Mistake
+    target: Object | None
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------------
+
+def slip(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
+    """One mistake in a right scene, such that it plainly breaks the record."""
+    weights = MISTAKES[record["tag"]]
+    kinds = list(weights)
+    order = rng.choice(len(kinds), size=len(kinds), replace=False, p=np.fromiter(weights.values(), float))
+    for kind in (kinds[i] for i in order):
+        for _ in range(4):
+            made = _SLIPS[kind](record, scene, rng)
+            if made is not None and not satisfies(record, made.scene, margin=-0.1):
+                return made
+    return _wrong_shape(record, scene, rng)  # breaks every prompt
+
+
+def _slips(record: Record, scene: Scene, rng: np.random.Generator, count: int) -> list[Slip]:
+    return [slip(record, scene, rng) for _ in range(count)]
+
+
+def _other(rng: np.random.Generator, names: tuple[str, ...], name: str) -> str:
+    names = tuple(n for n in names if n != name)
+    return names[rng.integers(len(names))]
+
+
+def _wrong_color(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
+    index = int(rng.integers(len(scene.objects)))
+    target = scene.objects[index]
+    wrong = replace(target, color=_other(rng, tuple(COLORS), target.color))
+    return Slip(_put(scene, index, wrong), Mistake("color", clause_of(wrong)), target)
+
+
+def _wrong_shape(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
+    index = int(rng.integers(len(scene.objects)))
+    target = scene.objects[index]
+    wrong = replace(target, shape=_other(rng, SHAPES, target.shape))
+    return Slip(_put(scene, index, wrong), Mistake("shape", clause_of(wrong)), target)
+
+
+def _wrong_place(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
+    index = int(rng.integers(len(scene.objects)))
+    target = scene.objects[index]
+    places = free_places([item.place for i, item in enumerate(scene.objects) if i != index])
+    wrong = replace(target, place=places[rng.integers(len(places))])
+    return Slip(_put(scene, index, wrong), Mistake("place", clause_of(wrong)), target)
+
+
+def _missing(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
+    index = int(rng.integers(len(scene.objects)))
+    target = scene.objects[index]
+    return Slip(scene.without(index), Mistake("missing", clause_of(target)), target)
+
+
+def _extra(record: Record, scene: Scene, rng: np.random.Generator) -> Slip | None:
+    places = free_places([item.place for item in scene.objects])
+    if not places:
+        return None
+    model = scene.objects[int(rng.integers(len(scene.objects)))]
+    extra = replace(model, place=places[rng.integers(len(places))], jitter=int(rng.integers(len(JITTERS))))
+    return Slip(Scene((*scene.objects, extra)), Mistake("extra", clause_of(extra)), None)
+
+
+_SLIPS: dict[str, Callable[[Record, Scene, np.random.Generator], Slip | None]] = {
+    "color": _wrong_color, "shape": _wrong_shape, "place": _wrong_place, "missing": _missing, "extra": _extra}
+
+
+def _put(scene: Scene, index: int, item: Object) -> Scene:
+    return Scene((*scene.objects[:index], item, *scene.objects[index + 1:]))
+
+
+# ---- building blocks --------------------------------------------------------------------------------------------
+
+class _Writer:
+    """Collects the parts of one demonstration."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.mistakes: list[int] = []
+
+    def say(self, role: str, text: str) -> None:
+        self.parts.append(Part(role, text))
+
+    def draw(self, role: str, scene: Scene, wrong: bool = False) -> None:
+        if wrong:
+            self.mistakes.append(len(self.parts))
+        self.parts.append(Part(role, picture=render(scene)))
+
+    def finish(self, record: Record) -> Demonstration:
+        return Demonstration(record["prompt"], record, tuple(self.parts), tuple(self.mistakes))
+
+
+def _critique(scene: Scene, made: Slip | None) -> str:
+    """An inspection and a refinement as one free text."""
+    if made is None:
+        return f"{inspection(scene, None)} ; keep all"
+    return f"{inspection(scene, made.mistake)} ; {refinement(made.mistake, made.target)}"
+
+
+def _split(scene: Scene) -> tuple[list[Object], list[Object]]:
+    """The objects of a first and a second stroke, each of one shape."""
+    first = [item for item in scene.objects if item.shape == scene.objects[0].shape]
+    second = [item for item in scene.objects if item.shape != scene.objects[0].shape]
+    return (first, second) if second else (first[: len(first) // 2], first[len(first) // 2:])
+
+
+# ---- the formats ------------------------------------------------------------------------------------------------
+
+def strokes(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
+    """plan, sketch, inspect, (refine, redraw, inspect)*, and again from plan where a stroke is left.
+
+    The first sketch attempts the whole prompt but for one in four thoughts on several objects, which are drawn in two
+    strokes. A whole sketch that is right at once is planned and drawn a second time unchanged: "keep all".
+    """
+    scene = sample_scene_for(record, rng)
+    wrong = rng.random() < mistake_rate
+    out = _Writer()
+    if len(scene.objects) > 1 and rng.random() < TWO_STROKES:
+        first, second = _split(scene)
+        part = Scene(tuple(first))
+        text = plan(instruction("draw", first), part)
+        late, both = rng.random(2) < (0.5, ANOTHER_MISTAKE)  # where it goes wrong
+        _stroke(out, requirement(record, text), part, text, rng, int(wrong and (both or not late)))
+        _stroke(out, record, scene, plan(instruction("add", second), scene), rng, int(wrong and (both or late)))
+    elif wrong:
+        _stroke(out, record, scene, plan("draw all", scene), rng, _how_often(rng))
+    else:
+        _stroke(out, record, scene, plan("draw all", scene), rng, 0)
+        _stroke(out, record, scene, plan("keep all", scene), rng, 0)
+    return out.finish(record)
+
+
+def _how_often(rng: np.random.Generator) -> int:
+    """How many pictures in a row go wrong where one does: 1 to MAX_PICTURES - 1."""
+    return min(int(rng.geometric(1 - ANOTHER_MISTAKE)), MAX_PICTURES - 1)
+
+
+def _stroke(out: _Writer, record: Record, scene: Scene, plan_text: str, rng: np.random.Generator, wrong: int) -> None:
+    """One stroke with its inspections; the first `wrong` of its pictures have a mistake each."""
+    out.say("plan", plan_text)
+    role = "sketch"
+    for made in _slips(record, scene, rng, wrong):
+        out.draw(role, made.scene, wrong=True)
+        out.say("inspect", f"<inspect> {inspection(made.scene, made.mistake)} </inspect>")
+        out.say("refine", f"<refine> {refinement(made.mistake, made.target)} </refine>")
+        role = "redraw"
+    out.draw(role, scene)
+    out.say("inspect", f"<inspect> {inspection(scene, None)} </inspect>")
+
+
+def subgoals(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
+    """A plan in words, one or two pictures of its parts with words on each, then the picture of the whole.
+
+    Half of the parts that went wrong are drawn again before going on; the others are put right in the whole.
+    """
+    scene = sample_scene_for(record, rng)
+    steps = [list(scene.objects)] if len(scene.objects) == 1 else list(_split(scene))
+    out = _Writer()
+    out.say("plan", " ; ".join(describe(Scene(tuple(step))) for step in steps))
+    wrong = int(rng.integers(len(steps))) if rng.random() < mistake_rate else -1
+    for index, step in enumerate(steps):
+        part = Scene(tuple(step))
+        owed = requirement(record, f"<des> {describe(part)} </des>")
+        repeat = rng.random() < 0.5
+        for made in _slips(owed, part, rng, int(index == wrong)):
+            out.draw("subgoal", made.scene, wrong=True)
+            out.say("reflect", _critique(made.scene, made))
+        if index != wrong or repeat:
+            out.draw("subgoal", part)
+            out.say("reflect", _critique(part, None))
+    out.draw("final", scene)
+    return out.finish(record)
+
+
+def self_critique(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
+    """A picture at once, words on it, and another picture; again while the last one is wrong."""
+    scene = sample_scene_for(record, rng)
+    out = _Writer()
+    role = "sketch"
+    for made in _slips(record, scene, rng, _how_often(rng) if rng.random() < mistake_rate else 0):
+        out.draw(role, made.scene, wrong=True)
+        out.say("critique", _critique(made.scene, made))
+        role = "redraw"
+    if role == "sketch":
+        out.draw(role, scene)
+        out.say("critique", _critique(scene, None))
+    out.draw("redraw", scene)
+    return out.finish(record)
+
+
+FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]] = {
+    "strokes": strokes, "subgoals": subgoals, "self_critique": self_critique}
+
+
+def demonstrations(format: str, count: int, seed: int, mistake_rate: float = 0.5) -> list[Demonstration]:
+    """`count` demonstrations over train prompts, all tags equally often.
+
+    Raises:
+        UserError: a format that has no demonstrations here.
+    """
+    if format not in FORMATS:
+        raise UserError(f"task 'shapes' has no demonstrations in the format '{format}'; {nearest(format, FORMATS)}")
+    rng = np.random.default_rng([seed, list(FORMATS).index(format)])
+    made = []
+    for index in range(count):
+        records = pool("train", TAGS[index % len(TAGS)])
+        made.append(FORMATS[format](records[rng.integers(len(records))], rng, mistake_rate))
+    return [made[i] for i in rng.permutation(count)]

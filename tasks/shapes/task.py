@@ -1,0 +1,62 @@
+"""The shapes world as a Task: this is the file that the registry builds."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rollout.errors import UserError, nearest
+from tasks.base import Demonstration, Detection, Record, Split
+from tasks.shapes import demonstrations, detector, language, prompts
+from tasks.shapes.language import Claim, Clause, Mistake
+from tasks.shapes.world import CANVAS, SHAPES
+
+
+class ShapesOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    mistake_rate: float = Field(0.5, ge=0, le=1, description="share of demonstrations with a mistake to be repaired")
+
+
+class ShapesTask:
+    """Coloured shapes on a canvas of 32 x 32 px. Options: see ShapesOptions."""
+
+    name = "shapes"
+    classes = SHAPES
+    picture_size = CANVAS  # px, both sides
+
+    def __init__(self, **options: object) -> None:
+        try:
+            self.options = ShapesOptions.model_validate(options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            known = ShapesOptions.model_fields
+            hint = nearest(key, known) if key not in known else f"it is {first['input']!r}"
+            raise UserError(f"task.options.{key}: {first['msg']}; {hint}") from error
+        self.words = sorted(prompts.prompt_words() | language.vocabulary())
+
+    def prompts(self, split: Split) -> list[Record]:
+        if split not in ("train", "heldout"):
+            raise UserError(f"task 'shapes' has no split '{split}'; {nearest(split, ('train', 'heldout'))}")
+        return prompts.prompts(split)
+
+    def demonstrations(self, format: str, count: int, seed: int) -> list[Demonstration]:
+        return demonstrations.demonstrations(format, count, seed, self.options.mistake_rate)
+
+    def detect(self, picture: np.ndarray) -> list[Detection]:
+        return detector.detect(picture)
+
+    # What rewards/critique_consistency.py asks of a task whose inspections can be read.
+
+    def claims(self, text: str) -> Claim:
+        return language.claims(text)
+
+    def requirement(self, record: Record, plan_text: str) -> Record:
+        return language.requirement(record, plan_text)
+
+    def holds(self, mistake: Mistake, record: Record, detections: list[Detection]) -> bool:
+        return language.holds(mistake, record, detections)
+
+    def seen_in(self, detections: list[Detection]) -> list[Clause]:
+        return [clause for clause, _ in language.seen_in(detections)]

@@ -1,0 +1,184 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rewards.geneval import evaluate
+from rollout.errors import UserError
+from rollout.formats.registry import get_format
+from rollout.formats.render import render as render_thought
+from rollout.formats.render import tags_of
+from tasks.registry import get_task
+from tasks.shapes.demonstrations import FORMATS
+from tasks.shapes.language import KINDS, claims, holds, parse_plan, requirement
+from tasks.shapes.prompts import HELDOUT, TAGS, compositions
+
+TASK = get_task("shapes")
+COUNT = 600
+
+
+@pytest.fixture(scope="module")
+def written():
+    return {name: TASK.demonstrations(name, COUNT, seed=0) for name in FORMATS}
+
+
+def judged(record, picture):
+    objects: dict = {}
+    for seen in TASK.detect(picture):
+        objects.setdefault(seen.cls, []).append({"box": seen.box, "score": seen.score, "color": seen.color})
+    return evaluate(record, objects)[0]
+
+
+def pictures(demonstration):
+    return [(i, part.picture) for i, part in enumerate(demonstration.parts) if part.picture is not None]
+
+
+class Words:
+    """A vocabulary of whole words: enough to render demonstrations, with room for 512 codes."""
+
+    def __init__(self, tags):
+        self.words = ["<pad>", "<s>", "</s>", "<boi>", "<eoi>", *tags, *TASK.words]
+        self.index = {word: i for i, word in enumerate(self.words)}
+        self.pad, self.bos, self.eos, self.boi, self.eoi, self.sep = 0, 1, 2, 3, 4, None
+        self.code_ids = np.arange(len(self.words), len(self.words) + 512, dtype=np.int32)
+        self.size, self.codes_per_image = len(self.words) + 512, 16
+
+    def encode(self, text):
+        return [self.index[word] for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(self.words[i] for i in ids)
+
+    def piece(self, id):
+        return f"{self.words[id]} " if id < len(self.words) else ""
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_demonstrations_are_sentences_of_their_format(written, name):
+    fmt = get_format(name)
+    vocabulary = Words(tags_of(fmt))
+    codes = vocabulary.code_ids[:16]
+    for shown in written[name][:200]:
+        # render raises when a part is no sentence of the format, and encode when a word is unknown
+        thought = render_thought(fmt, shown.prompt, shown.record, shown.parts, vocabulary,
+                                 [codes] * len(pictures(shown)))
+        assert fmt.violations(thought) == []
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_two_to_four_pictures_and_the_last_is_right(written, name):
+    counts = Counter(len(pictures(shown)) for shown in written[name])
+    assert set(counts) == {2, 3, 4}
+    for shown in written[name]:
+        assert judged(shown.record, pictures(shown)[-1][1]), shown.prompt
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_half_of_them_have_a_mistake(written, name):
+    share = np.mean([bool(shown.mistakes) for shown in written[name]])
+    assert 0.4 < share < 0.6
+    assert not any(shown.mistakes for shown in get_task("shapes", mistake_rate=0).demonstrations(name, 60, 0))
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_tags_are_even_and_prompts_are_train_ones(written, name):
+    assert Counter(shown.record["tag"] for shown in written[name]) == dict.fromkeys(TAGS, COUNT // 6)
+    assert not any(compositions(shown.record) & HELDOUT for shown in written[name])
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_word_is_known(written, name):
+    known = {*TASK.words, *tags_of(get_format(name))}
+    for shown in written[name]:
+        assert {word for part in shown.parts for word in part.text.split()} <= known
+        assert set(shown.prompt.split()) <= known
+
+
+def inspected(name, shown):
+    """(record owed, wrong on purpose, picture, the words after it) of each picture that is commented on."""
+    stage = shown.record
+    for i, part in enumerate(shown.parts):
+        if name == "strokes" and part.role == "plan":
+            stage = requirement(shown.record, part.text)
+        if part.picture is not None and i + 1 < len(shown.parts):
+            yield stage, i in shown.mistakes, part.picture, shown.parts[i + 1].text
+
+
+@pytest.mark.parametrize("name", ["strokes", "self_critique"])
+def test_inspections_say_what_is_there_and_are_right(written, name):
+    verdicts: Counter = Counter()
+    for shown in written[name]:
+        for stage, mistaken, picture, text in inspected(name, shown):
+            claim = claims(text)
+            detections = TASK.detect(picture)
+            assert Counter(c.shape for c in claim.seen) == Counter(d.cls for d in detections)
+            assert Counter(c.color for c in claim.seen) == Counter(d.color for d in detections)
+            assert (claim.verdict == "wrong") == mistaken == (not judged(stage, picture)), (shown.prompt, text)
+            for mistake in claim.mistakes:
+                assert holds(mistake, stage, detections), (shown.prompt, text)
+                verdicts[mistake.kind] += 1
+            assert len(claim.mistakes) == mistaken
+            verdicts[claim.verdict] += 1
+    assert all(verdicts[name] > 5 for name in (*KINDS, "fine", "wrong")), verdicts
+
+
+def test_subgoal_reflections_are_right(written):
+    for shown in written["subgoals"]:
+        for _, mistaken, picture, text in inspected("subgoals", shown):
+            claim = claims(text)
+            assert claim.verdict == ("wrong" if mistaken else "fine")
+            assert Counter(c.shape for c in claim.seen) == Counter(d.cls for d in TASK.detect(picture))
+
+
+def test_a_repair_changes_one_object_and_keeps_the_rest(written):
+    seen = 0
+    for shown in written["strokes"]:
+        for i in shown.mistakes:
+            before = {(d.cls, d.color, d.box) for d in TASK.detect(shown.parts[i].picture)}
+            after_index = next(j for j, part in enumerate(shown.parts[i + 1:], i + 1) if part.picture is not None)
+            if after_index in shown.mistakes:
+                continue  # went wrong again
+            after = {(d.cls, d.color, d.box) for d in TASK.detect(shown.parts[after_index].picture)}
+            assert 1 <= len(before ^ after) <= 2
+            seen += 1
+    assert seen > 100
+
+
+def test_right_pictures_show_what_their_plan_describes(written):
+    for shown in written["strokes"]:
+        planned = None
+        for i, part in enumerate(shown.parts):
+            if part.role == "plan":
+                planned = parse_plan(part.text)
+            if part.picture is not None and i not in shown.mistakes:
+                assert Counter((c.shape, c.color) for c in planned) == Counter(
+                    (d.cls, d.color) for d in TASK.detect(part.picture))
+
+
+def test_first_sketches_mostly_attempt_everything(written):
+    whole = [len(parse_plan(shown.parts[0].text)) == sum(c["count"] for c in shown.record["include"])
+             for shown in written["strokes"]]
+    assert 0.8 < np.mean(whole) < 0.95
+
+
+def test_a_stroke_trajectory_is_short(written):
+    fmt = get_format("strokes")
+    vocabulary = Words(tags_of(fmt))
+    codes = vocabulary.code_ids[:16]
+    lengths = [render_thought(fmt, s.prompt, s.record, s.parts, vocabulary, [codes] * len(pictures(s))).num_tokens()
+               for s in written["strokes"]]
+    assert np.mean(lengths) < 130 and max(lengths) < 256
+
+
+def test_the_seed_decides():
+    def summary(seed):
+        return [(s.prompt, [p.text for p in s.parts], [p.picture.tobytes() for _, p in enumerate(s.parts)
+                                                       if p.picture is not None])
+                for s in TASK.demonstrations("strokes", 20, seed)]
+
+    assert summary(1) == summary(1) and summary(1) != summary(2)
+
+
+def test_an_unknown_format_is_named():
+    with pytest.raises(UserError, match="did you mean 'strokes'"):
+        TASK.demonstrations("stroke", 1, 0)
