@@ -1,0 +1,125 @@
+"""Starts Ray for the rollout workers, or joins a cluster that is there; ray_workers.py uses it.
+
+A local one keeps to the loopback interface, writes to a folder of its own and has no dashboard. A cluster is joined
+where the environment's RAY_ADDRESS names one. `import ray` happens here, inside functions, and nowhere earlier.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rollout.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Ray adds about 60 characters to its folder for its sockets, whose paths Linux limits to 107.
+LONGEST_FOLDER = 45
+
+
+class ClusterError(UserError):
+    """Ray cannot be had. Every message says that `rollout.workers: 0` does without it."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What was started or joined."""
+
+    folder: Path | None  # where a local one writes; None: not ours to stop
+
+    def log_tail(self, pid: int, lines: int = 12) -> str:
+        """The last lines that a worker process wrote to stderr; empty where that cannot be known."""
+        if self.folder is None:
+            return ""
+        for file in self.folder.glob(f"session_latest/logs/worker-*-{pid}.err"):
+            written = file.read_text(errors="replace").strip().splitlines()
+            return "\n".join(line for line in written[-lines:] if not line.startswith(":"))
+        return ""
+
+    def stop(self) -> None:
+        if self.folder is not None:
+            import ray
+
+            ray.shutdown()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
+    """A Ray with room for `cpus` CPUs' worth of workers (counted, not bound: more than the machine has is allowed).
+
+    Args:
+        object_store_bytes: shared memory for publications and trajectories; None: Ray's default.
+
+    Raises:
+        ClusterError: it did not start, or the cluster at RAY_ADDRESS did not answer.
+    """
+    # Otherwise it would listen on the machine's public address, whatever address it is given. Named for two
+    # systems, it holds on all.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    late = "ray" in sys.modules
+    import ray
+
+    if ray.is_initialized():
+        return Cluster(None)
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        return _join(address)
+    if late:  # the variable is read when Ray is imported
+        from ray._private import ray_constants
+
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    _check_port()
+    folder = _folder()
+    try:
+        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False,
+                 object_store_memory=object_store_bytes, log_to_driver=False, logging_level=logging.ERROR,
+                 ignore_reinit_error=True, _temp_dir=str(folder), _node_ip_address="127.0.0.1")
+    except Exception as error:  # Ray raises anything from ValueError to RpcError here
+        raise ClusterError(f"Ray did not start: {_first_line(error)} (logs: {folder}/session_latest/logs). Set "
+                           "rollout.workers: 0 to roll out in this process, and see `underdrawing doctor`") from error
+    return Cluster(folder)
+
+
+def _join(address: str) -> Cluster:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {_first_line(error)}. Unset it to "
+                           "start a local one, or set rollout.workers: 0 to roll out in this process") from error
+    log.info("joined the Ray cluster at %s", address)
+    return Cluster(None)
+
+
+def _check_port() -> None:
+    """Ray waits half a minute before it says so itself."""
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+    except OSError as error:
+        raise ClusterError(f"Ray finds no free port on 127.0.0.1 ({error.strerror}). End programs that hold ports, or "
+                           "set rollout.workers: 0 to roll out in this process") from error
+
+
+def _folder() -> Path:
+    parent = tempfile.gettempdir()
+    if len(parent) > LONGEST_FOLDER - len("/ud-ray-12345678"):
+        parent = "/tmp"
+    try:
+        return Path(tempfile.mkdtemp(prefix="ud-ray-", dir=parent))
+    except OSError as error:
+        raise ClusterError(f"Ray needs a folder for its sockets, and {parent} takes none ({error.strerror}). Set "
+                           "TMPDIR to a short path, or rollout.workers: 0 to roll out in this process") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
