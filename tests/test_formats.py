@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rollout.formats.base import Part, Span
 from rollout.formats.grammar import END, START
 from rollout.formats.registry import get_format, names
-from rollout.formats.render import encode, render, tags_of
+from rollout.formats.render import encode, prompt_segment, render, tags_of
 from rollout.trajectory import Author, Modality, RecordError, Segment, StopReason, Trajectory, mask_of
 from tests.vocabularies import CODES_PER_IMAGE, PieceVocabulary, WordVocabulary
 
@@ -25,7 +25,7 @@ PICTURE = np.zeros((4, 4, 3), np.uint8)
 
 def written(fmt, vocabulary, ids, spans, stop=StopReason.END):
     """The trajectory that an engine records for the policy's ids."""
-    segments = fmt.opening(" red circle", vocabulary)
+    segments = [prompt_segment(fmt, "red circle", vocabulary)]
     for span in spans:
         part = np.asarray(ids[span.start:span.stop], np.int32)
         text = vocabulary.decode(part) if span.modality is TEXT else ""

@@ -44,7 +44,7 @@ class AllowedSet:
 class Span:
     """A stretch of the policy's ids that the cursor recognised as one segment (half-open, from the turn's start)."""
 
-    role: str
+    role: str  # of an image it may change while the turn goes on: what follows may tell which picture it was
     modality: Modality
     start: int
     stop: int
@@ -93,6 +93,9 @@ class Cursor(Protocol):
 
 @runtime_checkable
 class ThoughtFormat(Protocol):
+    """Besides what is listed here a format may offer `beside_prompt(vocabulary) -> list[Segment]`: untrained user
+    segments that stand after the prompt's and that only some guidance branches see (a negative prompt)."""
+
     name: str
     max_images: int
 

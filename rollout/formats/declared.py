@@ -91,14 +91,12 @@ class DeclaredFormat:
         ids += [int(i) for i in vocabulary.encode(text)]
         return ids if vocabulary.sep is None else [*ids, vocabulary.sep]
 
-    def opening(self, prompt: str, vocabulary: Vocabulary) -> list[Segment]:
-        """The untrained segments that a trajectory begins with: the prompt, and the negative prompt if there is one."""
-        segments = []
-        for role, text in ((PROMPT, prompt), (NEGATIVE, self.negative_prompt)):
-            if role == PROMPT or text:
-                ids = np.asarray(self.prompt_ids(text, vocabulary), np.int32)
-                segments.append(Segment(role, Author.USER, Modality.TEXT, False, ids, text))
-        return segments
+    def beside_prompt(self, vocabulary: Vocabulary) -> list[Segment]:
+        """The negative prompt, for the one guidance branch that sees it; nothing without one."""
+        if not self.negative_prompt:
+            return []
+        ids = np.asarray(self.prompt_ids(self.negative_prompt, vocabulary), np.int32)
+        return [Segment(NEGATIVE, Author.USER, Modality.TEXT, False, ids, self.negative_prompt)]
 
     # ---- decoding and reading ----
 

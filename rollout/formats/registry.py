@@ -65,7 +65,10 @@ def _imported(path: str) -> Factory:
 
 def _options(factory: Factory) -> set[str] | None:
     """The option names that a factory takes; None: it says nothing about them."""
-    parameters = inspect.signature(factory).parameters.values()
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except ValueError:  # some built-in callables have none
+        return None
     named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         # Built-in factories hand their options on to DeclaredFormat.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rollout.formats.base import Part, ThoughtFormat, Vocabulary
-from rollout.formats.grammar import END
+from rollout.formats.grammar import END, PROMPT
 from rollout.trajectory import Author, Modality, RecordError, Segment, StopReason, Trajectory
 
 
@@ -19,13 +19,10 @@ def tags_of(fmt: ThoughtFormat) -> list[str]:
     return list(grammar.tags) if grammar is not None else list(getattr(fmt, "tags", ()))
 
 
-def opening_segments(fmt: ThoughtFormat, prompt: str, vocabulary: Vocabulary) -> list[Segment]:
-    """The untrained user segments before the policy's turn: the format's own, or the prompt alone."""
-    opening = getattr(fmt, "opening", None)
-    if opening is not None:
-        return list(opening(prompt, vocabulary))
+def prompt_segment(fmt: ThoughtFormat, prompt: str, vocabulary: Vocabulary) -> Segment:
+    """What the user said, as the policy sees it; nothing in it is trained."""
     ids = np.asarray(fmt.prompt_ids(prompt, vocabulary), np.int32)
-    return [Segment("prompt", Author.USER, Modality.TEXT, False, ids, prompt)]
+    return Segment(PROMPT, Author.USER, Modality.TEXT, False, ids, prompt)
 
 
 def encode(fmt: ThoughtFormat, text: str, vocabulary: Vocabulary) -> list[int]:
@@ -50,7 +47,7 @@ def render(fmt: ThoughtFormat, prompt: str, record: dict[str, Any], parts: Seque
     if len(pictures) != len(codes):
         raise RecordError(f"demonstration '{prompt}': {len(pictures)} pictures but codes of {len(codes)}; "
                           "give one array of codes a picture")
-    segments = opening_segments(fmt, prompt, vocabulary)
+    segments = [prompt_segment(fmt, prompt, vocabulary)]
     known = {int(i) for i in vocabulary.code_ids}
     image = iter(codes)
     for number, part in enumerate(parts):
