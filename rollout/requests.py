@@ -1,0 +1,24 @@
+"""What a rollout is asked for: one prompt, the members of its group, and the seed of their noise.
+
+The driver makes requests, workers.py spreads them over engines, engine.py turns each into trajectories.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One group, or those of its members that this engine is to write.
+
+    `members` are indices within the whole group: a trajectory depends on (seed, group, member), never on which
+    engine or row wrote it, so a group may be split over calls or written again.
+    """
+
+    group: int
+    prompt: str
+    record: dict[str, Any] = field(default_factory=dict)  # the task's columns, handed on to the trajectory
+    members: tuple[int, ...] = (0,)
+    seed: int = 0

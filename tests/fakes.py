@@ -1,0 +1,402 @@
+"""Small real policies and formats for tests: they keep every promise of policy/base.py and rollout/formats/base.py
+with a few hundred weights, so the engine, the trainer and the workers can be proven before a family exists.
+
+`FakePolicy` is a one-layer causal transformer with a key-value cache. With `flow=True` its pictures are latents,
+denoised by rectified flow with Gaussian noise in the first half. `FakeFormat` comes in three views: "plain" sees all
+that was written, "window" sees the prompt and the last picture only, "flow" sees earlier pictures as latents.
+
+Letters: R cache rows, L positions of the cache, T positions of a sequence, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from policy.base import Categorical, FlowStep, Gaussian, Scored, TokenStep
+from rollout.formats.base import AllowedSet, Span
+from rollout.trajectory import (
+    Author,
+    Context,
+    DecisionKind,
+    Guidance,
+    Modality,
+    Piece,
+    Trajectory,
+    full_history,
+    mask_of,
+    ranges_of,
+)
+
+WORDS = ["a", "red", "blue", "dot", "big", "small", "left", "right", "fine", "wrong"]
+LATENT_SHAPE = (2, 3)  # two tokens of three channels
+
+
+class FakeVocabulary:
+    """pad, bos, eos, BOI, EOI, a full stop, ten words, then the visual codes."""
+
+    def __init__(self, codes: int = 8, codes_per_image: int = 4):
+        self.pad, self.bos, self.eos, self.boi, self.eoi, self.stop = range(6)
+        self.sep = None
+        self.pieces = ["", "", "", "", "", "."] + [f" {word}" for word in WORDS]
+        self.word_ids = list(range(6, len(self.pieces)))
+        self.code_ids = np.arange(len(self.pieces), len(self.pieces) + codes, dtype=np.int32)
+        self.size = len(self.pieces) + codes
+        self.codes_per_image = codes_per_image
+
+    def encode(self, text: str) -> list[int]:
+        return [self.pieces.index(f" {word}") for word in text.split()]
+
+    def decode(self, ids) -> str:
+        return "".join(self.piece(int(id)) for id in ids).strip()
+
+    def piece(self, id: int) -> str:
+        return self.pieces[id] if id < len(self.pieces) else ""
+
+
+class FakeNet(nn.Module):
+    def __init__(self, size: int, length: int, width: int = 16, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def weight(*shape: int, scale: float = 1.0) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator) * scale / shape[-1] ** 0.5)
+
+        self.word, self.place = weight(size, width, scale=4), weight(length, width, scale=4)
+        self.query, self.key, self.value = (weight(width, width) for _ in range(3))
+        self.mix, self.head = weight(width, width), weight(size, width, scale=2)
+        self.see_latent, self.velocity = weight(width, LATENT_SHAPE[1], scale=2), weight(LATENT_SHAPE[1], width)
+        self.clock = weight(width, 1)
+
+    def attend(self, h: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        """h [.., T, D] over keys and values [.., L, D] where seen [.., T, L]; rows that see nothing get zeros."""
+        scores = (h @ self.query.T) @ keys.transpose(-1, -2) / h.shape[-1] ** 0.5
+        weights = scores.masked_fill(~seen, -1e9).softmax(-1) * seen
+        return torch.tanh((h + weights @ values) @ self.mix.T)
+
+
+@dataclass
+class FakeCache:
+    keys: Tensor  # [R, L, D]
+    values: Tensor
+    used: list[int] = field(default_factory=list)  # entries of each row
+    position: list[int] = field(default_factory=list)  # position id of each row's next token
+    calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # what the engine asked for, for tests
+
+    @property
+    def rows(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[1]
+
+
+class FakePolicy:
+    family = "fake"
+
+    def __init__(self, vocabulary: FakeVocabulary | None = None, max_length: int = 96, flow: bool = False,
+                 seed: int = 0):
+        self.vocabulary = vocabulary or FakeVocabulary(codes_per_image=0 if flow else 4)
+        self.max_length = max_length
+        self.model = FakeNet(self.vocabulary.size, max_length, seed=seed)
+        self.draws: list[int] = []  # how many pictures each call of `draw` got
+        self.caches: list[FakeCache] = []
+        if flow:
+            self.flow_times = (1.0, 0.75, 0.5, 0.25, 0.0)
+            self.latent_shape = LATENT_SHAPE
+
+    # ---- sampling ----
+
+    def allocate(self, rows: int, length: int) -> FakeCache:
+        width = self.model.word.shape[1]
+        cache = FakeCache(torch.zeros(rows, length, width), torch.zeros(rows, length, width), [0] * rows, [0] * rows)
+        self.caches.append(cache)
+        return cache
+
+    def _embed_piece(self, trajectory: Trajectory, piece: Piece) -> Tensor:
+        segment = trajectory.segments[piece.segment]
+        if piece.form == "latent":
+            h = torch.from_numpy(segment.latent) @ self.model.see_latent.T
+        else:
+            start, stop = piece.keep or (0, len(segment.ids))
+            h = self.model.word[torch.from_numpy(segment.ids[start:stop].astype(np.int64))]
+        return h + self.model.place[piece.start:piece.start + len(h)]
+
+    def _write(self, cache: FakeCache, row: int, h: Tensor) -> Tensor:
+        """Add entries to a row, one causal step each; logits after the last."""
+        net, start = self.model, cache.used[row]
+        stop = start + len(h)
+        assert stop <= cache.length, "a row was given more than it can hold"
+        cache.keys[row, start:stop], cache.values[row, start:stop] = h @ net.key.T, h @ net.value.T
+        seen = torch.arange(stop)[None] <= torch.arange(start, stop)[:, None]
+        out = net.attend(h, cache.keys[row, :stop], cache.values[row, :stop], seen)
+        cache.used[row] = stop
+        return out[-1] @ net.head.T
+
+    def prefill(self, cache: FakeCache, row_B, contexts) -> Tensor:
+        cache.calls.append(("prefill", tuple(row_B)))
+        logits = torch.zeros(len(row_B), self.vocabulary.size)
+        for b, (row, (trajectory, context)) in enumerate(zip(row_B, contexts, strict=True)):
+            cache.used[row], cache.position[row] = 0, context.start
+            for piece in context.pieces:
+                logits[b] = self._write(cache, row, self._embed_piece(trajectory, piece))
+        return logits
+
+    def copy(self, cache: FakeCache, source: int, row_B) -> None:
+        cache.calls.append(("copy", (source, *row_B)))
+        for row in row_B:
+            cache.keys[row], cache.values[row] = cache.keys[source], cache.values[source]
+            cache.used[row], cache.position[row] = cache.used[source], cache.position[source]
+
+    def step(self, cache: FakeCache, row_B, inputs):
+        cache.calls.append((type(inputs).__name__, tuple(row_B)))
+        net, rows = self.model, list(row_B)
+        assert len(set(rows)) == len(rows), "a row was stepped twice"
+        used = torch.tensor([cache.used[row] for row in rows])
+        if isinstance(inputs, FlowStep):
+            seen = (torch.arange(cache.length)[None] < used[:, None])[:, None].expand(-1, LATENT_SHAPE[0], -1)
+            return self._flow(inputs.x_B, inputs.time_B, inputs.time_next_B, cache.keys[rows], cache.values[rows], seen)
+        assert isinstance(inputs, TokenStep) and int(used.max()) < cache.length
+        h = net.word[inputs.ids_B] + net.place[torch.tensor([cache.position[row] for row in rows])]
+        cache.keys[rows, used], cache.values[rows, used] = h @ net.key.T, h @ net.value.T
+        for row in rows:
+            cache.used[row] += 1
+            cache.position[row] += 1
+        seen = (torch.arange(cache.length)[None] <= used[:, None])[:, None]
+        out = net.attend(h[:, None], cache.keys[rows], cache.values[rows], seen)[:, 0]
+        return Categorical(out @ net.head.T)
+
+    def _flow(self, x: Tensor, time: Tensor, time_next: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Gaussian:
+        """Rectified flow from 1 (noise) to 0; Gaussian steps down to time 0.5, deterministic ones after."""
+        net = self.model
+        h = x @ net.see_latent.T + time[:, None, None] * net.clock[:, 0]
+        velocity = net.attend(h, keys, values, seen) @ net.velocity.T
+        mean = x + (time_next - time)[:, None, None] * velocity
+        sigma = torch.where(time > 0.5, 0.5 * (time - time_next).sqrt(), 0.0)
+        return Gaussian(mean, sigma)
+
+    def append(self, cache: FakeCache, row_B, pieces) -> Tensor:
+        cache.calls.append(("append", tuple(row_B)))
+        logits = []
+        for row, (trajectory, segment, form) in zip(row_B, pieces, strict=True):
+            h = self._embed_piece(trajectory, Piece(segment, form, cache.position[row]))
+            cache.position[row] += len(h)
+            logits.append(self._write(cache, row, h))
+        return torch.stack(logits)
+
+    # ---- pictures ----
+
+    def see(self, pictures):
+        return [self.vocabulary.code_ids[picture[0, :, 0] - 1] for picture in pictures]
+
+    def draw(self, contents):
+        """One pixel a code (its number + 1), or a latent's channels as colours."""
+        self.draws.append(len(contents))
+        pictures = []
+        for content in contents:
+            if content.dtype.kind == "f":
+                pictures.append(((np.tanh(content)[None] + 1) * 127).astype(np.uint8))
+            else:
+                codes = (content - self.vocabulary.code_ids[0] + 1).astype(np.uint8)
+                pictures.append(np.repeat(codes[None, :, None], 3, 2))
+        return pictures
+
+    # ---- training ----
+
+    def guide(self, branches: dict[str, Tensor], guidance: Guidance) -> Tensor:
+        assert guidance.kind == "cfg"
+        return branches["uncond"] + guidance.scales["text"] * (branches["full"] - branches["uncond"])
+
+    def score(self, trajectories, old: Scored | None = None, reference: Scored | None = None,
+              entropy: bool = False) -> Scored:
+        columns: dict[str, list] = {name: [] for name in ("t", "s", "kind", "logprob", "behaviour", "entropy")}
+        for t, trajectory in enumerate(trajectories):
+            for s, segment in enumerate(trajectory.segments):
+                if segment.decisions is None or not segment.trained:
+                    continue
+                for n, kind in enumerate(segment.decisions.kind_N):
+                    if segment.decisions.law.greedy_N[n]:
+                        continue
+                    logprob, uncertainty = self._score_one(trajectory, s, n, int(kind))
+                    columns["t"].append(t)
+                    columns["s"].append(s)
+                    columns["kind"].append(int(kind))
+                    columns["logprob"].append(logprob)
+                    columns["behaviour"].append(float(segment.decisions.logprob_N[n]))
+                    columns["entropy"].append(uncertainty)
+        logprob_N = torch.stack(columns["logprob"]) if columns["logprob"] else torch.zeros(0)
+        behaviour_N = torch.tensor(columns["behaviour"])
+        before_N = behaviour_N if old is None else old.logprob_N.detach()
+        divergence_N = None
+        if reference is not None:
+            ratio_N = reference.logprob_N.detach() - logprob_N
+            divergence_N = ratio_N.exp() - 1 - ratio_N
+        return Scored(torch.tensor(columns["t"]), torch.tensor(columns["s"]), torch.tensor(columns["kind"]), logprob_N,
+                      behaviour_N, logprob_N - before_N, divergence_N,
+                      torch.tensor(columns["entropy"]) if entropy else None)
+
+    def _score_one(self, trajectory: Trajectory, s: int, n: int, kind: int) -> tuple[Tensor, float]:
+        """One decision, from its recorded context alone: no cache and no sharing with other decisions."""
+        net, segment = self.model, trajectory.segments[s]
+        decisions, law = segment.decisions, segment.decisions.law
+        position = int(decisions.position_N[n])
+        guided = law.guidance is not None and kind != DecisionKind.WORD
+        answers: dict[str, Tensor] = {}
+        sigma = torch.ones(())
+        flow_n = n - int((decisions.kind_N != DecisionKind.FLOW).sum())
+        for context in segment.contexts if guided else segment.contexts[:1]:
+            parts = [self._embed_piece(trajectory, piece) for piece in context.pieces]
+            if kind != DecisionKind.FLOW and position:
+                parts.append(self._embed_piece(trajectory, Piece(s, "ids", context.start, (0, position))))
+            h = torch.cat(parts) if parts else torch.zeros(0, net.word.shape[1])
+            keys, values = h @ net.key.T, h @ net.value.T
+            if kind == DecisionKind.FLOW:
+                flow = segment.flow
+                step = self._flow(torch.from_numpy(flow.x_N[flow_n])[None], torch.tensor([flow.time_N[flow_n]]),
+                                  torch.tensor([flow.time_next_N[flow_n]]), keys[None], values[None],
+                                  torch.ones(1, LATENT_SHAPE[0], len(h), dtype=torch.bool))
+                answers[context.branch], sigma = step.mean_B[0], step.sigma_B[0]
+            else:
+                out = net.attend(h[-1:], keys, values, torch.ones(1, len(h), dtype=torch.bool))
+                answers[context.branch] = out[0] @ net.head.T
+        answer = self.guide(answers, law.guidance) if guided else answers["full"]
+        if kind == DecisionKind.FLOW:
+            off = torch.from_numpy(segment.flow.x_next_N[flow_n]) - answer
+            density = torch.distributions.Normal(0.0, sigma)
+            return density.log_prob(off).mean(), float(density.entropy())
+        logits = answer / float(law.temperature_N[n])
+        if law.allowed_N[n] >= 0:
+            allowed = mask_of(law.sets[law.allowed_N[n]], self.vocabulary.size)
+            logits = logits.masked_fill(~torch.from_numpy(allowed), -torch.inf)
+        distribution = torch.distributions.Categorical(logits=logits)
+        return distribution.log_prob(torch.tensor(int(segment.ids[position]))), float(distribution.entropy().detach())
+
+    def reference(self):
+        return nullcontext()
+
+
+class FakeCursor:
+    """Sentences that end with a full stop, pictures of exactly N codes, and the end of the turn."""
+
+    def __init__(self, fmt: FakeFormat, vocabulary: FakeVocabulary):
+        self.fmt, self.vocabulary = fmt, vocabulary
+        self.sets = fmt.sets(vocabulary)
+        self.spans: list[Span] = []
+        self.images, self.count, self.left = 0, 0, 0
+        self.in_image = self.stopped = False
+        self.start = 0
+
+    @property
+    def role(self) -> str:
+        return "image" if self.in_image else "say"
+
+    @property
+    def modality(self) -> Modality:
+        if not self.in_image:
+            return Modality.TEXT
+        return Modality.IMAGE_LATENT if self.fmt.view == "flow" else Modality.IMAGE_TOKENS
+
+    @property
+    def open_span(self) -> Span:
+        return Span(self.role, self.modality, self.start, self.count)
+
+    def forced(self) -> int | None:
+        if self.in_image:
+            return self.vocabulary.eoi if self.left == 0 else None
+        return self.vocabulary.boi if self.count == 0 and self.fmt.begins_with_image else None
+
+    def allowed(self) -> AllowedSet:
+        if self.in_image:
+            return self.sets["codes"]
+        # Where a context forgets the words, a picture can only begin a segment: see FormatContractError.
+        may_draw = self.images < self.fmt.max_images and (self.fmt.view != "window" or self.start == self.count)
+        return self.sets["all"] if may_draw else self.sets["words"]
+
+    def advance(self, id: int) -> None:
+        assert not self.stopped
+        self.count += 1
+        if self.in_image:
+            self.left -= 1
+            if self.left < 0:
+                assert id == self.vocabulary.eoi
+                self._close(self.count)
+                self.in_image = False
+        elif id == self.vocabulary.boi:
+            self._close(self.count - 1)
+            self.in_image, self.left = True, self.vocabulary.codes_per_image
+            self.images += 1
+        elif id in (self.vocabulary.stop, self.vocabulary.eos):
+            self._close(self.count)
+            self.stopped = id == self.vocabulary.eos
+
+    def _close(self, stop: int) -> None:
+        if stop > self.start:
+            self.spans.append(Span(self.role, self.modality, self.start, stop))
+        self.start = stop
+
+    def stop(self) -> None:
+        self._close(self.count)
+        self.stopped = True
+
+
+class FakeFormat:
+    """view: "plain", "window" or "flow" (the module's docstring says what each sees)."""
+
+    def __init__(self, view: str = "plain", max_images: int = 3, guidance_scale: float | None = None,
+                 begins_with_image: bool = False):
+        self.name = f"fake_{view}"
+        self.view, self.max_images, self.guidance_scale = view, max_images, guidance_scale
+        self.begins_with_image = begins_with_image
+        self._sets: dict[int, dict[str, AllowedSet]] = {}
+
+    def sets(self, vocabulary: FakeVocabulary) -> dict[str, AllowedSet]:
+        if id(vocabulary) not in self._sets:
+            words = [*vocabulary.word_ids, vocabulary.stop, vocabulary.eos]
+            self._sets[id(vocabulary)] = {
+                "words": AllowedSet("words", ranges_of(words)),
+                "all": AllowedSet("words or a picture", ranges_of([*words, vocabulary.boi])),
+                "codes": AllowedSet("codes", ranges_of(vocabulary.code_ids)),
+            }
+        return self._sets[id(vocabulary)]
+
+    def prompt_ids(self, prompt: str, vocabulary: FakeVocabulary) -> list[int]:
+        return [vocabulary.bos, *vocabulary.encode(prompt)]
+
+    def cursor(self, vocabulary: FakeVocabulary, constrain: str = "images") -> FakeCursor:
+        return FakeCursor(self, vocabulary)
+
+    def author(self, role: str) -> Author:
+        return Author.POLICY
+
+    def trained(self, role: str) -> bool:
+        return True
+
+    def contexts(self, trajectory: Trajectory, segment: int) -> tuple[Context, ...]:
+        segments = trajectory.segments
+        if self.view == "plain":
+            full = full_history(trajectory, segment)
+        else:
+            indices = list(range(segment))
+            if self.view == "window":
+                images = [i for i in indices if segments[i].modality is Modality.IMAGE_TOKENS]
+                indices = [0, *images[-1:]]
+            pieces, start = [], 0
+            for i in indices:
+                latent = segments[i].modality is Modality.IMAGE_LATENT
+                pieces.append(Piece(i, "latent" if latent else "ids", start))
+                start += LATENT_SHAPE[0] if latent else len(segments[i].ids)
+            full = Context("full", tuple(pieces), start)
+        if self.guidance_scale is None or segments[segment].modality is Modality.TEXT:
+            return (full,)
+        return full, Context("uncond", (), 0)
+
+    def guidance(self, trajectory: Trajectory, segment: int) -> Guidance | None:
+        return None if self.guidance_scale is None else Guidance("cfg", {"text": self.guidance_scale})
+
+    def violations(self, trajectory: Trajectory) -> list:
+        return []

@@ -1,0 +1,371 @@
+"""The engine over fake but real policies: on-policy ratios are 1 for words, codes and denoising steps; rows, refills,
+neighbours and limits change nothing that was chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rollout.config import RolloutConfig
+from rollout.engine import Engine, RolloutError
+from rollout.formats.base import AllowedSet
+from rollout.live import FormatContractError
+from rollout.requests import RolloutRequest
+from rollout.trajectory import (
+    Author,
+    Context,
+    DecisionKind,
+    Modality,
+    Piece,
+    Segment,
+    StopReason,
+    mask_of,
+    ranges_of,
+)
+from tests.fakes import FakeFormat, FakePolicy, FakeVocabulary
+
+PROMPTS = ["a red dot", "blue", "big dot left small dot", "a small red dot right", "wrong"]
+
+
+def requests(groups: int = 4, members: int = 3, seed: int = 0) -> list[RolloutRequest]:
+    return [RolloutRequest(g, PROMPTS[g % len(PROMPTS)], {"tag": g}, tuple(range(members)), seed)
+            for g in range(groups)]
+
+
+def engine(view: str = "plain", guidance: float | None = None, max_images: int = 3, environment=None, max_length=96,
+           begins_with_image: bool = False, **config) -> Engine:
+    policy = FakePolicy(max_length=max_length, flow=view == "flow")
+    fmt = FakeFormat(view, max_images, guidance, begins_with_image)
+    settings = {"rows": 5, "max_tokens": 40, "branches": 1, "guidance": guidance is not None} | config
+    return Engine(policy, fmt, RolloutConfig(**settings), environment=environment)
+
+
+def contents(trajectory) -> list:
+    return [(s.role, s.ids.tolist(), None if s.latent is None else s.latent.round(4).tolist())
+            for s in trajectory.segments]
+
+
+CASES = {
+    "plain": {}, "window": {"view": "window"}, "flow": {"view": "flow"},
+    "guided codes": {"guidance": 2.0, "rows": 8}, "guided flow": {"view": "flow", "guidance": 1.5, "rows": 8},
+    "by role": {"temperature": {"default": 0.7, "image": 1.8}},
+    "nucleus": {"top_p": 0.8}, "top k": {"top_k": 3},
+    "first id forced": {"begins_with_image": True}, "window, first id forced": {"view": "window",
+                                                                              "begins_with_image": True},
+    "greedy words": {"temperature": {"say": 0.0}},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_policy_means_ratio_one(case):
+    rollouts = engine(**CASES[case])
+    trajectories = rollouts.run(requests())
+    with torch.no_grad():
+        scored = rollouts.policy.score(trajectories, entropy=True)
+    assert float(scored.log_ratio_N.detach().abs().max()) < 1e-5
+    kinds = set(scored.kind_N.tolist())
+    drawn = DecisionKind.FLOW if "flow" in case else DecisionKind.CODE
+    assert drawn in kinds
+    if case != "greedy words":
+        assert DecisionKind.WORD in kinds
+        assert len(scored.logprob_N) == sum(t.num_decisions() for t in trajectories)
+    other = FakePolicy(flow="flow" in case, seed=1)  # the check can fail: other weights, other ratios
+    assert float(other.score(trajectories).log_ratio_N.detach().abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("case", ["plain", "window", "flow", "guided codes", "nucleus"])
+def test_a_trajectory_depends_on_its_names_only(case):
+    """Not on rows, neighbours, refills, order, or on which call wrote it."""
+    settings = CASES[case]
+    together = engine(**settings | {"rows": 24}).run(requests())
+    narrow = engine(**settings | {"rows": 2}).run(requests())
+    alone = [engine(**settings).run([RolloutRequest(r.group, r.prompt, r.record, (m,), r.seed)])[0]
+             for r in reversed(requests()) for m in reversed(r.members)][::-1]
+    for a, b, c in zip(together, narrow, alone, strict=True):
+        assert contents(a) == contents(b) == contents(c)
+        assert (a.group, a.member, a.stop) == (b.group, b.member, b.stop) == (c.group, c.member, c.stop)
+    assert len({str(contents(t)) for t in together}) > 6, "members must differ"
+    reseeded = engine(**settings).run(requests(seed=1))
+    assert [contents(t) for t in reseeded] != [contents(t) for t in together]
+
+
+def test_order_groups_and_records():
+    trajectories = engine().run(requests(3, 2))
+    assert [(t.group, t.member) for t in trajectories] == [(g, m) for g in range(3) for m in range(2)]
+    assert [t.prompt for t in trajectories[::2]] == PROMPTS[:3] and trajectories[4].record == {"tag": 2}
+    streamed = list(engine().stream(requests(3, 2)))
+    assert sorted(t.key for t in streamed) == sorted(t.key for t in trajectories)
+
+
+def test_nothing_asked_nothing_done():
+    assert engine().run([]) == []
+    assert engine().run([RolloutRequest(0, "red", {}, ())]) == []
+
+
+def test_a_prompt_is_computed_once_a_group_and_rows_are_refilled_and_closed():
+    rollouts = engine(rows=5)
+    trajectories = rollouts.run(requests(4, 3))
+    calls = rollouts.policy.caches[0].calls
+    assert sum(len(rows) for name, rows in calls if name == "prefill") == 4
+    stats = rollouts.stats
+    assert stats.prompts == 4 and stats.refills == 12 - 5 and stats.trajectories == 12
+    assert stats.tokens == sum(len(s.ids) for t in trajectories for s in t.segments[1:])
+    assert stats.decisions == sum(t.num_decisions() for t in trajectories)
+    steps = [rows for name, rows in calls if name == "TokenStep"]
+    # No row is fed for a finished trajectory: one step for each id but the last of each trajectory.
+    assert sum(map(len, steps)) == stats.tokens - 12
+    assert max(map(len, steps)) <= 5
+    # While the queue lasts, no place is empty; afterwards the rows are the first ones, without gaps.
+    tail = steps[-8:]
+    assert all(rows == tuple(range(len(rows))) for rows in tail)
+    assert [len(rows) for rows in tail] == sorted((len(rows) for rows in tail), reverse=True)
+
+
+def test_segments_are_the_grammars_and_laws_are_recorded():
+    rollouts = engine(temperature={"default": 0.7, "image": 1.8})
+    vocabulary = rollouts.policy.vocabulary
+    seen = set()
+    for trajectory in rollouts.run(requests(5, 4)):
+        assert trajectory.segments[0].role == "prompt" and trajectory.segments[0].author is Author.USER
+        for index, segment in enumerate(trajectory.segments[1:], 1):
+            seen.add(segment.modality)
+            decisions, law = segment.decisions, segment.decisions.law
+            assert segment.trained and segment.contexts[0].branch == "full"
+            assert [p.segment for p in segment.contexts[0].pieces] == list(range(index))
+            assert segment.contexts[0].start == sum(len(s.ids) for s in trajectory.segments[:index])
+            for n, position in enumerate(decisions.position_N):
+                allowed = mask_of(law.sets[law.allowed_N[n]], vocabulary.size)
+                assert allowed[segment.ids[position]]
+            if segment.modality is Modality.IMAGE_TOKENS:
+                assert segment.ids[0] == vocabulary.boi and segment.ids[-1] == vocabulary.eoi
+                # the opening marker is a word's choice, the closing one nobody's
+                assert decisions.position_N.tolist() == [0, 1, 2, 3, 4]
+                assert decisions.kind_N.tolist() == [DecisionKind.WORD] + [DecisionKind.CODE] * 4
+                np.testing.assert_allclose(law.temperature_N, [0.7, 1.8, 1.8, 1.8, 1.8])
+                np.testing.assert_array_equal(segment.picture[0, :, 0] - 1, segment.ids[1:-1] - vocabulary.code_ids[0])
+            else:
+                assert len(decisions) == len(segment.ids) and not decisions.kind_N.any()
+                assert segment.text == vocabulary.decode(segment.ids)
+    assert seen == {Modality.TEXT, Modality.IMAGE_TOKENS}
+
+
+def test_a_forced_first_id_is_no_decision():
+    rollouts = engine(begins_with_image=True)
+    for trajectory in rollouts.run(requests(2, 2)):
+        image = trajectory.segments[1]
+        assert image.ids[0] == rollouts.policy.vocabulary.boi
+        assert image.decisions.position_N.tolist() == [1, 2, 3, 4]
+
+
+def test_top_k_is_recorded_as_the_set_that_was_sampled_from():
+    trajectories = engine(top_k=3).run(requests())
+    for segment in (s for t in trajectories for s in t.segments[1:]):
+        law = segment.decisions.law
+        assert set(law.allowed_N.tolist()) == set(range(len(law.sets)))
+        for ranges in law.sets:
+            assert (ranges[:, 1] - ranges[:, 0]).sum() <= 3
+
+
+def test_greedy_decisions_have_no_logprob():
+    trajectories = engine(temperature={"default": 0.0}).run(requests())
+    for segment in (s for t in trajectories for s in t.segments[1:]):
+        assert np.isnan(segment.decisions.logprob_N).all() and segment.decisions.law.greedy_N.all()
+    assert contents(trajectories[0]) == contents(trajectories[1])  # members of one group cannot differ
+
+
+def test_flow_steps_are_recorded():
+    rollouts = engine("flow")
+    images = [s for t in rollouts.run(requests()) for s in t.segments if s.modality is Modality.IMAGE_LATENT]
+    assert images
+    for image in images:
+        flow, decisions = image.flow, image.decisions
+        assert flow.time_N.tolist() == [1.0, 0.75] and flow.time_next_N.tolist() == [0.75, 0.5]
+        assert decisions.kind_N.tolist() == [DecisionKind.WORD, DecisionKind.FLOW, DecisionKind.FLOW]
+        assert decisions.position_N.tolist() == [0, 0, 1] and not decisions.law.greedy_N.any()
+        np.testing.assert_array_equal(flow.x_next_N[0], flow.x_N[1])
+        z_N = (flow.x_next_N - flow.mean_N) / flow.sigma_N[:, None, None]
+        by_hand = (-0.5 * z_N**2 - np.log(flow.sigma_N)[:, None, None] - 0.5 * np.log(2 * np.pi)).mean((1, 2))
+        np.testing.assert_allclose(decisions.logprob_N[1:], by_hand, atol=1e-5)
+        assert image.ids.tolist() == [3, 4] and image.latent.shape == (2, 3) and image.picture.shape == (1, 2, 3)
+    assert len({image.flow.x_N[0].tobytes() for image in images}) == len(images)
+
+
+def test_a_window_is_prefilled_anew():
+    rollouts = engine("window", max_images=4)
+    trajectories = rollouts.run(requests(5, 4))
+    assert rollouts.stats.anew > 0
+    for trajectory in trajectories:
+        for index, segment in enumerate(trajectory.segments[1:], 1):
+            images = [i for i in range(1, index) if trajectory.segments[i].modality is Modality.IMAGE_TOKENS]
+            assert [p.segment for p in segment.contexts[0].pieces] == [0, *images[-1:]]
+
+
+def test_guided_rows_are_stepped_with_their_branches_and_recorded():
+    rollouts = engine(guidance=2.0, rows=8)
+    trajectories = rollouts.run(requests())
+    assert rollouts.active_rows == 4 and rollouts.stats.branch_ticks > 0
+    for segment in (s for t in trajectories for s in t.segments[1:]):
+        image = segment.modality is Modality.IMAGE_TOKENS
+        assert [c.branch for c in segment.contexts] == (["full", "uncond"] if image else ["full"])
+        assert (segment.decisions.law.guidance is not None) == image
+    unguided = engine().run(requests())
+    assert [contents(t) for t in unguided] != [contents(t) for t in trajectories]
+
+
+def test_rows_must_hold_the_branches():
+    with pytest.raises(RolloutError, match="rollout.rows: 3 rows .* at least 5"):
+        engine(guidance=2.0, rows=3, branches=4)
+
+
+def test_pictures_are_drawn_in_batches():
+    rollouts = engine(rows=30)
+    trajectories = rollouts.run(requests(8, 4))
+    drawn = sum(len(t.pictures()) for t in trajectories)
+    assert drawn == sum(rollouts.policy.draws) == rollouts.stats.pictures
+    assert max(rollouts.policy.draws) >= min(drawn, 40)
+
+
+# ---- limits ----
+
+@pytest.mark.parametrize("max_tokens", range(1, 30, 3))
+def test_max_tokens_never_cuts_a_picture(max_tokens):
+    rollouts = engine(max_tokens=max_tokens)
+    trajectories = rollouts.run(requests(5, 3))
+    for trajectory in trajectories:
+        written = sum(len(s.ids) for s in trajectory.segments[1:])
+        assert written <= max_tokens
+        for segment in trajectory.segments[1:]:
+            if segment.modality is Modality.IMAGE_TOKENS:
+                assert len(segment.ids) == 6
+        if trajectory.stop is StopReason.END:
+            assert trajectory.segments[-1].ids[-1] == rollouts.policy.vocabulary.eos
+    assert any(t.stop is StopReason.MAX_TOKENS for t in trajectories)
+    assert float(rollouts.policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("max_length", [8, 12, 17])
+def test_the_context_is_never_passed_and_a_picture_that_does_not_fit_is_not_begun(max_length):
+    rollouts = engine(max_length=max_length, max_tokens=90, max_images=9)
+    vocabulary = rollouts.policy.vocabulary
+    trajectories = rollouts.run(requests(5, 4))
+    for trajectory in trajectories:
+        assert trajectory.num_tokens() <= max_length
+        at = 0
+        for segment in trajectory.segments:
+            for n, position in enumerate(segment.decisions.position_N if segment.decisions else []):
+                law = segment.decisions.law
+                allowed = mask_of(law.sets[law.allowed_N[n]], vocabulary.size)
+                if segment.modality is Modality.TEXT:
+                    fits = at + position + 6 <= max_length
+                    assert allowed[vocabulary.boi] == fits
+            at += len(segment.ids)
+    assert any(t.stop is StopReason.MAX_CONTEXT for t in trajectories)
+    assert float(rollouts.policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
+
+
+def test_a_forced_picture_that_does_not_fit_is_not_begun():
+    trajectory = engine(begins_with_image=True, max_tokens=5).run([RolloutRequest(0, "red")])[0]
+    assert len(trajectory.segments) == 1 and trajectory.stop is StopReason.MAX_TOKENS
+
+
+def test_a_prompt_longer_than_the_context_is_named():
+    with pytest.raises(RolloutError, match=r"prompt 'big dot left small dot' \(group 2\) has 6 ids.* holds 6"):
+        engine(max_length=6).run(requests())
+
+
+def test_a_format_whose_context_forgets_what_was_sampled_is_refused():
+    class Forgetful(FakeFormat):
+        """The picture forgets the words, but its opening marker was sampled from them."""
+
+        def contexts(self, trajectory, segment):
+            if trajectory.segments[segment].modality is Modality.TEXT:
+                return super().contexts(trajectory, segment)
+            return (Context("full", (Piece(0, "ids", 0),), len(trajectory.segments[0].ids)),)
+
+    rollouts = engine()
+    rollouts.fmt = Forgetful("plain")
+    with pytest.raises(FormatContractError, match="context of the segment 'image' is not what"):
+        rollouts.run(requests())
+
+
+def test_publishing_while_rows_are_live_is_refused():
+    rollouts = engine()
+    stream = rollouts.stream(requests())
+    next(stream)
+    rollouts.version = 7
+    with pytest.raises(RuntimeError, match="publish"):
+        list(stream)
+    assert {s.version for t in rollouts.run(requests()) for s in t.segments} == {7}
+
+
+def test_inference_mode_does_not_leak_to_the_reader():
+    for trajectory in engine().stream(requests(1, 2)):
+        assert not torch.is_inference_mode_enabled()
+        assert trajectory.segments
+
+
+# ---- the environment ----
+
+def judge_of(policy):
+    """A small real environment: counts the words of the sentence, twice a trajectory at most."""
+
+    def answer(trajectory):
+        said = trajectory.segments[-1]
+        asked = sum(s.author is Author.ENVIRONMENT for s in trajectory.segments)
+        if asked == 2 or said.ids[-1] != policy.vocabulary.stop:
+            return None
+        word = "big" if len(said.ids) > 3 else "small"
+        ids = np.array(policy.vocabulary.encode(f"{word} right"), np.int32)
+        return Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, ids, f"{word} right")
+
+    return answer
+
+
+@pytest.mark.parametrize("view", ["plain", "flow"])
+def test_the_environment_answers_between_segments(view):
+    rollouts = engine(view)
+    rollouts.environment = judge_of(rollouts.policy)
+    trajectories = rollouts.run(requests(5, 4))
+    heard = [(t, i) for t in trajectories for i, s in enumerate(t.segments) if s.author is Author.ENVIRONMENT]
+    assert len(heard) > 5
+    for trajectory, index in heard:
+        segment = trajectory.segments[index]
+        assert segment.decisions is None and not segment.trained
+        said = trajectory.segments[index - 1]
+        assert segment.text == ("big right" if len(said.ids) > 3 else "small right")
+        if index + 1 < len(trajectory.segments):
+            assert index in [p.segment for p in trajectory.segments[index + 1].contexts[0].pieces]
+    assert float(rollouts.policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
+    narrow = Engine(rollouts.policy, rollouts.fmt, RolloutConfig(rows=2, max_tokens=40),
+                    environment=rollouts.environment)
+    assert [contents(t) for t in narrow.run(requests(5, 4))] == [contents(t) for t in trajectories]
+
+
+def test_an_answer_that_does_not_fit_is_not_begun():
+    rollouts = engine(max_length=12, max_tokens=90)
+
+    def long_answer(trajectory):
+        return Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, np.full(9, 6, np.int32), "")
+
+    rollouts.environment = long_answer
+    trajectories = rollouts.run(requests(5, 4))
+    assert all(s.author is not Author.ENVIRONMENT for t in trajectories for s in t.segments)
+    assert any(t.stop is StopReason.MAX_CONTEXT for t in trajectories)
+
+
+def test_a_larger_vocabulary_and_an_unconstrained_set():
+    class Free(FakeFormat):
+        def sets(self, vocabulary):
+            found = super().sets(vocabulary)
+            if found["words"].name != "anything":
+                found["words"] = AllowedSet("anything", np.array([[0, vocabulary.size]], np.int32))
+            return found
+
+    policy = FakePolicy(FakeVocabulary(codes=30, codes_per_image=9))
+    rollouts = Engine(policy, Free("plain", max_images=1), RolloutConfig(rows=4, max_tokens=30))
+    trajectories = rollouts.run(requests(4, 3))
+    free = [s.decisions.law for t in trajectories for s in t.segments[1:] if (s.decisions.law.allowed_N == -1).any()]
+    assert free
+    assert float(policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
+    assert ranges_of([1, 2]).tolist() == [[1, 3]]
