@@ -19,6 +19,7 @@ from tasks.shapes.language import (
     plan,
     refinement,
     requirement,
+    seen_in,
     vocabulary,
 )
 from tasks.shapes.prompts import pool
@@ -154,6 +155,13 @@ def test_named_mistakes_hold_or_not():
     assert not holds(Mistake("color", Clause("square", "purple")), record, shown)  # there is none
     assert not holds(Mistake("missing", Clause("square", "green")), record, shown)
     assert not holds(Mistake("extra", Clause("square")), record, shown)
+
+
+def test_what_is_seen_is_named_as_it_is_described():
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        scene = sample_scene(rng, int(rng.integers(1, 5)))
+        assert describe(seen_in(look(*scene.objects))) == describe(scene)
 
 
 def test_missing_and_shape():

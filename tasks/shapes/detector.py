@@ -69,6 +69,15 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return templates_KW, templates_KW.sum(1), np.asarray(shapes)
 
 
+def color_map(picture: np.ndarray) -> np.ndarray:
+    """uint8 [32, 32]: each pixel's colour, 0 the ground, 1 the first of COLORS. Raises PictureError as `detect`."""
+    if picture.dtype != np.uint8 or picture.shape != (CANVAS, CANVAS, 3):
+        raise PictureError(f"the shapes detector reads uint8 pictures of [{CANVAS}, {CANVAS}, 3], not "
+                           f"{picture.dtype} {list(picture.shape)}")
+    r, g, b = np.moveaxis(picture >> 3, -1, 0)
+    return _color_table()[r, g, b]
+
+
 def detect(picture: np.ndarray) -> list[Detection]:
     """Objects in a picture, best score first, then in reading order.
 
@@ -78,11 +87,7 @@ def detect(picture: np.ndarray) -> list[Detection]:
     Raises:
         PictureError: another type or size.
     """
-    if picture.dtype != np.uint8 or picture.shape != (CANVAS, CANVAS, 3):
-        raise PictureError(f"the shapes detector reads uint8 pictures of [{CANVAS}, {CANVAS}, 3], not "
-                           f"{picture.dtype} {list(picture.shape)}")
-    r, g, b = np.moveaxis(picture >> 3, -1, 0)
-    colors = _color_table()[r, g, b]
+    colors = color_map(picture)
     blobs = label(colors, background=0, connectivity=1)
     areas = np.bincount(blobs.ravel())
     found = []

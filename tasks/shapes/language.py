@@ -200,9 +200,9 @@ def requirement(record: Record, plan_text: str) -> Record:
     return {**record, "include": owed, **({"exclude": exclude} if exclude else {})}
 
 
-def seen_in(detections: Iterable[Detection]) -> list[tuple[Clause, tuple[float, ...]]]:
-    """Detections as clauses with their boxes."""
-    return [(Clause(d.cls, d.color, PLACES[place_of(d.box)]), d.box) for d in detections]
+def seen_in(detections: Iterable[Detection]) -> list[Clause]:
+    """Detections as the language would name them."""
+    return [Clause(d.cls, d.color, PLACES[place_of(d.box)]) for d in detections]
 
 
 def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> bool:
@@ -211,7 +211,7 @@ def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> 
     to leave out.
     """
     include = record["include"]
-    seen = seen_in(detections)
+    seen = [(item, detection.box) for item, detection in zip(seen_in(detections), detections, strict=True)]
     wanted = {clause["class"]: clause for clause in include}
     clause = wanted.get(mistake.object.shape)
     found = [item for item, _ in seen if item.shape == mistake.object.shape]

@@ -59,4 +59,4 @@ class ShapesTask:
         return language.holds(mistake, record, detections)
 
     def seen_in(self, detections: list[Detection]) -> list[Clause]:
-        return [clause for clause, _ in language.seen_in(detections)]
+        return language.seen_in(detections)
