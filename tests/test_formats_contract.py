@@ -91,7 +91,7 @@ def test_registering_and_misspelling():
             (lambda: get_format("rollout.formats.nowhere.f"), "cannot be imported"),
             (lambda: get_format("rollout.formats.strokes.stroke"), "did you mean 'strokes'"),
             (lambda: get_format("builtins.dict"), "no ThoughtFormat"),
-            (lambda: get_format("think", images=2), "no 'images'; Known: max_tokens"),
+            (lambda: get_format("think", images=2), "has no 'images'; did you mean 'max_tokens'"),
             (lambda: register("strokes", think), "registered already"),
             (lambda: get_format("strokes", max_tokens={"pln": 3}), "did you mean 'plan'"),
             (lambda: get_format("strokes", max_tokens={"plan": 0}), "at least one token"),
