@@ -13,7 +13,7 @@ class LoraSection(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     r: int = Field(16, ge=1, description="Rank of the adapters.")
-    alpha: float = Field(32.0, gt=0, description="Scaling numerator: updates are scaled by alpha / r.")
+    alpha: int = Field(32, ge=1, description="Scaling numerator: updates are scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input. Not 0: ratios are not 1.")
     target_modules: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -73,7 +73,8 @@ class PolicyConfig(BaseModel):
                                                  "(PolicyConfig, words) -> Policy.")
     path: str | None = Field(None, description="Folder with config.json, model.safetensors and tokenizer files. "
                                                "None: a tiny model with fresh weights.")
-    tiny: TinySection = Field(default_factory=TinySection, description="The tiny model; not read when path is given.")
+    tiny: TinySection = Field(default_factory=lambda: TinySection.model_validate({}),
+                              description="The tiny model; not read when path is given.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the decoder's weights.")
     device: str = Field("cpu", description="torch device of the weights, such as 'cpu' or 'cuda'.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(

@@ -10,6 +10,8 @@ heads, G query heads per key-value head, d head width, L used length.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,8 @@ class Decode:
     def __init__(self, model: ChameleonModel, length: int):
         self.model = model
         config = model.config
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads or self.heads
         self.width = config.hidden_size // config.num_attention_heads
         self.swin = isinstance(model.layers[0], ChameleonSwinDecoderLayer)
         self.scale = self.width**-0.5
@@ -66,7 +69,8 @@ class Decode:
             mask=self._mask(rows, used_B, steps, used, cos_BT1d.dtype, device),
         )
         hidden_BTD = self.model.embed_tokens(ids_BT)
-        for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True):
+        layers: Any = self.model.layers
+        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
             if self.swin:
                 attended = self._attend(layer.self_attn, hidden_BTD, cos_BT1d, sin_BT1d, keys, values, where)
                 hidden_BTD = hidden_BTD + _norm(layer.input_layernorm, attended)
@@ -145,6 +149,6 @@ class _Where:
         layer_RHPd[self.row_M, :, self.at_M] = new_MHd if self.pick_M is None else new_MHd[self.pick_M]
 
 
-def _norm(norm: torch.nn.Module, x: Tensor) -> Tensor:
+def _norm(norm: Any, x: Tensor) -> Tensor:
     """RMS norm (ChameleonRMSNorm) as one operation."""
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)

@@ -27,7 +27,7 @@ from policy.chameleon.vocabulary import ChameleonVocabulary, load_tokenizer
 from policy.config import LoraSection, PolicyConfig
 from policy.guidance import combine
 from policy.rows import context_ids, piece_ids
-from rollout.errors import UserError
+from rollout.errors import UserError, nearest
 from rollout.trajectory import Context, Guidance, Piece, Trajectory
 
 
@@ -70,7 +70,8 @@ class ChameleonPolicy:
         config = self.core.config
         weight = self.core.model.embed_tokens.weight
         length = min(length, self.max_length)
-        return RowCache(rows, length, config.num_hidden_layers, config.num_key_value_heads,
+        heads = config.num_key_value_heads or config.num_attention_heads
+        return RowCache(rows, length, config.num_hidden_layers, heads,
                         config.hidden_size // config.num_attention_heads, weight.dtype, weight.device)
 
     def prefill(self, cache: RowCache, row_B: Sequence[int],
@@ -115,7 +116,7 @@ class ChameleonPolicy:
         steps = int(count_B.max())
         ids_BT = np.full((len(some), steps), self.vocabulary.pad, np.int64)
         position_BT = np.zeros((len(some), steps), np.int64)
-        for place, index in enumerate(some):
+        for place, index in enumerate(some.tolist()):
             ids, positions = known[index]
             ids_BT[place, : len(ids)], position_BT[place, : len(ids)] = ids, positions
         if int(position_BT.max()) >= self.max_length:
@@ -230,11 +231,11 @@ class ChameleonPolicy:
             if ".lora_" in name:
                 continue
             if ".base_layer." in name:
-                layer = self.core.get_submodule(name.split(".base_layer.")[0])
+                layer: Any = self.core.get_submodule(name.split(".base_layer.")[0])
                 name = name.replace(".base_layer.", ".")
                 if name.endswith(".weight"):
-                    delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-                    tensor = tensor + delta.to(tensor.dtype)
+                    for adapter in layer.active_adapters:
+                        tensor = tensor + layer.get_delta_weight(adapter).to(tensor.dtype)
             merged[name] = tensor.detach()
         return merged
 
@@ -248,11 +249,10 @@ def _check_same(count: int, scored: Scored | None, name: str) -> None:
 def _with_adapters(model: InterleavedChameleon, lora: LoraSection) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    known = {name.rpartition(".")[2] for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)}
+    known = {name.rpartition(".")[2] for name, module in model.model.layers.named_modules()
+             if isinstance(module, nn.Linear)}
     for target in lora.target_modules:
         if target not in known:
-            from rollout.errors import nearest
-
             raise UserError(f"policy.lora.target_modules: the model has no linear layer '{target}'; "
                             f"{nearest(target, known)}")
     return get_peft_model(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
@@ -264,13 +264,13 @@ def load(config: PolicyConfig, words: Sequence[str] = ()) -> ChameleonPolicy:
     dtype: Any = getattr(torch, config.dtype)
     if config.path is None:
         model, tokenizer = tiny_model(config.tiny, words)
-        model = model.to(dtype)
+        model.to(dtype)  # type: ignore[arg-type]
         model.model.vqmodel.float()
         model.set_attn_implementation(config.attn_implementation)
     else:
         tokenizer = load_tokenizer(config.path)
         model = load_model(config.path, dtype, config.attn_implementation)
-    model = model.to(config.device).eval()
+    model.to(torch.device(config.device)).eval()  # type: ignore[arg-type]
     model.model.vqmodel.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -62,7 +62,8 @@ class InterleavedChameleon(ChameleonForConditionalGeneration):
 
     def __init__(self, config: ChameleonConfig):
         super().__init__(config)
-        self.model.vqmodel = ChameleonVQ(config.vq_config).requires_grad_(False)
+        vq_config: Any = config.vq_config  # a ChameleonVQVAEConfig by now
+        self.model.vqmodel = ChameleonVQ(vq_config).requires_grad_(False)
 
     def forward(
         self,
@@ -180,7 +181,8 @@ def _check_weights(folder: Path, config: ChameleonConfig) -> None:
         raise ModelFileError(f"{where}: {len(missing)} weights are missing, first '{missing[0]}'{hint}")
     for key, shape in wanted.items():
         if found[key] != shape:
-            raise ModelFileError(f"{home[key]}: '{key}' has shape {list(found[key])}; config.json asks for {list(shape)}")
+            raise ModelFileError(f"{home[key]}: '{key}' has shape {list(found[key])}; config.json asks for "
+                                 f"{list(shape)}")
 
 
 def save_model(model: InterleavedChameleon, tokenizer: PreTrainedTokenizerFast, folder: str | Path,

@@ -20,20 +20,19 @@ from policy.config import TinySection
 
 
 def tiny_tokenizer(words: Sequence[str], tags: Sequence[str], codes: int) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer with `codes` visual codes.
+    """A word-level tokenizer with `codes` visual codes. Words are what white space and tags separate.
 
     Raises VocabularyError for a word that text would not yield as one token.
     """
-    split = pre_tokenizers.Whitespace()  # runs of word characters, runs of punctuation
     unique = list(dict.fromkeys(words))
     for word in unique:
-        if [part for part, _ in split.pre_tokenize_str(word)] != [word]:
-            raise VocabularyError(f"the word {word!r} is more than one token: give its parts as words")
+        if word.split() != [word] or any(tag in word for tag in tags):
+            raise VocabularyError(f"the word {word!r} is no single word: it may hold neither white space nor a tag")
     # Released ids are by name too, so that nobody can take id - 4 for the code.
     names = [BOS, PAD, EOS, UNK, *sorted(code_name(code) for code in range(codes)), EOI, BOI, SEP, IMAGE]
     table = {name: id for id, name in enumerate(dict.fromkeys([*names, *tags, *unique]))}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNK))
-    tokenizer.pre_tokenizer = split
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # a hyphen ends no word
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, pad_token=PAD, eos_token=EOS,

@@ -96,10 +96,10 @@ class ChameleonVocabulary:
             marker = self.tokenizer.convert_ids_to_tokens(silent[0])
             raise VocabularyError(f"the text holds the marker '{marker}', which only the model may write: {text!r}")
         if self._words and self.map.get(UNK) in ids:
-            known = set(self.map)
-            unknown = sorted({word for word in re.findall(r"\w+|[^\w\s]+", text) if word not in known})
-            raise VocabularyError(f"the tokenizer has no word for {', '.join(map(repr, unknown)) or 'a part'} "
-                                  f"in {text!r}; it knows the task's words (policy.tiny.words adds others)")
+            tags = "|".join(re.escape(self.tokenizer.convert_ids_to_tokens(id)) for id in self._tags)
+            unknown = sorted(set(re.sub(tags, " ", text).split()) - set(self.map))
+            raise VocabularyError(f"the tokenizer has no word for {', '.join(map(repr, unknown))} in {text!r}; it "
+                                  "knows the task's words, spaces between them (policy.tiny.words adds others)")
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -145,7 +145,7 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[list[bytes],
         if id in added:
             pieces[id] = token.encode()
         elif words:
-            pieces[id] = (" " + token if token[:1].isalnum() else token).encode()
+            pieces[id] = (" " + token).encode()
         elif byte_level:
             pieces[id] = bytes(to_byte[char] for char in token if char in to_byte)
         elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):

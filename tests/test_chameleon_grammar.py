@@ -1,0 +1,65 @@
+"""What may follow what around a picture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from policy.chameleon.grammar import PictureGrammar, PictureLogitsProcessor
+from policy.chameleon.vocabulary import BOI, EOI, code_table
+
+FIXTURE = Path(os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")) / "chameleon_tiny.pt"
+# Ids 0..9: words 0-3, codes 4-7, EOI 8, BOI 9; two codes a picture; rows of 12 ids.
+GRAMMAR = PictureGrammar(boi=9, eoi=8, code_ids=torch.tensor([4, 5, 6, 7]), codes_per_image=2, size=10, max_length=12)
+
+
+def allowed(prefix: list[int]) -> list[int]:
+    return GRAMMAR(0, torch.tensor(prefix))
+
+
+def test_by_hand():
+    words = [0, 1, 2, 3]
+    assert allowed([1]) == [*words, 9]
+    assert allowed([1, 9]) == [4, 5, 6, 7]
+    assert allowed([1, 9, 4]) == [4, 5, 6, 7]
+    assert allowed([1, 9, 4, 7]) == [8]
+    assert allowed([1, 9, 4, 7, 8]) == [*words, 9]
+    assert allowed([1] * 8) == [*words, 9]  # BOI, two codes and EOI still fit into 12
+    assert allowed([1] * 9) == words
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=6, max_size=6), min_size=1, max_size=5), st.integers(1, 6))
+def test_batched_rule_is_the_rule(rows, length):
+    ids = torch.tensor(rows)[:, :length]
+    scores = PictureLogitsProcessor(GRAMMAR)(ids, torch.zeros(len(rows), 10))
+    assert torch.equal(scores == 0, torch.stack([GRAMMAR.allowed(row) for row in ids]))
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not FIXTURE.exists(), reason=f"no reference numbers at {FIXTURE}")
+def test_reference_allowed_after_every_prefix():
+    fixture = torch.load(FIXTURE, weights_only=True)
+    expected, script, table = fixture["allowed_after_prefix"], fixture["script"], fixture["vocab_map"]
+    grammar = PictureGrammar(table[BOI], table[EOI], torch.from_numpy(code_table(table)), fixture["indices"].shape[1],
+                             expected.shape[1], fixture["max_length"])
+    processor = PictureLogitsProcessor(grammar)
+    for length in range(1, len(script)):
+        assert torch.equal(grammar.allowed(script[:length]), expected[length - 1]), f"after {length} ids"
+        scores = processor(script[None, :length], torch.zeros(1, expected.shape[1]))
+        assert torch.equal(scores[0] == 0, expected[length - 1])
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not FIXTURE.exists(), reason=f"no reference numbers at {FIXTURE}")
+def test_reference_codes_and_ids():
+    fixture = torch.load(FIXTURE, weights_only=True)
+    table = code_table(fixture["vocab_map"])
+    assert np.array_equal(table[fixture["indices"].numpy()], fixture["bpe"].numpy())
+    assert not np.array_equal(table, np.arange(len(table)) + 4)  # the order of the ids is not that of the codes

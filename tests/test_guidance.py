@@ -1,0 +1,51 @@
+"""Guidance as linear weights, against hand-worked numbers and the reference implementation's outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from policy.guidance import GuidanceError, branch_weights, combine
+from rollout.trajectory import Guidance
+
+FIXTURE = Path(os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")) / "chameleon_tiny.pt"
+
+
+def test_weights_by_hand():
+    # u + 2 (f - u) + 1.5 (i - u) = 2 f + 1.5 i - 2.5 u
+    assert branch_weights(Guidance("normal", {"full": 2.0, "image": 1.5})) == {
+        "full": 2.0, "image": 1.5, "unconditional": -2.5}
+    # u + 2 (f - i) + 1 (i - u) - 0.5 (n - u) + 5 (p - u) = 2 f - i - 0.5 n + 5 p - 4.5 u
+    assert branch_weights(Guidance("full", {"full": 2.0, "image": 1.0, "negative": 0.5, "original": 5.0})) == {
+        "full": 2.0, "image": -1.0, "negative": -0.5, "original": 5.0, "unconditional": -4.5}
+    assert branch_weights(None) == {"full": 1.0}
+
+
+def test_scale_one_needs_the_conditional_branch_alone():
+    assert branch_weights(Guidance("cfg", {"full": 1.0})) == {"full": 1.0}
+    assert branch_weights(Guidance("obj", {"full": 3.0, "negative": 0.0})) == {"full": 3.0, "unconditional": -2.0}
+
+
+def test_unknown_kind_and_scale_are_named():
+    with pytest.raises(GuidanceError, match="no kind 'norml'; did you mean 'normal'"):
+        branch_weights(Guidance("norml", {}))
+    with pytest.raises(GuidanceError, match="no scale 'imgae'; did you mean 'image'"):
+        branch_weights(Guidance("normal", {"imgae": 1.0}))
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(not FIXTURE.exists(), reason=f"no reference numbers at {FIXTURE}")
+@pytest.mark.parametrize(("kind", "branches"), [
+    ("normal", ["full", "unconditional", "image"]),
+    ("obj", ["full", "unconditional", "negative"]),
+    ("full", ["full", "image", "unconditional", "negative", "original"]),
+])
+def test_reference_combinations(kind, branches):
+    fixture = torch.load(FIXTURE, weights_only=True)
+    scales = dict(fixture["cfg_scales"])
+    scales["original"] = scales.pop("original_prompt")
+    rows = dict(zip(branches, fixture["cfg_logits"], strict=False))  # the rows in the reference's order for each kind
+    torch.testing.assert_close(combine(rows, Guidance(kind, scales)), fixture["cfg_out"][kind][0], atol=1e-5, rtol=0)
