@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rl.config import GrpoConfig
-from rl.ledger import UNJUDGED, ZERO_VARIANCE, Group, Ledger
+from rl.ledger import FAILED, UNJUDGED, ZERO_VARIANCE, Group, Ledger
 from rollout.trajectory import Trajectory
 
 EPSILON = 1e-4  # TRL's: added to the standard deviation that advantages are divided by
@@ -20,13 +20,15 @@ EPSILON = 1e-4  # TRL's: added to the standard deviation that advantages are div
 Centred = list[dict[int, float]]  # one a member: segment -> its score less the baseline
 
 
-def credit(groups: Sequence[Group], config: GrpoConfig) -> Ledger:
+def credit(groups: Sequence[Group], config: GrpoConfig, failed: int = 0) -> Ledger:
     """Fill `advantage_S` of every trajectory and say which groups are worth training on.
 
     A member without a reward leaves its group's baseline and gets zeros. A group with fewer than two judged members,
     or whose advantages are all zero, is dropped (its advantages are zeros) and counted in the ledger, which is checked.
+    `failed`: groups that were asked for and never came back; they are in the ledger too.
     """
-    ledger = Ledger(groups_in=len(groups))
+    ledger = Ledger(groups_in=len(groups) + failed)
+    ledger.drop(FAILED, failed)
     centre = _by_segment if config.advantage_level == "segment" else _by_trajectory
     centred = {index: centre(group, config) for index, group in enumerate(groups) if _judged(group) >= 2}
     scale = _batch_scale(groups, centred, config)

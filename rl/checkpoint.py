@@ -2,7 +2,8 @@
 
     checkpoints/step-000040/
         weights/       the policy's own layout (policy.save), so that any command can start from it
-        trainer.pt     optimiser, schedule, version, random states (tensors and plain values only)
+        probe/         the trajectories that publications are proven with
+        trainer.pt     trained parameters, optimiser, schedule, version, random states (tensors and plain values only)
         state.json     step, cursor, recipe, and size and CRC-32 of every other file
 
 A checkpoint is written under another name, flushed to the disk and renamed, so that a folder called step-* is a
@@ -50,13 +51,13 @@ class Checkpoint:
         return self.folder / "weights"
 
 
-def save(root: Path, step: int, save_weights: Callable[[Path], Any], trainer: dict[str, Any], cursor: dict[str, Any],
+def save(root: Path, step: int, write: Callable[[Path], Any], trainer: dict[str, Any], cursor: dict[str, Any],
          recipe: dict[str, Any], keep: int = 2) -> Path:
     """Write checkpoints/step-<step> under `root` and delete all but the newest `keep`.
 
     Args:
         root: the run's folder `checkpoints`.
-        save_weights: writes the policy into the folder that it is given.
+        write: writes weights/ and whatever else into the folder that it is given.
         trainer: Trainer.state().
 
     Raises:
@@ -69,7 +70,7 @@ def save(root: Path, step: int, save_weights: Callable[[Path], Any], trainer: di
         for leftover in root.glob(".step-*"):
             shutil.rmtree(leftover)
         (temporary / "weights").mkdir(parents=True)
-        save_weights(temporary / "weights")
+        write(temporary)
         torch.save(trainer, temporary / "trainer.pt")
         files = {str(path.relative_to(temporary)): _measure(path) for path in _files(temporary)}
         state = {"format": FORMAT, "step": step, "cursor": cursor, "recipe": recipe, "files": files}

@@ -67,7 +67,7 @@ class Trainer:
         for module in policy.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        parameters = list(self._trained().values())
         if not parameters:
             raise TrainingError("no parameter of the policy requires a gradient: there is nothing to train")
         groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -80,6 +80,9 @@ class Trainer:
                                        num_training_steps=config.steps * config.num_iterations * config.num_minibatches)
         self.settings = loss_settings(config)
         policy.model.eval()
+        if config.beta:
+            with policy.reference():  # the weights as they are now, before anything moves or is loaded over them
+                pass
 
     # ---- checks ----
     def on_policy_gap(self, trajectories: Sequence[Trajectory]) -> float:
@@ -97,7 +100,7 @@ class Trainer:
         # Processes without a pack left score the last one again: all make equally many passes.
         for start in range(0, len(packs), processes):
             rows = packs[min(start + rank, len(packs) - 1)]
-            scored = self._score([trajectories[row] for row in rows])
+            scored = self.score([trajectories[row] for row in rows])
             gap_N = (scored.logprob_N - scored.behaviour_N).abs().nan_to_num(nan=float("inf"))
             if float(gap_N.max()) > worst:
                 worst, at = float(gap_N.max()), int(gap_N.argmax())
@@ -140,7 +143,7 @@ class Trainer:
         # Ratios are to the weights at the start of this update. The recorded log-probs are theirs if they sampled
         # and one step is all there is; else they are scored here, in the very passes in which they will be compared.
         rescored = stale or len(minibatches) * config.num_iterations > 1
-        old = [[self._score(batch.trajectories) if rescored else None for batch in batches] for batches in minibatches]
+        old = [[self.score(batch.trajectories) if rescored else None for batch in batches] for batches in minibatches]
         reference = self._reference(minibatches)
 
         sums_KM, losses, norms, worst, gap = _no_sums(self.accelerator.device), [], [], 0.0, 0.0
@@ -167,7 +170,8 @@ class Trainer:
                     "time/update": seconds, "perf/trained_tokens_per_s": tokens * config.num_iterations / seconds}
         return metrics if stale else metrics | {"on_policy_gap": gap}
 
-    def _score(self, trajectories: Sequence[Trajectory]) -> Scored:
+    def score(self, trajectories: Sequence[Trajectory]) -> Scored:
+        """The present weights' log-probs, without gradient. All processes call it equally often."""
         with torch.no_grad(), self.accelerator.autocast():
             return self.scorer(trajectories)
 
@@ -175,7 +179,7 @@ class Trainer:
         if not self.config.beta:
             return [[None] * len(batches) for batches in minibatches]
         with self.policy.reference():
-            return [[self._score(batch.trajectories) for batch in batches] for batches in minibatches]
+            return [[self.score(batch.trajectories) for batch in batches] for batches in minibatches]
 
     def _accumulate(self, batches: list[MicroBatch], old: list[Scored | None],
                     reference: list[Scored | None]) -> tuple[Tensor, Tensor, float]:
@@ -208,7 +212,7 @@ class Trainer:
             behaviour_log_ratio_N=None if old is None else old.logprob_N - old.behaviour_N)
 
     def _step(self) -> float:
-        parameters = [p for p in self.policy.model.parameters() if p.requires_grad]
+        parameters = list(self._trained().values())
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
         if not np.isfinite(norm):
             raise TrainingError(f"the gradient's norm is {norm} after version {self.version}: the weights were left as "
@@ -224,16 +228,34 @@ class Trainer:
 
     # ---- state ----
     def state(self) -> dict[str, Any]:
-        """Optimiser, schedule, version and every process's random state. All processes call it."""
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+        """Trained parameters, optimiser, schedule, version and every process's random state. All processes call it."""
+        return {"parameters": {name: p.detach() for name, p in self._trained().items()},
+                "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
                 "version": self.version, "random": gather_object([random_state()])}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up a state() again; a process that it does not know of takes another's random state."""
+        """Take up a state() again; a process that it does not know of takes another's random state.
+
+        Raises:
+            TrainingError: the parameters are not those of this policy; the sentence names the first one.
+        """
+        trained, saved = self._trained(), state["parameters"]
+        for name in sorted(trained.keys() ^ saved.keys()):
+            where = "is in the checkpoint but not trained here" if name in saved else "is not in the checkpoint"
+            raise TrainingError(f"parameter '{name}' {where}. Resume with the recipe of that run")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                if parameter.shape != saved[name].shape:
+                    raise TrainingError(f"parameter '{name}' is {list(saved[name].shape)} in the checkpoint and "
+                                        f"{list(parameter.shape)} here. Resume with the recipe of that run")
+                parameter.copy_(saved[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]
         set_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
 
 
 def loss_settings(config: GrpoConfig) -> LossSettings:

@@ -53,13 +53,14 @@ class BigramPolicy:
     max_length = 64
 
     def __init__(self, seed: int = 0) -> None:
-        self.model = BigramModel(seed=seed)
-        self.frozen = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.model = BigramModel(seed=seed).eval()
+        self.frozen = None  # until the reference is first asked for
         self.passes = 0
         self._active = self.model
 
     @contextmanager
     def reference(self):
+        self.frozen = self.frozen or copy.deepcopy(self.model).requires_grad_(False).eval()
         self._active = self.frozen
         try:
             yield
@@ -67,12 +68,8 @@ class BigramPolicy:
             self._active = self.model
 
     def save(self, folder) -> None:
-        torch.save({"model": self.model.state_dict(), "frozen": self.frozen.state_dict()}, folder / "model.pt")
-
-    def load(self, folder) -> None:
-        state = torch.load(folder / "model.pt", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.frozen.load_state_dict(state["frozen"])
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.model.state_dict(), folder / "model.pt")
 
     def score(self, trajectories, old=None, reference=None, entropy=False) -> Scored:
         self.passes += 1

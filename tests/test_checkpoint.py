@@ -23,11 +23,11 @@ CURSOR = {"taken": 32, "seed": 0, "identity": "abc"}
 
 
 def write_weights(folder):
-    (folder / "model.bin").write_bytes(b"\x01" * 5000)
+    (folder / "weights" / "model.bin").write_bytes(b"\x01" * 5000)
 
 
 def save(root, step, **kwargs):
-    options = dict(save_weights=write_weights, trainer=TRAINER, cursor=CURSOR, recipe={"name": "run"})
+    options = dict(write=write_weights, trainer=TRAINER, cursor=CURSOR, recipe={"name": "run"})
     return checkpoint.save(root, step, **{**options, **kwargs})
 
 
@@ -126,7 +126,7 @@ import sys, time, torch
 from pathlib import Path
 from rl import checkpoint
 def weights(folder):
-    (folder / "model.bin").write_bytes(bytes(200_000))
+    (folder / "weights" / "model.bin").write_bytes(bytes(200_000))
 step = 0
 while True:
     step += 1

@@ -221,7 +221,6 @@ def test_the_schedule_warms_up_and_state_continues_it():
     assert rates == pytest.approx([0.0, 0.0025, 0.005])
 
     other = BigramPolicy(seed=5)
-    other.model.load_state_dict(policy.model.state_dict())
     second = Trainer(other, config, Accelerator(cpu=True))
     torch.save(trainer.state(), buffer := io.BytesIO())
     buffer.seek(0)
@@ -231,6 +230,29 @@ def test_the_schedule_warms_up_and_state_continues_it():
         one.update(credited(p, config, first=12, version=3))
     for name, value in other.model.state_dict().items():
         assert torch.equal(value, policy.model.state_dict()[name])
+
+
+def test_a_state_of_another_policy_is_refused_by_the_parameters_name():
+    policy, config, trainer = make()
+    state = trainer.state()
+    lacking = {**state, "parameters": {k: v for k, v in state["parameters"].items() if k != "mix.bias"}}
+    with pytest.raises(TrainingError, match="'mix.bias' is not in the checkpoint"):
+        trainer.load(lacking)
+    wider = {**state, "parameters": {**state["parameters"], "mix.bias": torch.zeros(3)}}
+    with pytest.raises(TrainingError, match=r"'mix.bias' is \[3\] in the checkpoint and \[16\] here"):
+        trainer.load(wider)
+
+
+def test_the_reference_is_the_weights_before_anything_is_loaded():
+    policy, config, trainer = make(beta=0.1, learning_rate=0.1)
+    trainer.update(credited(policy, config))
+    fresh = make(beta=0.1)
+    fresh[2].load(trainer.state())
+    group = sampled_groups(BigramPolicy(), groups=1)[0]
+    start_N = BigramPolicy().score(group).behaviour_N
+    assert not torch.allclose(fresh[0].score(group).logprob_N, start_N, atol=1e-3)
+    with fresh[0].reference():
+        torch.testing.assert_close(fresh[0].score(group).logprob_N, start_N, atol=1e-5, rtol=0)
 
 
 def test_random_state_round_trips():

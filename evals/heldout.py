@@ -1,0 +1,143 @@
+"""Held-out prompts, scored as GenEval scores: a mean by tag, and the mean of the tags.
+
+Each prompt is answered under noise that depends on (seed, prompt, sample) alone, so that two policies, or one before
+and after training, are compared on the same prompts under the same noise: bootstrap.py says how sure the difference is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewards.base import Setting, policy_pictures
+from rewards.geneval import score_pictures
+from rollout.errors import UserError
+from rollout.requests import RolloutRequest
+from rollout.trajectory import Trajectory
+from rollout.workers import Rollouts
+
+Scorer = Callable[[Sequence[np.ndarray], Sequence[dict[str, Any]]], list[float]]
+
+
+class EvaluationError(UserError):
+    """Held-out scores that would not mean what they say."""
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """One prompt, averaged over its samples. All scores lie in [0, 1]."""
+
+    prompt: str
+    tag: str
+    final_image: float  # of the last picture; 0 where none was drawn: the task was to draw
+    first_sketch: float  # of the first one
+    pictures: float  # drawn, on average
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """A policy's held-out scores."""
+
+    prompts: list[PromptScore]
+    trajectories: list[list[Trajectory]]  # by prompt
+    metrics: dict[str, float]  # of the rollouts
+
+    @property
+    def final_image(self) -> float:
+        """The score: the mean over tags of the mean over the tag's prompts, as GenEval's overall score."""
+        return mean_of_tags([p.final_image for p in self.prompts], [p.tag for p in self.prompts])
+
+    @property
+    def first_sketch(self) -> float:
+        return mean_of_tags([p.first_sketch for p in self.prompts], [p.tag for p in self.prompts])
+
+    @property
+    def tags(self) -> dict[str, float]:
+        """The final image's score by tag."""
+        return {tag: float(np.mean([p.final_image for p in self.prompts if p.tag == tag]))
+                for tag in sorted({p.tag for p in self.prompts})}
+
+    def as_metrics(self) -> dict[str, float]:
+        """heldout/score (the final image's), heldout/first_sketch, heldout/final_image, heldout/<tag>, ..."""
+        return {"heldout/score": self.final_image, "heldout/final_image": self.final_image,
+                "heldout/first_sketch": self.first_sketch,
+                "heldout/pictures": float(np.mean([p.pictures for p in self.prompts])),
+                **{f"heldout/tag/{tag}": score for tag, score in self.tags.items()}}
+
+    def save(self, path: Path) -> None:
+        """Scores by prompt, one JSON object a line."""
+        Path(path).write_text("".join(json.dumps(asdict(prompt)) + "\n" for prompt in self.prompts))
+
+
+def evaluate(rollouts: Rollouts, score: Scorer, records: Sequence[dict[str, Any]], seed: int,
+             samples: int = 1) -> Heldout:
+    """Answer every record `samples` times and score the first and the last picture of each answer.
+
+    Args:
+        score: pictures and their records to scores in [0, 1]; `geneval_scorer` gives the released rules.
+        records: held-out, in GenEval's schema; their order numbers them, so keep it between evaluations.
+
+    Raises:
+        EvaluationError: there are no records, or some prompts got no answer: a mean over the others would not compare.
+    """
+    if not records:
+        raise EvaluationError("there are no held-out prompts to evaluate on")
+    requests = [RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed)
+                for number, record in enumerate(records)]
+    result = rollouts.generate(requests)
+    if result.failed:
+        first = result.failed[0]
+        raise EvaluationError(f"{len(result.failed)} of {len(records)} held-out prompts got no answer; the first is "
+                              f"'{records[first.index]['prompt']}' ({first.reason}: {first.detail})")
+    drawn = [[picture for _, picture in policy_pictures(t)] for group in result.groups for t in group]
+    owners = [records[group[0].group] for group in result.groups for _ in group]
+    some = [row for row, pictures in enumerate(drawn) if pictures]
+    scores = {place: np.zeros(len(drawn)) for place in (0, -1)}
+    for place, score_T in scores.items():
+        score_T[some] = score([drawn[row][place] for row in some], [owners[row] for row in some])
+
+    prompts, row = [], 0
+    for record, group in zip(records, result.groups, strict=True):
+        rows = slice(row, row := row + len(group))
+        prompts.append(PromptScore(record["prompt"], record["tag"], float(scores[-1][rows].mean()),
+                                   float(scores[0][rows].mean()), float(np.mean([len(p) for p in drawn[rows]]))))
+    return Heldout(prompts, result.groups, result.metrics)
+
+
+def mean_of_tags(values: Sequence[float], tags: Sequence[str]) -> float:
+    """Every tag weighs the same, however many prompts it has."""
+    values_P, tags_P = np.asarray(values, float), np.asarray(tags)
+    return float(np.mean([values_P[tags_P == tag].mean() for tag in np.unique(tags_P)]))
+
+
+def geneval_scorer(setting: Setting) -> Scorer:
+    """GenEval's released rules: 1 where the picture shows what the record asks for, else 0."""
+    def score(pictures: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[float]:
+        return [float(correct) for correct, _ in score_pictures(pictures, records, setting, "standard")]
+
+    return score
+
+
+def spread_over_tags(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` records, as evenly over the tags as there are enough; evenly spaced within a tag, in their order.
+
+    Raises EvaluationError when there are fewer.
+    """
+    if count > len(records):
+        raise EvaluationError(f"evaluate.prompts asks for {count} held-out prompts, and the task has {len(records)}")
+    by_tag: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        by_tag.setdefault(record["tag"], []).append(number)
+    share = dict.fromkeys(by_tag, 0)
+    while sum(share.values()) < count:
+        open_tags = [tag for tag in by_tag if share[tag] < len(by_tag[tag])]
+        for tag in open_tags[:count - sum(share.values())]:
+            share[tag] += 1
+    chosen = [by_tag[tag][index * len(by_tag[tag]) // wanted]
+              for tag, wanted in share.items() for index in range(wanted)]
+    return [records[number] for number in sorted(chosen)]

@@ -1,0 +1,105 @@
+"""The built parts of a GRPO run, and how it is put away and taken up again. The loop is grpo.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+
+from policy.base import Policy
+from rl import checkpoint
+from rl.config import GrpoConfig
+from rl.cursor import PromptCursor
+from rl.processes import on_first
+from rl.trainer import Trainer
+from rollout.errors import UserError
+from rollout.store import load_trajectories, save_trajectories
+from rollout.trajectory import Trajectory
+from rollout.workers import Rollouts
+
+
+class Report(Protocol):
+    metrics: dict[str, float]
+
+
+class JudgeOfGroups(Protocol):
+    """rewards.compose.Judge."""
+
+    def judge(self, groups: Sequence[Sequence[Trajectory]], step: int = 0) -> Report: ...
+
+
+class Writer(Protocol):
+    """underdrawing.tracking.Tracker."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> Any: ...
+    def rewind(self, step: int) -> None: ...
+
+
+@dataclass
+class Run:
+    """What train() needs. Rollouts, judge, tracker and evaluate are the first process's: None on the others."""
+
+    policy: Policy  # holding the starting weights, on resuming too: they are the reference
+    config: GrpoConfig
+    accelerator: Accelerator
+    prompts: Sequence[dict[str, Any]]  # training records, each with its `prompt`
+    rollouts: Rollouts | None
+    judge: JudgeOfGroups | None
+    tracker: Writer | None
+    folder: Path  # checkpoints/ is made in it
+    seed: int = 0  # of the prompts' order and of the sampling noise
+    recipe: dict[str, Any] = field(default_factory=dict)  # kept in checkpoints
+    evaluate: Callable[[int], dict[str, float]] | None = None  # heldout/* after a step
+    show_every: int = 10  # steps between trajectories for people to look at
+    resume_command: str = "give the same command with --resume"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def begin(run: Run, trainer: Trainer, cursor: PromptCursor, resume: Path | None) -> tuple[int, list[Trajectory]]:
+    """Take up a checkpoint, or start. Returns the steps that are done, and the probe that publications answer.
+
+    Lines of metrics and checkpoints of later steps are forgotten: they are about to be made again.
+
+    Raises:
+        UserError: the folder already holds a run and none is to be resumed; CheckpointError as checkpoint.load.
+    """
+    done, probe = 0, []
+    if resume is not None:
+        loaded = checkpoint.load(resume)
+        cursor.load(loaded.cursor)
+        trainer.load(loaded.trainer)
+        done = loaded.step
+        if (resume / "probe").is_dir():
+            probe = load_trajectories(resume / "probe")
+
+    def forget() -> None:
+        finished = checkpoint.latest(run.checkpoints)
+        if resume is None and finished is not None:
+            raise UserError(f"{run.folder} already holds a run ({finished.name}). Resume it ({run.resume_command}), or "
+                            f"choose another run_dir")
+        checkpoint.rewind(run.checkpoints, done)
+        if run.tracker is not None:
+            run.tracker.rewind(done + 1)
+
+    on_first(run.accelerator, forget)
+    return done, probe
+
+
+def put_away(run: Run, trainer: Trainer, cursor: PromptCursor, step: int, probe: Sequence[Trajectory]) -> None:
+    """Write the checkpoint of a finished step. All processes call it; the first one writes."""
+    state = trainer.state()
+
+    def write(folder: Path) -> None:
+        run.policy.save(folder / "weights")
+        if probe:
+            save_trajectories(probe, folder / "probe")
+
+    on_first(run.accelerator, lambda: checkpoint.save(run.checkpoints, step, write, state, cursor.state(), run.recipe,
+                                                      run.config.keep_checkpoints))

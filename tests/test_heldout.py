@@ -1,0 +1,131 @@
+"""evals/heldout.py and evals/bootstrap.py against numbers worked by hand."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from evals.bootstrap import compare, paired_bootstrap
+from evals.heldout import EvaluationError, PromptScore, evaluate, mean_of_tags, spread_over_tags
+from rollout.trajectory import Author, Modality, Segment, Trajectory
+from rollout.workers import FailedGroup, GenerateResult
+
+RECORDS = [{"prompt": "a", "tag": "color", "include": []}, {"prompt": "b", "tag": "color", "include": []},
+           {"prompt": "c", "tag": "counting", "include": []}]
+
+
+def answer(request, member, shades):
+    """A thought whose pictures are plain shades: their score is the shade, 0..255 as 0..1."""
+    segments = [Segment("prompt", Author.USER, Modality.TEXT, False)]
+    for shade in shades:
+        segments.append(Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True,
+                                picture=np.full((2, 2, 3), shade, np.uint8)))
+    return Trajectory(request.prompt, request.record, "strokes", segments, request.group, member, request.seed)
+
+
+class Answers:
+    """Rollouts that answer as they are told to: shades by (prompt, member)."""
+
+    def __init__(self, shades, failed=()):
+        self.shades, self.failed, self.requests = shades, list(failed), []
+
+    def generate(self, requests):
+        self.requests = requests
+        groups = [[answer(r, m, self.shades[r.prompt][m]) for m in r.members] for r in requests]
+        return GenerateResult(groups, self.failed, {"time/rollout": 1.0})
+
+
+def score(pictures, records):
+    return [float(picture[0, 0, 0]) / 255 for picture in pictures]
+
+
+def test_tags_weigh_the_same_and_no_picture_scores_nothing():
+    # color: final 1 and 0 (nothing drawn) -> 0.5; counting: 1 -> overall 0.75. First: color (0 + 0) / 2, counting 1.
+    rollouts = Answers({"a": [[0, 0, 255]], "b": [[]], "c": [[255]]})
+    heldout = evaluate(rollouts, score, RECORDS, seed=7)
+    assert heldout.final_image == 0.75 and heldout.first_sketch == 0.5
+    assert heldout.tags == {"color": 0.5, "counting": 1.0}
+    assert heldout.as_metrics()["heldout/pictures"] == pytest.approx(4 / 3)
+    assert [(r.group, r.seed, r.members) for r in rollouts.requests] == [(0, 7, (0,)), (1, 7, (0,)), (2, 7, (0,))]
+
+
+def test_samples_of_a_prompt_are_averaged(tmp_path):
+    heldout = evaluate(Answers({"a": [[255], [0]], "b": [[255], [255]], "c": [[0], [0]]}), score, RECORDS, 0, samples=2)
+    assert [p.final_image for p in heldout.prompts] == [0.5, 1.0, 0.0]
+    heldout.save(tmp_path / "scores.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [PromptScore(**row) for row in rows] == heldout.prompts
+
+
+def test_unanswered_prompts_are_not_scored_as_wrong():
+    rollouts = Answers({"a": [[0]], "b": [[0]], "c": [[0]]}, [FailedGroup(1, 1, "timeout", "600 s")])
+    with pytest.raises(EvaluationError, match="1 of 3 held-out prompts got no answer; the first is 'b' \\(timeout"):
+        evaluate(rollouts, score, RECORDS, seed=0)
+    with pytest.raises(EvaluationError, match="no held-out prompts"):
+        evaluate(rollouts, score, [], seed=0)
+
+
+def test_prompts_are_spread_over_tags():
+    records = [{"prompt": str(n), "tag": "abc"[min(n // 10, 2)]} for n in range(23)]  # 10 a, 10 b, 3 c
+    chosen = spread_over_tags(records, 13)
+    assert [sum(r["tag"] == tag for r in chosen) for tag in "abc"] == [5, 5, 3]
+    assert len({r["prompt"] for r in chosen}) == 13 and chosen == spread_over_tags(records, 13)
+    assert spread_over_tags(records, 23) == records
+    with pytest.raises(EvaluationError, match="asks for 24 held-out prompts, and the task has 23"):
+        spread_over_tags(records, 24)
+
+
+def test_bootstrap_of_a_certain_gain_has_no_width():
+    interval = paired_bootstrap([0.0] * 6, [1.0] * 6, list("aabbcc"))
+    assert (interval.difference, interval.low, interval.high) == (1.0, 1.0, 1.0)
+
+
+def test_bootstrap_interval_is_that_of_the_normal_for_many_prompts():
+    # Gains of +1 and -1 by halves: standard error of a mean over 400 is 1 / 20, so 95% lies within 0.098.
+    gains = np.tile([1.0, -1.0], 200)
+    interval = paired_bootstrap(np.zeros(400).tolist(), gains.tolist(), ["a"] * 400)
+    assert interval.difference == 0 and interval.high == pytest.approx(0.098, abs=0.006)
+    assert interval.low == pytest.approx(-interval.high, abs=0.006)
+
+
+def test_pairing_cancels_what_makes_a_prompt_hard():
+    rng = np.random.default_rng(0)
+    hard = rng.random(60)
+    interval = paired_bootstrap(hard.tolist(), (hard + 0.1).tolist(), ["a"] * 60)
+    assert interval.low == pytest.approx(0.1) and interval.high == pytest.approx(0.1)
+
+
+def test_small_tags_weigh_as_much_as_large_ones():
+    # tag a: 9 prompts, no gain; tag b: 1 prompt, gain 1 -> 0.5, and no resample can lose it
+    interval = paired_bootstrap([0.0] * 10, [0.0] * 9 + [1.0], ["a"] * 9 + ["b"])
+    assert (interval.difference, interval.low, interval.high) == (0.5, 0.5, 0.5)
+    assert mean_of_tags([0.0] * 9 + [1.0], ["a"] * 9 + ["b"]) == 0.5
+
+
+def test_only_the_same_prompts_compare():
+    one, two = PromptScore("x", "a", 0, 0, 1), PromptScore("y", "a", 1, 0, 1)
+    assert compare([one], [one]).difference == 0
+    with pytest.raises(EvaluationError, match="'x' stands where the other evaluation has 'y'"):
+        compare([one], [two])
+    with pytest.raises(EvaluationError, match="not 1 and 0 scores"):
+        compare([one], [])
+
+
+def test_the_shapes_world_scores_its_own_demonstrations():
+    """The scorer that evaluations use, on rendered scenes: a demonstration ends right, by GenEval's own rules."""
+    pytest.importorskip("tasks.shapes")
+    from evals.heldout import geneval_scorer
+    from rewards.base import Setting
+    from rewards.detectors.shapes import TaskDetector
+    from tasks.registry import get_task
+
+    task = get_task("shapes")
+    scorer = geneval_scorer(Setting.of(task, None, TaskDetector.of(task)))
+    demonstrations = task.demonstrations("strokes", 60, 0)
+    final = [[p.picture for p in d.parts if p.picture is not None][-1] for d in demonstrations]
+    assert np.mean(scorer(final, [d.record for d in demonstrations])) > 0.95
+    blank = SimpleNamespace(picture=np.full_like(final[0], 255))
+    assert scorer([blank.picture], [demonstrations[0].record]) == [0.0]
