@@ -162,18 +162,18 @@ def call(function: Reward, name: str, trajectories: Sequence[Trajectory], *, opt
         Exception: whatever the function itself raises.
     """
     logs = Logs()
-    arguments: dict[str, Any] = {
-        "prompts": [[{"role": "user", "content": t.prompt}] for t in trajectories],
-        "completions": [completion(t, _view(function, view)) for t in trajectories],
-        "completion_ids": [policy_ids(t) for t in trajectories],
-        "trajectories": list(trajectories),
-        "trainer_state": state,
-        "log_metric": logs.log_metric,
-        "log_extra": logs.log_extra,
-        **columns(trajectories),
-    }
-    if setting is not None:
+    arguments: dict[str, Any] = {"trajectories": list(trajectories), "log_metric": logs.log_metric,
+                                 "log_extra": logs.log_extra}
+    if setting is not None:  # one of ours: it reads the trajectories, so no picture is converted for it
         arguments["setting"] = setting
+    else:
+        arguments |= {
+            "prompts": [[{"role": "user", "content": t.prompt}] for t in trajectories],
+            "completions": [completion(t, _view(function, view)) for t in trajectories],
+            "completion_ids": [policy_ids(t) for t in trajectories],
+            "trainer_state": state,
+            **columns(trajectories),
+        }
     result = function(**_accepted(function, name, arguments, options))
     if inspect.isawaitable(result):
         result = asyncio.run(_awaited(result))
@@ -192,20 +192,31 @@ def _view(function: Reward, view: View) -> View:
     return "text" if module.split(".")[0] == "trl" else "interleaved"
 
 
-def _accepted(function: Reward, name: str, arguments: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that the signature takes: all of them with **kwargs, else the named ones."""
+def check_options(function: Reward, name: str, options: Mapping[str, Any], own: bool = False) -> None:
+    """Raises RewardError for an option that the function has no argument for. One of ours takes **columns, which
+    would swallow a misspelt option, so its options must be named ones; a user's **kwargs may want anything."""
+    named, open_ended = _signature(function)
+    for key in options:
+        if key not in named and (own or not open_ended):
+            raise RewardError(f"rewards.parts.{name}.options: '{key}' is no argument of the function; "
+                              f"{nearest(key, [p for p in named if p not in RESERVED])}")
+
+
+def _signature(function: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Named parameters, and whether it takes any others by keyword."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # a builtin without a signature
-        return {**arguments, **options}
-    named = [p for p, kind in parameters.items() if kind.kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL)]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in options:
-        if key not in named and not open_ended:
-            raise RewardError(f"rewards.parts.{name}.options: '{key}' is no argument of the function; "
-                              f"{nearest(key, [p for p in named if p not in RESERVED])}")
+        return {}, True
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _accepted(function: Reward, name: str, arguments: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the signature takes: all of them with **kwargs, else the named ones."""
+    named, open_ended = _signature(function)
     given = {**arguments, **options}
-    missing = [p for p in named if p not in given and parameters[p].default is inspect.Parameter.empty]
+    missing = [p for p in named if p not in given and named[p].default is inspect.Parameter.empty]
     if missing:
         raise RewardError(f"reward '{name}' asks for '{missing[0]}', which is no column of the records; "
                           f"{nearest(missing[0], arguments)}")

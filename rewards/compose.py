@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.base import Logs, RewardFailed, Setting, TrainerState, Value, call, is_broken
+from rewards.base import Logs, RewardFailed, Setting, TrainerState, Value, call, check_options, is_broken
 from rewards.config import PartConfig, RewardsConfig
 from rewards.detectors.base import Detector
+from rewards.detectors.shapes import TaskDetector
 from rewards.geneval import classes_of
 from rewards.isolate import CallFailed, IsolatedReward, describe
-from rewards.loader import load_reward
+from rewards.loader import load_object, load_reward, make
 from rewards.registry import REWARDS
 from rollout.errors import UserError
 from rollout.formats.base import ThoughtFormat
@@ -92,7 +93,7 @@ class Judge:
                     self._isolated[name] = IsolatedReward(name, part.function, part.options, part.factory,
                                                           part.completions, part.timeout_s, part.load_timeout_s)
                 else:
-                    self._own[name] = load_reward(part.function, part.options, part.factory)
+                    self._own[name] = self._load(name, part)
             self._start()
         except BaseException:
             self.close()
@@ -133,8 +134,8 @@ class Judge:
         for sentence in report.sentences():
             logger.warning(sentence)
         for fault in report.faults:
-            if fault.stack:
-                logger.info("reward part '%s' stood at:\n%s", fault.part, fault.stack)
+            if fault.stack and fault.rows:
+                logger.warning("reward part '%s' stood at:\n%s", fault.part, fault.stack)
         self._check_limits(trajectories, outcomes, step)
         return report
 
@@ -200,6 +201,13 @@ class Judge:
         except Exception as error:
             raise CallFailed("raised", *describe(error)) from error
 
+    def _load(self, name: str, part: PartConfig) -> Any:
+        function, own = load_reward(part.function, part.options, part.factory), part.function in REWARDS
+        check_options(function, name, {} if part.factory else part.options, own)
+        if own:  # over no trajectories one of ours says only whether its options make sense
+            call(function, name, [], options=part.options, state=TrainerState(), view="auto", setting=self.setting)
+        return function
+
     def _start(self) -> None:
         """Start all processes at once: each imports its function, which can take long."""
         if not self._isolated:
@@ -241,16 +249,12 @@ class Judge:
 
 def _detector(config: RewardsConfig, task: Any) -> Detector | None:
     if config.detector is not None:
-        made = load_reward(config.detector, factory=True)
+        made = make(load_object(config.detector), config.detector)
         if not hasattr(made, "detect") or not hasattr(made, "classes"):
             raise UserError(f"rewards.detector: {config.detector} made {type(made).__name__}, which has no `detect` "
                             f"and `classes`")
-        return made  # type: ignore[return-value]
-    if task is None:
-        return None
-    from rewards.detectors.shapes import TaskDetector  # needs scikit-image, which a judge without a task does not
-
-    return TaskDetector.of(task)
+        return made
+    return None if task is None else TaskDetector.of(task)
 
 
 def _report(trajectories: list[Trajectory], outcomes: dict[str, _Outcome]) -> JudgeReport:

@@ -43,12 +43,16 @@ def evaluate(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]
     Returns:
         (correct, reason): the reason is empty where nothing is wrong, else one line a fault.
     """
-    if mode not in MODES:
-        raise UserError(f"geneval: no mode '{mode}'. Known: {', '.join(MODES)}")
+    check_mode(mode)
     objects = kept(metadata, detections)
     correct, reasons = _judge(metadata, objects, strict=mode == "strict")
     verdict: bool | float = grade(metadata, objects) if mode == "graded" else correct
     return verdict, "\n".join(reasons)
+
+
+def check_mode(mode: str, reward: str = "geneval") -> None:
+    if mode not in MODES:
+        raise UserError(f"{reward}: no mode '{mode}'. Known: {', '.join(MODES)}")
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
@@ -67,13 +71,13 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 def kept(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]]) -> Detections:
     """Above the threshold, best first, at most MAX_OBJECTS a class."""
     threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else SCORE_THRESHOLD
-    kept: Detections = {}
+    best: Detections = {}
     for name, found in detections.items():
         objects = [o if isinstance(o, Detected) else Detected(tuple(o["box"]), o["score"], o.get("color"))
                    for o in found]
         above = [o for o in objects if o.score > threshold]
-        kept[name] = sorted(above, key=lambda o: -o.score)[:MAX_OBJECTS]
-    return kept
+        best[name] = sorted(above, key=lambda o: -o.score)[:MAX_OBJECTS]
+    return best
 
 
 def _judge(metadata: Mapping[str, Any], objects: Detections, strict: bool) -> tuple[bool, list[str]]:
@@ -198,6 +202,7 @@ def geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any
 
     A thought without a picture earns 0: the task was to draw. A record without `include` has no ground truth: None.
     """
+    check_mode(mode)
     if picture not in ("final", "first"):
         raise UserError(f"geneval: no picture '{picture}'. Known: final, first")
     drawn = [[p for _, p in policy_pictures(t)] for t in trajectories]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.base import Setting, policy_pictures
-from rewards.geneval import Mode, score_pictures
+from rewards.geneval import Mode, check_mode, score_pictures
 from rollout.errors import UserError
 from rollout.trajectory import Trajectory
 
@@ -23,6 +23,7 @@ def improvement(trajectories: Sequence[Trajectory], setting: Setting, log_metric
     credit "segments": every picture after the first is credited with its own score less that of the picture before
     it, so the values of a thought add up to the difference; a thought with one picture credits nothing (None).
     """
+    check_mode(mode, "improvement")
     if credit not in ("trajectory", "segments"):
         raise UserError(f"improvement: no credit '{credit}'. Known: trajectory, segments")
     drawn = [policy_pictures(t) if t.record.get("include") else [] for t in trajectories]

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rewards.base import Logs, RewardError, TrainerState, Value, View, call, lightened
+from rewards.base import Logs, RewardError, TrainerState, Value, View, call, check_options, lightened
 from rewards.loader import load_reward
 from rollout.errors import UserError
 from rollout.trajectory import Trajectory
@@ -97,6 +97,8 @@ class IsolatedReward:
         if self._process is not None and self._process.poll() is None:
             return
         self._drop()
+        if self._closed:
+            raise CallFailed("crash", "the judge was closed")
         self._timed_out = False
         inbound, to = os.pipe()
         from_, outbound = os.pipe()
@@ -108,9 +110,11 @@ class IsolatedReward:
         os.close(inbound)
         os.close(outbound)
         self._to, self._from = Connection(to, readable=False), Connection(from_, writable=False)
-        if self._closed:
+        if self._closed:  # meanwhile
+            self._drop()
             raise CallFailed("crash", "the judge was closed")
-        self._exchange(("load", self.spec, dict(self.options), self.factory), self.load_timeout_s, "loading it")
+        self._exchange(("load", self.name, self.spec, dict(self.options), self.factory), self.load_timeout_s,
+                       "loading it")
 
     def _drop(self) -> None:
         process, self._process = self._process, None
@@ -201,7 +205,9 @@ def serve(arguments: Sequence[str]) -> None:
         verb, *content = pickle.loads(requests.get())
         try:
             if verb == "load":
-                function = load_reward(*content)
+                name, spec, options, factory = content
+                function = load_reward(spec, options, factory)
+                check_options(function, name, {} if factory else options)
                 answer: tuple[str, Any] = ("ready", None)
             else:
                 name, trajectories, options, state, view = content

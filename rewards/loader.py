@@ -34,27 +34,38 @@ def load_reward(spec: str, options: Mapping[str, Any] | None = None, factory: bo
     Raises:
         RewardError: no such file, module or function, a file that does not import, or something not callable.
     """
-    if is_own(spec):
-        function: Any = REWARDS[spec].load()
-    elif _is_file(spec):
-        path, _, name = spec.rpartition(":")
-        function = _attribute(_module_from_file(Path(path), spec), name, spec)
-    elif ":" in spec or "." in spec:
-        module, _, name = spec.rpartition(":" if ":" in spec else ".")
-        function = _attribute(_module(module, spec), name, spec)
-    else:
-        raise RewardError(f"no reward '{spec}'; {nearest(spec, REWARDS)}. Your own is 'package.module.function' or "
-                          f"'path/to/file.py:function'")
+    function = load_object(spec)
     if factory:
-        try:
-            function = function(**(options or {}))
-        except TypeError as error:
-            raise RewardError(f"reward '{spec}' with factory: true and these options: {error}") from None
+        function = make(function, spec, options)
     elif isinstance(function, type):
         raise RewardError(f"reward '{spec}' is a class; set factory: true to make one with the options")
     if not callable(function):
         raise RewardError(f"reward '{spec}' is {type(function).__name__}, not a function")
     return function
+
+
+def load_object(spec: str) -> Any:
+    """Whatever stands at `spec`. Raises RewardError where nothing does."""
+    if is_own(spec):
+        return REWARDS[spec].load()
+    path, _, name = spec.rpartition(":")
+    if _is_file(spec):
+        return _attribute(_module_from_file(Path(path), spec), name, spec)
+    if ":" in spec or "." in spec:
+        module, _, name = spec.rpartition(":" if ":" in spec else ".")
+        return _attribute(_module(module, spec), name, spec)
+    raise RewardError(f"no reward '{spec}'; {nearest(spec, REWARDS)}. Your own is 'package.module.function' or "
+                      f"'path/to/file.py:function'")
+
+
+def make(factory: Any, spec: str, options: Mapping[str, Any] | None = None) -> Any:
+    """What a factory or class makes of the options. Raises RewardError where it does not take them."""
+    if not callable(factory):
+        raise RewardError(f"'{spec}' is {type(factory).__name__}, which makes nothing; name a function or a class")
+    try:
+        return factory(**(options or {}))
+    except TypeError as error:
+        raise RewardError(f"'{spec}' cannot be made with {dict(options or {})}: {error}") from None
 
 
 def check_exists(spec: str) -> None:
@@ -71,7 +82,7 @@ def check_exists(spec: str) -> None:
         if not path.is_file():
             raise RewardError(f"reward '{spec}': no file {path} (seen from {Path.cwd()})")
     elif ":" not in spec and "." not in spec:
-        load_reward(spec)
+        load_object(spec)  # raises, with the nearest name
 
 
 def _is_file(spec: str) -> bool:

@@ -253,7 +253,7 @@ def test_arguments_that_do_not_exist_are_named(own):
     with pytest.raises(RewardError, match="asks for 'wnated', which is no column of the records; did you mean 'wanted"):
         judged(config(mine=path), words("x"))
     with pytest.raises(RewardError, match="options: 'bouns' is no argument of the function; did you mean 'bonus'"):
-        judged(config(mine={"function": path.replace(":score", ":opt"), "options": {"bouns": 1}}), words("x"))
+        Judge(config(mine={"function": path.replace(":score", ":opt"), "options": {"bouns": 1}}))
 
 
 def test_a_text_reward_that_meets_pictures_is_told_what_to_set(own):

@@ -1,0 +1,166 @@
+"""What every registered reward keeps to; a new one in rewards/registry.py is tested by being there."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from rewards_helpers import from_parts, image, text, thought
+
+from rewards.base import RewardError, Setting, TrainerState, call, lightened
+from rewards.compose import Judge
+from rewards.config import RewardsConfig
+from rewards.detectors.shapes import TaskDetector
+from rewards.loader import load_reward
+from rewards.registry import REWARDS
+from rollout.errors import UserError
+from rollout.formats.registry import get_format
+from rollout.trajectory import (
+    Author,
+    DecisionKind,
+    Decisions,
+    FlowSteps,
+    Law,
+    Modality,
+    Segment,
+)
+from tasks.registry import get_task
+
+NAMES = sorted(REWARDS)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    task = get_task("shapes")
+    return Setting.of(task, get_format("strokes"), TaskDetector.of(task))
+
+
+@pytest.fixture(scope="module")
+def thoughts(setting):
+    """Good ones, and everything short of that."""
+    demos = setting.task.demonstrations("strokes", 6, seed=1)
+    record = demos[0].record
+    picture = next(p.picture for p in demos[0].parts if p.picture is not None)
+    return [from_parts(d.record, d.parts) for d in demos] + [
+        thought(record), thought({}), thought({}, image("sketch", picture)),
+        thought(record, text("other", "< <ins> ]")),
+        thought(record, image("sketch", picture), text("inspect", "<inspect> wrong fine wrong")),
+        thought(record, image("sketch", np.zeros_like(picture)), text("inspect", "")),
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_finite_value_a_thought_whatever_it_is_and_nothing_is_changed(name, setting, thoughts):
+    before = copy.deepcopy(thoughts)
+    function = load_reward(name)
+    values, logs = call(function, name, thoughts, options={}, state=TrainerState(), view="auto", setting=setting)
+    assert len(values) == len(thoughts)
+    assert all(value is None or math.isfinite(value) for value in values)
+    assert any(value is not None for value in values)
+    assert all(math.isfinite(v) for metric in logs.metrics.values() for v in metric)
+    assert all(len(column) == len(thoughts) for column in logs.columns.values())
+    for old, new in zip(before, thoughts, strict=True):
+        assert [s.text for s in old.segments] == [s.text for s in new.segments] and old.record == new.record
+    again, _ = call(function, name, thoughts, options={}, state=TrainerState(), view="auto", setting=setting)
+    assert again == values
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_thoughts_no_values(name, setting):
+    assert call(load_reward(name), name, [], options={}, state=TrainerState(), view="auto", setting=setting)[0] == []
+
+
+# A format's grammar says where an observation may stand, so one elsewhere is a violation.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "format"])
+def test_what_the_environment_wrote_changes_nothing(name, setting, thoughts):
+    noise = [Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, text="wrong color red circle"),
+             Segment("observation", Author.ENVIRONMENT, Modality.IMAGE_TOKENS, False,
+                     picture=np.zeros((32, 32, 3), np.uint8))]
+    watched = [copy.deepcopy(t) for t in thoughts]
+    for t in watched:
+        t.segments += noise
+    function = load_reward(name)
+    plain, seen = (call(function, name, rows, options={}, state=TrainerState(), view="auto", setting=setting)[0]
+                   for rows in (thoughts, watched))
+    assert seen == plain
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_misspelt_option_is_refused_at_the_start(name, setting):
+    config = RewardsConfig.model_validate({"parts": {"part": {"function": name, "options": {"no_such": 1}}}})
+    with pytest.raises(RewardError, match="rewards.parts.part.options: 'no_such' is no argument"):
+        Judge(config, setting.task)
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("geneval", {"mode": "loose"}, "geneval: no mode 'loose'"), ("geneval", {"picture": "last"}, "no picture 'last'"),
+    ("improvement", {"mode": "loose"}, "improvement: no mode"), ("improvement", {"credit": "x"}, "no credit 'x'"),
+    ("critique_consistency", {"named": 3}, "named is 3"), ("format", {"mode": "x"}, "format: no mode 'x'"),
+    ("steps", {"min_turns": 3, "max_turns": 1}, "max_turns is 1"),
+])
+def test_an_option_out_of_range_is_refused_at_the_start(name, options, message, setting):
+    config = RewardsConfig.model_validate({"parts": {"part": {"function": name, "options": options}}})
+    with pytest.raises(UserError, match=message):
+        Judge(config, setting.task)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_formula_and_source_are_stated(name):
+    assert len(REWARDS[name].formula) > 20 and REWARDS[name].source
+    assert load_reward(name).__doc__
+
+
+def test_latents_stay_behind_when_a_thought_travels():
+    steps = FlowSteps(*[np.zeros(1, np.float32)] * 2, *[np.zeros((1, 2), np.float32)] * 3, np.ones(1, np.float32))
+    law = Law(np.ones(1, np.float32), np.full(1, -1, np.int32), ())
+    decisions = Decisions(np.full(1, DecisionKind.FLOW, np.int8), np.zeros(1, np.int32), np.zeros(1, np.float32), law)
+    drawn = Segment("sketch", Author.POLICY, Modality.IMAGE_LATENT, True, decisions=decisions, flow=steps,
+                    latent=np.zeros((1, 2), np.float32), picture=np.zeros((2, 2, 3), np.uint8))
+    travels = lightened(thought({}, drawn, text("inspect", "fine")))
+    assert travels.segments[1].flow is None and travels.segments[1].latent is None
+    assert travels.segments[1].picture is drawn.picture and drawn.flow is steps
+
+
+def test_a_detector_of_ones_own(tmp_path):
+    (tmp_path / "dogs.py").write_text("""
+from rewards.detectors.base import Detected
+class Dogs:
+    classes = ("dog",)
+    def detect(self, pictures):
+        return [{"dog": [Detected((0, 0, 4, 4), 0.9)]} for _ in pictures]
+""")
+    record = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+    group = [thought(record, image("sketch", np.zeros((4, 4, 3), np.uint8)))]
+    config = RewardsConfig.model_validate({"parts": {"result": {"function": "geneval"}},
+                                           "detector": f"{tmp_path / 'dogs.py'}:Dogs"})
+    with Judge(config) as judge:
+        judge.judge([group])
+    assert group[0].reward == 1
+
+
+def test_ctrl_c_in_one_part_ends_the_others(tmp_path):
+    (tmp_path / "parts.py").write_text("""
+import time
+def stop(completions): raise KeyboardInterrupt
+def wait(completions): time.sleep(600)
+""")
+    config = RewardsConfig.model_validate({"parts": {
+        "stop": {"function": f"{tmp_path / 'parts.py'}:stop", "isolate": False},
+        "wait": {"function": f"{tmp_path / 'parts.py'}:wait"}}})
+    judge, started = Judge(config), time.monotonic()
+    process = judge._isolated["wait"]._process
+    with pytest.raises(KeyboardInterrupt):
+        judge.judge([[thought({})]])
+    assert process.poll() is not None and time.monotonic() - started < 30
+
+
+def test_importing_rewards_loads_neither_ray_nor_transformers():
+    modules = "rewards.compose, rewards.config, rewards.loader, rewards.isolate, rewards.detectors.shapes"
+    code = f"import sys, {modules}; print([m for m in ('ray', 'transformers', 'torch', 'trl') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
