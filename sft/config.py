@@ -1,0 +1,32 @@
+"""The recipe's `sft` section. Names are TrainingArguments' where they mean the same."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SftConfig(BaseModel):
+    """The warm start."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    demonstrations: int = Field(6000, ge=1, description="how many the task writes; ignored when `data` is given")
+    data: str | None = Field(None, description="folder of stored trajectories to train on; None: the task's own")
+    max_steps: int = Field(700, ge=1, description="optimiser steps")
+    batch_size: int = Field(48, ge=1, description="rows a step on each process")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step")
+    learning_rate: float = Field(2e-3, gt=0, description="peak")
+    lr_scheduler_type: str = Field("cosine", description="as in TrainingArguments")
+    warmup_steps: int = Field(40, ge=0, description="linear warm-up")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's")
+    adam_beta2: float = Field(0.98, gt=0, lt=1, description="AdamW's")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    max_length: int | None = Field(None, ge=2, description="ids a row; longer ones lose whole segments from their "
+                                                           "end, never part of an image. None: the policy's own")
+    image_weight: float = Field(1.0, ge=0, description="of visual codes in the cross-entropy; words weigh 1")
+    learn_mistakes: bool = Field(False, description="imitate pictures that are wrong on purpose too; else they are "
+                                                    "only seen, and their inspection and repair are learned")
+    visual_loss: float = Field(0.0, ge=0, description="weight of the visual reconstruction loss "
+                                                      "(Thinking with Generated Images uses 1)")
+    save_steps: int = Field(200, ge=1, description="steps between checkpoints")
+    logging_steps: int = Field(20, ge=1, description="steps between logged metrics")

@@ -1,0 +1,92 @@
+"""From a recipe to the objects that run: the one place where packages meet.
+
+Each function builds one thing from its section, so that a user's own script can take some and replace others.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from policy.base import Policy
+from policy.registry import load_policy
+from rewards.compose import Judge
+from rollout.errors import UserError
+from rollout.formats.base import ThoughtFormat
+from tasks.base import Task
+from tasks.registry import get_task
+from underdrawing.recipe import Recipe, dump_recipe
+from underdrawing.tracking import Tracker
+
+
+def seed_everything(seed: int) -> None:
+    """Python, numpy and torch; rollouts and demonstrations take their own seeds and need none of these."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_task(recipe: Recipe) -> Task:
+    return get_task(recipe.task.name, **recipe.task.options)
+
+
+def build_format(recipe: Recipe) -> ThoughtFormat:
+    return recipe.format.build()
+
+
+def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Policy:
+    """The recipe's policy; with `weights`, a folder in the released layout in place of policy.path."""
+    config = recipe.policy.model_copy(update={"path": str(weights)}) if weights else recipe.policy
+    return load_policy(config, task.words)
+
+
+def build_judge(recipe: Recipe, task: Task, fmt: ThoughtFormat) -> Judge:
+    return Judge(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps)
+
+
+def build_tracker(recipe: Recipe, folder: Path, job: str) -> Tracker:
+    """Rank 0's writer; `job` tells a warm start's W&B run from a GRPO run's."""
+    return Tracker(folder, recipe.track, name=f"{recipe.name}-{job}", recipe=recipe.model_dump(mode="json"))
+
+
+def warm_start_folder(recipe: Recipe) -> Path:
+    """Where `underdrawing sft` leaves the weights."""
+    return recipe.run_dir / "sft" / "model"
+
+
+def starting_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
+    """The weights that a run starts from: those given, else the warm start's, else policy.path (None).
+
+    Raises:
+        UserError: the folder given is none, or there is neither a warm start nor a policy.path.
+    """
+    if given is not None:
+        if not (given / "config.json").is_file():
+            raise UserError(f"{given}: no model here (config.json is missing); give a folder in the released layout")
+        return given
+    folder = warm_start_folder(recipe)
+    if (folder / "config.json").is_file():
+        return folder
+    if recipe.policy.path is None:
+        raise UserError(f"{folder}: no warm start there, and policy.path is not set; run `underdrawing sft` with this "
+                        "recipe first, or give --weights")
+    return None
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Keep the resolved recipe beside what it makes."""
+    try:
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        (recipe.run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
+    except OSError as error:
+        raise UserError(f"run_dir {recipe.run_dir}: cannot write there ({error.strerror})") from None
+
+
+def worker_policy(recipe: Recipe, task: Task, weights: Path | None) -> dict[str, Any]:
+    """What a rollout worker in another process needs to build the same policy: plain data."""
+    config = recipe.policy.model_copy(update={"path": str(weights)}) if weights else recipe.policy
+    return {"config": config.model_dump(mode="json"), "words": list(task.words)}
