@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,4 +124,8 @@ class Policy(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Within it the model is the reference: adapters off, or the frozen copy's weights."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that the family can be loaded from again, adapters merged in."""
         ...

@@ -34,18 +34,17 @@ def credit(groups: Sequence[Group], config: GrpoConfig, failed: int = 0) -> Ledg
     scale = _batch_scale(groups, centred, config)
 
     for index, group in enumerate(groups):
-        for trajectory in group:
-            trajectory.advantage_S = np.zeros(len(trajectory.segments), np.float32)
-        if index not in centred:
-            ledger.drop(UNJUDGED)
-            continue
-        for trajectory, values in zip(group, _scaled(group, centred[index], config, scale), strict=True):
-            for segment, value in values.items():
-                trajectory.advantage_S[segment] = value
-        if any(trajectory.advantage_S.any() for trajectory in group):
+        scaled = _scaled(group, centred[index], config, scale) if index in centred else [{} for _ in group]
+        learns = False
+        for trajectory, values in zip(group, scaled, strict=True):
+            advantage_S = np.zeros(len(trajectory.segments), np.float32)
+            advantage_S[list(values)] = list(values.values())
+            trajectory.advantage_S = advantage_S
+            learns |= bool(advantage_S.any())
+        if learns:
             ledger.trained.append(group)
         else:
-            ledger.drop(ZERO_VARIANCE)
+            ledger.drop(ZERO_VARIANCE if index in centred else UNJUDGED)
     ledger.check()
     return ledger
 

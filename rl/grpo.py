@@ -36,7 +36,7 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
     """
     config, accelerator = run.config, run.accelerator
     trainer, cursor = Trainer(run.policy, config, accelerator), PromptCursor(run.prompts, run.seed)
-    publisher = Publisher(run.policy, run.rollouts, accelerator, trainer.score)
+    publisher = Publisher(run.policy, run.rollouts, accelerator, trainer.scorer)
     done, probe = begin(run, trainer, cursor, resume)
     publisher.publish(trainer.version, probe)
     on_policy = False  # until proven on the first rollouts

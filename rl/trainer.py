@@ -292,9 +292,9 @@ def _no_sums(device: torch.device) -> Tensor:
 
 def random_state() -> dict[str, Any]:
     """Python's, numpy's and torch's generators, as plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = np.random.get_state()
     state = {"python": list(random.getstate()[1]), "python_gauss": random.getstate()[2],
-             "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+             "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
              "torch": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 

@@ -40,7 +40,8 @@ accelerator.end_training()
 """
 
 
-def run(processes: int, out: Path) -> dict:
+def launch(processes: int, script: str, *args: str) -> None:
+    """Run a script in as many processes as a launcher would start, and wait for them all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,11 +52,15 @@ def run(processes: int, out: Path) -> dict:
     for rank in range(processes):
         ranks = {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank),
                  "LOCAL_WORLD_SIZE": str(processes)} if processes > 1 else {}
-        started.append(subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], cwd=root,
-                                        env={**environment, **ranks}, stderr=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen([sys.executable, "-c", script, *args], cwd=root, env={**environment, **ranks},
+                                        stderr=subprocess.PIPE, text=True))
     for process in started:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
+
+
+def run(processes: int, out: Path) -> dict:
+    launch(processes, SCRIPT, str(out))
     return torch.load(out, weights_only=True)
 
 

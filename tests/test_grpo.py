@@ -1,0 +1,250 @@
+"""The driver (rl/grpo.py) whole, on a policy of 400 parameters: what it logs, saves, resumes and says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+import rl.grpo
+from rl import checkpoint
+from rl.config import GrpoConfig
+from rl.processes import Interrupted
+from rl.run import Run
+from rollout.errors import UserError
+from rollout.workers import FailedGroup, GenerateResult
+from tests.bigram import BigramPolicy, reward
+from tests.test_trainer_processes import launch
+from underdrawing.tracking import Tracker, read_metrics
+
+PROMPTS = [{"prompt": f"prompt {number}"} for number in range(7)]
+CONFIG = dict(steps=8, prompts_per_step=3, num_generations=4, learning_rate=0.02, save_every=3, evaluate_every=4,
+              beta=0.01, num_iterations=2, lr_scheduler_type="linear", warmup_steps=3)
+
+
+class BigramRollouts:
+    """In-process rollouts of a bigram policy, which is the trainer's own."""
+
+    def __init__(self, policy, fail=()):
+        self.policy, self.version, self.fail = policy, -1, fail
+
+    def generate(self, requests, timeout_s=None):
+        groups = [[self.policy.sample(r.prompt, r.record, r.group, member, r.seed, self.version)
+                   for member in r.members] for r in requests if r.group not in self.fail]
+        failed = [FailedGroup(i, r.group, "timeout", "") for i, r in enumerate(requests) if r.group in self.fail]
+        return GenerateResult(groups, failed, {"time/rollout": 0.1})
+
+    def shares(self, policy):
+        return policy is self.policy
+
+    def adopt(self, version):
+        self.version = version
+
+
+@dataclass
+class Judged:
+    metrics: dict[str, float]
+
+
+class CodeJudge:
+    """Pays for code 5; `at` maps a step to something that happens while it judges."""
+
+    def __init__(self, **at):
+        self.at = {int(step[1:]): happens for step, happens in at.items()}
+
+    def judge(self, groups, step=0):
+        if step in self.at:
+            self.at[step]()
+        for group in groups:
+            for trajectory in group:
+                trajectory.reward = reward(trajectory)
+        return Judged({"reward/mean": float(np.mean([t.reward for group in groups for t in group]))})
+
+
+def make(folder: Path, judge=None, fail=(), accelerator=None, **config) -> Run:
+    policy = BigramPolicy()
+    accelerator = accelerator or Accelerator(cpu=True)
+    first = accelerator.is_main_process
+    return Run(policy, GrpoConfig(**{**CONFIG, **config}), accelerator, PROMPTS,
+               rollouts=BigramRollouts(policy, fail) if first else None, judge=judge or CodeJudge() if first else None,
+               tracker=Tracker(folder) if first else None, folder=folder, seed=5, recipe={"name": "bigram"},
+               evaluate=lambda step: {"heldout/score": step / 10}, show_every=1000)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [{name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))}
+            for row in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    trainer = rl.grpo.train(make(folder))
+    return folder, lines(folder), {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters()}
+
+
+def test_every_step_is_logged_whole(undisturbed):
+    folder, rows, _ = undisturbed
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for row in rows:
+        assert row["groups/in"] == 3 == row["groups/trained"] + row["groups/dropped/zero_variance"]
+        assert {"reward/mean", "loss/total", "kl", "entropy/code", "publish/version"} <= row.keys()
+        assert row["on_policy_gap"] < 1e-5
+    assert [row["step"] for row in rows if "heldout/score" in row] == [4, 8]
+    assert [row["publish/version"] for row in rows] == list(range(1, 9))
+    assert checkpoint.steps(folder / "checkpoints") == [6, 8]
+    assert {"time/step", "time/update", "time/rollout"} <= read_metrics(folder / "metrics.jsonl")[0].keys()
+
+
+def test_it_improves(tmp_path):
+    rl.grpo.train(make(tmp_path, steps=25, prompts_per_step=6, num_generations=8, evaluate_every=None, save_every=100))
+    rewards = [row["reward/mean"] for row in lines(tmp_path)]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
+
+
+def crash():
+    raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_a_run_that_broke_off_and_is_resumed_is_the_same_run(tmp_path, undisturbed, step):
+    with pytest.raises(RuntimeError, match="power cut"):
+        rl.grpo.train(make(tmp_path, CodeJudge(**{f"s{step}": crash})))
+    np.random.seed(99)
+    torch.manual_seed(99)
+    trainer = rl.grpo.train(make(tmp_path), checkpoint.latest(tmp_path / "checkpoints"))
+    _, rows, weights = undisturbed
+    assert lines(tmp_path) == rows
+    assert all(torch.equal(p, weights[name]) for name, p in trainer.policy.model.named_parameters())
+
+
+def test_going_back_to_an_earlier_checkpoint_forgets_the_later_one(tmp_path, undisturbed):
+    rl.grpo.train(make(tmp_path))
+    with pytest.raises(RuntimeError):
+        rl.grpo.train(make(tmp_path, CodeJudge(s7=crash)), tmp_path / "checkpoints" / "step-000006")
+    assert checkpoint.steps(tmp_path / "checkpoints") == [6]
+    assert lines(tmp_path) == undisturbed[1][:6]
+
+
+def test_ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on(tmp_path, undisturbed):
+    run = make(tmp_path, CodeJudge(s4=lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(Interrupted, match="stopped after step 4 of 8; saved in .*step-000004. To go on") as raised:
+        rl.grpo.train(run)
+    assert raised.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    rl.grpo.train(make(tmp_path), checkpoint.latest(tmp_path / "checkpoints"))
+    assert lines(tmp_path) == undisturbed[1]
+
+
+def test_groups_that_failed_are_in_the_ledger(tmp_path):
+    rl.grpo.train(make(tmp_path, fail={1, 2}, steps=1))
+    [row] = lines(tmp_path)
+    assert row["groups/in"] == 3 and row["groups/dropped/failed"] == 2
+    assert row["groups/trained"] + row["groups/dropped/zero_variance"] == 1
+
+
+def test_a_step_with_nothing_to_learn_goes_by(tmp_path):
+    rl.grpo.train(make(tmp_path, fail=set(range(3)), steps=2))
+    first, second = lines(tmp_path)
+    assert first["optimizer_steps"] == 0 and first["publish/version"] == 0 and second["publish/version"] == 1
+
+
+def test_another_run_is_not_written_over(tmp_path):
+    rl.grpo.train(make(tmp_path, steps=1))
+    before = lines(tmp_path)
+    with pytest.raises(UserError, match="already holds a run \\(step-000001\\). Resume it"):
+        rl.grpo.train(make(tmp_path, steps=1))
+    assert lines(tmp_path) == before
+
+
+def test_a_checkpoint_of_other_prompts_or_another_policy_is_refused(tmp_path):
+    rl.grpo.train(make(tmp_path, steps=1))
+    last = checkpoint.latest(tmp_path / "checkpoints")
+    run = make(tmp_path)
+    run.prompts = PROMPTS[:-1]
+    with pytest.raises(UserError, match="training prompts are not these"):
+        rl.grpo.train(run, last)
+    run = make(tmp_path)
+    run.policy.model.embedding.weight.requires_grad_(False)
+    with pytest.raises(UserError, match="'embedding.weight' is in the checkpoint but not trained here"):
+        rl.grpo.train(run, last)
+
+
+def test_the_driver_stays_short():
+    assert len(Path(rl.grpo.__file__).read_text().splitlines()) < 120
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import rl.grpo
+from rl import checkpoint
+from tests.test_grpo import make
+folder = Path(sys.argv[1])
+rl.grpo.train(make(folder), checkpoint.latest(folder / "checkpoints"))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_it_is_the_same_run(tmp_path, undisturbed):
+    noise, kills = np.random.default_rng(0), 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], env=environment)
+        # Wait for a sign of life, so that every try gets somewhere, and kill it a random moment later.
+        path, size = tmp_path / "metrics.jsonl", -1
+        size = path.stat().st_size if path.exists() else 0
+        while process.poll() is None and (not path.exists() or path.stat().st_size == size):
+            time.sleep(0.005)
+        time.sleep(float(noise.uniform(0, 0.2)))
+        if kills < 6 and process.poll() is None:
+            process.kill()
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert kills >= 2
+    assert lines(tmp_path) == undisturbed[1]
+
+
+TWO = """
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+import rl.grpo
+from tests.test_grpo import CodeJudge, make
+from rollout.errors import UserError
+folder = Path(sys.argv[1])
+accelerator = Accelerator(cpu=True)
+rl.grpo.train(make(folder, accelerator=accelerator))
+def refuse():
+    raise UserError("the judge is out")
+try:
+    rl.grpo.train(make(folder / "second", CodeJudge(s2=refuse), accelerator=accelerator))
+except UserError as error:
+    (folder / f"error{accelerator.process_index}").write_text(str(error))
+accelerator.end_training()
+"""
+
+
+def test_two_processes_run_the_same_loop(tmp_path, undisturbed):
+    launch(2, TWO, str(tmp_path))
+    for ours, theirs in zip(lines(tmp_path), undisturbed[1], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, abs=1e-4, rel=1e-3), (ours["step"], name)
+    loaded = checkpoint.load(tmp_path / "checkpoints" / "step-000008")
+    assert len(loaded.trainer["random"]) == 2
+    for name, value in undisturbed[2].items():
+        torch.testing.assert_close(loaded.trainer["parameters"][name], value, atol=1e-4, rtol=1e-3)
+    # What stops the first process stops the other, which hears why.
+    assert [(tmp_path / f"error{rank}").read_text().split(": ")[-1] for rank in (0, 1)] == ["the judge is out"] * 2
+    assert loaded.recipe == {"name": "bigram"}
