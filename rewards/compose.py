@@ -80,7 +80,7 @@ class Judge:
         """
         self.config, self.max_steps = config, max_steps
         self.expression = config.expression()
-        self.setting = Setting.of(task, fmt, detector if detector is not None else _detector(config, task))
+        self.setting = Setting.of(task, fmt, detector if detector is not None else detector_of(config, task))
         self._own: dict[str, Any] = {}
         self._isolated: dict[str, IsolatedReward] = {}
         self._bad_steps: dict[str, int] = dict.fromkeys(config.parts, 0)  # in a row, over half of the rows failed
@@ -247,7 +247,7 @@ class Judge:
                                f"gave None for all. If that is meant, write coalesce(part, 0) into rewards.total")
 
 
-def _detector(config: RewardsConfig, task: Any) -> Detector | None:
+def detector_of(config: RewardsConfig, task: Any) -> Detector | None:
     if config.detector is not None:
         made = make(load_object(config.detector), config.detector)
         if not hasattr(made, "detect") or not hasattr(made, "classes"):

@@ -52,6 +52,7 @@ class Tracker:
         self._file = self.path.open("a")
         self._wandb = _start_wandb(self.config, self.run_dir, name, recipe)
         self._table: Any = None
+        self.listeners: list[Any] = []  # each with heard(step, metrics): a progress display, say
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Write one line. NaN and infinity are written as null: JSON has no such numbers."""
@@ -59,6 +60,8 @@ class Tracker:
         self._write(json.dumps(row) + "\n")
         if self._wandb is not None:
             self._wandb.log({"step": step, **{k: v for k, v in row.items() if v is not None}})
+        for listener in self.listeners:
+            listener.heard(step, metrics)
 
     def trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> Path | None:
         """Store a sample of trajectories under run_dir/trajectories/<step> and mirror them as a W&B table."""

@@ -1,0 +1,198 @@
+"""What the commands do: each job takes a recipe, builds its parts, runs, and leaves its results in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from evals.bootstrap import Interval, compare
+from evals.heldout import Heldout, PromptScore, geneval_scorer, spread_over_tags
+from evals.heldout import evaluate as evaluate_heldout
+from rl import checkpoint
+from rl.grpo import train
+from rl.run import Run
+from rollout.config import RolloutConfig
+from rollout.errors import UserError
+from rollout.requests import RolloutRequest
+from rollout.store import save_trajectories
+from rollout.workers import open_rollouts
+from tasks.base import Task
+from underdrawing import build
+from underdrawing.progress import StepProgress
+from underdrawing.recipe import Recipe
+
+log = logging.getLogger(__name__)
+STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look at, small on disk
+
+
+def run_sft(recipe: Recipe, resume: bool = False) -> Path:
+    """The warm start. Returns the folder of its weights."""
+    from sft.train import check_demonstrations, demonstrate, warm_start
+
+    build.seed_everything(recipe.seed)
+    build.write_recipe(recipe)
+    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    policy = build.build_policy(recipe, task)
+    demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
+    check_demonstrations(demonstrations, fmt)
+    tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft")
+    try:
+        warm_start(policy, demonstrations, recipe.sft, recipe.run_dir, seed=recipe.seed, tracker=tracker,
+                   resume=resume)
+    finally:
+        tracker.close()
+    return build.warm_start_folder(recipe)
+
+
+def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False) -> Path:
+    """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights."""
+    build.seed_everything(recipe.seed)
+    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    start = build.starting_weights(recipe, weights)
+    policy = build.build_policy(recipe, task, start)
+    accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
+    newest = checkpoint.latest(recipe.run_dir / "checkpoints")
+    if resume and newest is None:
+        log.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
+    first = accelerator.is_main_process
+    rollouts = judge = tracker = None
+    progress = StepProgress("GRPO", recipe.grpo.steps) if first else None
+    try:
+        if first:
+            build.write_recipe(recipe)
+            judge = build.build_judge(recipe, task, fmt)
+            config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy
+            rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, task.words)
+            tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
+            tracker.listeners.append(progress)
+        heldout = _heldout_metrics(recipe, task, rollouts) if first else None
+        run = Run(policy=policy, config=recipe.grpo, accelerator=accelerator, prompts=task.prompts("train"),
+                  rollouts=rollouts, judge=judge, tracker=tracker, folder=recipe.run_dir, seed=recipe.seed,
+                  recipe=recipe.model_dump(mode="json"), evaluate=heldout, show_every=recipe.track.trajectories_every,
+                  resume_command="give the same command with --resume")
+        train(run, newest if resume else None)
+    finally:
+        for part in (progress, judge, rollouts, tracker):
+            if part is not None:
+                part.close()
+    final = checkpoint.latest(recipe.run_dir / "checkpoints")
+    assert final is not None
+    return final / "weights"
+
+
+def run_evaluate(recipe: Recipe, weights: Path, label: str) -> Heldout:
+    """Held-out scores of some weights, kept under run_dir/evaluations/<label>."""
+    task = build.build_task(recipe)
+    policy = build.build_policy(recipe, task, weights)
+    config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
+    policy_config = recipe.policy.model_copy(update={"path": str(weights)})
+    rollouts = open_rollouts(policy, policy_config, recipe.format, config, task.words)
+    try:
+        heldout = _evaluate(recipe, task, rollouts)
+    finally:
+        rollouts.close()
+    keep_evaluation(heldout, recipe.run_dir / "evaluations" / label)
+    return heldout
+
+
+def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: Path) -> list[Any]:
+    """Roll out `count` prompts once each, judge them, and store the trajectories."""
+    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    policy = build.build_policy(recipe, task, weights)
+    records = task.prompts("heldout" if split == "heldout" else "train")[:count]
+    rollouts = open_rollouts(policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format,
+                             recipe.rollout, task.words)
+    try:
+        result = rollouts.generate([RolloutRequest(group, record["prompt"], record, (0,), recipe.seed)
+                                    for group, record in enumerate(records)])
+    finally:
+        rollouts.close()
+    with build.build_judge(recipe, task, fmt) as judge:
+        judge.judge(result.groups)
+    trajectories = [t for group in result.groups for t in group]
+    save_trajectories(trajectories, folder)
+    return trajectories
+
+
+def keep_evaluation(heldout: Heldout, folder: Path) -> None:
+    """summary.json, prompts.jsonl and some trajectories."""
+    folder.mkdir(parents=True, exist_ok=True)
+    heldout.save(folder / "prompts.jsonl")
+    answers = [group[0] for group in heldout.trajectories]
+    stride = max(1, len(answers) // STORED_ANSWERS)
+    for trajectory, score in zip(answers, heldout.prompts, strict=True):
+        trajectory.rewards = {"first image": score.first_sketch, "final image": score.final_image}
+    save_trajectories(answers[::stride], folder / "trajectories")
+    (folder / "summary.json").write_text(json.dumps({
+        "score": heldout.final_image, "by_tag": heldout.tags, "first_sketch": heldout.first_sketch,
+        "final_image": heldout.final_image, "prompts": len(heldout.prompts), "metrics": heldout.as_metrics(),
+    }, indent=1))
+
+
+def compare_evaluations(run_dir: Path, before: str, after: str) -> Interval:
+    """The gain between two kept evaluations with its paired bootstrap interval, kept as comparison.json."""
+    folder = run_dir / "evaluations"
+    interval = compare(*(read_prompt_scores(folder / label / "prompts.jsonl") for label in (before, after)))
+    (folder / "comparison.json").write_text(json.dumps({
+        "before": before, "after": after, "gain": interval.difference, "interval": [interval.low, interval.high]}))
+    return interval
+
+
+def read_prompt_scores(path: Path) -> list[PromptScore]:
+    """The scores that Heldout.save wrote.
+
+    Raises:
+        UserError: the file is missing or a line is none of its rows.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no evaluation there; run `underdrawing evaluate` first") from None
+    scores = []
+    for number, line in enumerate(lines, 1):
+        try:
+            scores.append(PromptScore(**json.loads(line)))
+        except (TypeError, json.JSONDecodeError):
+            raise UserError(f"{path} line {number}: not a row of scores by prompt") from None
+    return scores
+
+
+def _evaluate(recipe: Recipe, task: Task, rollouts: Any) -> Heldout:
+    from rewards.base import Setting
+    from rewards.compose import detector_of
+
+    fmt = build.build_format(recipe)
+    records = spread_over_tags(task.prompts("heldout"), recipe.evaluate.prompts)
+    setting = Setting.of(task, fmt, detector_of(recipe.rewards, task))
+    return evaluate_heldout(rollouts, geneval_scorer(setting), records, recipe.evaluate.seed)
+
+
+@dataclass(frozen=True)
+class _HeldoutMetrics:
+    """Evaluations during training, with the rollout workers of the training itself."""
+
+    recipe: Recipe
+    task: Task
+    rollouts: Any
+
+    def __call__(self, step: int) -> dict[str, float]:
+        return _evaluate(self.recipe, self.task, self.rollouts).as_metrics()
+
+
+def _heldout_metrics(recipe: Recipe, task: Task, rollouts: Any) -> _HeldoutMetrics | None:
+    return _HeldoutMetrics(recipe, task, rollouts) if recipe.grpo.evaluate_every else None
+
+
+def local(recipe: Recipe, threads: int | None = None) -> Recipe:
+    """The recipe with rollouts in this process."""
+    update: dict[str, Any] = {"workers": 0}
+    if threads is not None:
+        update["threads"] = threads
+    rollout: RolloutConfig = recipe.rollout.model_copy(update=update)
+    return recipe.model_copy(update={"rollout": rollout})
+
