@@ -15,6 +15,7 @@ Sources: Gafni et al., arXiv:2203.13131 (the tokenizer); Esser et al., arXiv:201
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +270,9 @@ def save_vq(vq: ChameleonVQ, path: str | Path, dtype: torch.dtype = torch.float1
     keys = ("embed_dim", "num_embeddings", "double_latent", "latent_channels", "resolution", "in_channels",
             "base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions", "dropout", "attn_type")
     path.with_suffix(".json").write_text(json.dumps({key: getattr(vq.config, key) for key in keys}, indent=2) + "\n")
-    save_file({name: tensor.detach().to(dtype).contiguous() for name, tensor in vq.state_dict().items()}, path)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().to(dtype).contiguous() for name, tensor in vq.state_dict().items()}, partial)
+    os.replace(partial, path)
 
 
 def load_vq(path: str | Path) -> ChameleonVQ:
