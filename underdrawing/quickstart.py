@@ -1,0 +1,144 @@
+"""`make quickstart`: warm start, GRPO, held-out scores before and after, and the report, from one recipe.
+
+Its last line is one JSON object: warm_start, grpo, first_sketch, final_image (held-out scores), on_policy_gap,
+minutes, report, run_dir. A finished stage is kept: the same command after an interruption goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from rollout.errors import UserError
+from underdrawing.cli import quieten
+
+STATE = "quickstart.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages that are not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", type=Path, default=Path("configs/shapes/quickstart.yaml"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, help="default: the recipe's, with the seed")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(arguments)
+    quieten()
+    try:
+        return run(options.recipe, options.seed, options.run_dir, options.overrides)
+    except UserError as error:
+        print(f"underdrawing: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+        return 130
+
+
+def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = ()) -> int:
+    """All stages; prints the scores and the JSON line."""
+    from underdrawing.jobs import compare_evaluations, local, run_evaluate, run_grpo, run_sft
+    from underdrawing.recipe import load_recipe
+    from underdrawing.report.page import report_data, write_report
+    from underdrawing.tracking import read_metrics
+
+    recipe = load_recipe(path, [*overrides, f"seed={seed}"])
+    recipe = recipe.model_copy(update={"run_dir": run_dir or Path(f"{recipe.run_dir}-seed{seed}")})
+    console = Console(stderr=True)
+    clock = _Clock(recipe.run_dir / STATE)
+
+    def say(sentence: str) -> None:
+        console.print(f"[bold]{sentence}[/]", highlight=False)
+
+    if not clock.has("sft"):
+        say(f"1/5  Warm start: {recipe.sft.max_steps} steps on {recipe.sft.demonstrations} demonstrations that plan, "
+            "sketch, inspect and refine")
+        with clock.stage("sft"):
+            run_sft(recipe, resume=True)
+    warm = recipe.run_dir / "sft" / "model"
+
+    if not clock.has("before"):
+        say(f"2/5  Held-out score of the warm start ({recipe.evaluate.prompts} prompts)")
+        with clock.stage("before"):
+            run_evaluate(local(recipe, threads=2), warm, "warm_start")
+
+    if not clock.has("grpo"):
+        say(f"3/5  GRPO: {recipe.grpo.steps} steps of {recipe.grpo.prompts_per_step} prompts x "
+            f"{recipe.grpo.num_generations}, reward = {recipe.rewards.formula()}")
+        with clock.stage("grpo"):
+            run_grpo(recipe, warm, resume=True)
+    from rl import checkpoint
+
+    newest = checkpoint.latest(recipe.run_dir / "checkpoints")
+    if newest is None:
+        raise UserError(f"{recipe.run_dir}: GRPO is marked as done, but checkpoints/ is empty; delete "
+                        f"{recipe.run_dir / STATE} and run again")
+    if not clock.has("after"):
+        say("4/5  Held-out score after GRPO")
+        with clock.stage("after"):
+            run_evaluate(local(recipe, threads=2), newest / "weights", "grpo")
+
+    say("5/5  Report")
+    with clock.stage("report"):
+        gain = compare_evaluations(recipe.run_dir, "warm_start", "grpo")
+        report = write_report(report_data(recipe.run_dir, title=f"{recipe.name}, seed {seed}"),
+                              recipe.run_dir / "report.html")
+    before, after = (json.loads((recipe.run_dir / "evaluations" / label / "summary.json").read_text())
+                     for label in ("warm_start", "grpo"))
+    gaps = [row["on_policy_gap"] for row in read_metrics(recipe.run_dir / "metrics.jsonl")
+            if row.get("on_policy_gap") is not None]
+    say(f"held-out score: {before['score']:.3f} after the warm start, {after['score']:.3f} after GRPO: {gain}")
+    say(f"its first sketches score {after['first_sketch']:.3f}, its final images {after['final_image']:.3f}")
+    say(f"report: {report}")
+    print(json.dumps({
+        "warm_start": round(before["score"], 4), "grpo": round(after["score"], 4),
+        "first_sketch": round(after["first_sketch"], 4), "final_image": round(after["final_image"], 4),
+        "gain_interval": [round(gain.low, 4), round(gain.high, 4)],
+        "on_policy_gap": gaps[0] if gaps else None, "minutes": round(clock.minutes(), 2), "report": str(report),
+        "run_dir": str(recipe.run_dir), "seed": seed, "stages": clock.rounded()}))
+    return 0
+
+
+class _Clock:
+    """Seconds of each finished stage, kept in the run's folder: it says what is done after an interruption too."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def has(self, stage: str) -> bool:
+        return stage in self.seconds
+
+    def stage(self, name: str) -> _Stage:
+        return _Stage(self, name)
+
+    def minutes(self) -> float:
+        return sum(self.seconds.values()) / 60
+
+    def rounded(self) -> dict[str, float]:
+        return {name: round(seconds, 1) for name, seconds in self.seconds.items()}
+
+
+class _Stage:
+    def __init__(self, clock: _Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.clock.seconds[self.name] = time.monotonic() - self.began
+            self.clock.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.clock.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.clock.seconds))
+            temporary.replace(self.clock.path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
