@@ -81,7 +81,9 @@ def make(folder: Path, judge=None, fail=(), accelerator=None, **config) -> Run:
 
 
 def lines(folder: Path) -> list[dict]:
-    return [{name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))}
+    """Everything but what the clock says."""
+    return [{name: value for name, value in row.items()
+             if not name.startswith(("time/", "perf/")) and not name.endswith("_per_s")}
             for row in read_metrics(folder / "metrics.jsonl")]
 
 
