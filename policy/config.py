@@ -81,4 +81,4 @@ class PolicyConfig(BaseModel):
         "sdpa", description="transformers' attention in scoring and training.")
     lora: LoraSection | None = Field(None, description="Train adapters only. None: all weights of the decoder.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    score_chunk: int = Field(1024, ge=1, description="Decisions whose logits scoring holds at a time.")
+    score_chunk: int = Field(256, ge=1, description="Decisions whose logits scoring holds at a time.")

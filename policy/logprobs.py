@@ -27,7 +27,7 @@ def token_logprobs(
     allowed_N: Tensor | None = None,
     sets: Sequence[np.ndarray] = (),
     entropy: bool = False,
-    chunk: int = 1024,
+    chunk: int = 256,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(hidden @ weight.T / temperature) over the allowed ids, at the targets.
 
@@ -76,14 +76,16 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
             logits_CV = _logits(hidden_ND[part], weight_VD, temperature_N[part], allowed_N[part], sets)
+            # Relative to the largest: at low temperatures logits are large, and their rounding would stay.
+            largest_C = logits_CV.max(-1).values
+            logits_CV -= largest_C[:, None]
             normalizer_C = logits_CV.logsumexp(-1)
             logprob_N[part] = logits_CV.gather(1, target_N[part, None])[:, 0] - normalizer_C
-            normalizer_N[part] = normalizer_C
+            normalizer_N[part] = largest_C + normalizer_C
             if entropy:
-                probability_CV = (logits_CV - normalizer_C[:, None]).exp_()
-                # 0 x -inf outside the allowed set is no information: those entries count nothing.
-                expected_C = probability_CV.mul_(logits_CV.nan_to_num_(neginf=0.0)).sum(-1)
-                entropy_N[part] = normalizer_C - expected_C
+                logits_CV -= normalizer_C[:, None]
+                # exp(-inf) x -inf would be NaN: entries outside the allowed set count nothing.
+                entropy_N[part] = -logits_CV.exp().mul_(logits_CV.nan_to_num_(neginf=0.0)).sum(-1)
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, temperature_N, normalizer_N)
         ctx.allowed_N, ctx.sets, ctx.chunk = allowed_N, sets, chunk
         ctx.mark_non_differentiable(entropy_N)

@@ -44,7 +44,7 @@ class ChameleonPolicy:
 
     family = "chameleon"
 
-    def __init__(self, model: InterleavedChameleon, vocabulary: ChameleonVocabulary, score_chunk: int = 1024,
+    def __init__(self, model: InterleavedChameleon, vocabulary: ChameleonVocabulary, score_chunk: int = 256,
                  lora: LoraSection | None = None):
         self.vocabulary = vocabulary
         self.score_chunk = score_chunk

@@ -50,7 +50,7 @@ class DecisionBatch:
     allowed_N: Tensor  # int64 into sets, -1: everything
     sets: tuple[np.ndarray, ...]
     entropy: bool = False
-    chunk: int = 1024
+    chunk: int = 256
 
 
 class InterleavedChameleon(ChameleonForConditionalGeneration):

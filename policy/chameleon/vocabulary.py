@@ -96,7 +96,7 @@ class ChameleonVocabulary:
             marker = self.tokenizer.convert_ids_to_tokens(silent[0])
             raise VocabularyError(f"the text holds the marker '{marker}', which only the model may write: {text!r}")
         if self._words and self.map.get(UNK) in ids:
-            tags = "|".join(re.escape(self.tokenizer.convert_ids_to_tokens(id)) for id in self._tags)
+            tags = "|".join(re.escape(str(self.tokenizer.convert_ids_to_tokens(id))) for id in self._tags)
             unknown = sorted(set(re.sub(tags, " ", text).split()) - set(self.map))
             raise VocabularyError(f"the tokenizer has no word for {', '.join(map(repr, unknown))} in {text!r}; it "
                                   "knows the task's words, spaces between them (policy.tiny.words adds others)")
