@@ -74,15 +74,16 @@ class Trainer:
                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,
                                       betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        policy.model.to(accelerator.device)
+        if config.beta:
+            with policy.reference():  # the weights as they are now, before anything wraps, moves or overwrites them
+                pass
         self.scorer, self.optimizer = accelerator.prepare(_Scorer(policy), optimizer)
         # Not prepared: accelerate would step a prepared schedule once for every process.
         self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps,
                                        num_training_steps=config.steps * config.num_iterations * config.num_minibatches)
         self.settings = loss_settings(config)
         policy.model.eval()
-        if config.beta:
-            with policy.reference():  # the weights as they are now, before anything moves or is loaded over them
-                pass
 
     # ---- checks ----
     def on_policy_gap(self, trajectories: Sequence[Trajectory]) -> float:
