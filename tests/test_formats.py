@@ -239,7 +239,61 @@ def test_a_token_that_closes_one_tag_and_opens_the_next_is_still_read_whole():
            *encode(fmt, "<inspect>a</inspect>", vocabulary), vocabulary.eos]
     spans = fmt.parse(ids, vocabulary)
     assert [s.role for s in spans] == ["plan", "sketch", "inspect", "refine", "redraw", "inspect"]
+    texts = [vocabulary.decode(ids[s.start:s.stop]) for s in spans]
+    assert texts[2:4] == ["<inspect>a</inspect><", "refine>b</refine>"]  # a role begins after what completed a tag
     assert fmt.violations(written(fmt, vocabulary, ids, spans)) == []
+
+
+def test_a_mismatch_restarts_the_search_at_the_id_just_read():
+    vocabulary, fmt = VOCABULARIES["piece"], FORMATS["strokes"]
+    ids = [vocabulary.ids["a"], vocabulary.ids["<i"], vocabulary.ids["<"], *encode(fmt, "ins>red", vocabulary)]
+    assert [(s.role, s.start, s.stop) for s in fmt.parse(ids, vocabulary)] == [("other", 0, 2), ("plan", 2, len(ids))]
+
+
+def test_blanks_between_segments_belong_to_the_text_beside_them():
+    vocabulary, fmt = VOCABULARIES["piece"], FORMATS["strokes"]
+    plan = encode(fmt, "<ins>a</ins> <des>b</des>", vocabulary)
+    inspect = encode(fmt, "<inspect>a</inspect>", vocabulary)
+    blank = vocabulary.ids["\n"]
+    ids = [blank, *plan, blank, *image(vocabulary), blank, *inspect, blank, vocabulary.eos]
+    spans = fmt.parse(ids, vocabulary)
+    assert [(s.role, s.stop - s.start) for s in spans] == [
+        ("plan", len(plan) + 2), ("sketch", CODES_PER_IMAGE + 2), ("inspect", len(inspect) + 3)]
+    assert fmt.violations(written(fmt, vocabulary, ids, spans)) == []
+
+
+# ---- the full constraint, by hand ----
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
+def test_a_body_holds_no_tag_start_and_is_closed_at_its_limit(vocabulary):
+    fmt = get_format("strokes", max_tokens={"plan": 2})
+    cursor, opening = fmt.cursor(vocabulary, "full"), vocabulary.encode("<ins>")
+    red, closing = vocabulary.encode(" red")[0], vocabulary.encode("</ins>") + vocabulary.encode("<des>")
+    for id in opening:
+        assert cursor.forced() == id  # there is one way to begin
+        cursor.advance(id)
+    first = {vocabulary.piece(int(i)) for i in np.flatnonzero(mask_of(cursor.allowed().ranges, vocabulary.size))}
+    assert " red" in first and " " not in first  # a body that begins with a blank might stay blank
+    assert not any("<" in piece for piece in first)
+    cursor.advance(red)
+    later = set(np.flatnonzero(mask_of(cursor.allowed().ranges, vocabulary.size)).tolist())
+    assert {id for id in later if "<" in vocabulary.piece(id)} == {closing[0]} and vocabulary.ids[" "] in later
+    assert not later & {vocabulary.boi, vocabulary.eos, vocabulary.pad, vocabulary.bos, vocabulary.sep}
+    cursor.advance(red)
+    for id in closing:  # two tokens are the limit
+        assert cursor.forced() == id
+        cursor.advance(id)
+    assert cursor.forced() is None and cursor.role == "plan"
+
+
+def test_at_the_image_limit_only_the_end_is_left():
+    vocabulary, fmt = VOCABULARIES["word"], get_format("strokes", max_images=1)
+    cursor = fmt.cursor(vocabulary, "full")
+    follow(cursor, [*encode(fmt, "<ins> red</ins><des> red</des>", vocabulary), *image(vocabulary),
+                    *encode(fmt, "<inspect> fine</inspect>", vocabulary)])
+    assert cursor.forced() == vocabulary.eos
+    with pytest.raises(ValueError, match="was not allowed here"):
+        cursor.advance(vocabulary.boi)
 
 
 # ---- reading ----

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -48,6 +50,37 @@ def vocabulary_of(kind, fmt):
 def test_every_registered_format_keeps_the_contract(name, kind):
     fmt = get_format(name)
     check_format(fmt, vocabulary_of(kind, fmt), DEMONSTRATIONS[name])
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A byte-level BPE of the released kind: tags are several tokens, `><` is one, characters are cut into bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from policy.chameleon.vocabulary import ChameleonVocabulary, code_name
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<racm3:break>", "<eoss>", "<reserved08706>"]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special + [code_name(code) for code in range(8)],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    text = "<ins> a red circle </ins><des> red </des><inspect> fine </inspect><refine> \u00e9 \u65e5\u672c </refine>"
+    tokenizer.train_from_iterator([text] * 20, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return ChameleonVocabulary(wrapped, codes_per_image=4)
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_contract_holds_over_a_byte_level_tokenizer(name, byte_level):
+    assert "><" in [byte_level.piece(id) for id in byte_level.encode("</inspect><refine>")]
+    check_format(get_format(name), byte_level, DEMONSTRATIONS[name], walks=15, limit=2000)
+
+
+def test_formats_and_the_store_import_no_model():
+    program = ("import sys, rollout.formats.contract, rollout.formats.config, rollout.store; print("
+               "[m for m in ('torch', 'ray', 'transformers', 'trl', 'policy', 'rl', 'tasks') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 THINK = Grammar("think", (Role("think", tags=(("<think>", "</think>"),)), Role("answer"),
@@ -139,6 +172,8 @@ def test_config_builds_and_refuses():
     assert not config.form_is_constant and FormatConfig(constrain="full").form_is_constant
     with pytest.raises(ValidationError):
         FormatConfig(max_image=2)
+    with pytest.raises(UserError, match="both set"):
+        FormatConfig(max_images=2, options={"max_images": 3}).build()
 
 
 def test_a_format_travels_between_processes():

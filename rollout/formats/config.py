@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rollout.errors import UserError
 from rollout.formats.base import ThoughtFormat
 from rollout.formats.registry import get_format
 
@@ -25,6 +26,8 @@ class FormatConfig(BaseModel):
 
     def build(self) -> ThoughtFormat:
         """The format. Raises UserError naming the wrong key."""
+        if self.max_images is not None and "max_images" in self.options:
+            raise UserError("format.max_images and format.options.max_images are both set; keep the first")
         limits = {} if self.max_images is None else {"max_images": self.max_images}
         return get_format(self.name, **{**limits, **self.options})
 
