@@ -26,7 +26,8 @@ class Assignment:
     product. Otherwise a slot takes the next groups when it is free: enough to fill its rows, and half of its even share
     where that is more, so that the last calls are short.
 
-    A group's last attempt is made alone, so that it cannot take its neighbours with it.
+    A group's last attempt is made alone, so that it cannot take its neighbours with it (with 1 retry, that is the only
+    repetition, and its last bits may differ).
 
     Args:
         groups: how many there are.

@@ -179,6 +179,7 @@ class RayRollouts:
         assignment = Assignment(len(requests), len(self._places), self.config.rows // members, self.config.retries,
                                 self.config.reproducible)
         self._counts, self._replaced = [], {}
+        self._bury()
         try:
             while assignment.left:
                 self._dispatch(assignment, requests)
@@ -327,7 +328,7 @@ class RayRollouts:
                                f"{self.config.gpus:g} GPU; free them, ask for fewer rollout.workers, or set it to 0")
         self._crashes.append(crash)
         self._replaced[reason] = self._replaced.get(reason, 0) + 1
-        log.warning("%s is replaced (%s): %s", place.name, reason, crash.splitlines()[0] if crash else "no message")
+        log.warning("%s is replaced (%s): %s", place.name, reason, crash)
         self._vacate(place)
         if len(self._crashes) >= (self.config.retries + 1) * (len(self._places) + 1):
             raise WorkersError(f"rollout workers keep dying: {len(self._crashes)} in a row. The first one: "
@@ -345,6 +346,19 @@ class RayRollouts:
                 Path(place.stack_file).unlink(missing_ok=True)
             ray.kill(place.actor)
         place.actor, place.starting, place.call, place.stream, place.probe = None, [], None, None, None
+
+    def _bury(self) -> None:
+        """Vacate the places of idle workers that died since the last call, which costs no group an attempt."""
+        import ray
+
+        asked = {place.actor.about.remote(): place for place in self._places
+                 if place.actor is not None and not place.starting}
+        if asked:
+            for answer in ray.wait(list(asked), num_returns=len(asked), timeout=TICK_S)[0]:
+                try:
+                    ray.get(answer)
+                except ray.exceptions.RayError as error:
+                    self._replace(asked[answer], "crash", self._quote(asked[answer], error))
 
     def _is_local(self, place: _Place) -> bool:
         import ray
@@ -479,6 +493,7 @@ class RayRollouts:
         if cause is not None:
             return f"{place.name}: {type(cause).__name__}: {cause}\n{error}"
         said = str(error)
-        ended = next((line for line in said.splitlines() if "exit detail" in line or "because" in line), said)
+        ended = next((line for line in said.splitlines() if "because" in line), said)
+        ended = ended.split("Worker exit detail: ")[-1].split(" Some common causes")[0]
         tail = self.cluster.log_tail(place.pid) if place.pid else ""
         return f"{place.name} (process {place.pid}) died: {ended}" + (f"\nIts last words:\n{tail}" if tail else "")

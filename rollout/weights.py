@@ -129,6 +129,8 @@ class WeightReceiver:
                 raise self._error(manifest, f"the checksum of tensor '{entry.name}' differs from the manifest's")
         with torch.no_grad():
             for entry in manifest.tensors:
+                if not entry.size:
+                    continue
                 state[entry.name].copy_(_tensor(entry, _gather(entry, chunks, manifest)))
         if manifest.kind == "full":
             self._base = None

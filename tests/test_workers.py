@@ -1,0 +1,317 @@
+"""Workers that die, hang, raise or never start: groups come back whole, the same, or dropped with the reason."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl.publish import Publisher
+from rollout.assignment import Assignment, Call
+from rollout.config import RolloutConfig
+from rollout.errors import UserError
+from rollout.ray_cluster import ClusterError, start_ray
+from rollout.ray_workers import RayRollouts
+from rollout.requests import RolloutRequest
+from rollout.weights import PublicationError
+from rollout.workers import (
+    EngineSpec,
+    FailedGroup,
+    FinishedGroup,
+    LocalRollouts,
+    WorkersError,
+    engine_spec,
+    open_rollouts,
+)
+from tests.worker_factories import engine, nudge
+
+ROLLOUT = {"rows": 4, "max_tokens": 24}
+
+
+def requests(groups: int, members: int = 3, records: dict[int, dict] | None = None) -> list[RolloutRequest]:
+    return [RolloutRequest(10 + group, "a red dot", (records or {}).get(group, {}), tuple(range(members)), seed=5)
+            for group in range(groups)]
+
+
+def decided(groups) -> list[tuple]:
+    """All that was sampled, to the last bit."""
+    return [(t.group, t.member, s.role, s.ids.tobytes(), s.decisions.logprob_N.tobytes())
+            for group in groups for t in group for s in t.segments if s.decisions]
+
+
+def ids(groups) -> list[list[int]]:
+    return [np.concatenate([s.ids for s in t.segments]).tolist() for group in groups for t in group]
+
+
+# ---- who writes what: no process is started ----
+
+def test_reproducible_slots_have_groups_of_their_own():
+    assignment = Assignment(5, slots=2, fill=1, retries=2, reproducible=True)
+    assert assignment.next(1) == Call((1, 3)) and assignment.next(1) is None
+    assert assignment.next(0) == Call((0, 2, 4))
+
+
+def test_a_reproducible_call_is_repeated_whole_then_alone():
+    assignment = Assignment(3, slots=1, fill=1, retries=2, reproducible=True)
+    call = assignment.next(0)
+    assert assignment.finished(1) and not assignment.finished(1)
+    assert assignment.failed(0, call) == ()
+    again = assignment.next(0)
+    assert again == Call((0, 1, 2), 1)  # the finished group too: its rows are the others' neighbours
+    assert assignment.failed(0, again) == ()
+    assert [assignment.next(0), assignment.next(0)] == [Call((0,), 2), Call((2,), 2)]
+    assert assignment.finished(0)
+    assert assignment.failed(0, Call((2,), 2)) == (2,) and not assignment.left
+
+
+def test_free_slots_take_what_fills_their_rows_and_less_towards_the_end():
+    assignment = Assignment(40, slots=2, fill=3, retries=1, reproducible=False)
+    sizes = []
+    while (call := assignment.next(len(sizes) % 2)) is not None:
+        sizes.append(len(call.groups))
+    # a quarter of what is left (two slots, half a share each), never under 3: 40, 30, 22, 16, 12, 9, 6, 3
+    assert sizes == [10, 8, 6, 4, 3, 3, 3, 3]
+
+
+@given(st.integers(0, 12), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.booleans(), st.randoms())
+def test_every_group_is_finished_or_dropped_once(groups, slots, fill, retries, reproducible, random):
+    assignment = Assignment(groups, slots, fill, retries, reproducible)
+    finished, dropped, calls = [], [], 0
+    while assignment.left:
+        for slot in range(slots):
+            call = assignment.next(slot)
+            if call is None:
+                continue
+            calls += 1
+            assert call.attempt <= retries
+            done = random.randrange(len(call.groups) + 1)
+            finished += [group for group in call.groups[:done] if assignment.finished(group)]
+            if done < len(call.groups):
+                dropped += assignment.failed(slot, call)
+        assert calls <= (retries + 2) * (groups + slots)
+    assert sorted(finished + dropped) == list(range(groups))
+
+
+# ---- in this process ----
+
+def test_local_groups_come_in_the_order_of_requests_and_members():
+    asked = [RolloutRequest(7, "a dot", {}, (2, 0), 1), RolloutRequest(3, "red", {}, (0, 1, 2), 1)]
+    result = LocalRollouts(engine(ROLLOUT)).generate(asked)
+    written = [[(t.group, t.member) for t in group] for group in result.groups]
+    assert written == [[(7, 2), (7, 0)], [(3, 0), (3, 1), (3, 2)]]
+    assert result.metrics["rollout/groups"] == 2 and result.metrics["rollout/trajectories"] == 5
+    assert result.metrics["rollout/tokens"] == sum(t.num_tokens() - len(t.segments[0].ids)
+                                                   for group in result.groups for t in group)
+
+
+def test_groups_are_told_apart():
+    rollouts = LocalRollouts(engine(ROLLOUT))
+    with pytest.raises(WorkersError, match="group 10 is asked for twice"):
+        rollouts.generate(requests(1) + requests(1))
+    with pytest.raises(WorkersError, match=r"group 1: its members are \[0, 0\]"):
+        rollouts.generate([RolloutRequest(1, "a", {}, (0, 0))])
+    assert rollouts.generate([]).groups == []
+
+
+def test_without_workers_the_trainers_policy_samples():
+    from rollout.formats.config import FormatConfig
+
+    policy = engine(ROLLOUT).policy
+    rollouts = open_rollouts(policy, None, FormatConfig(), RolloutConfig(workers=0))
+    assert isinstance(rollouts, LocalRollouts) and rollouts.shares(policy)
+
+
+def test_no_free_port_is_said_at_once(monkeypatch):
+    def none_left(self, address):
+        raise OSError(errno.EADDRINUSE, "Address already in use")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(socket.socket, "bind", none_left)
+    with pytest.raises(ClusterError, match=r"no free port on 127.0.0.1 .*rollout.workers: 0"):
+        start_ray(1)
+
+
+# ---- with Ray: one cluster for the module ----
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ.pop("RAY_ADDRESS", None)
+    cluster = start_ray(3, object_store_bytes=100 * 2**20)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def pool(cluster):
+    pool = RayRollouts(EngineSpec({"rollout": ROLLOUT}, "tests.worker_factories.engine"),
+                       RolloutConfig(workers=2, retries=2, timeout_s=60, **ROLLOUT))
+    yield pool
+    pool.close()
+
+
+def lone_worker(factory: str = "engine", **config) -> RayRollouts:
+    return RayRollouts(EngineSpec({"rollout": ROLLOUT}, f"tests.worker_factories.{factory}"),
+                       RolloutConfig(**{"workers": 1, "retries": 1, **ROLLOUT, **config}))
+
+
+def test_ray_listens_on_the_loopback_alone(cluster):
+    import ray
+
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+
+
+def test_actors_write_what_this_process_writes(pool):
+    here = LocalRollouts(engine(ROLLOUT)).generate(requests(5))
+    there = pool.generate(requests(5))
+    assert ids(there.groups) == ids(here.groups) and not there.failed
+    assert there.metrics["rollout/tokens"] == here.metrics["rollout/tokens"]
+    assert decided(pool.generate(requests(5)).groups) == decided(there.groups)
+    assert there.groups[0][0].segments[1].ids.flags.writeable
+
+
+def test_a_killed_actors_groups_come_back_the_same(pool):
+    undisturbed = pool.generate(requests(6))
+    slow = {group: {"slow": 0.15} for group in range(6)}
+    came: dict[int, list] = {}
+    for done in pool.stream(requests(6, records=slow)):
+        assert isinstance(done, FinishedGroup)
+        if not came:
+            victim = pool.health()[done.index % 2]  # it writes groups index, index + 2, ...
+            assert victim.state == "writing"
+            os.kill(victim.pid, signal.SIGKILL)
+        came[done.index] = done.group
+    assert decided(came[index] for index in range(6)) == decided(undisturbed.groups)
+    now = pool.health()[int(victim.name[-1])]
+    assert now.restarts == victim.restarts + 1 and now.pid != victim.pid
+
+
+@pytest.mark.slow
+def test_a_group_that_always_raises_is_dropped_alone(pool):
+    result = pool.generate(requests(5, records={2: {"trouble": "raise"}}))
+    assert [(f.index, f.group, f.reason) for f in result.failed] == [(2, 12, "error")]
+    assert "ValueError: group 12 is poison" in result.failed[0].detail
+    assert [group[0].group for group in result.groups] == [10, 11, 13, 14]
+    assert result.metrics["rollout/groups_failed"] == 1 and result.metrics["rollout/restarts/error"] == 3
+
+
+def test_a_hanging_actor_is_replaced_and_its_stack_told(pool, tmp_path, caplog):
+    records = {1: {"trouble": "hang", "once": str(tmp_path / "hung")}}
+    began = time.monotonic()
+    result = pool.generate(requests(2, records=records), timeout_s=3)
+    assert time.monotonic() - began < 60
+    assert not result.failed and result.metrics["rollout/restarts/timeout"] == 1
+    assert ids(result.groups) == ids(LocalRollouts(engine(ROLLOUT)).generate(requests(2)).groups)
+    assert "worker 1 was silent for 3 s while writing. Its stack:" in caplog.text and "in hang_here" in caplog.text
+
+
+def test_a_mistake_of_the_users_is_not_tried_again(pool):
+    before = pool.health()
+    with pytest.raises(UserError, match="group 13: the prompt is too long"):
+        pool.generate(requests(4, records={3: {"trouble": "refuse"}}))
+    after = pool.generate(requests(2))  # a caller that goes on finds a working pool
+    assert len(after.groups) == 2 and not after.failed
+    assert sum(w.restarts for w in pool.health()) <= sum(w.restarts for w in before) + 2
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_leaves_no_worker_writing(pool):
+    stream = pool.stream(requests(6, records={group: {"slow": 0.2} for group in range(6)}))
+    next(stream)
+    stream.close()
+    assert "writing" not in {worker.state for worker in pool.health()}
+
+
+def test_weights_reach_actors_and_their_successors(pool):
+    trainer = engine(ROLLOUT).policy
+    publisher = Publisher(trainer, pool, chunk_bytes=2048)
+    publisher.publish(0)
+    probe = pool.generate(requests(2)).groups[0]
+    nudge(trainer)
+    published = publisher.publish(1, probe)
+    assert published.probed > 0 and published.gap < 1e-4
+    mine = engine(ROLLOUT)
+    mine.policy.model.load_state_dict(trainer.model.state_dict())
+    wanted = LocalRollouts(mine).generate(requests(3)).groups
+    os.kill(pool.health()[0].pid, signal.SIGKILL)
+    successors = pool.generate(requests(3)).groups
+    assert ids(successors) == ids(wanted)
+    assert {s.version for group in successors for t in group for s in t.segments if s.decisions} == {1}
+    assert all(np.abs(answer - trainer_says(trainer, probe)).max() < 1e-4 for answer in pool.probe(probe))
+    with pytest.raises(PublicationError, match="version 1 comes after version 1"):
+        Publisher(trainer, pool).publish(1)
+
+
+def trainer_says(policy, trajectories) -> np.ndarray:
+    return policy.score(trajectories).logprob_N.detach().numpy()
+
+
+def test_an_actor_that_ignores_new_weights_is_found_out(cluster):
+    trainer, pool = engine(ROLLOUT).policy, lone_worker("deaf_engine")
+    try:
+        publisher = Publisher(trainer, pool)
+        publisher.publish(0, pool.generate(requests(1)).groups[0])
+        nudge(trainer)
+        with pytest.raises(PublicationError, match="version 1 on worker 0: its log-probs differ from the trainer's"):
+            publisher.publish(1)
+    finally:
+        pool.close()
+
+
+def test_if_all_die_the_first_crash_is_quoted(cluster):
+    pool = lone_worker(retries=0)
+    try:
+        with pytest.raises(WorkersError, match=r"not one of 2 groups.* worker 0 \(process \d+\) died"):
+            pool.generate(requests(2, records={0: {"trouble": "die"}, 1: {"trouble": "die"}}))
+        mixed = list(pool.stream(requests(2, members=1, records={1: {"trouble": "die"}})))
+        assert [type(done) for done in mixed] == [FinishedGroup, FailedGroup] and mixed[1].reason == "crash"
+    finally:
+        pool.close()
+
+
+def test_an_engine_that_cannot_be_built_stops_the_run(cluster):
+    with pytest.raises(UserError, match="policy.path: no such folder"):
+        lone_worker("wrong_engine")
+    with pytest.raises(WorkersError, match="keep dying: 2 in a row.*RuntimeError: this engine has no cylinders"):
+        lone_worker("broken_engine", retries=0)
+
+
+def test_a_cluster_that_is_too_small_is_named(cluster):
+    with pytest.raises(WorkersError, match="each asks for 1 GPU, and the whole cluster has 0"):
+        lone_worker(gpus=1)
+
+
+def test_an_actor_without_a_place_is_waited_for_aloud_and_not_for_ever(cluster, pool, monkeypatch, caplog):
+    import ray
+
+    import rollout.ray_workers
+
+    monkeypatch.setattr(rollout.ray_workers, "SAY_AFTER_S", 1.0)
+    spec = EngineSpec({"rollout": ROLLOUT}, "tests.worker_factories.engine")
+    cpus = int(ray.cluster_resources()["CPU"])  # the pool holds two of them
+    with pytest.raises(WorkersError, match="silent for 4 s while starting: Ray gave it no process"):
+        RayRollouts(spec, RolloutConfig(workers=1, threads=cpus, **ROLLOUT), start_timeout_s=4)
+    assert "to start; it asks for" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_real_policy_writes_the_same_in_an_actor(cluster):
+    from rollout.formats.config import FormatConfig
+    from tests.chameleon_helpers import WORDS, small_config
+
+    config = RolloutConfig(workers=1, rows=8, max_tokens=80)
+    spec = engine_spec(small_config(), FormatConfig(max_images=2), config, WORDS)
+    asked = [RolloutRequest(group, "a red circle", {"tag": "single_object"}, tuple(range(4)), 7) for group in range(4)]
+    pool = RayRollouts(spec, config)
+    try:
+        there = pool.generate(asked).groups
+        assert ids(there) == ids(LocalRollouts(spec.build()).generate(asked).groups)
+        assert any(t.pictures() for group in there for t in group)
+    finally:
+        pool.close()
