@@ -25,6 +25,7 @@ from policy.base import Categorical, FlowStep, Gaussian, Policy, TokenStep
 from rollout.config import RolloutConfig
 from rollout.errors import UserError
 from rollout.formats.base import ThoughtFormat
+from rollout.formats.render import prompt_segment
 from rollout.live import FORCED, Denoising, Live, Need, Written
 from rollout.requests import RolloutRequest
 from rollout.sampling import Laws, gaussian, sample, uniforms
@@ -137,7 +138,7 @@ class _Run:
         config, size = self.config, self.vocabulary.size
         self.image_ids = self.vocabulary.codes_per_image + 2
         rows = min(engine.active_rows, len(self.queue))
-        longest = max((len(p.ids) for p in self.prompts), default=0) + config.max_tokens
+        longest = max((len(prompt[0].ids) for prompt in self.prompts), default=0) + config.max_tokens
         whole = engine.environment is not None or hasattr(self.policy, "flow_times")  # contexts hold more than ids
         self.max_length = self.policy.max_length
         with torch.inference_mode():
@@ -155,14 +156,16 @@ class _Run:
         self.noise_A = np.zeros(rows, np.uint64)
         self.capacity = rows
 
-    def _prompt(self, request: RolloutRequest) -> Segment:
-        ids = np.asarray(self.fmt.prompt_ids(request.prompt, self.vocabulary), np.int32)
+    def _prompt(self, request: RolloutRequest) -> list[Segment]:
+        """The prompt's segment, and those that guidance sees beside it (a negative prompt)."""
+        segment = prompt_segment(self.fmt, request.prompt, self.vocabulary)
+        ids = segment.ids
         if len(ids) >= self.policy.max_length:
             shown = request.prompt if len(request.prompt) <= 60 else request.prompt[:57] + "..."
             raise RolloutError(f"prompt '{shown}' (group {request.group}) has {len(ids)} ids, but the policy's context "
                                f"holds {self.policy.max_length}, the answer included; shorten the prompt")
-        return Segment("prompt", Author.USER, Modality.TEXT, False, ids, self.vocabulary.decode(ids),
-                       version=self.version)
+        beside = getattr(self.fmt, "beside_prompt", None)
+        return [segment, *(beside(self.vocabulary) if beside and self.config.guidance else [])]
 
     # ---- the loop ----
 
@@ -554,7 +557,7 @@ class _Run:
         if not rows:
             return
         times = [float(t) for t in self.policy.flow_times]  # type: ignore[attr-defined]
-        flows = [self.lives[i].denoising for i in rows]
+        flows = [flow for i in rows if (flow := self.lives[i].denoising) is not None]
         branch_rows = [self._branch_row(i, b) for i in rows for b in range(len(self.lives[i].contexts) - 1)]
         of = list(range(len(rows))) + [n for n, i in enumerate(rows) for _ in self.lives[i].contexts[1:]]
         x_B = torch.stack([flow.x for flow in flows])

@@ -6,6 +6,7 @@ Letters: T ids of a segment, N its decisions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -83,11 +84,11 @@ class Live:
     """A trajectory, its cursor and the state of its open segment (always the last of `trajectory.segments`)."""
 
     def __init__(self, request: RolloutRequest, order: tuple[int, int], fmt: ThoughtFormat, vocabulary: Vocabulary,
-                 prompt: Segment, constrain: str):
+                 prompt: Sequence[Segment], constrain: str):
         self.order = order  # (request, member) as they were asked for
         self.fmt, self.vocabulary = fmt, vocabulary
         self.cursor: Cursor = fmt.cursor(vocabulary, constrain)
-        self.trajectory = Trajectory(request.prompt, request.record, fmt.name, [prompt], request.group,
+        self.trajectory = Trajectory(request.prompt, request.record, fmt.name, list(prompt), request.group,
                                      request.members[order[1]], request.seed)
         beside = getattr(fmt, "beside_prompt", None)
         if beside is not None:

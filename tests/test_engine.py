@@ -296,7 +296,7 @@ def test_publishing_while_rows_are_live_is_refused():
     rollouts.version = 7
     with pytest.raises(RuntimeError, match="publish"):
         list(stream)
-    assert {s.version for t in rollouts.run(requests()) for s in t.segments} == {7}
+    assert {s.version for t in rollouts.run(requests()) for s in t.segments[1:]} == {7}
 
 
 def test_inference_mode_does_not_leak_to_the_reader():
