@@ -91,8 +91,8 @@ def test_one_missing_decoder_weight_is_named(saved):
 def test_wrong_shape_is_named(saved):
     _, folder = saved
     rewrite(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
-    with pytest.raises(ModelFileError, match=r"model.safetensors: 'model.norm.weight' has shape \[7\]; config.json asks "
-                                             r"for \[32\]"):
+    with pytest.raises(ModelFileError, match=r"model.safetensors: 'model.norm.weight' has shape \[7\]; config.json "
+                                             r"asks for \[32\]"):
         reload(folder)
 
 

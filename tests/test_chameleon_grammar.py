@@ -42,6 +42,30 @@ def test_batched_rule_is_the_rule(rows, length):
     assert torch.equal(scores == 0, torch.stack([GRAMMAR.allowed(row) for row in ids]))
 
 
+def test_transformers_generate_draws_whole_pictures():
+    from transformers import LogitsProcessorList
+
+    from policy.chameleon.family import load
+    from tests.chameleon_helpers import WORDS, small_config
+
+    policy = load(small_config(), WORDS)
+    vocabulary, limit = policy.vocabulary, 80
+    grammar = PictureGrammar.of(vocabulary, limit)
+    prompt = torch.tensor([[vocabulary.bos, vocabulary.boi], [vocabulary.bos, vocabulary.sep]])
+    torch.manual_seed(0)
+    processors = LogitsProcessorList([PictureLogitsProcessor(grammar)])
+    ids = policy.core.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_length=limit,
+                               eos_token_id=None, logits_processor=processors)
+    assert ids.shape == (2, limit)
+    picture = ids[0, 2:18].numpy()
+    assert (vocabulary.code_of[picture] >= 0).all() and ids[0, 18] == vocabulary.eoi
+    outside = ids[0].numpy().copy()
+    begins = np.flatnonzero(outside == vocabulary.boi)
+    for begin in begins:
+        outside[begin : begin + 18] = vocabulary.bos
+    assert (vocabulary.code_of[outside] < 0).all() and not (outside == vocabulary.eoi).any()
+
+
 @pytest.mark.parity
 @pytest.mark.skipif(not FIXTURE.exists(), reason=f"no reference numbers at {FIXTURE}")
 def test_reference_allowed_after_every_prefix():

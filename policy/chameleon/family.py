@@ -74,6 +74,7 @@ class ChameleonPolicy:
         return RowCache(rows, length, config.num_hidden_layers, heads,
                         config.hidden_size // config.num_attention_heads, weight.dtype, weight.device)
 
+    @torch.inference_mode()
     def prefill(self, cache: RowCache, row_B: Sequence[int],
                 contexts: Sequence[tuple[Trajectory, Context]]) -> Tensor:
         cache.reset(row_B)
@@ -82,9 +83,11 @@ class ChameleonPolicy:
         cache.position_R[list(row_B)] = [context.start for _, context in contexts]
         return logits_BV
 
+    @torch.inference_mode()
     def copy(self, cache: RowCache, source: int, row_B: Sequence[int]) -> None:
         cache.copy(source, row_B)
 
+    @torch.inference_mode()
     def step(self, cache: RowCache, row_B: Sequence[int], inputs: TokenStep | FlowStep) -> Categorical:
         if not isinstance(inputs, TokenStep):
             raise TypeError("the family 'chameleon' has no flow: it steps by TokenStep")
@@ -96,6 +99,7 @@ class ChameleonPolicy:
         cache.position_R[row] += 1
         return Categorical(self.core.lm_head(hidden_BD).float())
 
+    @torch.inference_mode()
     def append(self, cache: RowCache, row_B: Sequence[int], pieces: Sequence[tuple[Trajectory, int, str]]) -> Tensor:
         known = [piece_ids(trajectory, Piece(segment, form, int(cache.position_R[row])))
                  for row, (trajectory, segment, form) in zip(row_B, pieces, strict=True)]
