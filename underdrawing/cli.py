@@ -19,7 +19,13 @@ RECIPE_HELP = "a YAML recipe; shipped ones are under configs/"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a UserError into its sentence and exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse ends a list of positionals at the first option; overrides may stand on both sides of one.
+    if rest and (not hasattr(options, "overrides") or any(a.startswith("-") or "=" not in a for a in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     quieten()
     try:
         return options.run(options)
