@@ -71,7 +71,7 @@ def save(root: Path, step: int, write: Callable[[Path], Any], trainer: dict[str,
             shutil.rmtree(leftover)
         (temporary / "weights").mkdir(parents=True)
         write(temporary)
-        torch.save(trainer, temporary / "trainer.pt")
+        _write_tensors(trainer, temporary / "trainer.pt")
         files = {str(path.relative_to(temporary)): _measure(path) for path in _files(temporary)}
         state = {"format": FORMAT, "step": step, "cursor": cursor, "recipe": recipe, "files": files}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
@@ -80,12 +80,14 @@ def save(root: Path, step: int, write: Callable[[Path], Any], trainer: dict[str,
             os.rename(final, root / f".step-{step:06d}.old")
         os.rename(temporary, final)
         _flush_folder(root)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's errors
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         aside = root / f".step-{step:06d}.old"
         if aside.exists() and not final.exists():
             os.rename(aside, final)
-        raise CheckpointError(_cannot_write(root, step, error)) from error
+        if isinstance(error, OSError | SafetensorError | UserError):
+            raise CheckpointError(_cannot_write(root, step, error)) from error
+        raise
     for old in [*root.glob(".step-*.old"), *(root / f"step-{number:06d}" for number in steps(root)[:-keep])]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -159,6 +161,13 @@ def _other(folder: Path) -> str:
     match = _NAME.fullmatch(folder.name)
     earlier = [number for number in steps(folder.parent) if match and number < int(match[1])]
     return f". The one before is {folder.parent / f'step-{earlier[-1]:06d}'}" if earlier else ""
+
+
+def _write_tensors(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # as torch reports a full disk
+        raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -115,37 +114,51 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, limit):
     save(tmp_path, 2, trainer=big)  # and once there is room, all is well
 
 
+@pytest.mark.parametrize("error, raised", [(UserError("weights: disk full"), CheckpointError),
+                                           (KeyError("a bug"), KeyError)])
+def test_whatever_breaks_off_a_save_leaves_nothing_half_written(tmp_path, error, raised):
+    save(tmp_path, 1)
+
+    def breaks(folder):
+        write_weights(folder)
+        raise error
+
+    with pytest.raises(raised, match="disk full|a bug"):
+        save(tmp_path, 2, write=breaks)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(CheckpointError, match="checkpoints: the checkpoint of step 1 cannot be written"):
         save(tmp_path / "checkpoints", 1)
 
 
-WRITER = """
-import sys, time, torch
-from pathlib import Path
-from rl import checkpoint
-def weights(folder):
-    (folder / "weights" / "model.bin").write_bytes(bytes(200_000))
-step = 0
-while True:
-    step += 1
-    checkpoint.save(Path(sys.argv[1]), step, weights, {"a": torch.zeros(50_000)}, {}, {}, keep=2)
-    print(step, flush=True)
-"""
+def write_for_ever(root):
+    for step in range(1, 100_000):
+        save(root, step, trainer={"a": torch.zeros(50_000)})
 
 
 def test_killed_at_any_moment_a_folder_with_a_finished_name_is_whole(tmp_path):
-    for delay in (0.0, 0.003, 0.011):
-        command = [sys.executable, "-c", WRITER, str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout.readline()
-            time.sleep(delay)
-            os.kill(writer.pid, signal.SIGKILL)
+    for delay in (0.0, 0.003, 0.007, 0.011, 0.05):
+        before = checkpoint.latest(tmp_path)
+        child = os.fork()
+        if child == 0:
+            try:
+                write_for_ever(tmp_path)
+            finally:
+                os._exit(1)
+        while checkpoint.latest(tmp_path) == before:
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         finished = checkpoint.steps(tmp_path)
         assert finished
         for step in finished:
             assert checkpoint.load(tmp_path / f"step-{step:06d}").step == step
+        for step in finished:
+            shutil.rmtree(tmp_path / f"step-{step:06d}")
     save(tmp_path, 10_000)
     assert not list(tmp_path.glob(".step-*"))  # what the killed ones left is swept
 
