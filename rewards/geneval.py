@@ -196,15 +196,18 @@ def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str
 
 
 def geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any = None,
-            picture: Literal["final", "first"] = "final", mode: Mode = "standard",
-            **columns: Any) -> list[float | None]:
+            picture: Literal["final", "first", "each"] = "final", mode: Mode = "standard",
+            **columns: Any) -> list[float | dict[int, float] | None]:
     """Whether the final (or first) picture shows what the prompt asks for: 1 or 0, or a share of it when graded.
 
     A thought without a picture earns 0: the task was to draw. A record without `include` has no ground truth: None.
+    With picture "each", every picture is scored and its own segment is credited: {segment: score}.
     """
     check_mode(mode)
+    if picture == "each":
+        return _each(trajectories, setting, mode)
     if picture not in ("final", "first"):
-        raise UserError(f"geneval: no picture '{picture}'. Known: final, first")
+        raise UserError(f"geneval: no picture '{picture}'. Known: final, first, each")
     drawn = [[p for _, p in policy_pictures(t)] for t in trajectories]
     rows = [i for i, t in enumerate(trajectories) if t.record.get("include") and drawn[i]]
     chosen = [drawn[i][-1 if picture == "final" else 0] for i in rows]
@@ -215,3 +218,14 @@ def geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any
         log_extra("reason", reasons)
     return [float(verdicts[i][0]) if i in verdicts else 0.0 if t.record.get("include") else None
             for i, t in enumerate(trajectories)]
+
+
+def _each(trajectories: Sequence[Trajectory], setting: Setting, mode: Mode) -> list[float | dict[int, float] | None]:
+    places = [(row, segment, drawn) for row, t in enumerate(trajectories) if t.record.get("include")
+              for segment, drawn in policy_pictures(t)]
+    verdicts = score_pictures([drawn for _, _, drawn in places],
+                              [trajectories[row].record for row, _, _ in places], setting, mode)
+    credits: dict[int, dict[int, float]] = {}
+    for (row, segment, _), (score, _reason) in zip(places, verdicts, strict=True):
+        credits.setdefault(row, {})[segment] = float(score)
+    return [credits.get(row, 0.0 if t.record.get("include") else None) for row, t in enumerate(trajectories)]

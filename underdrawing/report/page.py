@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,21 +24,22 @@ from rollout.trajectory import Author, Trajectory
 from underdrawing.report.charts import PALETTE, Series, bars, line_chart
 from underdrawing.tracking import read_metrics
 
-# Curves in the order of what one looks at first: (title, metric names or prefixes ending in "/", y range).
+# Curves in the order of what one looks at first: (title, patterns of metric names, y range).
 CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (
-    ("Reward", ("reward/mean",), (None, None)),
-    ("Held-out score", ("heldout/score", "heldout/first_sketch", "heldout/final_image"), (0.0, None)),
-    ("Reward parts", ("reward/part/",), (None, None)),
-    ("Rates", ("rate/",), (0.0, 1.0)),
-    ("Entropy of decisions", ("entropy/",), (0.0, None)),
-    ("KL to the reference", ("kl",), (0.0, None)),
-    ("Clipped decisions", ("clip/",), (0.0, None)),
-    ("On-policy gap", ("on_policy_gap",), (0.0, None)),
-    ("Groups", ("groups/",), (0.0, None)),
-    ("Tokens and images a trajectory", ("rollout/tokens_mean", "rollout/images_mean"), (0.0, None)),
-    ("Warm-start loss", ("sft/loss", "sft/loss_text", "sft/loss_image"), (0.0, None)),
-    ("Gradient norm", ("grad_norm",), (0.0, None)),
-    ("Tokens a second", ("perf/rollout_tokens_per_s", "perf/train_tokens_per_s"), (0.0, None)),
+    ("Reward", (r"reward/mean",), (None, None)),
+    ("Held-out score", (r"heldout/(first_sketch|final_image)",), (0.0, None)),
+    ("Reward parts", (r"reward/(?!mean$|std$)[^/]+",), (None, None)),
+    ("Critiques", (r"reward/[^/]+/(rubber_stamp_rate|approves_wrong_rate|right_fine_rate|right_wrong_rate)",),
+     (0.0, 1.0)),
+    ("Entropy of decisions, nats", (r"entropy/[^/]+",), (0.0, None)),
+    ("KL to the reference", (r"kl",), (0.0, None)),
+    ("Share of clipped decisions", (r"clip/(low|high)",), (0.0, None)),
+    ("On-policy gap, nats", (r"on_policy_gap",), (0.0, None)),
+    ("Groups", (r"groups/trained", r"groups/dropped/.*"), (0.0, None)),
+    ("Pictures drawn a step", (r"rollout/pictures",), (0.0, None)),
+    ("Gradient norm", (r"grad_norm",), (0.0, None)),
+    ("Tokens a second", (r"rollout/tokens_per_s", r"perf/trained_tokens_per_s"), (0.0, None)),
+    ("Warm-start loss, nats", (r"sft/loss_(text|image)",), (0.0, None)),
 )
 
 
@@ -103,6 +105,7 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
     """
     run_dir = Path(run_dir)
     metrics = read_metrics(run_dir / "metrics.jsonl")
+    warm_start = read_metrics(run_dir / "sft" / "metrics.jsonl")
     evaluations = {p.parent.name: p for p in sorted((run_dir / "evaluations").glob("*/summary.json"))}
     stored = sorted((run_dir / "trajectories").glob("*")) if (run_dir / "trajectories").is_dir() else []
     if not (metrics or evaluations or stored):
@@ -119,8 +122,8 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
     sampled = [(int(folder.name), load_trajectories(folder)) for folder in stored if folder.name.isdigit()]
     return ReportData(
         title=title or run_dir.name,
-        subtitle=f"{len(metrics)} logged steps",
-        metrics=metrics,
+        subtitle=f"{len(metrics)} steps of GRPO",
+        metrics=[*metrics, *warm_start],
         before=loaded[0] if len(loaded) > 1 else None,
         after=loaded[-1] if loaded else None,
         interval=interval,
@@ -169,7 +172,7 @@ class Frame:
 
     role: str
     author: str
-    text: str
+    words: list[tuple[str, str]]  # (tag or "", what stands in it)
     picture: str  # data URI; empty where the segment has none
     advantage: float | None
     credit: str  # segment rewards by part
@@ -182,6 +185,7 @@ class Film:
     tag: str
     stop: str
     reward: float | None
+    judged: bool  # by a recipe's rewards; an evaluation's scores are no reward
     parts: list[tuple[str, float | None]]
     frames: list[Frame]
 
@@ -196,11 +200,23 @@ def _film(trajectory: Trajectory) -> Film:
             advantage = float(trajectory.advantage_S[index])
         credit = "  ".join(f"{part} {value:+.2f}" for part, credits in trajectory.segment_rewards.items()
                            if (value := credits.get(index)) is not None)
-        frames.append(Frame(segment.role, str(segment.author), segment.text.strip(),
+        frames.append(Frame(segment.role, str(segment.author), _tagged(segment.text),
                             _data_uri(segment.picture) if segment.picture is not None else "",
                             advantage, credit, len(segment.ids)))
     return Film(trajectory.prompt, str(trajectory.record.get("tag", "")).replace("_", " "), str(trajectory.stop),
-                trajectory.reward, sorted(trajectory.rewards.items()), frames)
+                trajectory.reward, trajectory.advantage_S is not None or trajectory.reward is not None,
+                list(trajectory.rewards.items()), frames)
+
+
+def _tagged(text: str) -> list[tuple[str, str]]:
+    """Text by its tags: `<ins>draw all</ins>` is ("ins", "draw all"). Unpaired tags stay in the text as they are."""
+    out, at = [], 0
+    for match in re.finditer(r"<(\w+)>(.*?)</\1>", text, re.DOTALL):
+        out.append(("", text[at : match.start()].strip()))
+        out.append((match[1], match[2].strip()))
+        at = match.end()
+    out.append(("", text[at:].strip()))
+    return [(tag, body) for tag, body in out if tag or body]
 
 
 def _data_uri(picture: np.ndarray) -> str:
@@ -214,11 +230,11 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[t
     names = sorted({name for row in metrics for name in row})
     out = []
     for title, wanted, (low, high) in CURVES:
-        lines = [n for w in wanted for n in names if n == w or (w.endswith("/") and n.startswith(w))]
+        lines = [n for w in wanted for n in names if re.fullmatch(w, n)]
         series = []
         for name in lines[: len(PALETTE)]:
             rows = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-            if rows:
+            if any(value for _, value in rows):  # a line that is 0 throughout says nothing
                 series.append(Series(name, [r[0] for r in rows], [r[1] for r in rows]))
         svg = line_chart(series, y_from=low, y_to=high) if series else ""
         if svg:

@@ -1,0 +1,83 @@
+"""Detection alone against all parts: the same warm start, prompts and noise, equal sampled and trained tokens.
+
+    python -m experiments.reward_parts --warm-start runs/quickstart-seed0/sft/model --out runs/reward-parts
+
+Each arm is a GRPO run of its own folder that resumes; an arm ends at the first step after `--tokens` sampled tokens.
+Writes <out>/results.json: held-out scores of both arms and the paired bootstrap interval over prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from evals.bootstrap import compare
+from rl import checkpoint
+from rollout.errors import UserError
+from underdrawing.cli import quieten
+from underdrawing.jobs import local, read_prompt_scores, run_evaluate, run_grpo
+from underdrawing.recipe import Recipe, load_recipe
+from underdrawing.tracking import read_metrics
+
+ARMS = {"detection": "detect", "all_parts": None}  # None: the recipe's own formula
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=Path("configs/shapes/quickstart.yaml"))
+    parser.add_argument("--warm-start", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/reward-parts"))
+    parser.add_argument("--tokens", type=float, default=0.8e6, help="sampled tokens of an arm")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args()
+    quieten()
+    results: dict[str, dict[str, float]] = {}
+    try:
+        for arm, total in ARMS.items():
+            results[arm] = run_arm(options, arm, total)
+    except UserError as error:
+        print(f"reward_parts: {error}", file=sys.stderr)
+        return error.exit_code
+    scores = [read_prompt_scores(options.out / arm / "evaluations" / "grpo" / "prompts.jsonl") for arm in ARMS]
+    gain = compare(scores[0], scores[1])
+    results["difference"] = {"all_parts_minus_detection": gain.difference, "low": gain.low, "high": gain.high}
+    (options.out / "results.json").write_text(json.dumps(results, indent=1))
+    print(json.dumps(results))
+    return 0
+
+
+def run_arm(options: argparse.Namespace, arm: str, total: str | None) -> dict[str, float]:
+    """Train until the token budget is spent, then evaluate."""
+    folder = options.out / arm
+    overrides = [*options.overrides, f"seed={options.seed}", f"run_dir={folder}"]
+    if total is not None:
+        overrides.append(f"rewards.total={total}")
+    recipe = load_recipe(options.recipe, overrides)
+    while spent(folder)["sampled"] < options.tokens:
+        done = checkpoint.steps(folder / "checkpoints")
+        per_step = spent(folder)["sampled"] / done[-1] if done else None
+        left = 10 if per_step is None else max(1, round((options.tokens - spent(folder)["sampled"]) / per_step))
+        steps = (done[-1] if done else 0) + left
+        run_grpo(with_steps(recipe, steps), options.warm_start, resume=True)
+    newest = checkpoint.latest(folder / "checkpoints")
+    assert newest is not None
+    heldout = run_evaluate(local(recipe, threads=2), newest / "weights", "grpo")
+    return {"score": heldout.final_image, "first_sketch": heldout.first_sketch, **spent(folder)}
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    return recipe.model_copy(update={"grpo": recipe.grpo.model_copy(update={"steps": steps})})
+
+
+def spent(folder: Path) -> dict[str, float]:
+    """Tokens that the arm's logged steps sampled and trained on."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return {"sampled": sum(row.get("rollout/tokens") or 0.0 for row in rows),
+            "trained": sum(row.get("trained/tokens") or 0.0 for row in rows)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
