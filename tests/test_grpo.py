@@ -67,7 +67,8 @@ class CodeJudge:
         for group in groups:
             for trajectory in group:
                 trajectory.reward = reward(trajectory)
-        return Judged({"reward/mean": float(np.mean([t.reward for group in groups for t in group]))})
+        rewards = [t.reward for group in groups for t in group]
+        return Judged({"reward/mean": float(np.mean(rewards))} if rewards else {})
 
 
 def make(folder: Path, judge=None, fail=(), accelerator=None, **config) -> Run:
@@ -237,6 +238,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.timeout(600)  # importing everything twice on a busy machine
 def test_two_processes_run_the_same_loop(tmp_path, undisturbed):
     launch(2, TWO, str(tmp_path))
     for ours, theirs in zip(lines(tmp_path), undisturbed[1], strict=True):

@@ -104,6 +104,7 @@ rl.grpo.train(make(Path(sys.argv[1]), lora=sys.argv[2] == "lora", separate=True,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("adapters", ["all", "lora"])
 def test_two_processes_give_the_losses_and_weights_of_one(tmp_path, adapters):
     launch(2, TWO, str(tmp_path / "two"), adapters)

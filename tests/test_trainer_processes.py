@@ -55,7 +55,7 @@ def launch(processes: int, script: str, *args: str) -> None:
         started.append(subprocess.Popen([sys.executable, "-c", script, *args], cwd=root, env={**environment, **ranks},
                                         stderr=subprocess.PIPE, text=True))
     for process in started:
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors
 
 
@@ -64,6 +64,7 @@ def run(processes: int, out: Path) -> dict:
     return torch.load(out, weights_only=True)
 
 
+@pytest.mark.timeout(600)  # importing everything twice on a busy machine
 def test_two_processes_give_the_losses_and_weights_of_one(tmp_path):
     ones, twos = (run(n, tmp_path / f"{n}.pt") for n in (1, 2))
     for loss_type, one in ones.items():
