@@ -1,0 +1,164 @@
+"""The command: bad input ends with exit code 2 and one sentence that names what and where; good input runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from rollout.store import save_trajectories
+from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from tests.test_recipe import ROOT, SHIPPED
+from underdrawing.cli import main
+
+QUICKSTART = str(ROOT / "configs/shapes/quickstart.yaml")
+SMALL = ["policy.tiny.hidden_size=32", "policy.tiny.num_hidden_layers=1", "policy.tiny.num_attention_heads=2",
+         "policy.tiny.intermediate_size=32", "rollout.workers=0", "rollout.rows=4", "track.wandb=disabled",
+         "sft.demonstrations=4", "sft.batch_size=2", "sft.max_steps=1", "sft.warmup_steps=0", "evaluate.prompts=6"]
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The one sentence on stderr of a command that must exit with code 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if line.startswith("underdrawing: ")]
+    assert len(lines) == 1, said.err
+    assert "Traceback" not in said.err
+    return said.err
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["grpo", str(path), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    resolved = yaml.safe_load(printed)
+    assert resolved["grpo"]["epsilon"] == 0.2  # a default that no recipe writes
+    assert "# reward = " in printed and "held-out prompts" in printed
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["grpo", "none.yaml"], ["none.yaml: no such recipe", "configs/"]),
+    (["grpo", "broken.yaml"], ["broken.yaml: line 2: not YAML"]),
+    (["sft", QUICKSTART, "sft.max_step=3"], ["sft.max_step: unknown key", "did you mean 'max_steps'?"]),
+    (["sft", QUICKSTART, "sft.max_steps=3.5"], ["sft.max_steps", "integer"]),
+    (["sft", QUICKSTART, "sft.max_steps"], ["override 'sft.max_steps'", "section.key=value"]),
+    (["evaluate", QUICKSTART], ["sft/model: no warm start there", "underdrawing sft", "--weights"]),
+    (["grpo", QUICKSTART], ["sft/model: no warm start there"]),
+    (["grpo", QUICKSTART, "--weights", "empty"], ["empty: no model here", "config.json"]),
+    (["evaluate", QUICKSTART, "--weights", "half"], ["half/tokenizer.json", "no such file"]),
+    (["grpo", QUICKSTART, "policy.path=nowhere"], ["nowhere"]),
+    (["grpo", QUICKSTART, "policy.family=anolle", "--weights", "half"], ["policy.family", "anolle"]),
+    (["view", "empty"], ["empty: no run here", "metrics.jsonl"]),
+    (["view", "nowhere"], ["nowhere"]),
+    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=nowhere.py:f"], ["nowhere.py:f", "no file"]),
+    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=bad.py:f"], ["bad.py:f", "line 2"]),
+    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py:brigth"], ["good.py", "'bright'"]),
+    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py"], ["good.py:function"]),
+    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.detect.options.mod=graded"], ["parts.detect", "'mode'"]),
+    (["grpo", QUICKSTART, "--dry-run", "task.name=shaped"], ["task.name", "did you mean 'shapes'?"]),
+    (["grpo", QUICKSTART, "--dry-run", "task.options.mistakes=1"], ["task.options.mistakes"]),
+    (["grpo", QUICKSTART, "--dry-run", "format.name=stroke"], ["format.name", "did you mean 'strokes'?"]),
+    (["grpo", QUICKSTART, "--dry-run", "format.options.max_image=2"], ["format.options", "max_image"]),
+    (["grpo", QUICKSTART, "--dry-run", "task.name=dogs.Dogs"], ["'a photo of a dog'", "'dog'", "detector"]),
+    (["grpo", QUICKSTART, "--dry-run", "rewards.detector=good.py:bright"], ["good.py:bright"]),
+    (["sft", QUICKSTART, "run_dir=file.txt/run"], ["run_dir file.txt/run", "cannot write"]),
+    (["sft", QUICKSTART, *SMALL, "sft.data=empty"], ["empty"]),
+])
+def test_bad_input_is_a_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("")
+    (tmp_path / "broken.yaml").write_text("name: [one,\n")
+    (tmp_path / "bad.py").write_text("def f(completions, **kwargs):\n    return [1.0 for c in completions\n")
+    (tmp_path / "good.py").write_text("def bright(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "dogs.py").write_text(
+        "from tasks.shapes.task import ShapesTask\n"
+        "class Dogs(ShapesTask):\n"
+        "    def prompts(self, split):\n"
+        "        return [{'tag': 'single_object', 'prompt': 'a photo of a dog', 'include': [{'class': 'dog', "
+        "'count': 1}]}]\n")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/config.json").write_text(json.dumps({"model_type": "chameleon", "vocabulary_map": {"<s>": 0}}))
+    said = refused(capsys, *arguments, *([] if arguments[0] == "view" else ["track.wandb=disabled"]))
+    for word in words:
+        assert word in said
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> Path:
+    """A run whose warm start took one step: the smallest real model."""
+    run = tmp_path_factory.mktemp("run")
+    assert main(["sft", QUICKSTART, *SMALL, f"run_dir={run}"]) == 0
+    return run
+
+
+def test_sft_then_evaluate_rollout_and_view(capsys, warm):
+    assert (warm / "sft/model/config.json").is_file()
+    assert yaml.safe_load((warm / "recipe.yaml").read_text())["sft"]["max_steps"] == 1
+
+    assert main(["evaluate", QUICKSTART, *SMALL, f"run_dir={warm}", "rollout.max_tokens=60"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["prompts"] == 6 and 0 <= last["score"] <= 1
+    assert last == last | {"weights": str(warm / "sft/model")}
+
+    assert main(["rollout", QUICKSTART, *SMALL, f"run_dir={warm}", "rollout.max_tokens=60", "--prompts", "2"]) == 0
+    assert "2 trajectories" in capsys.readouterr().out
+
+    assert main(["view", str(warm / "rollout")]) == 0
+    page = (warm / "rollout/report.html").read_text()
+    assert "data:image/png;base64," in page or "circle" in page or "square" in page
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_corrupt_model_is_named_by_its_file(capsys, warm, tmp_path, name: str):
+    broken = tmp_path / "model"
+    shutil.copytree(warm / "sft/model", broken)
+    (broken / name).write_bytes((broken / name).read_bytes()[:1000])
+    said = refused(capsys, "evaluate", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "--weights", broken)
+    assert str(broken / name) in said
+
+
+def test_a_half_written_store_is_named_by_its_file(capsys, tmp_path):
+    picture = np.zeros((8, 8, 3), np.uint8)
+    segments = [Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 2], np.int32), "a circle"),
+                Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.array([3, 4, 5], np.int32),
+                        picture=picture)]
+    save_trajectories([Trajectory("a circle", {}, "strokes", segments, stop=StopReason.END)], tmp_path / "stored")
+    assert main(["view", str(tmp_path / "stored")]) == 0
+    capsys.readouterr()
+    file = tmp_path / "stored/segments.parquet"
+    file.write_bytes(file.read_bytes()[:100])
+    assert str(file) in refused(capsys, "view", tmp_path / "stored")
+
+
+def test_the_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for command in ("sft", "grpo", "rollout", "evaluate", "view", "doctor"):
+        assert f"\n    {command} " in printed
+
+
+def test_an_unknown_command_ends_with_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train"])
+    assert ended.value.code == 2
+    assert "'train'" in capsys.readouterr().err
+
+
+def test_the_installed_command(tmp_path):
+    script = Path(sys.executable).parent / "underdrawing"
+    assert script.is_file(), "install the project: make install"
+    done = subprocess.run([script, "view", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert done.stderr == ("underdrawing: nowhere: no run here: metrics.jsonl, evaluations/ and trajectories/ are all "
+                           "missing\n")
