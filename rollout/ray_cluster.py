@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # Ray adds about 60 characters to its folder for its sockets, whose paths Linux limits to 107.
 LONGEST_FOLDER = 45
+ATTEMPTS = 4
 
 
 class ClusterError(UserError):
@@ -76,15 +77,38 @@ def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
 
         ray_constants.ENABLE_RAY_CLUSTER = False
     _check_port()
-    folder = _folder()
-    try:
-        ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False,
-                 object_store_memory=object_store_bytes, log_to_driver=False, logging_level=logging.ERROR,
-                 ignore_reinit_error=True, _temp_dir=str(folder), _node_ip_address="127.0.0.1")
-    except Exception as error:  # Ray raises anything from ValueError to RpcError here
-        raise ClusterError(f"Ray did not start: {_first_line(error)} (logs: {folder}/session_latest/logs). Set "
-                           "rollout.workers: 0 to roll out in this process, and see `underdrawing doctor`") from error
-    return Cluster(folder)
+    for attempt in range(1, ATTEMPTS + 1):
+        folder = _folder()
+        try:
+            ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False,
+                     object_store_memory=object_store_bytes, log_to_driver=False, logging_level=logging.ERROR,
+                     ignore_reinit_error=True, _temp_dir=str(folder), _node_ip_address="127.0.0.1")
+            return Cluster(folder)
+        except BaseException as error:
+            _end_processes(folder)
+            if not isinstance(error, Exception):  # Ctrl-C
+                raise
+            # Ray raises anything from ValueError to RpcError here, and gives a loaded machine no more than 30 s.
+            if "timed out" in str(error) and attempt < ATTEMPTS:
+                log.warning("Ray did not start in time; trying again (%d of %d)", attempt + 1, ATTEMPTS)
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            raise ClusterError(f"Ray did not start: {_first_line(error)} (logs: {folder}/session_latest/logs). Set "
+                               "rollout.workers: 0 to roll out in this process, and see `underdrawing doctor`"
+                               ) from error
+    raise AssertionError("unreachable")
+
+
+def _end_processes(folder: Path) -> None:
+    """What a start that failed half-way left running: children of ours that name its folder."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if any(str(folder) in word for word in child.cmdline()):
+                child.kill()
+        except psutil.Error:
+            pass  # it has ended by itself
 
 
 def _join(address: str) -> Cluster:
