@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
@@ -89,9 +89,11 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
     checkpoint = get_last_checkpoint(str(output_dir)) if resume and output_dir.is_dir() else None
     collator = Collator(policy.vocabulary.pad)
     trainer = InterleavedSftTrainer(
-        policy=policy, section=config, model=policy.model, train_dataset=Dataset.from_list(list(rows)),
+        policy=policy, section=config, model=policy.model,
+        train_dataset=Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows]),
         data_collator=collator, processing_class=policy.vocabulary.tokenizer,
         args=_arguments(config, output_dir, seed), callbacks=[_Mirror(tracker)] if tracker else [])
+    trainer.remove_callback(PrinterCallback)  # the tracker and its listeners say it all
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -195,7 +197,9 @@ def _arguments(config: SftConfig, output_dir: Path, seed: int) -> TrlSftConfig:
         weight_decay=config.weight_decay, adam_beta2=config.adam_beta2, max_grad_norm=config.max_grad_norm,
         save_steps=config.save_steps, save_total_limit=1, logging_steps=config.logging_steps, seed=seed,
         data_seed=seed, report_to=[], disable_tqdm=True, bf16=False, remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+        train_sampling_strategy="group_by_length", length_column_name="length",  # rows differ threefold in length
+        gradient_checkpointing=False,
         dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False)
 

@@ -41,10 +41,13 @@ def run_sft(recipe: Recipe, resume: bool = False) -> Path:
     demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
     check_demonstrations(demonstrations, fmt)
     tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft")
+    progress = StepProgress("warm start", recipe.sft.max_steps)
+    tracker.listeners.append(progress)
     try:
         warm_start(policy, demonstrations, recipe.sft, recipe.run_dir, seed=recipe.seed, tracker=tracker,
                    resume=resume)
     finally:
+        progress.close()
         tracker.close()
     return build.warm_start_folder(recipe)
 
