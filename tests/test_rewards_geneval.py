@@ -170,6 +170,12 @@ def test_reward_reads_the_final_or_the_first_picture_and_no_picture_earns_nothin
     assert setting.detector.looks == 2  # two distinct pictures, whoever asks
 
 
+def test_each_picture_credits_its_own_segment():
+    setting = Setting.of(None, None, Marked())
+    thoughts = [drawn(0, 1), drawn(1), drawn(), drawn(1, record={"tag": "free"})]
+    assert geneval(trajectories=thoughts, setting=setting, picture="each") == [{0: 0.0, 1: 1.0}, {0: 1.0}, 0.0, None]
+
+
 def test_reward_ignores_pictures_that_the_policy_did_not_draw():
     thought = drawn(0, 1)
     thought.segments[-1].author = Author.ENVIRONMENT
