@@ -47,7 +47,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     from underdrawing.report.page import report_data, write_report
     from underdrawing.tracking import read_metrics
 
-    recipe = load_recipe(path, [*overrides, f"seed={seed}"])
+    recipe = load_recipe(path, [*overrides, f"seed={seed}", f"policy.tiny.seed={seed}"])
     recipe = recipe.model_copy(update={"run_dir": run_dir or Path(f"{recipe.run_dir}-seed{seed}")})
     console = Console(stderr=True)
     clock = _Clock(recipe.run_dir / STATE)
