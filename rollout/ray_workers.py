@@ -138,7 +138,7 @@ class RayRollouts:
         self.version = UNPUBLISHED
         self._published: list[tuple[Publication, Probe | None]] = []  # what a fresh worker must take up, in order
         self._crashes: list[str] = []  # since the last finished group or publication
-        self._replaced: dict[str, int] = {}  # restarts by reason, since the last generation began
+        self._replaced: dict[str, int] = {}  # restarts by reason, since the last generation reported them
         self._counts: list[dict[str, float]] = []
         self.cluster = start_ray(config.workers * config.threads, object_store_bytes)
         self._places = [_Place(slot) for slot in range(config.workers)]
@@ -167,6 +167,7 @@ class RayRollouts:
         metrics = rollout_metrics(self._counts, time.perf_counter() - began, len(finished))
         metrics["rollout/groups_failed"] = float(len(failed))
         metrics |= {f"rollout/restarts/{reason}": float(count) for reason, count in self._replaced.items()}
+        self._replaced = {}
         failed.sort(key=lambda group: group.index)
         return GenerateResult([finished[index] for index in sorted(finished)], failed, metrics)
 
@@ -178,7 +179,7 @@ class RayRollouts:
         index = {request.group: i for i, request in enumerate(requests)}
         assignment = Assignment(len(requests), len(self._places), self.config.rows // members, self.config.retries,
                                 self.config.reproducible)
-        self._counts, self._replaced = [], {}
+        self._counts = []
         self._bury()
         try:
             while assignment.left:

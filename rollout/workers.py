@@ -232,7 +232,7 @@ class LocalRollouts:
         finished = sorted(self.stream(requests, timeout_s), key=lambda done: done.index)
         seconds = time.perf_counter() - began
         return GenerateResult([done.group for done in finished], [],
-                              rollout_metrics([self._worker.stats()], seconds, len(finished)))
+                              rollout_metrics([self._worker.stats()] if requests else [], seconds, len(finished)))
 
     def stream(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None) -> Iterator[FinishedGroup]:
         check_requests(requests)

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.publish import Publisher
@@ -33,6 +33,7 @@ from rollout.workers import (
 from tests.worker_factories import engine, nudge
 
 ROLLOUT = {"rows": 4, "max_tokens": 24}
+pytestmark = pytest.mark.timeout(900)  # starting processes takes minutes on a busy machine
 
 
 def requests(groups: int, members: int = 3, records: dict[int, dict] | None = None) -> list[RolloutRequest]:
@@ -80,6 +81,7 @@ def test_free_slots_take_what_fills_their_rows_and_less_towards_the_end():
     assert sizes == [10, 8, 6, 4, 3, 3, 3, 3]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 12), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.booleans(), st.randoms())
 def test_every_group_is_finished_or_dropped_once(groups, slots, fill, retries, reproducible, random):
     assignment = Assignment(groups, slots, fill, retries, reproducible)

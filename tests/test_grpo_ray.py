@@ -1,0 +1,56 @@
+"""The driver over Ray: a run whose actor is killed between its steps is the run that it would have been."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+import rl.grpo
+from policy.config import LoraSection, PolicyConfig, TinySection
+from rollout.config import RolloutConfig
+from rollout.formats.config import FormatConfig
+from rollout.ray_cluster import start_ray
+from rollout.ray_workers import RayRollouts
+from rollout.workers import engine_spec
+from tests.test_grpo import lines
+from tests.test_grpo_chameleon import WORDS, CodeJudge, make
+
+TINY = TinySection(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+POLICY = PolicyConfig(tiny=TINY, lora=LoraSection(r=4, alpha=8.0))
+SAMPLING = RolloutConfig(workers=1, rows=8, max_tokens=60, temperature={"default": 1.0, "sketch": 0.9})
+
+
+class Killer(CodeJudge):
+    """Judges, and in step 1 kills the actor that wrote."""
+
+    def __init__(self, rollouts: RayRollouts):
+        self.rollouts = rollouts
+
+    def judge(self, groups, step=0):
+        if step == 1:
+            os.kill(self.rollouts.health()[0].pid, signal.SIGKILL)
+        return super().judge(groups, step)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_actor_changes_nothing(tmp_path):
+    cluster = start_ray(1, object_store_bytes=100 * 2**20)
+    try:
+        for name in ("whole", "killed"):
+            run = make(tmp_path / name, lora=True)
+            run.rollouts = RayRollouts(engine_spec(POLICY, FormatConfig(max_images=2), SAMPLING, WORDS), SAMPLING)
+            if name == "killed":
+                run.judge = Killer(run.rollouts)
+            rl.grpo.train(run)
+            assert run.rollouts.health()[0].restarts == (name == "killed")
+            run.rollouts.close()
+        rows, killed = lines(tmp_path / "whole"), lines(tmp_path / "killed")
+        assert killed[1].pop("rollout/restarts/crash") == 1  # told with the next rollouts
+        assert killed == rows
+        assert all(row["publish/probed"] > 0 and row["publish/gap"] < 1e-4 for row in rows)
+        assert all(row["on_policy_gap"] < 1e-4 for row in rows)
+    finally:
+        cluster.stop()
