@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     quieten()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a recipe may name functions of modules in the folder one stands in
     try:
         return options.run(options)
     except UserError as error:

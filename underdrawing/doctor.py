@@ -6,6 +6,7 @@ Each check runs the real thing (a matrix product, a Ray actor, a torchvision ope
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import shutil
 import socket
@@ -170,7 +171,7 @@ def _ray() -> Finding:
         begin = time.perf_counter()
         try:
             ray.init(num_cpus=1, include_dashboard=False, _temp_dir=folder, _node_ip_address="127.0.0.1",
-                     object_store_memory=80 * 2**20, log_to_driver=False, logging_level="error")
+                     object_store_memory=80 * 2**20, log_to_driver=False, logging_level=logging.ERROR)
             answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=60)
         except Exception as error:
             return Finding("Ray", "broken", f"{type(error).__name__}: {error}",

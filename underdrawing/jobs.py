@@ -32,12 +32,16 @@ STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look
 
 def run_sft(recipe: Recipe, resume: bool = False) -> Path:
     """The warm start. Returns the folder of its weights."""
+    from policy.chameleon.family import ChameleonPolicy
     from sft.train import check_demonstrations, demonstrate, warm_start
 
     build.seed_everything(recipe.seed)
     build.write_recipe(recipe)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task)
+    if not isinstance(policy, ChameleonPolicy):
+        raise UserError(f"policy.family: '{recipe.policy.family}' has no warm start; `underdrawing sft` serves the "
+                        "family 'chameleon'")
     demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
     check_demonstrations(demonstrations, fmt)
     tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft")

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 PLAIN_EVERY_S = 15.0
 SHOWN = (("reward/mean", "reward"), ("heldout/score", "held-out"), ("sft/loss", "loss"), ("kl", "kl"),
-         ("groups/trained", "groups"), ("rollout/tokens_per_s", "tok/s"))
+         ("groups/trained", "groups"), ("rollout/tokens_per_s", "tok/s"),
+         ("sft/tokens_per_s", "tok/s"))
 
 
 class StepProgress:

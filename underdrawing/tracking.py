@@ -60,6 +60,10 @@ class Tracker:
         self._write(json.dumps(row) + "\n")
         if self._wandb is not None:
             self._wandb.log({"step": step, **{k: v for k, v in row.items() if v is not None}})
+        self.show(step, metrics)
+
+    def show(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """Tell the listeners without writing: for steps between logged ones."""
         for listener in self.listeners:
             listener.heard(step, metrics)
 
@@ -105,7 +109,7 @@ class Tracker:
         import wandb
 
         # One table that grows: tables logged under one key replace each other (trl#2045).
-        columns = ["step", "prompt", "thought", "pictures", "reward", "parts", "stop"]
+        columns: list[str | int] = ["step", "prompt", "thought", "pictures", "reward", "parts", "stop"]
         if self._table is None:
             self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
         for t in sample:

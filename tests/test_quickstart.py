@@ -1,0 +1,49 @@
+"""The quickstart as one command, on a model of a few thousand weights: every stage runs, none has to improve it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from underdrawing import quickstart
+from underdrawing.report.page import report_data
+
+SMALL = ["policy.tiny.hidden_size=16", "policy.tiny.num_hidden_layers=1", "policy.tiny.num_attention_heads=2",
+         "policy.tiny.intermediate_size=32", "sft.demonstrations=24", "sft.max_steps=2", "sft.batch_size=8",
+         "sft.logging_steps=1", "rollout.workers=0", "rollout.rows=8", "rollout.max_tokens=60", "grpo.steps=2",
+         "grpo.prompts_per_step=2", "grpo.num_generations=2", "evaluate.prompts=12", "track.wandb=disabled",
+         "track.trajectories_every=1"]
+
+
+def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Untrained, it draws nothing right, so groups would have no variance: a reward of the user's own has.
+    own = tmp_path / "own.py"
+    own.write_text("def length(completions, trajectories, **columns):\n"
+                   "    return [float(t.num_tokens()) for t in trajectories]\n")
+    arguments = ["--seed", "3", "--run-dir", str(tmp_path / "run"), *SMALL,
+                 f"rewards.parts={{length: {{function: '{own}:length'}}}}", "rewards.total=length"]
+    assert quickstart.main(arguments) == 0
+    said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {"warm_start", "grpo", "first_sketch", "final_image", "on_policy_gap", "minutes", "report",
+            "run_dir"} <= set(said)
+    assert said["grpo"] == said["final_image"]
+    assert 0 <= said["on_policy_gap"] < 1e-4
+    assert Path(said["report"]).read_text().count('class="film"') >= 12
+    data = report_data(tmp_path / "run")
+    assert data.before is not None and data.before.prompts == 12
+    assert [row["step"] for row in data.metrics if "reward/mean" in row] == [1, 2]
+
+    # The same command again finds every stage done: no step is made twice, and it says the same.
+    written = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert quickstart.main(arguments) == 0
+    again = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == written
+    assert {k: again[k] for k in ("warm_start", "grpo", "first_sketch")} == {
+        k: said[k] for k in ("warm_start", "grpo", "first_sketch")}
+
+
+def test_a_wrong_override_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert quickstart.main(["grpo.step=3"]) == 2
+    assert "grpo.step: unknown key; did you mean 'steps'?" in capsys.readouterr().err
