@@ -1,6 +1,7 @@
 """The warm start's two losses: cross-entropy over what the policy would decide, and visual reconstruction.
 
-Letters: B rows, T ids, N learned ids, M learned visual codes, D width of the model, E width of the codebook.
+Letters: L lines of a batch, T ids, N learned ids, M learned visual codes, D width of the model,
+K codes of E dimensions each.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from sft.data import IGNORE
 class Targets:
     """The learned ids of a batch. Each is predicted from the position before it."""
 
-    before_N: Tensor  # int64 into the flattened [B * T]: where the hidden state that predicts it stands
+    before_N: Tensor  # int64 into the flattened [L * T]: where the hidden state that predicts it stands
     id_N: Tensor  # int64
     image_N: Tensor  # bool, a visual code
 
 
-def targets(labels_BT: Tensor, is_code_V: Tensor) -> Targets:
-    """Collect the learned ids, row by row. A row's first id has nothing before it and is never learned."""
-    row_N, column_N = (labels_BT[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    id_N = labels_BT[row_N, column_N + 1]
-    return Targets(row_N * labels_BT.shape[1] + column_N, id_N, is_code_V[id_N])
+def targets(labels_LT: Tensor, is_code_V: Tensor) -> Targets:
+    """Collect the learned ids, line by line. A line's first id has nothing before it and is never learned."""
+    line_N, column_N = (labels_LT[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    id_N = labels_LT[line_N, column_N + 1]
+    return Targets(line_N * labels_LT.shape[1] + column_N, id_N, is_code_V[id_N])
 
 
 def weighted_cross_entropy(logprob_N: Tensor, image_N: Tensor, image_weight: float) -> Tensor:
@@ -41,6 +42,8 @@ class VisualReconstruction(nn.Module):
     Thinking with Generated Images (arXiv:2505.22525) adds it to the cross-entropy with weight 1. The hidden state is
     the one that predicts the code (the position before it), and the projection is trained with the model.
     """
+
+    codebook_KE: Tensor
 
     def __init__(self, hidden_size: int, codebook_KE: Tensor) -> None:
         super().__init__()

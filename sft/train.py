@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig as TrlSftConfig
-from trl import SFTTrainer
 
 from policy.chameleon.family import ChameleonPolicy
-from policy.chameleon.model import DecisionBatch
 from rollout.errors import UserError
 from rollout.formats.base import ThoughtFormat
 from rollout.formats.render import render
+from rollout.store import load_trajectories
 from rollout.trajectory import Trajectory
 from sft.config import SftConfig
-from sft.data import Collator, training_rows
-from sft.losses import VisualReconstruction, targets, weighted_cross_entropy
+from sft.data import Collator, Row, training_rows
+from sft.keep import newest, sealed, sweep, writing
+from sft.trainer import InterleavedSftTrainer, Mirror, Stop
 from tasks.base import Demonstration, Task
 from underdrawing.tracking import Tracker
 
@@ -36,12 +31,16 @@ log = logging.getLogger(__name__)
 SEE_BATCH = 256
 
 
+class Interrupted(UserError):
+    """Ctrl-C: the step was finished and saved. Exits as an interrupted program does."""
+
+    exit_code = 130
+
+
 def demonstrate(task: Task, fmt: ThoughtFormat, policy: ChameleonPolicy, config: SftConfig,
                 seed: int) -> list[Trajectory]:
     """The trajectories to learn from: the task's demonstrations rendered in the format, or the stored ones."""
     if config.data is not None:
-        from rollout.store import load_trajectories
-
         return load_trajectories(Path(config.data))
     demonstrations = task.demonstrations(fmt.name, config.demonstrations, seed)
     return render_all(demonstrations, fmt, policy, config.learn_mistakes)
@@ -69,141 +68,6 @@ def render_all(demonstrations: Sequence[Demonstration], fmt: ThoughtFormat, poli
     return trajectories
 
 
-def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: SftConfig, run_dir: Path, *,
-               seed: int = 0, tracker: Tracker | None = None, resume: bool = False) -> dict[str, float]:
-    """Train and save to run_dir/sft/model (the released layout). Returns the last logged metrics.
-
-    Args:
-        tracker: metrics go here as sft/*; rank 0 only.
-        resume: go on from the newest checkpoint under run_dir/sft, if there is one.
-
-    Raises:
-        UserError: nothing to learn from, or a demonstration data folder that cannot be read.
-    """
-    max_length = min(config.max_length or policy.max_length, policy.max_length)
-    rows, cut = training_rows(trajectories, max_length)
-    if cut.shortened:
-        log.warning("%d of %d demonstrations are longer than %d ids: each lost whole segments from its end",
-                    cut.shortened, cut.rows, max_length)
-    output_dir = Path(run_dir) / "sft"
-    checkpoint = get_last_checkpoint(str(output_dir)) if resume and output_dir.is_dir() else None
-    collator = Collator(policy.vocabulary.pad)
-    trainer = InterleavedSftTrainer(
-        policy=policy, section=config, model=policy.model,
-        train_dataset=Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows]),
-        data_collator=collator, processing_class=policy.vocabulary.tokenizer,
-        args=_arguments(config, output_dir, seed), callbacks=[_Mirror(tracker)] if tracker else [])
-    trainer.remove_callback(PrinterCallback)  # the tracker and its listeners say it all
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        trainer.detach()
-    if trainer.accelerator.is_main_process:
-        policy.save(output_dir / "model")
-        (output_dir / "done.json").write_text(json.dumps({"steps": trainer.state.global_step, **trainer.last}))
-    trainer.accelerator.wait_for_everyone()
-    return trainer.last
-
-
-class InterleavedSftTrainer(SFTTrainer):
-    """SFTTrainer whose loss sees visual codes: unmasked image logits, at learned positions only."""
-
-    def __init__(self, policy: ChameleonPolicy, section: SftConfig, **kwargs: Any) -> None:
-        is_code_V = torch.zeros(policy.vocabulary.size, dtype=torch.bool)
-        code_ids_K = torch.as_tensor(policy.vocabulary.code_ids, dtype=torch.int64)
-        is_code_V[code_ids_K] = True
-        self.section = section
-        self.is_code_V = is_code_V.to(policy.device)
-        self.code_of_V = torch.full((policy.vocabulary.size,), -1, device=policy.device)
-        self.code_of_V[code_ids_K] = torch.arange(len(code_ids_K), device=policy.device)
-        self.last: dict[str, float] = {}
-        self.core = policy.core
-        self._sums: dict[str, list[float]] = defaultdict(list)
-        self._hidden: Tensor | None = None
-        self._hook = None
-        if section.visual_loss:
-            # Part of the model while it trains, so that the optimiser, checkpoints and every wrapper see it.
-            codebook_KE = self.core.model.vqmodel.quantize.embedding.weight
-            self.core.visual_reconstruction = VisualReconstruction(self.core.config.hidden_size, codebook_KE)
-            self.core.visual_reconstruction.to(policy.device)
-            self._hook = self.core.model.register_forward_hook(self._keep_hidden)
-        super().__init__(**kwargs)
-
-    def detach(self) -> None:
-        """Take the training-only parts off the model again."""
-        if self._hook is not None:
-            self._hook.remove()
-            del self.core.visual_reconstruction
-
-    def _keep_hidden(self, module: Any, args: Any, output: Any) -> None:
-        self._hidden = output[0]
-
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:
-        labels_BT = inputs["labels"]
-        learned = targets(labels_BT, self.is_code_V)
-        count = len(learned.id_N)
-        batch = DecisionBatch(
-            index_KN=learned.before_N[None], weight_KN=None, target_N=learned.id_N,
-            temperature_N=torch.ones(count, device=labels_BT.device),
-            allowed_N=torch.full((count,), -1, device=labels_BT.device), sets=())
-        logprob_N, _ = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], decisions=batch)
-        loss = weighted_cross_entropy(logprob_N, learned.image_N, self.section.image_weight)
-        nll_N = -logprob_N.detach()
-        self._note("loss_text", nll_N[~learned.image_N])
-        self._note("loss_image", nll_N[learned.image_N])
-        if self.section.visual_loss:
-            assert self._hidden is not None
-            hidden_ND = self._hidden.reshape(-1, self._hidden.shape[-1])[learned.before_N]
-            code_M = self.code_of_V[learned.id_N[learned.image_N]]
-            visual = self.core.visual_reconstruction(hidden_ND[learned.image_N], code_M)
-            self._note("loss_visual", visual.detach()[None])
-            loss = loss + self.section.visual_loss * visual
-            self._hidden = None
-        return (loss, {"logprob": logprob_N}) if return_outputs else loss
-
-    def _note(self, name: str, values: Tensor) -> None:
-        if len(values):
-            self._sums[name].append(float(values.mean()))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name, values in self._sums.items():
-            logs[name] = sum(values) / len(values)
-        self._sums.clear()
-        self.last = {k: float(v) for k, v in logs.items() if isinstance(v, int | float)} or self.last
-        super().log(logs, start_time)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Checkpoints get no model card: a card is the author's to write."""
-
-
-class _Mirror(TrainerCallback):
-    """The trainer's log as sft/* metrics."""
-
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None,
-               **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            self.tracker.log(state.global_step, {f"sft/{k}": v for k, v in logs.items() if k != "epoch"})
-
-
-def _arguments(config: SftConfig, output_dir: Path, seed: int) -> TrlSftConfig:
-    return TrlSftConfig(
-        output_dir=str(output_dir), max_steps=config.max_steps, per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type, warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay, adam_beta2=config.adam_beta2, max_grad_norm=config.max_grad_norm,
-        save_steps=config.save_steps, save_total_limit=1, logging_steps=config.logging_steps, seed=seed,
-        data_seed=seed, report_to=[], disable_tqdm=True, bf16=False, remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
-        train_sampling_strategy="group_by_length", length_column_name="length",  # rows differ threefold in length
-        gradient_checkpointing=False,
-        dataloader_num_workers=0, dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False)
-
-
 def check_demonstrations(trajectories: Sequence[Trajectory], fmt: ThoughtFormat) -> None:
     """Refuse to learn from sentences that the format itself would not accept.
 
@@ -211,6 +75,96 @@ def check_demonstrations(trajectories: Sequence[Trajectory], fmt: ThoughtFormat)
         UserError: names the first such demonstration, its segment and what would be right.
     """
     for index, trajectory in enumerate(trajectories):
+        where = f"demonstration {index} ({trajectory.prompt!r})"
+        if trajectory.format != fmt.name:
+            raise UserError(f"{where}: written in the format '{trajectory.format}', but the recipe's is '{fmt.name}'; "
+                            "change format.name or give other demonstrations")
         for violation in fmt.violations(trajectory):
-            where = f" segment {violation.segment}" if violation.segment is not None else ""
-            raise UserError(f"demonstration {index} ({trajectory.prompt!r}){where}: {violation.message}")
+            segment = f", segment {violation.segment}" if violation.segment is not None else ""
+            raise UserError(f"{where}{segment}: {violation.message}")
+
+
+def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: SftConfig, run_dir: Path, *,
+               seed: int = 0, tracker: Tracker | None = None, resume: bool = False,
+               resume_command: str = "give the same command with --resume") -> dict[str, float]:
+    """Train and save to run_dir/sft/model (the released layout). Returns the last logged metrics.
+
+    Args:
+        tracker: metrics go here as sft/*; rank 0 only.
+        resume: go on from the newest checkpoint under run_dir/sft, if there is one. On a CPU a run that was stopped
+            and resumed is the run that was never stopped.
+        resume_command: what a person is told to do after Ctrl-C.
+
+    Raises:
+        Interrupted: after Ctrl-C, at the end of a step, once all is saved.
+        UserError: nothing to learn from; ids that the policy's vocabulary lacks; a checkpoint that is corrupt, or there
+            where none is to be resumed; a disk that is full or not writable.
+    """
+    rows = _rows(policy, trajectories, config)
+    output_dir = Path(run_dir) / "sft"
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint = newest(output_dir) if resume else None
+    if not resume and sealed(output_dir):
+        raise UserError(f"{output_dir} already holds a warm start ({sealed(output_dir)[-1].name}). Resume it "
+                        f"({resume_command}), or choose another run_dir")
+    trainer = InterleavedSftTrainer(
+        policy=policy, section=config, model=policy.model, train_dataset=Dataset.from_list(list(rows)),
+        data_collator=Collator(policy.vocabulary.pad, pack=policy.core.config._attn_implementation == "sdpa"),
+        processing_class=policy.vocabulary.tokenizer,
+        args=_arguments(config, output_dir, seed, policy.device.type == "cpu"))
+    stop = Stop(trainer.accelerator)
+    if tracker is not None:
+        trainer.add_callback(Mirror(tracker, trainer.means))
+    trainer.add_callback(stop)
+    try:
+        done = 0
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            done = int(checkpoint.name.rpartition("-")[2])
+            log.info("going on after step %d (%s)", done, checkpoint)
+        if tracker is not None:
+            tracker.rewind(done + 1)
+        if trainer.accelerator.is_main_process:
+            sweep(output_dir, 2)
+        with stop.listening(log.warning):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.detach()
+    if stop.stopped:
+        raise Interrupted(f"stopped after step {trainer.state.global_step} of {config.max_steps}; saved in "
+                          f"{sealed(output_dir)[-1]}. To go on, {resume_command}")
+    if trainer.accelerator.is_main_process:
+        with writing(output_dir / "model"):
+            policy.save(output_dir / "model")
+            (output_dir / "done.json").write_text(json.dumps({"steps": trainer.state.global_step, **trainer.last}))
+    trainer.accelerator.wait_for_everyone()
+    return trainer.last
+
+
+def _rows(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: SftConfig) -> list[Row]:
+    max_length = min(config.max_length or policy.max_length, policy.max_length)
+    rows, cut = training_rows(trajectories, max_length)
+    largest = max(max(row["input_ids"]) for row in rows)
+    if largest >= policy.vocabulary.size:
+        raise UserError(f"{config.data or 'demonstrations'}: holds id {largest}, but the policy's vocabulary has "
+                        f"{policy.vocabulary.size}; the trajectories were written by another tokenizer")
+    if cut.shortened:
+        log.warning("%d of %d demonstrations are longer than %d ids: they lost whole segments from their end, and %d "
+                    "of them, with nothing left to learn, were dropped", cut.shortened, len(trajectories), max_length,
+                    cut.dropped)
+    return rows
+
+
+def _arguments(config: SftConfig, output_dir: Path, seed: int, cpu: bool) -> TrlSftConfig:
+    return TrlSftConfig(
+        output_dir=str(output_dir), max_steps=config.max_steps, per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type, warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay, adam_beta2=config.adam_beta2, max_grad_norm=config.max_grad_norm,
+        save_steps=config.save_steps, logging_steps=config.logging_steps, seed=seed,
+        data_seed=seed, report_to=[], disable_tqdm=True, bf16=False, remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+        gradient_checkpointing=False,  # the policy's own section turns it on
+        dataloader_num_workers=0, dataloader_pin_memory=not cpu,
+        use_cpu=cpu, ddp_find_unused_parameters=False)

@@ -1,0 +1,250 @@
+"""TRL's SFTTrainer with a loss that sees visual codes, whole checkpoints, and a log that people and files share.
+
+Letters: L lines of a batch, T ids, N learned ids, M learned visual codes, D width of the model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTTrainer
+
+from policy.chameleon.family import ChameleonPolicy
+from policy.chameleon.model import DecisionBatch
+from rollout.errors import UserError
+from sft.config import SftConfig
+from sft.keep import KeepError, seal, sweep, writing
+from sft.losses import Targets, VisualReconstruction, targets, weighted_cross_entropy
+from underdrawing.tracking import Tracker
+
+PROGRESS = "progress.pt"
+KEEP_CHECKPOINTS = 2
+
+
+class InterleavedSftTrainer(SFTTrainer):
+    """SFTTrainer whose loss sees visual codes: unmasked image logits, at learned positions only."""
+
+    def __init__(self, policy: ChameleonPolicy, section: SftConfig, **kwargs: Any) -> None:
+        vocabulary = policy.vocabulary
+        self.section = section
+        self.score_chunk = policy.score_chunk
+        self.pad = vocabulary.pad
+        self.code_of_V = torch.full((vocabulary.size,), -1, dtype=torch.int64)  # -1: no visual code
+        self.code_of_V[torch.as_tensor(vocabulary.code_ids, dtype=torch.int64)] = torch.arange(len(vocabulary.code_ids))
+        self.last: dict[str, float] = {}
+        self.means = Means()
+        self.core: Any = policy.core
+        self._learned: Targets | None = None
+        self._visual: Tensor | None = None
+        self._hook: Any = None
+        if section.visual_loss:
+            # Part of the model while it trains, so that the optimiser, checkpoints and every wrapper see it.
+            codebook_KE = self.core.model.vqmodel.quantize.embedding.weight
+            self.core.visual_reconstruction = VisualReconstruction(self.core.config.hidden_size, codebook_KE)
+            self.core.visual_reconstruction.to(policy.device)
+            self._hook = self.core.model.register_forward_hook(self._reconstruct)
+        self._forward = vars(policy.model).get("forward")
+        super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)  # the tracker and its listeners say it all
+        # Our loss is a batch's own mean: batches that accumulate into a step are averaged by the Trainer.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False  # type: ignore[assignment]
+
+    def detach(self) -> None:
+        """Take the training-only parts off the model again, TRL's wrapper of its forward too."""
+        model = self.accelerator.unwrap_model(self.model)
+        vars(model).pop("forward", None)
+        if self._forward is not None:
+            model.forward = self._forward
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            del self.core.visual_reconstruction
+        self.core.eval()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Any:
+        labels_LT = inputs["labels"]
+        self.code_of_V = self.code_of_V.to(labels_LT.device)
+        learned = self._learned = targets(labels_LT, self.code_of_V >= 0)
+        count = len(learned.id_N)
+        batch = DecisionBatch(
+            index_KN=learned.before_N[None], weight_KN=None, target_N=learned.id_N,
+            temperature_N=torch.ones(count, device=labels_LT.device),
+            allowed_N=torch.full((count,), -1, device=labels_LT.device), sets=(), chunk=self.score_chunk)
+        logprob_N, _ = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+                             position_ids=inputs["position_ids"], decisions=batch)
+        loss = weighted_cross_entropy(logprob_N, learned.image_N, self.section.image_weight)
+        nll_N = -logprob_N.detach()
+        self.means.add("loss_text", nll_N[~learned.image_N])
+        self.means.add("loss_image", nll_N[learned.image_N])
+        if self._visual is not None:
+            loss = loss + self.section.visual_loss * self._visual
+            self.means.add("loss_visual", self._visual.detach()[None])
+            self._visual = None
+        self.means.add("loss", loss.detach()[None])
+        self.means.tokens += int((inputs["input_ids"] != self.pad).sum())
+        return (loss, {"logprob": logprob_N}) if return_outputs else loss
+
+    def _reconstruct(self, module: Any, args: Any, output: Any) -> None:
+        # Inside the model's forward, where wrappers such as FSDP have the projection's weight at hand.
+        learned = self._learned
+        assert learned is not None
+        hidden_MD = output[0].reshape(-1, output[0].shape[-1])[learned.before_N[learned.image_N]]
+        self._visual = self.core.visual_reconstruction(hidden_MD, self.code_of_V[learned.id_N[learned.image_N]])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.means.take(self.accelerator)
+            self.last = {name: float(value) for name, value in logs.items() if name != "epoch"}
+        super().log(logs, start_time)
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        root = Path(str(self.args.output_dir))
+        folder = root / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)  # half-written, by a run that was killed
+        self.accelerator.wait_for_everyone()
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+                state = self.means.state(self.accelerator)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    projection = getattr(self.core, "visual_reconstruction", None)
+                    torch.save({"means": state, "projection": projection and projection.state_dict()},
+                               folder / PROGRESS)
+                    seal(folder)
+                    sweep(root, KEEP_CHECKPOINTS)
+        except KeepError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take up what transformers' own files don't hold. Call before train(resume_from_checkpoint=...)."""
+        state = torch.load(checkpoint / PROGRESS, map_location="cpu", weights_only=True)
+        if self.is_world_process_zero():
+            self.means.load(state["means"])
+        if self.section.visual_loss:
+            if state["projection"] is None:
+                raise UserError(f"{checkpoint}: written with sft.visual_loss=0; it cannot go on with "
+                                f"sft.visual_loss={self.section.visual_loss}. Start anew in another run_dir")
+            self.core.visual_reconstruction.load_state_dict(state["projection"])
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Checkpoints get no model card: a card is the author's to write."""
+
+
+class Means:
+    """Losses since the last line of metrics: over ids where they are ids', over batches where they are batches'."""
+
+    NAMES = ("loss", "loss_text", "loss_image", "loss_visual")
+
+    def __init__(self) -> None:
+        self.sums = {name: [0.0, 0.0] for name in self.NAMES}  # sum, count
+        self.tokens = 0  # of this process, since it was last asked
+
+    def add(self, name: str, values: Tensor) -> None:
+        self.sums[name][0] += float(values.double().sum())
+        self.sums[name][1] += len(values)
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The means over all processes of what was added; starts anew."""
+        means = {name: total / count for name, (total, count) in self.state(accelerator).items() if count}
+        self.sums = Means().sums
+        return means
+
+    def state(self, accelerator: Any) -> dict[str, list[float]]:
+        """Sums and counts over all processes."""
+        if accelerator.num_processes == 1:
+            return {name: list(pair) for name, pair in self.sums.items()}
+        # float32: not every backend adds doubles
+        sums_K2 = torch.tensor([self.sums[name] for name in self.NAMES], device=accelerator.device)
+        return dict(zip(self.NAMES, accelerator.reduce(sums_K2, "sum").tolist(), strict=True))
+
+    def load(self, state: Mapping[str, Sequence[float]]) -> None:
+        self.sums = {name: list(state[name]) for name in self.NAMES}
+
+
+class Mirror(TrainerCallback):
+    """The trainer's log as sft/* metrics; the steps between are shown, not written. First process only."""
+
+    def __init__(self, tracker: Tracker, means: Means) -> None:
+        self.tracker, self.means = tracker, means
+        self._since: float | None = None
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = self._since or time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self._seconds += now - (self._since or now)
+        self._since = None  # what evaluation, logging and saving take is not the step's
+        self._tokens += self.means.tokens
+        self.means.tokens = 0
+        control.should_log |= state.global_step >= state.max_steps
+        if not control.should_log:  # else on_log is next
+            total, count = self.means.sums["loss"]
+            self.tracker.show(state.global_step, {"sft/loss": total / count if count else math.nan, **self._rate()})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None,
+               **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            metrics = {f"sft/{name}": value for name, value in logs.items() if name != "epoch"}
+            self.tracker.log(state.global_step, metrics | self._rate())
+            self._tokens, self._seconds = 0, 0.0
+
+    def _rate(self) -> dict[str, float]:
+        """Ids a second of the first process, padding left out."""
+        return {"sft/tokens_per_s": self._tokens / self._seconds} if self._seconds else {}
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C: the step is finished and saved, on every process at the same one."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.pressed = self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pressed = self.pressed
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([float(pressed)], device=self.accelerator.device)
+            pressed = bool(self.accelerator.reduce(flag, "sum").item())
+        if pressed and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self, say: Any) -> Iterator[None]:
+        """Within it the first Ctrl-C asks for a stop after the step, and the second stops at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.pressed:
+                raise KeyboardInterrupt
+            self.pressed = True
+            say("Stopping after this step; once more to stop at once, without saving")
+
+        try:
+            before = signal.signal(signal.SIGINT, handle)
+        except ValueError:  # not the main thread, which gets no signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,577 @@
+"""The warm start: what is learned, how it is weighed, and what a run leaves on the disk. Tiny policies throughout."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import ChameleonForConditionalGeneration
+
+from policy.chameleon.model import load_model
+from policy.config import LoraSection
+from rollout.errors import UserError
+from rollout.formats.base import Part
+from rollout.formats.registry import get_format
+from rollout.store import save_trajectories
+from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from sft.config import SftConfig
+from sft.data import IGNORE, Collator, lines_of, training_rows
+from sft.keep import newest, seal, sealed
+from sft.losses import VisualReconstruction, targets, weighted_cross_entropy
+from sft.train import Interrupted, check_demonstrations, demonstrate, render_all, warm_start
+from sft.trainer import InterleavedSftTrainer
+from tasks.base import Demonstration
+from tests.chameleon_helpers import WORDS, prompt_segment, small_policy
+from tests.test_trainer_processes import launch
+from underdrawing.tracking import Tracker, read_metrics
+
+FAST = {"demonstrations": 1, "batch_size": 4, "warmup_steps": 0, "learning_rate": 3e-3, "logging_steps": 2,
+        "save_steps": 100}
+TIMES = {"sft/tokens_per_s"}
+
+
+def section(**changes) -> SftConfig:
+    return SftConfig(**(FAST | {"max_steps": 6} | changes))
+
+
+def text(policy, role, words, trained=True, author=Author.POLICY):
+    return Segment(role, author, Modality.TEXT, trained, np.array(policy.vocabulary.encode(words), np.int32), words)
+
+
+def picture(policy, seed, trained=True, role="sketch"):
+    v = policy.vocabulary
+    codes = np.random.default_rng(seed).choice(v.code_ids, v.codes_per_image)
+    return Segment(role, Author.POLICY, Modality.IMAGE_TOKENS, trained,
+                   np.array([v.boi, *codes, v.eoi], np.int32))
+
+
+def written(policy, count=12, pictures=(1, 2, 1), seed=0) -> list[Trajectory]:
+    """Plan, picture, inspection; sometimes a second picture."""
+    rng = np.random.default_rng(seed)
+    trajectories = []
+    for group in range(count):
+        prompt = " ".join(rng.choice(WORDS[:5], 2))
+        segments = [prompt_segment(policy, prompt)]
+        for number in range(pictures[group % len(pictures)]):
+            segments += [text(policy, "plan", " ".join(rng.choice(WORDS[:5], 1 + group % 4))),
+                         picture(policy, group % 3 + 10 * number), text(policy, "inspect", "fine .")]
+        trajectories.append(Trajectory(prompt, {}, "strokes", segments, group=group, stop=StopReason.DEMONSTRATION))
+    return trajectories
+
+
+def trainer_of(policy, rows, folder, **changes) -> InterleavedSftTrainer:
+    from datasets import Dataset
+
+    from sft.train import _arguments
+    config = section(**changes)
+    return InterleavedSftTrainer(
+        policy=policy, section=config, model=policy.model, train_dataset=Dataset.from_list(rows),
+        data_collator=Collator(policy.vocabulary.pad), processing_class=policy.vocabulary.tokenizer,
+        args=_arguments(config, folder, 0, cpu=True))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return small_policy()
+
+
+# ---- what is learned ----
+
+def test_prompt_forced_markers_and_untrained_segments_are_not_learned(policy):
+    v = policy.vocabulary
+    trajectory = Trajectory("a red circle", {}, "strokes", [
+        prompt_segment(policy, "a red circle"), text(policy, "plan", "red circle"), picture(policy, 1),
+        text(policy, "observation", "fine", trained=False, author=Author.ENVIRONMENT),
+        picture(policy, 2, trained=False), text(policy, "inspect", "wrong .")])
+    (row,), cut = training_rows([trajectory], 256)
+    prompt, plan, sketch, observation, bad, inspect = (len(s.ids) for s in trajectory.segments)
+    assert row["input_ids"] == [int(i) for s in trajectory.segments for i in s.ids]
+    expected = ([IGNORE] * prompt + list(trajectory.segments[1].ids) + list(trajectory.segments[2].ids[:-1]) + [IGNORE]
+                + [IGNORE] * (observation + bad) + list(trajectory.segments[5].ids))
+    assert row["labels"] == expected
+    assert row["input_ids"][prompt + plan + sketch - 1] == v.eoi and v.eoi not in row["labels"]
+    assert (cut.rows, cut.shortened, cut.dropped) == (1, 0, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=8), limit=st.integers(3, 90))
+def test_a_long_row_loses_whole_segments_from_its_end(policy, lengths, limit):
+    segments = [prompt_segment(policy, "a")]
+    for number, (is_picture, words) in enumerate(lengths):
+        segments.append(picture(policy, number) if is_picture else text(policy, "plan", " ".join(["red"] * words)))
+    trajectory = Trajectory("a", {}, "strokes", segments)
+    try:
+        (row,), cut = training_rows([trajectory], limit)
+    except UserError as error:
+        assert "sft.max_length" in str(error)
+        assert len(segments[0].ids) + len(segments[1].ids) > limit
+        return
+    ids = row["input_ids"]
+    assert len(ids) <= limit
+    ends = np.cumsum([len(s.ids) for s in segments])
+    assert len(ids) in ends  # a segment boundary, so never inside a picture
+    kept = list(ends).index(len(ids))
+    assert cut.shortened == (kept + 1 < len(segments))
+    assert kept + 1 == len(segments) or ends[kept + 1] > limit  # and no segment that fits is lost
+    v = policy.vocabulary
+    assert ids.count(v.boi) == ids.count(v.eoi)
+
+
+class OneTask:
+    name, words, classes = "one", WORDS, ("circle",)
+
+    def __init__(self, demonstrations):
+        self.given = demonstrations
+
+    def demonstrations(self, format, count, seed):
+        return self.given[:count]
+
+
+def drawn(policy, value):
+    size = policy.core.config.vq_config.resolution
+    return np.full((size, size, 3), value, np.uint8)
+
+
+def strokes(policy, mistakes=()):
+    parts = (Part("plan", "<ins> a red circle </ins><des> circle </des>"), Part("sketch", picture=drawn(policy, 10)),
+             Part("inspect", "<inspect> wrong </inspect>"), Part("refine", "<refine> red </refine>"),
+             Part("redraw", picture=drawn(policy, 200)), Part("inspect", "<inspect> fine </inspect>"))
+    return Demonstration("a red circle", {"tag": "single_object"}, parts, mistakes)
+
+
+@pytest.mark.parametrize("learn_mistakes", [False, True])
+def test_a_mistake_is_seen_and_imitated_only_when_asked_for(policy, learn_mistakes):
+    fmt = get_format("strokes", max_images=2)
+    task = OneTask([strokes(policy, mistakes=(1,))])
+    (trajectory,) = demonstrate(task, fmt, policy, section(learn_mistakes=learn_mistakes), seed=0)
+    check_demonstrations([trajectory], fmt)
+    roles = [s.role for s in trajectory.segments]
+    assert roles[:6] == ["prompt", "plan", "sketch", "inspect", "refine", "redraw"]
+    (row,), _ = training_rows([trajectory], 256)
+    learned = {}
+    start = 0
+    for s in trajectory.segments:
+        learned[s.role] = any(label != IGNORE for label in row["labels"][start : start + len(s.ids)])
+        start += len(s.ids)
+    assert learned["sketch"] == learn_mistakes
+    assert learned["redraw"] and learned["inspect"] and learned["plan"] and not learned["prompt"]
+    assert list(trajectory.segments[2].ids) == row["input_ids"][len(trajectory.segments[0].ids)
+                                                               + len(trajectory.segments[1].ids):][:18]
+
+
+# ---- the loss ----
+
+def by_hand(policy, rows, image_weight=1.0):
+    """Each row by itself, through the full logits."""
+    codes = set(policy.vocabulary.code_ids.tolist())
+    total = weight = 0.0
+    for row in rows:
+        with torch.no_grad():
+            logits_TV = policy.core(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
+        for at, label in enumerate(row["labels"]):
+            if label != IGNORE and at > 0:
+                w = image_weight if label in codes else 1.0
+                total -= w * float(logits_TV[at - 1].log_softmax(-1)[label])
+                weight += w
+    return total / weight
+
+
+@pytest.mark.parametrize("image_weight", [1.0, 0.25, 0.0])
+def test_loss_is_the_cross_entropy_of_full_unmasked_logits(policy, tmp_path, image_weight):
+    rows, _ = training_rows(written(policy, 6), 256)
+    trainer = trainer_of(policy, rows, tmp_path, image_weight=image_weight)
+    loss = trainer.compute_loss(policy.model, Collator(policy.vocabulary.pad)(rows)).detach()
+    assert float(loss) == pytest.approx(by_hand(policy, rows, image_weight), abs=1e-5)
+
+
+def test_weighted_cross_entropy_by_hand():
+    # -(1 * -1 + 0.5 * -2 + 0.5 * -4) / (1 + 0.5 + 0.5) = 4 / 2
+    loss = weighted_cross_entropy(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([False, True, True]), 0.5)
+    assert float(loss) == 2.0
+
+
+def test_on_words_alone_it_is_the_loss_of_transformers_and_trl(policy, tmp_path):
+    trajectories = [Trajectory("a", {}, "strokes", [prompt_segment(policy, "a red"), text(policy, "plan", words)])
+                    for words in ("red circle", "a blue square left of a red circle", ".")]
+    rows, _ = training_rows(trajectories, 256)
+    trainer = trainer_of(policy, rows, tmp_path)
+    ours = float(trainer.compute_loss(policy.model, Collator(policy.vocabulary.pad)(rows)))
+    padded = Collator(policy.vocabulary.pad, pack=False)(rows)
+    stock = policy.core(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"],
+                        labels=padded["labels"]).loss
+    assert ours == pytest.approx(float(stock), abs=1e-6)
+    assert float(trainer.compute_loss(policy.model, padded)) == pytest.approx(ours, abs=1e-6)
+    del padded["position_ids"]  # TRL's forward brings its own
+    trls = super(InterleavedSftTrainer, trainer).compute_loss(policy.model, padded)
+    assert ours == pytest.approx(float(trls), abs=1e-6)
+
+
+def test_pictures_are_learned_here_and_not_by_the_stock_forward(policy, tmp_path):
+    rows, _ = training_rows(written(policy, 3), 256)
+    batch = Collator(policy.vocabulary.pad, pack=False)(rows)
+    codes = torch.as_tensor(policy.vocabulary.code_ids.astype(np.int64))
+    only_codes = torch.where(torch.isin(batch["labels"], codes), batch["labels"], IGNORE)
+
+    def head_gradient(model, loss):
+        model.zero_grad()
+        loss.backward()
+        return model.lm_head.weight.grad[codes].abs().max().item()
+
+    trainer = trainer_of(policy, rows, tmp_path)
+    ours = trainer.compute_loss(policy.model, batch | {"labels": only_codes})
+    assert float(ours) < 20 and head_gradient(policy.core, ours) > 1e-4
+    policy.core.zero_grad(set_to_none=True)
+
+    stock = ChameleonForConditionalGeneration(policy.core.config)
+    stock.load_state_dict(policy.core.state_dict(), strict=False)
+    loss = stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=only_codes).loss
+    assert not torch.isfinite(loss) or float(loss) > 1e30  # the codes' logits are the dtype's minimum
+    assert head_gradient(stock, loss) == 0.0
+
+
+# ---- lines ----
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), more=st.integers(0, 30))
+def test_every_row_is_on_one_line_and_no_line_overflows(lengths, more):
+    capacity = max(lengths) + more
+    lines = lines_of(lengths, capacity)
+    assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in line) <= capacity for line in lines)
+    # best fit never leaves two lines that are at most half full
+    assert sum(2 * sum(lengths[row] for row in line) <= capacity for line in lines) <= 1
+
+
+def test_rows_that_share_a_line_do_not_see_each_other(policy, tmp_path):
+    rows, _ = training_rows(written(policy, 9), 256)
+    packed, padded = (Collator(policy.vocabulary.pad, pack=pack)(rows) for pack in (True, False))
+    assert packed["input_ids"].shape[0] < len(rows) and padded["input_ids"].shape[0] == len(rows)
+    assert (packed["labels"] != IGNORE).sum() == (padded["labels"] != IGNORE).sum()
+    gradients, losses = [], []
+    trainer = trainer_of(policy, rows, tmp_path)
+    for batch in (packed, padded):
+        policy.core.zero_grad()
+        loss = trainer.compute_loss(policy.model, batch)
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
+    policy.core.zero_grad(set_to_none=True)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+
+
+def test_the_first_id_of_a_row_is_never_predicted_by_its_neighbour(policy):
+    rows = [{"input_ids": [7, 8, 9, 10], "labels": [7, 8, 9, 10]}, {"input_ids": [11, 12], "labels": [11, 12]},
+            {"input_ids": [13, 14], "labels": [13, 14]}]
+    batch = Collator(pad=1)(rows)
+    assert batch["input_ids"].tolist() == [[7, 8, 9, 10], [11, 12, 13, 14]]
+    assert batch["labels"].tolist() == [[IGNORE, 8, 9, 10], [IGNORE, 12, IGNORE, 14]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
+    assert batch["attention_mask"][1, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    learned = targets(batch["labels"], torch.zeros(20, dtype=torch.bool))
+    assert learned.before_N.tolist() == [0, 1, 2, 4, 6] and learned.id_N.tolist() == [8, 9, 10, 12, 14]
+
+
+# ---- visual reconstruction ----
+
+def test_visual_loss_regresses_the_code_that_a_position_predicts(policy, tmp_path):
+    """The hidden state is made by hand: it says which code comes next, so only the right position has no error."""
+    trainer = trainer_of(policy, training_rows(written(policy, 3), 256)[0], tmp_path, visual_loss=1.0)
+    v, core = policy.vocabulary, policy.core
+    try:
+        visual = core.visual_reconstruction
+        codebook_KE = visual.codebook_KE
+        width, dims = core.config.hidden_size, codebook_KE.shape[1]
+        with torch.no_grad():  # the projection reads the first E dimensions
+            visual.projection.weight.copy_(torch.eye(dims, width))
+            visual.projection.bias.zero_()
+        segment = picture(policy, 5)
+        ids = torch.tensor([[v.bos, *segment.ids]], dtype=torch.int64)
+        labels = ids.clone()
+        labels[0, 0] = labels[0, -1] = IGNORE
+        hidden = torch.zeros(1, ids.shape[1], width)
+        codes = torch.as_tensor(v.to_codes(segment.ids[1:-1]))
+        hidden[0, 1 : 1 + len(codes), :dims] = codebook_KE[codes]  # BOI's position predicts the first code
+
+        trainer._learned = targets(labels, trainer.code_of_V >= 0)
+        trainer._reconstruct(None, None, (hidden,))
+        assert float(trainer._visual) == pytest.approx(0.0, abs=1e-12)
+        # one step late, as in the released code of Thinking with Generated Images: hidden at t against the code at t
+        trainer._reconstruct(None, None, (hidden.roll(1, 1),))
+        assert float(trainer._visual) > 1e-4
+    finally:
+        trainer.detach()
+        trainer._visual = None
+
+
+def test_visual_loss_of_no_picture_is_zero_with_a_gradient():
+    module = VisualReconstruction(8, torch.randn(5, 3))
+    loss = module(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert float(loss) == 0.0 and float(module.projection.weight.grad.abs().sum()) == 0.0
+
+
+def test_projection_is_trained_and_not_saved(tmp_path):
+    policy = small_policy()
+    seen = []
+
+    class Watch:
+        def heard(self, step, metrics):
+            seen.append(policy.core.visual_reconstruction.projection.weight.detach().clone())
+
+    tracker = Tracker(tmp_path / "sft")
+    tracker.listeners.append(Watch())
+    trajectories = [written(policy, 1)[0]] * 12
+    last = warm_start(policy, trajectories, section(max_steps=4, visual_loss=2.0), tmp_path, tracker=tracker)
+    assert (seen[0] - seen[-1]).abs().max() > 1e-3
+    words, codes = (sum(label != IGNORE and (label in set(policy.vocabulary.code_ids.tolist())) == image
+                        for label in training_rows(trajectories[:1], 256)[0][0]["labels"]) for image in (False, True))
+    cross_entropy = (words * last["loss_text"] + codes * last["loss_image"]) / (words + codes)
+    assert last["loss"] == pytest.approx(cross_entropy + 2 * last["loss_visual"], rel=1e-5)
+    assert not hasattr(policy.core, "visual_reconstruction") and "forward" not in vars(policy.core)
+    from safetensors import safe_open
+    with safe_open(tmp_path / "sft" / "model" / "model.safetensors", "pt") as weights:
+        assert not [key for key in weights.keys() if "visual_reconstruction" in key]  # noqa: SIM118
+
+
+# ---- runs ----
+
+def test_a_run_learns_and_its_saved_folder_gives_the_same_logits(tmp_path):
+    policy = small_policy()
+    trajectories = written(policy)
+    tracker = Tracker(tmp_path / "sft")
+    last = warm_start(policy, trajectories, section(max_steps=25, learning_rate=1e-2), tmp_path, tracker=tracker)
+    rows = read_metrics(tmp_path / "sft" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [*range(2, 25, 2), 25]
+    for name in ("sft/loss", "sft/loss_text", "sft/loss_image", "sft/grad_norm", "sft/learning_rate",
+                 "sft/tokens_per_s"):
+        assert all(row[name] is not None for row in rows), name
+    assert rows[-1]["sft/loss"] < 0.6 * rows[0]["sft/loss"]
+    assert rows[-1]["sft/loss"] == last["loss"]
+    again = load_model(tmp_path / "sft" / "model")
+    ids = torch.tensor([training_rows(trajectories, 256)[0][0]["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(input_ids=ids).logits, policy.core(input_ids=ids).logits,
+                                   atol=0, rtol=0)
+
+
+def test_batches_that_accumulate_into_a_step_are_averaged(tmp_path):
+    """Two batches of a step give the mean of their gradients, not the sum."""
+    norms = []
+    for name, changes in (("whole", {"batch_size": 8}),
+                          ("halves", {"batch_size": 4, "gradient_accumulation_steps": 2})):
+        policy = small_policy()
+        trajectories = written(policy, 1) * 8  # alike, so that the whole's mean is the mean of the halves' means
+        tracker = Tracker(tmp_path / name / "sft")
+        warm_start(policy, trajectories, section(max_steps=1, logging_steps=1, **changes), tmp_path / name,
+                   tracker=tracker)
+        (row,) = read_metrics(tmp_path / name / "sft" / "metrics.jsonl")
+        norms.append((row["sft/loss"], row["sft/grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def lines(folder):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder / "sft" / "metrics.jsonl")]
+
+
+class CtrlC:
+    """Presses it while step `at` is shown."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def heard(self, step, metrics):
+        if step == self.at:
+            self.at = None
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSection(r=4, alpha=8)], ids=["full", "lora"])
+def test_stopped_by_ctrl_c_and_resumed_is_the_run_that_was_never_stopped(tmp_path, lora):
+    def run(folder, resume=False, listener=None):
+        torch.manual_seed(0)  # adapters are initialised at random
+        policy = small_policy(lora)
+        torch.manual_seed(7)
+        tracker = Tracker(folder / "sft")
+        tracker.listeners += [listener] if listener else []
+        try:
+            warm_start(policy, written(policy, 14), section(max_steps=7, logging_steps=3, visual_loss=0.5), folder,
+                       tracker=tracker, resume=resume)
+        finally:
+            tracker.close()
+        return policy.merged_state() if lora else policy.core.state_dict()
+
+    whole = run(tmp_path / "whole")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"stopped after step 5 of 7; saved in .*checkpoint-5.*--resume") as stopped:
+        run(tmp_path / "parts", listener=CtrlC(5))
+    assert stopped.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "parts" / "sft" / "model").exists()
+    resumed = run(tmp_path / "parts", resume=True)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=0, rtol=0)
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path):
+    """SIGKILL in the middle of writing leaves a folder without whole.json, and lines of metrics that come again."""
+    def run(folder, resume=False, steps=6):
+        policy = small_policy()
+        tracker = Tracker(folder / "sft")
+        warm_start(policy, written(policy), section(max_steps=steps, save_steps=2), folder, tracker=tracker,
+                   resume=resume)
+
+    run(tmp_path / "whole")
+    run(tmp_path / "killed", steps=6)
+    output = tmp_path / "killed" / "sft"
+    (output / "checkpoint-6" / "whole.json").unlink()
+    (output / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
+    assert newest(output) == output / "checkpoint-4"
+    run(tmp_path / "killed", resume=True)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert [path.name for path in sealed(output)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    policy = small_policy()
+    (tmp_path / "sft" / "checkpoint-3").mkdir(parents=True)
+    seal(tmp_path / "sft" / "checkpoint-3")
+    with pytest.raises(UserError, match="already holds a warm start .checkpoint-3.*--resume"):
+        warm_start(policy, written(policy), section(), tmp_path)
+
+
+PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from sft.train import warm_start
+from tests.chameleon_helpers import small_policy
+from tests.test_sft import section, written
+from underdrawing.tracking import Tracker
+
+folder, accumulate = Path(sys.argv[1]), int(sys.argv[2])
+policy = small_policy()
+tracker = Tracker(folder / "sft") if PartialState(cpu=True).is_main_process else None
+config = section(max_steps=3, logging_steps=1, visual_loss=0.5, gradient_accumulation_steps=accumulate)
+warm_start(policy, written(policy, 16), config, folder, tracker=tracker)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # imports everything twice
+def test_two_processes_give_the_losses_and_weights_of_one_that_accumulates(tmp_path):
+    launch(1, PROCESSES, str(tmp_path / "one"), "2")
+    launch(2, PROCESSES, str(tmp_path / "two"), "1")
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for first, second in zip(one, two, strict=True):
+        assert second == pytest.approx(first, abs=2e-6, rel=1e-4)
+    first, second = (load_model(tmp_path / name / "sft" / "model").state_dict() for name in ("one", "two"))
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], atol=2e-5, rtol=1e-4)
+
+
+# ---- bad input ----
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (lambda folder: (folder / "optimizer.pt").write_bytes(b"cut"), "optimizer.pt: not what was written .3 bytes"),
+    (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt: missing from the checkpoint"),
+    (lambda folder: (folder / "whole.json").write_text("{"), "whole.json: not JSON"),
+])
+def test_a_corrupt_checkpoint_is_named(tmp_path, spoil, sentence):
+    policy = small_policy()
+    folder = tmp_path / "sft" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (folder / name).write_bytes(b"12345678")
+    seal(folder)
+    spoil(folder)
+    with pytest.raises(UserError, match=f"{sentence}.*start anew"):
+        warm_start(policy, written(policy), section(), tmp_path, resume=True)
+
+
+def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path):
+    """A limit on the size of a file makes the kernel refuse the write, as a full disk does."""
+    policy = small_policy()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    class Fill:
+        def heard(self, step, metrics):
+            if step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    tracker = Tracker(tmp_path / "sft")
+    tracker.listeners.append(Fill())
+    try:
+        with pytest.raises(UserError, match="checkpoint-4: cannot be written.*free some space") as error:
+            warm_start(policy, written(policy), section(save_steps=2), tmp_path, tracker=tracker)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert error.value.exit_code == 2
+    assert [path.name for path in (tmp_path / "sft").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert newest(tmp_path / "sft") == tmp_path / "sft" / "checkpoint-2"
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "sft").write_text("a file")
+    policy = small_policy()
+    with pytest.raises(UserError, match=f"{tmp_path / 'sft'}: cannot be written"):
+        warm_start(policy, written(policy), section(), tmp_path)
+
+
+def test_stored_demonstrations_that_are_missing_or_corrupt_are_named(tmp_path, policy):
+    fmt = get_format("strokes", max_images=2)
+    with pytest.raises(UserError, match="nowhere: there are no trajectories here"):
+        demonstrate(OneTask([]), fmt, policy, section(data=str(tmp_path / "nowhere")), 0)
+    trajectories = render_all([strokes(policy)] * 3, fmt, policy)
+    save_trajectories(trajectories, tmp_path / "stored")
+    loaded = demonstrate(OneTask([]), fmt, policy, section(data=str(tmp_path / "stored")), 0)
+    assert training_rows(loaded, 256) == training_rows(trajectories, 256)
+    table = tmp_path / "stored" / "segments.parquet"
+    table.write_bytes(table.read_bytes()[:-40])
+    with pytest.raises(UserError, match="segments.parquet"):
+        demonstrate(OneTask([]), fmt, policy, section(data=str(tmp_path / "stored")), 0)
+
+
+def test_a_demonstration_that_the_format_rejects_is_named(policy):
+    fmt = get_format("strokes", max_images=2)
+    good, bad = render_all([strokes(policy)] * 2, fmt, policy)
+    check_demonstrations([good], fmt)
+    del bad.segments[2]  # the sketch
+    with pytest.raises(UserError, match=r"demonstration 1 .'a red circle'., segment \d+: "):
+        check_demonstrations([good, bad], fmt)
+    with pytest.raises(UserError, match="written in the format 'strokes', but the recipe's is 'subgoals'"):
+        check_demonstrations([good], get_format("subgoals"))
+
+
+def test_ids_of_another_tokenizer_are_refused(tmp_path):
+    policy = small_policy()
+    trajectories = written(policy)
+    trajectories[3].segments[1].ids[0] = policy.vocabulary.size + 5
+    with pytest.raises(UserError, match="written by another tokenizer"):
+        warm_start(policy, trajectories, section(), tmp_path)
+
+
+def test_nothing_to_learn_from_is_a_sentence(policy):
+    trajectory = Trajectory("a", {}, "strokes", [prompt_segment(policy, "a")])
+    with pytest.raises(UserError, match="no demonstration has a trained segment"):
+        training_rows([trajectory], 256)
+
+
+def test_done_says_how_far_it_came(tmp_path):
+    policy = small_policy()
+    last = warm_start(policy, written(policy), section(max_steps=2), tmp_path)
+    done = json.loads((Path(tmp_path) / "sft" / "done.json").read_text())
+    assert done["steps"] == 2 and done["loss"] == last["loss"]
