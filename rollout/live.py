@@ -7,12 +7,13 @@ Letters: T ids of a segment, N its decisions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
 
+from rollout.denoising import Denoising
 from rollout.errors import UserError
 from rollout.formats.base import Cursor, ThoughtFormat, Vocabulary
 from rollout.requests import RolloutRequest
@@ -22,7 +23,6 @@ from rollout.trajectory import (
     Context,
     DecisionKind,
     Decisions,
-    FlowSteps,
     Guidance,
     Law,
     Modality,
@@ -33,6 +33,10 @@ from rollout.trajectory import (
 )
 
 FORCED = -1  # in Written.law_T: an id that nobody chose
+
+
+class RolloutError(UserError):
+    """A request that the engine cannot serve; the sentence names the prompt or the key."""
 
 
 class FormatContractError(UserError):
@@ -46,22 +50,6 @@ class Written:
     ids_T: np.ndarray  # int64
     logprob_T: np.ndarray  # float32
     law_T: np.ndarray  # int32, number in Laws; FORCED
-
-
-@dataclass
-class Denoising:
-    """One image latent on its way from noise to time 0. Lists grow by one a stochastic step."""
-
-    x: Any  # float32 tensor
-    step: int = 0
-    position: list[int] = field(default_factory=list)
-    time: list[float] = field(default_factory=list)
-    time_next: list[float] = field(default_factory=list)
-    x_before: list[np.ndarray] = field(default_factory=list)
-    x_after: list[np.ndarray] = field(default_factory=list)
-    mean: list[np.ndarray] = field(default_factory=list)
-    sigma: list[float] = field(default_factory=list)
-    logprob: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -186,54 +174,36 @@ class Live:
         return segment
 
     def _decisions(self, modality: Modality, span: slice, written: Written, laws: Laws) -> Decisions:
-        law_T = written.law_T[span]
-        position_N = np.flatnonzero(law_T != FORCED).astype(np.int32)
-        law_N = law_T[position_N]
-        kind_N = np.full(len(position_N), DecisionKind.WORD, np.int8)
-        if modality is Modality.IMAGE_TOKENS:
-            kind_N[position_N > 0] = DecisionKind.CODE  # the opening marker is a word's choice
-        allowed_N = np.empty(len(position_N), np.int32)
+        # Python over a few dozen small integers: numpy's unique would cost more than the rest of the segment.
+        law_of = written.law_T[span].tolist()
+        positions = [t for t, law in enumerate(law_of) if law != FORCED]
         sets: list[np.ndarray] = []
         number: dict[Any, int] = {}
-        numbers, of_N = np.unique(law_N, return_inverse=True)
-        for which, law in enumerate(numbers):
-            entry = laws.entries[law]
-            if entry.whole:
-                allowed_N[of_N == which] = -1
-            else:
-                if entry.mask not in number:
-                    number[entry.mask] = len(sets)
-                    sets.append(entry.allowed.ranges)
-                allowed_N[of_N == which] = number[entry.mask]
-        if self.cuts:
-            for n, position in enumerate(position_N):
-                cut = self.cuts.pop(span.start + int(position), None)
-                if cut is not None:
-                    name = cut.tobytes()
-                    if name not in number:
-                        number[name] = len(sets)
-                        sets.append(cut)
-                    allowed_N[n] = number[name]
-            used, again_N = np.unique(allowed_N, return_inverse=True)
-            if len(used) and (used >= 0).sum() < len(sets):  # sets that every decision cut further
-                sets = [sets[i] for i in used if i >= 0]
-                allowed_N = (again_N - (used[0] < 0)).astype(np.int32)
-        law = Law(laws.temperature_L[law_N].astype(np.float32), allowed_N, tuple(sets), self.guidance)
+        allowed: list[int] = []
+        for position in positions:
+            entry = laws.entries[law_of[position]]
+            cut = self.cuts.pop(span.start + position, None) if self.cuts else None
+            if cut is None and entry.whole:
+                allowed.append(-1)
+                continue
+            name = entry.mask if cut is None else cut.tobytes()
+            if name not in number:
+                number[name] = len(sets)
+                sets.append(entry.allowed.ranges if cut is None else cut)
+            allowed.append(number[name])
+        position_N = np.array(positions, np.int32)
+        kind_N = np.full(len(positions), DecisionKind.WORD, np.int8)
+        if modality is Modality.IMAGE_TOKENS:
+            kind_N[position_N > 0] = DecisionKind.CODE  # the opening marker is a word's choice
+        temperature_N = laws.temperature_L[written.law_T[span][position_N]].astype(np.float32)
+        law = Law(temperature_N, np.array(allowed, np.int32), tuple(sets), self.guidance)
         return Decisions(kind_N, position_N, written.logprob_T[span][position_N].astype(np.float32), law)
 
     def _add_flow(self, segment: Segment, flow: Denoising) -> None:
         """Append the stochastic denoising steps to the segment's decisions."""
         before, count = segment.decisions, len(flow.position)
         assert before is not None
-        shape = tuple(flow.x.shape)
-
-        def stack(arrays: list[np.ndarray]) -> np.ndarray:
-            return np.stack(arrays).astype(np.float32) if arrays else np.empty((0, *shape), np.float32)
-
-        segment.flow = FlowSteps(np.array(flow.time, np.float32), np.array(flow.time_next, np.float32),
-                                 stack(flow.x_before), stack(flow.x_after), stack(flow.mean),
-                                 np.array(flow.sigma, np.float32))
-        segment.latent = flow.x.cpu().numpy().astype(np.float32)
+        segment.flow, segment.latent = flow.steps(), flow.latent()
         law = Law(np.concatenate([before.law.temperature_N, np.ones(count, np.float32)]),
                   np.concatenate([before.law.allowed_N, np.full(count, -1, np.int32)]),
                   before.law.sets, self.guidance)

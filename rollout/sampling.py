@@ -79,7 +79,7 @@ def sample(logits_BV: Tensor, temperature_B: Tensor, allowed_BV: Tensor | None, 
         temperature_B = torch.where(greedy_B, 1.0, temperature_B)
     logits_BV = logits_BV.float() / temperature_B[:, None]
     if allowed_BV is not None:
-        logits_BV.masked_fill_(~allowed_BV, -torch.inf)
+        logits_BV = torch.where(allowed_BV, logits_BV, -torch.inf)
     kept_BV = None
     if top_k or top_p < 1:
         kept_BV = _likeliest(logits_BV, top_p, top_k)

@@ -2,7 +2,7 @@
 
 On small models a step of transformers' modules is mostly overhead: norms of six operations, rotary embeddings done
 apart for queries and keys, keys and values repeated for every query head. Linear layers are called as modules, so
-adapters apply, and no copy of a weight is kept that could grow stale.
+adapters apply; fused.py takes the single ids of small models without adapters.
 
 Letters: B rows, T ids of a call, W rows of the attention (>= B, see cache.Rows), D width, Q query heads, H key-value
 heads, G query heads per key-value head, d head width, L used length.
@@ -23,6 +23,7 @@ from transformers.models.chameleon.modeling_chameleon import (
 )
 
 from policy.chameleon.cache import RowCache, Rows
+from policy.chameleon.fused import FusedLayers, fusible
 
 
 class Decode:
@@ -36,6 +37,7 @@ class Decode:
         self.width = config.hidden_size // config.num_attention_heads
         self.swin = isinstance(model.layers[0], ChameleonSwinDecoderLayer)
         self.scale = self.width**-0.5
+        self.fused = FusedLayers(model, self.heads, self.kv_heads, self.width) if fusible(model) else None
         self._rope_tables(length)
 
     def _rope_tables(self, length: int) -> None:
@@ -69,6 +71,10 @@ class Decode:
             mask=self._mask(rows, used_B, steps, used, cos_BT1d.dtype, device),
         )
         hidden_BTD = self.model.embed_tokens(ids_BT)
+        if self.fused is not None and steps == 1:
+            last_BD = self._fused(hidden_BTD[:, 0], cos_BT1d[:, 0], sin_BT1d[:, 0], cache, where)
+            cache.used_R[row_B] += count_B
+            return _norm(self.model.norm, last_BD)
         layers: Any = self.model.layers
         for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
             if self.swin:
@@ -86,6 +92,23 @@ class Decode:
             last_BD = hidden_BTD[torch.arange(len(row_B), device=device), last]
         cache.used_R[row_B] += count_B
         return _norm(self.model.norm, last_BD)
+
+    def _fused(self, hidden_BD: Tensor, cos_B1d: Tensor, sin_B1d: Tensor, cache: RowCache, where: _Where) -> Tensor:
+        """All layers for one id a row."""
+        assert self.fused is not None
+        self.fused.refresh()
+        for number, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+            def attend(query_BQd: Tensor, key_BHd: Tensor, value_BHd: Tensor, keys: Tensor = keys,
+                       values: Tensor = values) -> Tensor:
+                keys[where.row_M, :, where.at_M] = key_BHd
+                values[where.row_M, :, where.at_M] = value_BHd
+                query_W1Qd = where.rows.spread(query_BQd).unsqueeze(1)
+                out_W1Qd = self._single(query_W1Qd, where.rows.history(keys, where.used),
+                                        where.rows.history(values, where.used), where.mask)
+                return where.rows.collect(out_W1Qd).flatten(1)
+
+            hidden_BD = self.fused(number, hidden_BD, cos_B1d, sin_B1d, attend)
+        return hidden_BD
 
     def _mask(self, rows: Rows, used_B: np.ndarray, steps: int, used: int, dtype: torch.dtype,
               device: torch.device) -> Tensor | None:
