@@ -51,7 +51,9 @@ class InterleavedSftTrainer(SFTTrainer):
         if section.visual_loss:
             # Part of the model while it trains, so that the optimiser, checkpoints and every wrapper see it.
             codebook_KE = self.core.model.vqmodel.quantize.embedding.weight
-            self.core.visual_reconstruction = VisualReconstruction(self.core.config.hidden_size, codebook_KE)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(kwargs["args"].seed)  # on every process the same
+                self.core.visual_reconstruction = VisualReconstruction(self.core.config.hidden_size, codebook_KE)
             self.core.visual_reconstruction.to(policy.device)
             self._hook = self.core.model.register_forward_hook(self._reconstruct)
         self._forward = vars(policy.model).get("forward")

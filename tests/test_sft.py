@@ -399,7 +399,6 @@ def test_stopped_by_ctrl_c_and_resumed_is_the_run_that_was_never_stopped(tmp_pat
     def run(folder, resume=False, listener=None):
         torch.manual_seed(0)  # adapters are initialised at random
         policy = small_policy(lora)
-        torch.manual_seed(7)
         tracker = Tracker(folder / "sft")
         tracker.listeners += [listener] if listener else []
         try:
