@@ -289,6 +289,7 @@ class FakeCursor:
         self.spans: list[Span] = []
         self.images, self.count, self.left = 0, 0, 0
         self.in_image = self.stopped = False
+        self.lingering = False  # a picture has ended, but only what follows closes it
         self.start = 0
 
     @property
@@ -303,7 +304,12 @@ class FakeCursor:
 
     @property
     def open_span(self) -> Span:
-        return Span(self.role, self.modality, self.start, self.count)
+        return self._span(self.count)
+
+    def _span(self, stop: int) -> Span:
+        if self.lingering:
+            return Span("image", Modality.IMAGE_TOKENS, self.start, stop)
+        return Span(self.role, self.modality, self.start, stop)
 
     def forced(self) -> int | None:
         if self.in_image:
@@ -320,11 +326,15 @@ class FakeCursor:
     def advance(self, id: int) -> None:
         assert not self.stopped
         self.count += 1
+        if self.lingering:
+            self._close(self.count - 1)
         if self.in_image:
             self.left -= 1
             if self.left < 0:
                 assert id == self.vocabulary.eoi
-                self._close(self.count)
+                self.lingering = self.fmt.lingers
+                if not self.lingering:
+                    self._close(self.count)
                 self.in_image = False
         elif id == self.vocabulary.boi:
             self._close(self.count - 1)
@@ -336,8 +346,8 @@ class FakeCursor:
 
     def _close(self, stop: int) -> None:
         if stop > self.start:
-            self.spans.append(Span(self.role, self.modality, self.start, stop))
-        self.start = stop
+            self.spans.append(self._span(stop))
+        self.start, self.lingering = stop, False
 
     def stop(self) -> None:
         self._close(self.count)
@@ -348,10 +358,11 @@ class FakeFormat:
     """view: "plain", "window" or "flow" (the module's docstring says what each sees)."""
 
     def __init__(self, view: str = "plain", max_images: int = 3, guidance_scale: float | None = None,
-                 begins_with_image: bool = False):
+                 begins_with_image: bool = False, lingers: bool = False):
+        """lingers: a picture's segment is closed by the first id after it, as where that id tells its role."""
         self.name = f"fake_{view}"
         self.view, self.max_images, self.guidance_scale = view, max_images, guidance_scale
-        self.begins_with_image = begins_with_image
+        self.begins_with_image, self.lingers = begins_with_image, lingers
         self._sets: dict[int, dict[str, AllowedSet]] = {}
 
     def sets(self, vocabulary: FakeVocabulary) -> dict[str, AllowedSet]:

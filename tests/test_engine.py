@@ -34,9 +34,9 @@ def requests(groups: int = 4, members: int = 3, seed: int = 0) -> list[RolloutRe
 
 
 def engine(view: str = "plain", guidance: float | None = None, max_images: int = 3, environment=None, max_length=96,
-           begins_with_image: bool = False, **config) -> Engine:
+           begins_with_image: bool = False, lingers: bool = False, **config) -> Engine:
     policy = FakePolicy(max_length=max_length, flow=view == "flow")
-    fmt = FakeFormat(view, max_images, guidance, begins_with_image)
+    fmt = FakeFormat(view, max_images, guidance, begins_with_image, lingers)
     settings = {"rows": 5, "max_tokens": 40, "branches": 1, "guidance": guidance is not None} | config
     return Engine(policy, fmt, RolloutConfig(**settings), environment=environment)
 
@@ -49,6 +49,7 @@ def contents(trajectory) -> list:
 CASES = {
     "plain": {}, "window": {"view": "window"}, "flow": {"view": "flow"},
     "guided codes": {"guidance": 2.0, "rows": 8}, "guided flow": {"view": "flow", "guidance": 1.5, "rows": 8},
+    "closed by what follows": {"lingers": True}, "guided, closed by what follows": {"lingers": True, "guidance": 2.0},
     "by role": {"temperature": {"default": 0.7, "image": 1.8}},
     "nucleus": {"top_p": 0.8}, "top k": {"top_k": 3},
     "first id forced": {"begins_with_image": True}, "window, first id forced": {"view": "window",
