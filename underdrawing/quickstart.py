@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rollout.errors import UserError
+from rollout.ray_cluster import ClusterError
 from underdrawing.cli import quieten
 
 STATE = "quickstart.json"
@@ -71,7 +72,11 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
         say(f"3/5  GRPO: {recipe.grpo.steps} steps of {recipe.grpo.prompts_per_step} prompts x "
             f"{recipe.grpo.num_generations}, reward = {recipe.rewards.formula()}")
         with clock.stage("grpo"):
-            run_grpo(recipe, warm, resume=True)
+            try:
+                run_grpo(recipe, warm, resume=True)
+            except ClusterError as error:
+                say(f"Ray cannot be had ({error}); rolling out in this process instead")
+                run_grpo(local(recipe, threads=2), warm, resume=True)
     from rl import checkpoint
 
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
