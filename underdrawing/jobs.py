@@ -27,10 +27,11 @@ from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe
 
 log = logging.getLogger(__name__)
+RESUME = "give the same command with --resume"
 STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look at, small on disk
 
 
-def run_sft(recipe: Recipe, resume: bool = False) -> Path:
+def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) -> Path:
     """The warm start. Returns the folder of its weights."""
     from policy.chameleon.family import ChameleonPolicy
     from sft.train import check_demonstrations, demonstrate, warm_start
@@ -49,14 +50,15 @@ def run_sft(recipe: Recipe, resume: bool = False) -> Path:
     tracker.listeners.append(progress)
     try:
         warm_start(policy, demonstrations, recipe.sft, recipe.run_dir, seed=recipe.seed, tracker=tracker,
-                   resume=resume)
+                   resume=resume, resume_command=resume_command)
     finally:
         progress.close()
         tracker.close()
     return build.warm_start_folder(recipe)
 
 
-def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False) -> Path:
+def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False,
+             resume_command: str = RESUME) -> Path:
     """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights."""
     build.seed_everything(recipe.seed)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
@@ -81,7 +83,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False) 
         run = Run(policy=policy, config=recipe.grpo, accelerator=accelerator, prompts=task.prompts("train"),
                   rollouts=rollouts, judge=judge, tracker=tracker, folder=recipe.run_dir, seed=recipe.seed,
                   recipe=recipe.model_dump(mode="json"), evaluate=heldout, show_every=recipe.track.trajectories_every,
-                  resume_command="give the same command with --resume")
+                  resume_command=resume_command)
         train(run, newest if resume else None)
     finally:
         for part in (progress, judge, rollouts, tracker):

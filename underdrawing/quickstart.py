@@ -20,6 +20,7 @@ from rollout.ray_cluster import ClusterError
 from underdrawing.cli import quieten
 
 STATE = "quickstart.json"
+AGAIN = "give the same command again"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +61,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
         say(f"1/5  Warm start: {recipe.sft.max_steps} steps on {recipe.sft.demonstrations} demonstrations that plan, "
             "sketch, inspect and refine")
         with clock.stage("sft"):
-            run_sft(recipe, resume=True)
+            run_sft(recipe, resume=True, resume_command=AGAIN)
     warm = recipe.run_dir / "sft" / "model"
 
     if not clock.has("before"):
@@ -73,10 +74,10 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
             f"{recipe.grpo.num_generations}, reward = {recipe.rewards.formula()}")
         with clock.stage("grpo"):
             try:
-                run_grpo(recipe, warm, resume=True)
+                run_grpo(recipe, warm, resume=True, resume_command=AGAIN)
             except ClusterError as error:
                 say(f"Ray cannot be had ({error}); rolling out in this process instead")
-                run_grpo(local(recipe, threads=2), warm, resume=True)
+                run_grpo(local(recipe, threads=2), warm, resume=True, resume_command=AGAIN)
     from rl import checkpoint
 
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
