@@ -29,7 +29,7 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("Reward", (r"reward/mean",), (None, None)),
     ("Held-out score", (r"heldout/(first_sketch|final_image)",), (0.0, None)),
     ("Reward parts", (r"reward/(?!mean$|std$)[^/]+",), (None, None)),
-    ("Critiques", (r"reward/[^/]+/(rubber_stamp_rate|approves_wrong_rate|right_fine_rate|right_wrong_rate)",),
+    ("Critiques", (r"reward/[^/]+/(rubber_stamp_rate|approves_wrong|right_fine|right_wrong)",),
      (0.0, 1.0)),
     ("Entropy of decisions, nats", (r"entropy/[^/]+",), (0.0, None)),
     ("KL to the reference", (r"kl",), (0.0, None)),
