@@ -7,7 +7,10 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,25 +137,26 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         save(tmp_path / "checkpoints", 1)
 
 
-def write_for_ever(root):
-    for step in range(1, 100_000):
-        save(root, step, trainer={"a": torch.zeros(50_000)})
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from tests.test_checkpoint import save
+for step in range(1, 100_000):
+    save(Path(sys.argv[1]), step, trainer={"a": torch.zeros(50_000)})
+"""
 
 
 def test_killed_at_any_moment_a_folder_with_a_finished_name_is_whole(tmp_path):
-    for delay in (0.0, 0.003, 0.007, 0.011, 0.05):
-        before = checkpoint.latest(tmp_path)
-        child = os.fork()
-        if child == 0:
-            try:
-                write_for_ever(tmp_path)
-            finally:
-                os._exit(1)
-        while checkpoint.latest(tmp_path) == before:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for delay in (0.0, 0.007, 0.05):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], env=environment)
+        while checkpoint.latest(tmp_path) is None:
+            assert writer.poll() is None
             time.sleep(0.001)
         time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        writer.kill()
+        writer.wait()
         finished = checkpoint.steps(tmp_path)
         assert finished
         for step in finished:
