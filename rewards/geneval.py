@@ -17,8 +17,8 @@ from rewards.detectors.base import Detected, Detections
 from rollout.errors import UserError
 from rollout.trajectory import Trajectory
 
-Mode = Literal["standard", "strict", "graded"]
-MODES = ("standard", "strict", "graded")
+Mode = Literal["standard", "strict", "graded", "graded_strict"]
+MODES = ("standard", "strict", "graded", "graded_strict")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 SCORE_THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -38,15 +38,17 @@ def evaluate(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]
         metadata: `tag`, `include` [{class, count, color?, position? [relation, index]}] and `exclude`.
         detections: by class, Detected or mappings with `box`, `score`, `color`; in any order.
         mode: "standard" is the released scorer. "strict" wants the exact count of every included class and ignores
-            `exclude`. "graded" gives a float in [0, 1] (see `grade`) that is 1 exactly where "standard" is correct.
+            `exclude`. "graded" gives a float in [0, 1] (see `grade`) that is 1 exactly where "standard" is correct,
+            "graded_strict" one that is 1 exactly where "strict" is.
 
     Returns:
         (correct, reason): the reason is empty where nothing is wrong, else one line a fault.
     """
     check_mode(mode)
     objects = kept(metadata, detections)
-    correct, reasons = _judge(metadata, objects, strict=mode == "strict")
-    verdict: bool | float = grade(metadata, objects) if mode == "graded" else correct
+    strict = mode.endswith("strict")
+    correct, reasons = _judge(metadata, objects, strict)
+    verdict: bool | float = grade(metadata, objects, strict) if mode.startswith("graded") else correct
     return verdict, "\n".join(reasons)
 
 
@@ -141,17 +143,20 @@ def _targets(clause: Mapping[str, Any], groups: Sequence[Any]) -> Any:
     return groups[index]
 
 
-def grade(metadata: Mapping[str, Any], objects: Detections) -> float:
+def grade(metadata: Mapping[str, Any], objects: Detections, strict: bool = False) -> float:
     """How much of the record the picture meets, in [0, 1]: the mean over all that it asks for.
 
     With n wanted, f found (best n of them looked at) and k the count from which `exclude` refuses the class:
         count     f / n below n; 1 from n to k - 1; max(0, 1 - (f - k + 1) / n) from k on
         colour    share of the n that have the colour; what is missing counts as wrong
         position  share of the n x targets pairs in which the relation holds; 0 where either side is missing
-    A class that only `exclude` names asks for one thing more: 1 below k, else 0. Nothing is negative, unlike in the
+    A class that only `exclude` names asks for one thing more: 1 below k, else 0. With `strict` every included class is
+    refused from n + 1 on, and `exclude` is ignored. Nothing is negative, unlike in the
     graded score of RL forks of GenEval, where five found for one wanted gives -3.
     """
     include, exclude = metadata.get("include", ()), metadata.get("exclude") or ()
+    if strict:
+        exclude = [{"class": clause["class"], "count": clause["count"] + 1} for clause in include]
     refused = {clause["class"]: clause["count"] for clause in exclude}
     included = {clause["class"] for clause in include}
     parts: list[float] = []

@@ -1,14 +1,15 @@
 """This toolkit's own rewards: the name a recipe writes, where the function is, its formula and its source.
 
-Only for these is a name enough; anybody else's function is named by path (loader.py). Each runs in the driver: it is
-bounded, makes no network call, and shares one detection of each picture with the others.
+Only for these is a name enough; anybody else's function is named by path (loader.py). Where `place` is "driver" a
+reward is bounded, makes no network call, and shares one detection of each picture with the others; one that calls a
+judge or a library with time limits of its own has the place "process".
 """
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,12 @@ class Registered:
     function: str  # "module:function"
     formula: str
     source: str
+    inputs: str = ""  # the record's columns and what else it reads
+    differs: str = ""  # what its variants do differently, where the release departs from the paper or has a known bug
     needs_detector: bool = False
+    needs_judge: bool = False
+    scope: Literal["row", "group", "batch"] = "row"  # what a value may depend on: its trajectory, its group, the step
+    place: Literal["driver", "process"] = "driver"
 
     def load(self) -> Any:
         module, _, name = self.function.partition(":")
@@ -35,7 +41,8 @@ REWARDS: dict[str, Registered] = _by_name(
     Registered("critique_consistency", "rewards.critique_consistency:critique_consistency",
                "mean over inspections of +-min(f, w)/f for pictures that are fine and +-min(f, w)/w for wrong ones, "
                "with f and w their shares in the batch; + where the verdict is right",
-               "this project; the weights are those of Youden's J (Cancer 3:32, 1950)", needs_detector=True),
+               "this project; the weights are those of Youden's J (Cancer 3:32, 1950)", needs_detector=True,
+               scope="batch"),
     Registered("improvement", "rewards.improvement:improvement",
                "graded score of the final picture less that of the first, in [-1, 1]",
                "this project", needs_detector=True),

@@ -24,6 +24,8 @@ class SftConfig(BaseModel):
     max_length: int | None = Field(None, ge=2, description="ids a row; longer ones lose whole segments from their "
                                                            "end, never part of an image. None: the policy's own")
     image_weight: float = Field(1.0, ge=0, description="of visual codes in the cross-entropy; words weigh 1")
+    role_weights: dict[str, float] = Field({}, description="of a role's ids in the cross-entropy, times image_weight "
+                                                           "on codes; a role that is left out weighs 1")
     learn_mistakes: bool = Field(False, description="imitate pictures that are wrong on purpose too; else they are "
                                                     "only seen, and their inspection and repair are learned")
     visual_loss: float = Field(0.0, ge=0, description="weight of the visual reconstruction loss "

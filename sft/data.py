@@ -5,7 +5,7 @@ Letters: B rows, L lines of a batch, T ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -22,6 +22,7 @@ IGNORE = -100
 class Row(TypedDict):
     input_ids: list[int]
     labels: list[int]  # the id itself where it is learned, -100 elsewhere; not shifted
+    weights: list[float]  # of each id in the cross-entropy
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Cut:
     dropped: int  # rows in which nothing learnable was left
 
 
-def training_rows(trajectories: Sequence[Trajectory], max_length: int) -> tuple[list[Row], Cut]:
-    """One row a trajectory: every segment's ids, labels on trained ones.
+def training_rows(trajectories: Sequence[Trajectory], max_length: int,
+                  role_weights: Mapping[str, float] | None = None) -> tuple[list[Row], Cut]:
+    """One row a trajectory: every segment's ids, labels on trained ones, weights by role (1 where none is given).
 
     A row longer than `max_length` loses whole segments from its end, so no image is ever cut. The end marker of an
     image is forced in sampling and therefore not learned.
@@ -47,12 +49,14 @@ def training_rows(trajectories: Sequence[Trajectory], max_length: int) -> tuple[
     for trajectory in trajectories:
         input_ids: list[int] = []
         labels: list[int] = []
+        weights: list[float] = []
         for segment in trajectory.segments:
             if len(input_ids) + len(segment.ids) > max_length:
                 shortened += 1
                 break
             ids = [int(i) for i in segment.ids]
             input_ids += ids
+            weights += [(role_weights or {}).get(segment.role, 1.0)] * len(ids)
             if not segment.trained:
                 labels += [IGNORE] * len(ids)
             elif segment.modality is Modality.IMAGE_TOKENS:
@@ -60,7 +64,7 @@ def training_rows(trajectories: Sequence[Trajectory], max_length: int) -> tuple[
             else:
                 labels += ids
         if any(label != IGNORE for label in labels):
-            rows.append(Row(input_ids=input_ids, labels=labels))
+            rows.append(Row(input_ids=input_ids, labels=labels, weights=weights))
         else:
             dropped += 1
     if not rows:
@@ -98,12 +102,13 @@ class Collator:
     pack: bool = True  # False: one row a line, for attention that takes no mask of pairs (eager, flash)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """input_ids, labels, position_ids [L, T]; attention_mask bool [L, 1, T, T], or [L, T] without packing."""
+        """input_ids, labels, weights, position_ids [L, T]; attention_mask bool [L, 1, T, T], unpacked [L, T]."""
         length_B = [len(row["input_ids"]) for row in rows]
         length = max(length_B)
         lines = lines_of(length_B, length) if self.pack else [[b] for b in range(len(rows))]
         input_ids_LT = np.full((len(lines), length), self.pad, np.int64)
         labels_LT = np.full((len(lines), length), IGNORE, np.int64)
+        weight_LT = np.zeros((len(lines), length), np.float32)
         position_LT = np.zeros((len(lines), length), np.int64)
         row_LT = np.full((len(lines), length), -1, np.int64)  # padding is a row of its own: it sees something
         for line, members in enumerate(lines):
@@ -113,6 +118,7 @@ class Collator:
                 input_ids_LT[line, start:stop] = rows[b]["input_ids"]
                 labels_LT[line, start:stop] = rows[b]["labels"]
                 labels_LT[line, start] = IGNORE  # nothing before it predicts it, least of all its neighbour
+                weight_LT[line, start:stop] = rows[b]["weights"]
                 position_LT[line, start:stop] = np.arange(length_B[b])
                 row_LT[line, start:stop] = b
                 start = stop
@@ -122,4 +128,5 @@ class Collator:
         else:
             attention_mask = torch.from_numpy((row_LT >= 0).astype(np.int64))
         return {"input_ids": torch.from_numpy(input_ids_LT), "labels": torch.from_numpy(labels_LT),
+                "weights": torch.from_numpy(weight_LT),
                 "position_ids": torch.from_numpy(position_LT), "attention_mask": attention_mask}

@@ -21,18 +21,19 @@ class Targets:
     before_N: Tensor  # int64 into the flattened [L * T]: where the hidden state that predicts it stands
     id_N: Tensor  # int64
     image_N: Tensor  # bool, a visual code
+    weight_N: Tensor  # float, by its role
 
 
-def targets(labels_LT: Tensor, is_code_V: Tensor) -> Targets:
+def targets(labels_LT: Tensor, weight_LT: Tensor, is_code_V: Tensor) -> Targets:
     """Collect the learned ids, line by line. A line's first id has nothing before it and is never learned."""
     line_N, column_N = (labels_LT[:, 1:] != IGNORE).nonzero(as_tuple=True)
     id_N = labels_LT[line_N, column_N + 1]
-    return Targets(line_N * labels_LT.shape[1] + column_N, id_N, is_code_V[id_N])
+    return Targets(line_N * labels_LT.shape[1] + column_N, id_N, is_code_V[id_N], weight_LT[line_N, column_N + 1])
 
 
-def weighted_cross_entropy(logprob_N: Tensor, image_N: Tensor, image_weight: float) -> Tensor:
-    """Mean of -log p with weight `image_weight` on visual codes and 1 on words."""
-    weight_N = torch.where(image_N, image_weight, 1.0)
+def weighted_cross_entropy(logprob_N: Tensor, weight_N: Tensor, image_N: Tensor, image_weight: float) -> Tensor:
+    """Weighted mean of -log p; visual codes weigh `image_weight` times as much."""
+    weight_N = torch.where(image_N, image_weight * weight_N, weight_N)
     return -(weight_N * logprob_N).sum() / weight_N.sum().clamp_min(1e-8)
 
 

@@ -144,7 +144,7 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
 
 def _rows(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: SftConfig) -> list[Row]:
     max_length = min(config.max_length or policy.max_length, policy.max_length)
-    rows, cut = training_rows(trajectories, max_length)
+    rows, cut = training_rows(trajectories, max_length, config.role_weights)
     largest = max(max(row["input_ids"]) for row in rows)
     if largest >= policy.vocabulary.size:
         raise UserError(f"{config.data or 'demonstrations'}: holds id {largest}, but the policy's vocabulary has "

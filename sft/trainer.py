@@ -79,7 +79,7 @@ class InterleavedSftTrainer(SFTTrainer):
                      num_items_in_batch: Any = None) -> Any:
         labels_LT = inputs["labels"]
         self.code_of_V = self.code_of_V.to(labels_LT.device)
-        learned = self._learned = targets(labels_LT, self.code_of_V >= 0)
+        learned = self._learned = targets(labels_LT, inputs["weights"], self.code_of_V >= 0)
         count = len(learned.id_N)
         batch = DecisionBatch(
             index_KN=learned.before_N[None], weight_KN=None, target_N=learned.id_N,
@@ -87,7 +87,7 @@ class InterleavedSftTrainer(SFTTrainer):
             allowed_N=torch.full((count,), -1, device=labels_LT.device), sets=(), chunk=self.score_chunk)
         logprob_N, _ = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
                              position_ids=inputs["position_ids"], decisions=batch)
-        loss = weighted_cross_entropy(logprob_N, learned.image_N, self.section.image_weight)
+        loss = weighted_cross_entropy(logprob_N, learned.weight_N, learned.image_N, self.section.image_weight)
         nll_N = -logprob_N.detach()
         self.means.add("loss_text", nll_N[~learned.image_N])
         self.means.add("loss_image", nll_N[learned.image_N])

@@ -115,6 +115,10 @@ def test_graded_by_hand():
     assert graded == [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
     # outside counting a surplus is no fault, as in the released scorer
     assert evaluate({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(*[(0.95, BOX)] * 3)}, "graded")[0] == 1
+    # ... but not strictly: one dog wanted, 2 found is one too many, 1 - 1 / 1
+    strict = [evaluate({"include": [{"class": "dog", "count": 2}]}, {"dog": seen(*[(0.95, BOX)] * n)},
+                       "graded_strict")[0] for n in range(5)]
+    assert strict == [0.0, 0.5, 1.0, 0.5, 0.0]
 
 
 objects = st.lists(st.builds(
@@ -132,9 +136,10 @@ clauses = st.lists(st.fixed_dictionaries(
 def test_graded_is_bounded_and_one_exactly_where_correct(include, exclude, found, tag):
     include[0].pop("position", None)
     record = {"tag": tag, "include": include, "exclude": exclude}
-    graded, correct = evaluate(record, found, "graded")[0], evaluate(record, found)[0]
-    assert 0 <= graded <= 1
-    assert (graded == 1) == correct
+    for graded_mode, mode in (("graded", "standard"), ("graded_strict", "strict")):
+        graded, correct = evaluate(record, found, graded_mode)[0], evaluate(record, found, mode)[0]
+        assert 0 <= graded <= 1
+        assert (graded == 1) == correct
 
 
 def test_bad_records_and_modes_are_named():

@@ -194,8 +194,24 @@ def test_loss_is_the_cross_entropy_of_full_unmasked_logits(policy, tmp_path, ima
 
 def test_weighted_cross_entropy_by_hand():
     # -(1 * -1 + 0.5 * -2 + 0.5 * -4) / (1 + 0.5 + 0.5) = 4 / 2
-    loss = weighted_cross_entropy(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([False, True, True]), 0.5)
-    assert float(loss) == 2.0
+    logprob_N, image_N = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([False, True, True])
+    assert float(weighted_cross_entropy(logprob_N, torch.ones(3), image_N, 0.5)) == 2.0
+    # -(3 * -1 + 0.5 * 2 * -2 + 0.5 * 2 * -4) / (3 + 1 + 1) = 9 / 5
+    loss = weighted_cross_entropy(logprob_N, torch.tensor([3.0, 2.0, 2.0]), image_N, 0.5)
+    assert float(loss) == pytest.approx(1.8)
+
+
+def test_ids_weigh_as_their_role_says_wherever_their_row_stands(policy):
+    trajectories = written(policy, 4)
+    rows, _ = training_rows(trajectories, 256, {"inspect": 4.0, "sketch": 0.0})
+    for row, trajectory in zip(rows, trajectories, strict=True):
+        assert row["weights"] == [{"inspect": 4.0, "sketch": 0.0}.get(segment.role, 1.0)
+                                  for segment in trajectory.segments for _ in segment.ids]
+    batch = Collator(policy.vocabulary.pad)(rows)
+    learned = targets(batch["labels"], batch["weights"], torch.zeros(policy.vocabulary.size, dtype=torch.bool))
+    expected = sorted((label, weight) for row in rows
+                      for label, weight in zip(row["labels"][1:], row["weights"][1:], strict=True) if label != IGNORE)
+    assert sorted(zip(learned.id_N.tolist(), learned.weight_N.tolist(), strict=True)) == expected
 
 
 def test_on_words_alone_it_is_the_loss_of_transformers_and_trl(policy, tmp_path):
@@ -269,14 +285,14 @@ def test_rows_that_share_a_line_do_not_see_each_other(policy, tmp_path):
 
 
 def test_the_first_id_of_a_row_is_never_predicted_by_its_neighbour(policy):
-    rows = [{"input_ids": [7, 8, 9, 10], "labels": [7, 8, 9, 10]}, {"input_ids": [11, 12], "labels": [11, 12]},
-            {"input_ids": [13, 14], "labels": [13, 14]}]
+    rows = [{"input_ids": ids, "labels": ids, "weights": [1.0] * len(ids)}
+            for ids in ([7, 8, 9, 10], [11, 12], [13, 14])]
     batch = Collator(pad=1)(rows)
     assert batch["input_ids"].tolist() == [[7, 8, 9, 10], [11, 12, 13, 14]]
     assert batch["labels"].tolist() == [[IGNORE, 8, 9, 10], [IGNORE, 12, IGNORE, 14]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert batch["attention_mask"][1, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    learned = targets(batch["labels"], torch.zeros(20, dtype=torch.bool))
+    learned = targets(batch["labels"], batch["weights"], torch.zeros(20, dtype=torch.bool))
     assert learned.before_N.tolist() == [0, 1, 2, 4, 6] and learned.id_N.tolist() == [8, 9, 10, 12, 14]
 
 
@@ -301,7 +317,7 @@ def test_visual_loss_regresses_the_code_that_a_position_predicts(policy, tmp_pat
         codes = torch.as_tensor(v.to_codes(segment.ids[1:-1]))
         hidden[0, 1 : 1 + len(codes), :dims] = codebook_KE[codes]  # BOI's position predicts the first code
 
-        trainer._learned = targets(labels, trainer.code_of_V >= 0)
+        trainer._learned = targets(labels, torch.ones(labels.shape), trainer.code_of_V >= 0)
         trainer._reconstruct(None, None, (hidden,))
         assert float(trainer._visual) == pytest.approx(0.0, abs=1e-12)
         # one step late, as in the released code of Thinking with Generated Images: hidden at t against the code at t
