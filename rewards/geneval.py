@@ -17,8 +17,8 @@ from rewards.detectors.base import Detected, Detections
 from rollout.errors import UserError
 from rollout.trajectory import Trajectory
 
-Mode = Literal["standard", "strict", "graded", "graded_strict"]
-MODES = ("standard", "strict", "graded", "graded_strict")
+Mode = Literal["standard", "strict", "graded", "graded_strict", "flow_grpo"]
+MODES = ("standard", "strict", "graded", "graded_strict", "flow_grpo")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 SCORE_THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -39,16 +39,21 @@ def evaluate(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]
         detections: by class, Detected or mappings with `box`, `score`, `color`; in any order.
         mode: "standard" is the released scorer. "strict" wants the exact count of every included class and ignores
             `exclude`. "graded" gives a float in [0, 1] (see `grade`) that is 1 exactly where "standard" is correct,
-            "graded_strict" one that is 1 exactly where "strict" is.
+            "graded_strict" one that is 1 exactly where "strict" is. "flow_grpo" is the graded score of the reward server
+            that flow_grpo trains against, quirks included (see `flow_grpo_score`): at most 1, unbounded below.
 
     Returns:
         (correct, reason): the reason is empty where nothing is wrong, else one line a fault.
     """
     check_mode(mode)
     objects = kept(metadata, detections)
-    strict = mode.endswith("strict")
+    strict = mode.endswith("strict") or mode == "flow_grpo"
     correct, reasons = _judge(metadata, objects, strict)
-    verdict: bool | float = grade(metadata, objects, strict) if mode.startswith("graded") else correct
+    verdict: bool | float = correct
+    if mode == "flow_grpo":
+        verdict = flow_grpo_score(metadata, objects)
+    elif mode.startswith("graded"):
+        verdict = grade(metadata, objects, strict)
     return verdict, "\n".join(reasons)
 
 
@@ -180,6 +185,41 @@ def grade(metadata: Mapping[str, Any], objects: Detections, strict: bool = False
         groups.append(found)
     parts += [float(len(objects.get(name, [])) < limit) for name, limit in refused.items() if name not in included]
     return sum(parts) / len(parts) if parts else 1.0
+
+
+def flow_grpo_score(metadata: Mapping[str, Any], objects: Detections) -> float:
+    """The graded score of the reward server behind flow_grpo (yifan123/reward-server, gen_eval.py), for comparison.
+
+    The mean over the include clauses' entries; `exclude` is ignored. With n wanted and f found:
+        count     1 - |n - f| / n, so five found for one wanted give -3
+        f != n    one 0 more if the clause names a colour or a place
+        colour    1 - |n - hits| / n
+        position  only where count and colour are right: 0 without a target; else 1, and beside it a 0 where some pair
+                  is in another relation, so that a wrong place costs half of what a missing one does
+    """
+    entries: list[float] = []
+    groups: list[list[Detected] | None] = []
+    for clause in metadata.get("include", ()):
+        count, found = clause["count"], objects.get(clause["class"], [])
+        color, place = clause.get("color"), clause.get("position")
+        entries.append(1 - abs(count - len(found)) / count)
+        matched = len(found) == count
+        if not matched and (color is not None or place is not None):
+            entries.append(0.0)
+        if matched and color is not None:
+            hits = sum(o.color == color for o in found)
+            entries.append(1 - abs(count - hits) / count)
+            matched = hits == count
+        if matched and place is not None:
+            targets = _targets(clause, groups)
+            if targets is None:
+                entries.append(0.0)
+                matched = False
+            else:
+                matched = all(place[0] in relations(o.box, t.box) for o in found for t in targets)
+                entries += [1.0] if matched else [0.0, 1.0]
+        groups.append(found if matched else None)
+    return sum(entries) / len(entries) if entries else 0.0
 
 
 def classes_of(metadata: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,66 @@
+"""The graded score of flow_grpo's reward server: parity with its answers, and its quirks by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rewards.geneval import evaluate
+
+FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
+
+
+def seen(*boxes, color="red"):
+    return [{"box": box, "score": 0.95, "color": color} for box in boxes]
+
+
+BOX, RIGHT, BELOW = (0.0, 0.0, 10.0, 10.0), (30.0, 0.0, 40.0, 10.0), (0.0, 30.0, 10.0, 40.0)
+POSITION = {"tag": "position", "include": [{"class": "cat", "count": 1},
+                                           {"class": "dog", "count": 1, "position": ["right of", 0]}]}
+
+
+@pytest.mark.parity
+def test_equals_the_released_reward_server():
+    path = FIXTURES / "rewards/flow_grpo_geneval.jsonl"
+    if not path.exists():
+        pytest.skip(f"no reference records at {path}; set UNDERDRAWING_FIXTURES")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert records
+    for number, record in enumerate(records):
+        metadata, found = record["inputs"]["metadata"], record["inputs"]["detections"]
+        for mode, key in (("flow_grpo", "total"), ("standard", "standard"), ("strict", "strict")):
+            got = float(evaluate(metadata, found, mode)[0])
+            assert got == pytest.approx(record["outputs"][key], abs=1e-4), (number, mode)
+
+
+@pytest.mark.parametrize(("record", "found", "score"), [
+    # one wanted: none 0, one 1, two 0, five 1 - 4 = -3
+    ({"include": [{"class": "dog", "count": 1}]}, {}, 0.0),
+    ({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(BOX)}, 1.0),
+    ({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(*[BOX] * 5)}, -3.0),
+    # two red wanted, one of two is: (1 + 1/2) / 2
+    ({"include": [{"class": "dog", "count": 2, "color": "red"}]},
+     {"dog": seen(BOX) + seen(RIGHT, color="blue")}, 0.75),
+    # the count fails, so the colour adds a 0: (1/2 + 0) / 2
+    ({"include": [{"class": "dog", "count": 2, "color": "red"}]}, {"dog": seen(BOX)}, 0.25),
+    (POSITION, {"cat": seen(BOX), "dog": seen(RIGHT)}, 1.0),
+    # wrong place: (1 + 1 + 0 + 1) / 4, where a naive reading pays (1 + 1 + 0) / 3
+    (POSITION, {"cat": seen(RIGHT), "dog": seen(BOX)}, 0.75),
+    # no cat: (0 + 1 + 0) / 3
+    (POSITION, {"dog": seen(RIGHT)}, 1 / 3),
+    # exclude is ignored
+    ({"include": [{"class": "dog", "count": 1}], "exclude": [{"class": "cat", "count": 1}]},
+     {"dog": seen(BOX), "cat": seen(BOX)}, 1.0),
+    ({"include": []}, {}, 0.0),
+])
+def test_by_hand(record, found, score):
+    assert evaluate(record, found, "flow_grpo")[0] == pytest.approx(score)
+
+
+def test_the_graded_modes_of_our_own_pay_less_for_a_wrong_place_and_never_below_zero():
+    wrong = {"cat": seen(RIGHT), "dog": seen(BOX)}
+    assert evaluate(POSITION, wrong, "graded")[0] == pytest.approx(2 / 3)
+    assert evaluate({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(*[BOX] * 5)}, "graded_strict")[0] == 0
