@@ -1,0 +1,99 @@
+"""What is asked of a judge and what it says: the plain data between a reward and the judge's client (client.py).
+
+A judge is a model behind an OpenAI-compatible endpoint. Whatever goes wrong with it, the answer is None ("not judged"),
+never 0: `Reply.cause` says why, and the client counts by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+Picture = np.ndarray | Image.Image  # uint8 [height, width, 3], or PIL
+
+# Why a question went unjudged. The first five are the endpoint's fault and are tried again; the others are not.
+CAUSES: dict[str, str] = {
+    "timeout": "no whole reply within the time limit",
+    "connection": "the connection was refused or dropped",
+    "busy": "429: too many requests",
+    "server": "a 5xx status",
+    "malformed": "a reply that is no chat completion",
+    "refused": "another 4xx status: the request itself is wrong",
+    "empty": "a completion without text",
+    "cut": "cut at max_tokens before the verdict",
+    "no_logprobs": "a reply without the log-probabilities that were asked for",
+    "unparsed": "a reply in which no verdict can be read",
+}
+TRIED_AGAIN = ("timeout", "connection", "busy", "server", "malformed")
+
+
+@dataclass(frozen=True)
+class AnswerCheck:
+    """Does this answer say the same as the reference?"""
+
+    question: str
+    answer: str  # what the policy answered
+    ground_truth: str
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request. `messages` are OpenAI chat messages, of which a content is a string or a list of
+    ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": <picture>}``."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    max_tokens: int | None = None  # None: the configuration's
+    temperature: float | None = None  # None: the configuration's
+
+    @staticmethod
+    def of(text: str, pictures: Sequence[Picture] = (), system: str = "", max_tokens: int | None = None,
+           temperature: float | None = None) -> Question:
+        """A user's turn: the pictures, then the text."""
+        content: Any = text
+        if len(pictures):
+            content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": text}]
+        messages: list[Mapping[str, Any]] = [{"role": "system", "content": system}] if system else []
+        return Question((*messages, {"role": "user", "content": content}), max_tokens, temperature)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back. `text` is None exactly where `cause` is given."""
+
+    text: str | None
+    cause: str | None = None  # a key of CAUSES
+    error: str | None = None  # the same in a sentence, with what the endpoint said
+    first: Mapping[str, float] = field(default_factory=dict)  # log-probs of the candidates for the first token
+    attempts: int = 1
+    seconds: float = 0.0
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which of two candidates answers the task better? Each is words, pictures, or both."""
+
+    task: str
+    first: str = ""
+    second: str = ""
+    first_pictures: tuple[Picture, ...] = ()
+    second_pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Picture, ...] = ()  # that belong to the task
+
+
+class JudgeLike(Protocol):
+    """What rewards use of a judge. client.JudgeClient is one; a test's is another."""
+
+    def ask(self, questions: Sequence[Question]) -> list[Reply]: ...
+    def agrees(self, checks: Sequence[AnswerCheck]) -> list[bool | None]: ...
+    def yes_probability(self, questions: Sequence[Question]) -> list[float | None]: ...
+    def rubric(self, questions: Sequence[Question], criteria: Sequence[str],
+               top: int = 2) -> list[dict[str, int] | None]: ...
+    def checklist(self, questions: Sequence[Question],
+                  items: Sequence[Sequence[str]]) -> list[list[bool | None] | None]: ...
+    def compare(self, comparisons: Sequence[Comparison]) -> list[float | None]: ...
