@@ -18,8 +18,9 @@ from typing import Any
 from rewards.base import Logs, RewardFailed, Setting, TrainerState, Value, call, check_options, is_broken
 from rewards.config import PartConfig, RewardsConfig
 from rewards.detectors.base import Detector
+from rewards.detectors.registry import DetectorConfig, build_detector
 from rewards.detectors.shapes import TaskDetector
-from rewards.geneval import classes_of
+from rewards.geneval import check_record
 from rewards.isolate import CallFailed, IsolatedReward, describe
 from rewards.loader import load_object, load_reward, make
 from rewards.registry import REWARDS
@@ -228,7 +229,7 @@ class Judge:
         detector = self.setting.detector_for(needing[0])
         for split in ("train", "heldout") if task is not None else ():
             for record in task.prompts(split):
-                detector.require(classes_of(record), f"prompt '{record.get('prompt', '')}' ({split})")
+                check_record(detector, record, f"prompt '{record.get('prompt', '')}' ({split})")
 
     def _check_limits(self, trajectories: list[Trajectory], outcomes: dict[str, _Outcome], step: int) -> None:
         limit = self.config.none_limit
@@ -248,6 +249,8 @@ class Judge:
 
 
 def detector_of(config: RewardsConfig, task: Any) -> Detector | None:
+    if isinstance(config.detector, DetectorConfig):
+        return build_detector(config.detector)
     if config.detector is not None:
         made = make(load_object(config.detector), config.detector)
         if not hasattr(made, "detect") or not hasattr(made, "classes"):

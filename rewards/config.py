@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rewards.detectors.registry import DetectorConfig
 from rewards.expression import FUNCTIONS, Expression
 from rewards.loader import check_exists, is_own
 
@@ -57,8 +58,9 @@ class RewardsConfig(BaseModel):
                               "inside coalesce. Not given: the sum of weight * part.")
     none_limit: int = Field(3, ge=1, description="The run stops when this many steps in a row had a part fail for "
                             "over half of its rows, or had no trajectory with a reward.")
-    detector: str | None = Field(None, description="Dotted path or file of a function or class that makes a Detector; "
-                                                   "None: the task's own.")
+    detector: DetectorConfig | str | None = Field(
+        None, description="One of the toolkit's (backend: mask2former, grounding_dino, owlv2, shapes; path ...), or the "
+                          "dotted path or file of a function or class that makes a Detector; None: the task's own.")
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardsConfig:

@@ -127,7 +127,8 @@ def inspect_all(trajectories: Sequence[Trajectory], setting: Setting, roles: Seq
                 next_plan = segment.text
             elif segment.role in roles and segment.modality is Modality.TEXT and picture is not None:
                 places.append((row, index, picture, plan))
-    seen = detector.detect([picture for _, _, picture, _ in places])
+    seen = detector.detect([picture for _, _, picture, _ in places],
+                           [classes_of(trajectories[row].record) for row, *_ in places])
     return [_inspection(row, index, trajectories[row], plan, objects, task)
             for (row, index, _, plan), objects in zip(places, seen, strict=True)]
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rewards.base import Setting, policy_pictures
-from rewards.detectors.base import Detected, Detections
+from rewards.detectors.base import CachedDetector, Detected, Detections
 from rollout.errors import UserError
 from rollout.trajectory import Trajectory
 
@@ -227,6 +227,23 @@ def classes_of(metadata: Mapping[str, Any]) -> list[str]:
     return [c["class"] for key in ("include", "exclude") for c in metadata.get(key) or ()]
 
 
+def colored_of(record: Mapping[str, Any]) -> dict[str, int]:
+    """Of which classes how many of the best objects are judged by colour."""
+    counts: dict[str, int] = {}
+    for clause in record.get("include") or ():
+        if clause.get("color") is not None:
+            counts[clause["class"]] = max(counts.get(clause["class"], 0), clause["count"])
+    return counts
+
+
+def check_record(detector: CachedDetector, record: Mapping[str, Any], where: str) -> None:
+    """Raises UnknownClass for a class that the detector cannot see, UserError where a colour is asked for and nothing
+    can name it."""
+    detector.require(classes_of(record), where)
+    if colored_of(record):
+        detector.require_colors(where)
+
+
 def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str, Any]], setting: Setting, mode: Mode,
                    reward: str = "geneval") -> list[tuple[bool | float, str]]:
     """`evaluate` for each picture and its record, through the shared detector.
@@ -235,8 +252,9 @@ def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str
     """
     detector = setting.detector_for(reward)
     for record in records:
-        detector.require(classes_of(record), f"prompt '{record.get('prompt', '')}'")
-    found = detector.detect(pictures)
+        check_record(detector, record, f"prompt '{record.get('prompt', '')}'")
+    found = detector.detect(pictures, [classes_of(record) for record in records],
+                            [colored_of(record) for record in records])
     return [evaluate(record, objects, mode) for record, objects in zip(records, found, strict=True)]
 
 

@@ -1,14 +1,18 @@
 """What sees a picture for the rewards: objects by class, best score first. geneval.py judges what it returns.
 
-shapes.py reads the embedded world exactly; a detector for photographs has the same two members.
+Any object with `classes` and `detect` is a detector; shapes.py, mask2former.py, grounding_dino.py and owlv2.py are the
+toolkit's own. Two abilities are optional and found by name:
+
+    open_vocabulary = True          it sees whatever phrase it is asked for: `detect_phrases(pictures, phrases)`
+    name_colors(pictures, objects)  colours are named afterwards, and only of the objects that somebody asks about
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,8 +27,8 @@ class UnknownClass(UserError):
 class Detected:
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 in px
     score: float  # 0..1
-    color: str | None = None  # None: the detector does not judge colours
-    mask: np.ndarray | None = None  # bool [height, width]
+    color: str | None = None  # None: the detector does not judge colours, or was not asked to
+    mask: np.ndarray | None = None  # bool [height, width]; None: the detector draws boxes only
 
 
 Detections = dict[str, list[Detected]]
@@ -35,7 +39,7 @@ class Detector(Protocol):
 
     @property
     def classes(self) -> Sequence[str]:
-        """Every class it can see."""
+        """Every class it can see; empty where it has an open vocabulary."""
         ...
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
@@ -47,28 +51,91 @@ class CachedDetector:
     """Looks at each distinct picture once until it is cleared, however many rewards ask about it."""
 
     def __init__(self, detector: Detector) -> None:
-        self.detector = detector
+        self.detector: Any = detector
         self.classes = tuple(detector.classes)
+        self.open_vocabulary = bool(getattr(detector, "open_vocabulary", False))
+        self.names_colors = hasattr(detector, "name_colors")
         self.looks = 0  # pictures that went through the detector
-        self._seen: dict[tuple[tuple[int, ...], bytes], Detections] = {}
+        self._seen: dict[Any, Detections] = {}
+        self._colors: dict[Any, str] = {}  # by picture, class and place in its list
 
-    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        keys = [_key(picture) for picture in pictures]
+    def detect(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]] | None = None,
+               colored: Sequence[Mapping[str, int]] | None = None) -> list[Detections]:
+        """Objects in each picture.
+
+        Args:
+            phrases: by picture, what is asked about; a detector with an open vocabulary looks for these, any other
+                looks for all its classes.
+            colored: by picture, of which classes how many objects (the best ones) are asked about by colour. None: all
+                of them. Makes no difference to a detector that sees colours while it looks.
+
+        Raises:
+            UserError: a detector with an open vocabulary is not told what to look for.
+        """
+        asked: list[tuple[str, ...]] = [()] * len(pictures)
+        if self.open_vocabulary:
+            if phrases is None:
+                raise UserError("a detector with an open vocabulary must be told which phrases to look for")
+            asked = [tuple(sorted(set(some))) for some in phrases]
+        keys = [(_key(picture), some) for picture, some in zip(pictures, asked, strict=True)]
         new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._seen}
         if new:
-            self._seen.update(zip(new, self.detector.detect(list(new.values())), strict=True))
+            looked = list(new.values())
+            found = (self.detector.detect_phrases(looked, [some for _, some in new]) if self.open_vocabulary
+                     else self.detector.detect(looked))
+            self._seen.update(zip(new, found, strict=True))
             self.looks += len(new)
-        return [self._seen[key] for key in keys]
+        objects = [self._seen[key] for key in keys]
+        return self._with_colors(keys, pictures, objects, colored) if self.names_colors else objects
+
+    def _with_colors(self, keys: Sequence[Any], pictures: Sequence[np.ndarray], found: Sequence[Detections],
+                     colored: Sequence[Mapping[str, int]] | None) -> list[Detections]:
+        """The same detections, coloured as far as asked; each object's colour is named once."""
+        chosen = [best_of(objects, colored[i] if colored is not None else None) for i, objects in enumerate(found)]
+        todo = {(key, name, at): (index, name, found[index][name][at])
+                for index, key in enumerate(keys) for name, places in chosen[index].items() for at in places
+                if (key, name, at) not in self._colors}
+        if todo:
+            indices = sorted({index for index, _, _ in todo.values()})
+            rows = [[(name, item) for at, name, item in todo.values() if at == index] for index in indices]
+            order = [key for index in indices for key, (at, _, _) in todo.items() if at == index]
+            named = self.detector.name_colors([pictures[index] for index in indices], rows)
+            self._colors.update(zip(order, (color for row in named for color in row), strict=True))
+        return [{name: [replace(item, color=self._colors.get((key, name, at))) if at in places.get(name, ()) else item
+                        for at, item in enumerate(items)] for name, items in objects.items()}
+                for key, objects, places in zip(keys, found, chosen, strict=True)]
 
     def clear(self) -> None:
         self._seen.clear()
+        self._colors.clear()
 
     def require(self, classes: Sequence[str], where: str) -> None:
         """Raises UnknownClass for the first class that the detector cannot see."""
+        if self.open_vocabulary:
+            return
         for name in classes:
             if name not in self.classes:
                 raise UnknownClass(f"{where} asks for '{name}', which the detector cannot see; "
                                    f"{nearest(name, self.classes)}")
+
+    def require_colors(self, where: str) -> None:
+        """Make sure that colours can be named: loads what names them. Raises UserError where nothing does.
+
+        A detector that says nothing about colours is taken to see them while it looks, as the embedded worlds' do.
+        """
+        if getattr(self.detector, "sees_colors", True) is False:
+            raise UserError(f"{where} asks for a colour, and the detector names none; give rewards.detector.colors")
+        prepare = getattr(self.detector, "require_colors", None)
+        if prepare is not None:
+            prepare(where)
+
+
+def best_of(objects: Detections, counts: Mapping[str, int] | None) -> dict[str, list[int]]:
+    """By class, the places of the `count` best-scored objects; all of every class without counts."""
+    if counts is None:
+        return {name: list(range(len(items))) for name, items in objects.items()}
+    return {name: sorted(range(len(objects[name])), key=lambda at: -objects[name][at].score)[:count]
+            for name, count in counts.items() if name in objects}
 
 
 def _key(picture: np.ndarray) -> tuple[tuple[int, ...], bytes]:

@@ -32,3 +32,10 @@ class TaskDetector:
                 objects.setdefault(seen.cls, []).append(Detected(seen.box, seen.score, seen.color, seen.mask))
             found.append(objects)
         return found
+
+
+def shapes_detector() -> TaskDetector:
+    """The shapes world's detector, for pictures that no run of the task made."""
+    from tasks.registry import get_task
+
+    return TaskDetector(get_task("shapes"))

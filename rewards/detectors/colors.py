@@ -1,0 +1,94 @@
+"""The colour of an object as GenEval names it: CLIP's zero-shot choice among ten colours, of the object alone.
+
+Everything but the object's mask is painted #999999 (where the detector draws no mask the picture stays), the result is
+cut to the object's box and shown to CLIP ViT-L-14 of OpenAI; the class vector of a colour is the normalised mean of
+its three sentences' normalised embeddings, and the colour with the largest cosine wins. Source: GenEval's released
+scorer (its templates, background, crop and order of colours).
+
+OpenAI's weights were trained with QuickGELU. open_clip's plain "ViT-L-14" computes another activation with them and
+only warns, so the model is forced to its quickgelu variant here, and a configuration that says otherwise is refused
+(encoders.py). All crops of all pictures go through the encoder in full batches; a class's sentences are embedded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rewards.detectors.base import Detected
+from rewards.encoders import OpenClipConfig, OpenClipEncoder
+from rewards.geneval import COLORS
+
+TEMPLATES = ("a photo of a {color} {cls}", "a photo of a {color}-colored {cls}", "a photo of a {color} object")
+BACKGROUND = (0x99, 0x99, 0x99)
+
+
+class ColorNamer:
+    """Names colours; not loaded until the first question or `load`."""
+
+    def __init__(self, config: OpenClipConfig | None = None) -> None:
+        self.config = config if config is not None else OpenClipConfig()
+        self._encoder: OpenClipEncoder | None = None
+        self._classifiers: dict[str, torch.Tensor] = {}  # by class name, [10, D]
+
+    def load(self) -> OpenClipEncoder:
+        """Raises WeightsError where the encoder's weights are not there."""
+        if self._encoder is None:
+            self._encoder = OpenClipEncoder(self.config, "rewards.detector.colors")
+        return self._encoder
+
+    def name(self, pictures: Sequence[np.ndarray],
+             objects: Sequence[Sequence[tuple[str, Detected]]]) -> list[list[str]]:
+        """One of COLORS for each (class, object) of each picture, uint8 [height, width, 3]."""
+        crops = [crop_of(picture, item) for picture, items in zip(pictures, objects, strict=True) for _, item in items]
+        names = [name for items in objects for name, _ in items]
+        if not crops:
+            return [[] for _ in objects]
+        features_ND = self.load().pictures(crops)
+        classifier_N = torch.stack([self.classifier(name) for name in names])  # [N, 10, D]
+        chosen = iter(torch.einsum("nd,ncd->nc", features_ND, classifier_N).argmax(1).tolist())
+        return [[COLORS[next(chosen)] for _ in items] for items in objects]
+
+    def classifier(self, name: str) -> torch.Tensor:
+        """[10, D] unit vectors: one for each of COLORS."""
+        if name not in self._classifiers:
+            sentences = [template.format(color=color, cls=name) for color in COLORS for template in TEMPLATES]
+            embedded = self.load().texts(sentences).view(len(COLORS), len(TEMPLATES), -1).mean(1)
+            self._classifiers[name] = torch.nn.functional.normalize(embedded, dim=-1)
+        return self._classifiers[name]
+
+
+def crop_of(picture: np.ndarray, item: Detected) -> Image.Image:
+    """The object on grey, cut to its box; Pillow rounds the corners to whole pixels."""
+    image = Image.fromarray(picture)
+    if item.mask is not None:
+        if item.mask.shape != picture.shape[:2]:
+            raise ValueError(f"a mask of {item.mask.shape} for a picture of {picture.shape[:2]}")
+        image = Image.composite(image, Image.new("RGB", image.size, BACKGROUND), Image.fromarray(item.mask))
+    return image.crop(item.box)
+
+
+class Colored:
+    """A detector whose objects have their colours named afterwards."""
+
+    def __init__(self, detector: Any, namer: ColorNamer) -> None:
+        self.detector, self.namer = detector, namer
+        self.classes = tuple(detector.classes)
+        self.open_vocabulary = bool(getattr(detector, "open_vocabulary", False))
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> Any:
+        return self.detector.detect(pictures)
+
+    def detect_phrases(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> Any:
+        return self.detector.detect_phrases(pictures, phrases)
+
+    def name_colors(self, pictures: Sequence[np.ndarray],
+                    objects: Sequence[Sequence[tuple[str, Detected]]]) -> list[list[str]]:
+        return self.namer.name(pictures, objects)
+
+    def require_colors(self, where: str) -> None:
+        self.namer.load()

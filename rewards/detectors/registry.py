@@ -1,0 +1,89 @@
+"""From `rewards.detector` of a recipe to a detector.
+
+    detector: {backend: mask2former, path: facebook/mask2former-swin-small-coco-instance, batch_size: 8}
+    detector: my_package.detectors.Mine        a function or class of one's own that makes one
+    (nothing)                                  the task's own, where it has one
+
+Loads transformers and open_clip only when a backend is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rollout.errors import UserError, nearest
+
+# Where each backend is; its constructor's arguments are the keys that it takes.
+BACKENDS = {
+    "mask2former": "rewards.detectors.mask2former:Mask2FormerDetector",
+    "grounding_dino": "rewards.detectors.grounding_dino:GroundingDinoDetector",
+    "owlv2": "rewards.detectors.owlv2:Owlv2Detector",
+    "shapes": "rewards.detectors.shapes:shapes_detector",
+}
+
+
+class DetectorConfig(BaseModel):
+    """A detector of the toolkit's own. Keys that are None keep the backend's default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    backend: str = Field(description="mask2former, grounding_dino, owlv2 or shapes.")
+    path: str | None = Field(None, description="Folder in the released layout, or a hub id found in the hub cache.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU where there is one.")
+    batch_size: int | None = Field(None, ge=1, description="Pictures of one forward pass.")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    min_score: float | None = Field(None, ge=0, lt=1, description="Objects at or below this score are left out.")
+    test_size: tuple[int, int] | None = Field(None, description="mask2former: longest and shortest side in px that "
+                                              "pictures are resized to; GenEval's are 1333 and 800.")
+    top: int | None = Field(None, ge=1, description="mask2former: (query, class) pairs looked at; GenEval's are 100.")
+    overlap: float | None = Field(None, gt=0, le=1, description="grounding_dino, owlv2: of two boxes of one phrase "
+                                  "that overlap more (IoU) the worse is dropped.")
+    template: str | None = Field(None, description="owlv2: the sentence that a phrase is put into, with {}.")
+    download: bool = Field(False, description="Fetch weights that the hub cache lacks.")
+    colors: dict[str, Any] | None = Field(
+        default_factory=dict, description="The open_clip model that names colours (model, pretrained, path, device, "
+        "batch_size ...); nothing: GenEval's, ViT-L-14-quickgelu of openai. null: no colours are named.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> DetectorConfig:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend: no '{self.backend}'; {nearest(self.backend, BACKENDS)}")
+        if self.backend != "shapes" and not self.path:
+            raise ValueError(f"path: {self.backend} needs a folder or a hub id")
+        return self
+
+
+def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> Any:
+    """The detector that a recipe describes, its weights loaded; those that name colours only when a prompt has one.
+
+    Raises:
+        UserError: a key that the backend does not take, or weights that are not there.
+    """
+    module, _, name = BACKENDS[config.backend].partition(":")
+    maker = getattr(importlib.import_module(module), name)
+    takes = inspect.signature(maker).parameters
+    given = config.model_dump(exclude={"backend", "colors"}, exclude_none=True)
+    for key in sorted(set(given) - set(takes)):
+        if key in config.model_fields_set:
+            raise UserError(f"{where}.{key}: {config.backend} has no such key; it takes {', '.join(takes) or 'none'}")
+        del given[key]
+    detector = maker(**given)
+    if config.backend == "shapes" or config.colors is None:
+        return detector
+    from pydantic import ValidationError
+
+    from rewards.detectors.colors import Colored, ColorNamer
+    from rewards.encoders import OpenClipConfig
+
+    try:
+        colors = OpenClipConfig.model_validate({"device": config.device, "download": config.download, **config.colors})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}.colors.{key}: {first['msg']}; "
+                        f"{nearest(key, OpenClipConfig.model_fields)}") from None
+    return Colored(detector, ColorNamer(colors))
