@@ -7,7 +7,7 @@ never 0: `Reply.cause` says why, and the client counts by it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,7 +68,7 @@ class Reply:
     text: str | None
     cause: str | None = None  # a key of CAUSES
     error: str | None = None  # the same in a sentence, with what the endpoint said
-    first: Mapping[str, float] = field(default_factory=dict)  # log-probs of the candidates for the first token
+    first: tuple[tuple[str, float], ...] = ()  # candidates for the first word's token and their log-probs
     attempts: int = 1
     seconds: float = 0.0
     cached: bool = False

@@ -26,7 +26,10 @@ class JudgeConfig(BaseModel):
                                               "reply that is no completion; then the question goes unjudged.")
     backoff_s: float = Field(0.5, ge=0, description="Seconds before the first retry, doubled at each further one, "
                                                     "with jitter of half to one and a half; Retry-After is honoured.")
-    backoff_max_s: float = Field(30.0, ge=0, description="The longest wait before a retry, Retry-After included.")
+    backoff_max_s: float = Field(30.0, ge=0, description="The longest wait before a retry that the endpoint did not "
+                                                         "ask for.")
+    retry_after_max_s: float = Field(120.0, ge=0, description="The longest Retry-After that is waited for; after a "
+                                                              "longer one the question goes unjudged.")
     concurrency: int = Field(16, ge=1, description="Requests in flight at once.")
     cache_dir: Path | None = Field(None, description="Folder that keeps replies, by the whole request; None: none are "
                                                      "kept. Failures never are.")
