@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 # Ray adds about 60 characters to its folder for its sockets, whose paths Linux limits to 107.
 LONGEST_FOLDER = 45
+PREFIX = "ud-ray-"
 ATTEMPTS = 4
 
 
@@ -135,13 +136,22 @@ def _check_port() -> None:
 
 def _folder() -> Path:
     parent = tempfile.gettempdir()
-    if len(parent) > LONGEST_FOLDER - len("/ud-ray-12345678"):
+    if len(parent) > LONGEST_FOLDER - len(f"/{PREFIX}1234567-12345678"):
         parent = "/tmp"
     try:
-        return Path(tempfile.mkdtemp(prefix="ud-ray-", dir=parent))
+        _sweep(Path(parent))
+        return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
     except OSError as error:
         raise ClusterError(f"Ray needs a folder for its sockets, and {parent} takes none ({error.strerror}). Set "
                            "TMPDIR to a short path, or rollout.workers: 0 to roll out in this process") from error
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders of our earlier runs that were killed before they could."""
+    for folder in parent.glob(f"{PREFIX}*-*"):
+        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and folder.stat().st_uid == os.getuid() and not Path(f"/proc/{owner}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:

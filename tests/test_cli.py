@@ -54,6 +54,7 @@ def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
     (["grpo", QUICKSTART, "--weights", "empty"], ["empty: no model here", "config.json"]),
     (["evaluate", QUICKSTART, "--weights", "half"], ["half/tokenizer.json", "no such file"]),
     (["grpo", QUICKSTART, "policy.path=nowhere"], ["nowhere"]),
+    (["grpo", QUICKSTART, "--dry-run", "policy.path=nowhere"], ["policy.path", "nowhere", "config.json"]),
     (["grpo", QUICKSTART, "policy.family=anolle", "--weights", "half"], ["policy.family", "anolle"]),
     (["view", "empty"], ["empty: no run here", "metrics.jsonl"]),
     (["view", "nowhere"], ["nowhere"]),

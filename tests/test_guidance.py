@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from policy.guidance import GuidanceError, branch_weights, combine
-from rollout.trajectory import Guidance
+from rollout.formats.registry import get_format
+from rollout.trajectory import Author, Guidance, Modality, Segment, Trajectory
 
 FIXTURE = Path(os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")) / "chameleon_tiny.pt"
 
@@ -49,3 +51,14 @@ def test_reference_combinations(kind, branches):
     scales["original"] = scales.pop("original_prompt")
     rows = dict(zip(branches, fixture["cfg_logits"], strict=False))  # the rows in the reference's order for each kind
     torch.testing.assert_close(combine(rows, Guidance(kind, scales)), fixture["cfg_out"][kind][0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["normal", "obj", "full"])
+@pytest.mark.parametrize("scales", [{}, {"image": 0.0}, {"image": 0.0, "original": 0.0}, {"full": 0.0}])
+def test_a_format_hands_over_every_branch_that_the_combination_needs(kind, scales):
+    fmt = get_format("subgoals", guidance=[kind], scales=scales)
+    picture = Segment("subgoal", Author.POLICY, Modality.IMAGE_TOKENS, True, np.zeros(3, np.int32))
+    words = Segment("prompt", Author.USER, Modality.TEXT, False, np.zeros(2, np.int32), "a circle")
+    trajectory = Trajectory("a circle", {}, "subgoals", [words, picture, picture])
+    needed = set(branch_weights(fmt.guidance(trajectory, 2)))
+    assert needed <= {context.branch for context in fmt.contexts(trajectory, 2)} | {"full"}

@@ -61,3 +61,9 @@ def test_wandb_offline_mirrors_and_resumes_under_one_id(tmp_path: Path, monkeypa
         tracker.close()
     assert (tmp_path / "wandb_id").read_text() == identity
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) >= 1
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run/metrics.jsonl: cannot be written \(Not a directory\)"):
+        Tracker(tmp_path / "file" / "run")

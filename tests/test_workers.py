@@ -6,7 +6,10 @@ import errno
 import os
 import signal
 import socket
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.publish import Publisher
+from rollout import ray_cluster
 from rollout.assignment import Assignment, Call
 from rollout.config import RolloutConfig
 from rollout.errors import UserError
@@ -128,6 +132,18 @@ def test_without_workers_the_trainers_policy_samples():
     policy = engine(ROLLOUT).policy
     rollouts = open_rollouts(policy, None, FormatConfig(), RolloutConfig(workers=0))
     assert isinstance(rollouts, LocalRollouts) and rollouts.shares(policy)
+
+
+def test_a_start_sweeps_the_folders_of_killed_runs(monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="u", dir="/tmp") as parent:  # short, for Ray's sockets
+        monkeypatch.setattr(tempfile, "tempdir", parent)
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        orphan, alive = Path(parent, f"ud-ray-{dead.pid}-abcdefgh"), Path(parent, f"ud-ray-{os.getpid()}-abcdefgh")
+        orphan.mkdir()
+        alive.mkdir()
+        made = ray_cluster._folder()
+        assert set(Path(parent).iterdir()) == {alive, made} and made.name.startswith(f"ud-ray-{os.getpid()}-")
 
 
 def test_no_free_port_is_said_at_once(monkeypatch):

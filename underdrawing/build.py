@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from policy.base import Policy
-from policy.registry import load_policy
+from policy.registry import FAMILIES, load_policy
 from rewards.compose import Judge
 from rollout.errors import UserError
 from rollout.formats.base import ThoughtFormat
@@ -75,6 +75,14 @@ def starting_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
         raise UserError(f"{folder}: no warm start there, and policy.path is not set; run `underdrawing sft` with this "
                         "recipe first, or give --weights")
     return None
+
+
+def check_policy_path(recipe: Recipe) -> None:
+    """Raises UserError where policy.path is no folder with a model of a known family."""
+    path = recipe.policy.path
+    if path is not None and recipe.policy.family in FAMILIES and not (Path(path) / "config.json").is_file():
+        raise UserError(f"policy.path: no model in {path} (config.json is missing); give a folder in the released "
+                        "layout")
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -113,6 +113,7 @@ def _dry_run(recipe: Any) -> int:
     from underdrawing import build
     from underdrawing.recipe import dump_recipe
 
+    build.check_policy_path(recipe)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     with build.build_judge(recipe, task, fmt):
         pass

@@ -46,10 +46,13 @@ class Tracker:
                  recipe: Mapping[str, Any] | None = None) -> None:
         self.config = config or TrackConfig(wandb="disabled")
         self.run_dir = Path(run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / "metrics.jsonl"
-        _drop_half_line(self.path)
-        self._file = self.path.open("a")
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            _drop_half_line(self.path)
+            self._file = self.path.open("a")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run_dir") from error
         self._wandb = _start_wandb(self.config, self.run_dir, name, recipe)
         self._table: Any = None
         self.listeners: list[Any] = []  # each with heard(step, metrics): a progress display, say

@@ -24,6 +24,8 @@ BRANCHES = {
     "full": ("unconditional", "image", "negative", "original"),
     "cfg": ("unconditional",),
 }
+# What another branch is measured from, whatever its own scale: `full` pulls from the image branch to the full one.
+SUBTRAHENDS = {"full": ("image",)}
 SCALES = {"full": 2.0, "image": 1.2, "negative": 0.0, "original": 5.0}
 
 
@@ -184,7 +186,7 @@ class DeclaredFormat:
             "original": [i for i in before if trajectory.segments[i].role == PROMPT],
         }
         return (full, *(_context(branch, trajectory, kept[branch]) for branch in BRANCHES[guidance.kind]
-                        if guidance.scales.get(branch, 1.0)))
+                        if guidance.scales.get(branch, 1.0) or branch in SUBTRAHENDS.get(guidance.kind, ())))
 
     # ---- the report ----
 
