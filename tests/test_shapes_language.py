@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.shapes.demonstrations import slip
 from tasks.shapes.detector import detect
 from tasks.shapes.language import (
     KINDS,
@@ -20,9 +21,10 @@ from tasks.shapes.language import (
     refinement,
     requirement,
     seen_in,
+    slots,
     vocabulary,
 )
-from tasks.shapes.prompts import pool
+from tasks.shapes.prompts import TAGS, pool, sample_scene_for
 from tasks.shapes.render import render
 from tasks.shapes.world import COLORS, PLACES, SHAPES, Object, Scene, sample_scene
 
@@ -46,8 +48,8 @@ def counting(shape, count):
 
 # ---- descriptions -----------------------------------------------------------------------------------------------
 
-def test_a_scene_is_described_in_reading_order():
-    assert describe(BOTH) == "blue circle top-left , red square right"
+def test_a_scene_is_described_in_its_own_order():
+    assert describe(BOTH) == "red square right , blue circle top-left"
     assert describe(Scene(())) == "nothing" and parse_description("nothing") == []
 
 
@@ -66,8 +68,8 @@ def test_nonsense_is_no_description(text):
 
 def test_a_plan_is_read_by_its_last_description():
     text = plan("draw all", BOTH)
-    assert text == "<ins> draw all </ins> <des> blue circle top-left , red square right </des>"
-    assert parse_plan(text) == [clause_of(BLUE_CIRCLE), clause_of(RED_SQUARE)]
+    assert text == "<ins> draw all </ins> <des> red square right , blue circle top-left </des>"
+    assert parse_plan(text) == [clause_of(RED_SQUARE), clause_of(BLUE_CIRCLE)]
     assert parse_plan("<des> red circle </des> <des> blue cross </des>") == [Clause("cross", "blue")]
     assert parse_plan("<ins> draw all </ins>") is None and parse_plan("<des> draw </des>") is None
 
@@ -76,10 +78,11 @@ def test_a_plan_is_read_by_its_last_description():
 
 def test_claims_of_inspections():
     seen = (clause_of(BLUE_CIRCLE), clause_of(RED_SQUARE))
-    assert claims(f"<inspect> {inspection(BOTH, None)} </inspect>") == Claim("fine", (), seen)
+    assert claims(f"<inspect> {inspection(color_attr(), BOTH, None)} </inspect>") == Claim("fine", (), seen)
     wrong = Mistake("color", clause_of(RED_SQUARE))
-    text = "blue circle top-left , red square right : wrong color red square right"
-    assert inspection(BOTH, wrong) == text
+    text = ("blue circle = blue circle top-left yes , green square = red square right no : "
+            "wrong color red square right")
+    assert inspection(color_attr(b=("square", "green")), BOTH, wrong) == text
     assert claims(f"<inspect> {text} </inspect>") == Claim("wrong", (wrong,), seen)
     assert claims(f"{text} ; make red square right green") == Claim("wrong", (wrong,), seen)
 
@@ -112,6 +115,42 @@ def test_refinements_by_kind():
     assert refinement(Mistake("place", square), Object("square", "red", 3)) == "move red square right to left"
     assert refinement(Mistake("missing", square), RED_SQUARE) == "add red square right"
     assert refinement(Mistake("extra", square), None) == "remove red square right"
+
+
+# ---- slots ------------------------------------------------------------------------------------------------------
+
+GREEN_CIRCLE = Object("circle", "green", PLACES.index("bottom"))
+
+
+@pytest.mark.parametrize("record, objects, said", [
+    # a colour that fits comes before reading order, a shape that fits before one that doesn't
+    (color_attr(("circle", "green"), ("square", "red")), (BLUE_CIRCLE, GREEN_CIRCLE, RED_SQUARE),
+     "green circle = green circle bottom yes , red square = red square right yes"),
+    (color_attr(("cross", "green"), ("square", "red")), (BLUE_CIRCLE, RED_SQUARE),
+     "green cross = blue circle top-left no , red square = red square right yes"),
+    (color_attr(), (RED_SQUARE,), "blue circle = nothing no , red square = red square right yes"),
+    # too many are a fault where the record counts, and only there
+    (counting("circle", 1), (BLUE_CIRCLE, GREEN_CIRCLE),
+     "circle = blue circle top-left yes , nothing = green circle bottom no"),
+    ({"include": [{"class": "circle", "count": 1}]}, (BLUE_CIRCLE, GREEN_CIRCLE), "circle = blue circle top-left yes"),
+    ({"include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}]},
+     (RED_SQUARE, BLUE_CIRCLE), "square = red square right yes , left of circle = blue circle top-left yes"),
+    ({"include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["below", 0]}]},
+     (RED_SQUARE, BLUE_CIRCLE), "square = red square right yes , below circle = blue circle top-left no"),
+])
+def test_an_inspection_puts_what_is_seen_beside_what_is_wanted(record, objects, said):
+    assert slots(record, Scene(objects)) == said
+    listed = claims(f"{said} : fine").seen
+    assert listed is not None and set(listed) <= {clause_of(item) for item in objects}
+
+
+def test_marks_say_no_exactly_where_the_picture_is_wrong():
+    rng = np.random.default_rng(4)
+    for tag in TAGS:
+        for record in pool("train", tag)[::40]:
+            scene = sample_scene_for(record, rng)
+            assert "no" not in slots(record, scene).split()
+            assert "no" in slots(record, slip(record, scene, rng).scene).split()
 
 
 # ---- requirements -----------------------------------------------------------------------------------------------
@@ -161,7 +200,7 @@ def test_what_is_seen_is_named_as_it_is_described():
     rng = np.random.default_rng(2)
     for _ in range(50):
         scene = sample_scene(rng, int(rng.integers(1, 5)))
-        assert describe(seen_in(look(*scene.objects))) == describe(scene)
+        assert set(seen_in(look(*scene.objects))) == {clause_of(item) for item in scene.objects}
 
 
 def test_missing_and_shape():
@@ -199,5 +238,6 @@ def test_every_sentence_is_made_of_known_words():
         item = scene.objects[0]
         for kind in KINDS:
             mistake = Mistake(kind, clause_of(item))
-            said = f"{inspection(scene, mistake)} {refinement(mistake, item if kind != 'extra' else None)}"
+            target = item if kind != "extra" else None
+            said = f"{inspection(color_attr(), scene, mistake)} {refinement(mistake, target)}"
             assert set(said.split()) <= vocabulary()

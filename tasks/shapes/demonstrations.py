@@ -147,11 +147,11 @@ class _Writer:
         return Demonstration(record["prompt"], record, tuple(self.parts), tuple(self.mistakes))
 
 
-def _critique(scene: Scene, made: Slip | None) -> str:
+def _critique(owed: Record, scene: Scene, made: Slip | None) -> str:
     """An inspection and a refinement as one free text."""
     if made is None:
-        return f"{inspection(scene, None)} ; keep all"
-    return f"{inspection(scene, made.mistake)} ; {refinement(made.mistake, made.target)}"
+        return f"{inspection(owed, scene, None)} ; keep all"
+    return f"{inspection(owed, scene, made.mistake)} ; {refinement(made.mistake, made.target)}"
 
 
 def _split(scene: Scene) -> tuple[list[Object], list[Object]]:
@@ -198,11 +198,11 @@ def _stroke(out: _Writer, record: Record, scene: Scene, plan_text: str, rng: np.
     role = "sketch"
     for made in _slips(record, scene, rng, wrong):
         out.draw(role, made.scene, wrong=True)
-        out.say("inspect", f"<inspect> {inspection(made.scene, made.mistake)} </inspect>")
+        out.say("inspect", f"<inspect> {inspection(record, made.scene, made.mistake)} </inspect>")
         out.say("refine", f"<refine> {refinement(made.mistake, made.target)} </refine>")
         role = "redraw"
     out.draw(role, scene)
-    out.say("inspect", f"<inspect> {inspection(scene, None)} </inspect>")
+    out.say("inspect", f"<inspect> {inspection(record, scene, None)} </inspect>")
 
 
 def subgoals(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
@@ -221,10 +221,10 @@ def subgoals(record: Record, rng: np.random.Generator, mistake_rate: float) -> D
         repeat = rng.random() < 0.5
         for made in _slips(owed, part, rng, int(index == wrong)):
             out.draw("subgoal", made.scene, wrong=True)
-            out.say("reflect", _critique(made.scene, made))
+            out.say("reflect", _critique(owed, made.scene, made))
         if index != wrong or repeat:
             out.draw("subgoal", part)
-            out.say("reflect", _critique(part, None))
+            out.say("reflect", _critique(owed, part, None))
     out.draw("final", scene)
     return out.finish(record)
 
@@ -236,11 +236,11 @@ def self_critique(record: Record, rng: np.random.Generator, mistake_rate: float)
     role = "sketch"
     for made in _slips(record, scene, rng, _how_often(rng) if rng.random() < mistake_rate else 0):
         out.draw(role, made.scene, wrong=True)
-        out.say("critique", _critique(made.scene, made))
+        out.say("critique", _critique(record, made.scene, made))
         role = "redraw"
     if role == "sketch":
         out.draw(role, scene)
-        out.say("critique", _critique(scene, None))
+        out.say("critique", _critique(record, scene, None))
     out.draw("redraw", scene)
     return out.finish(record)
 

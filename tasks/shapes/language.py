@@ -5,14 +5,20 @@ empty picture). What it says in each role (the tags are the format's, not the la
 
     plan        <ins> draw all </ins> <des> DESCRIPTION </des>          what to do now, and the picture after it
                 <ins> draw one circle </ins>, <ins> add two squares </ins>, <ins> keep all </ins>
-    inspection  DESCRIPTION : fine                                      what is seen, then the verdict
-                DESCRIPTION : wrong color red square right              and the mistake, by kind and object
+    inspection  SLOT , SLOT : fine                                      what is wanted and seen, then the verdict
+                SLOT , SLOT : wrong color red square right              and the mistake, by kind and object
+                with SLOTs such as: circle = red circle top-left yes    one for each object that the prompt asks for
+                                    blue square = red square right no
+                                    left of cross = green cross top no
+                                    circle = nothing no                 it is missing
+                                    nothing = red circle top no         one too many
     refinement  make red square right blue | make red square right circle | move red circle top to left
                 add blue square right | remove red circle top
 
-An inspection says what it sees before it judges: a small model compares words with words more easily than codes with
-words. The kinds of mistake are those that break a prompt under GenEval's rules: color, shape, place (the relation that
-was asked for does not hold; the object named is the one to move), missing, extra. "missing" names what the plan wanted.
+An inspection says what is wanted and what it sees side by side before it judges: a small model compares words that
+stand next to each other long before it compares words with codes, or with words far back. The kinds of mistake are
+those that break a prompt under GenEval's rules: color, shape, place (the relation that was asked for does not hold; the
+object named is the one to move), missing, extra. "missing" names what the plan wanted.
 
 The reading half serves rewards/critique_consistency.py: `claims`, `requirement`, `holds`. It reads what a policy wrote,
 so it takes any text and says None where there is no sense in it.
@@ -26,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tasks.base import Detection, Record
-from tasks.shapes.prompts import NUMBERS, plural, related
+from tasks.shapes.prompts import INVERSE, NUMBERS, plural, related
 from tasks.shapes.world import COLORS, PLACES, SHAPES, Object, Scene, place_of
 
 Verdict = Literal["fine", "wrong"]
@@ -78,7 +84,8 @@ class Claim:
 def vocabulary() -> set[str]:
     """Every word of the language, prompts apart."""
     words = {*SHAPES, *COLORS, *PLACES, *VERBS, *KINDS, *COUNT_WORDS.values(), *map(plural, SHAPES)}
-    return words | {"nothing", "fine", "wrong", ",", ":", ";"}
+    words |= {word for relation in INVERSE for word in relation.split()}
+    return words | {"nothing", "fine", "wrong", "yes", "no", "=", ",", ":", ";"}
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
@@ -88,9 +95,8 @@ def clause_of(item: Object) -> Clause:
 
 
 def describe(scene: Scene | Iterable[Clause]) -> str:
-    """All objects in reading order (by place), so that one picture has one description."""
+    """All objects in the order given: a scene's is that of the record's clauses, so a plan can follow its prompt."""
     clauses = [clause_of(item) for item in scene.objects] if isinstance(scene, Scene) else list(scene)
-    clauses.sort(key=lambda clause: PLACES.index(clause.place) if clause.place else len(PLACES))
     return " , ".join(map(str, clauses)) or "nothing"
 
 
@@ -104,8 +110,53 @@ def instruction(verb: Literal["draw", "add"], items: Sequence[Object]) -> str:
     return f"{verb} {COUNT_WORDS[count]} {shape if count == 1 else plural(shape)}"
 
 
-def inspection(scene: Scene, mistake: Mistake | None) -> str:
-    return f"{describe(scene)} : {'fine' if mistake is None else f'wrong {mistake}'}"
+def inspection(owed: Record, scene: Scene, mistake: Mistake | None) -> str:
+    """owed: what the picture must show (`requirement`)."""
+    return f"{slots(owed, scene)} : {'fine' if mistake is None else f'wrong {mistake}'}"
+
+
+def slots(owed: Record, scene: Scene) -> str:
+    """What is wanted beside what is seen, in the order of the record's clauses, and whether they agree.
+
+    An object stands in a slot of its own shape (and colour, if it can); what is left stands where nothing fits, in
+    reading order. A class without `exclude` may have more objects than were asked for: they are not listed.
+    """
+    wanted = [clause for clause in owed["include"] for _ in range(clause["count"])]
+    left = sorted(scene.objects, key=lambda item: item.place)
+    filled: list[Object | None] = [None] * len(wanted)
+    for strict in (True, False):
+        for index, clause in enumerate(wanted):
+            fits = [item for item in left if item.shape == clause["class"]
+                    and (not strict or item.color == clause.get("color", item.color))]
+            if filled[index] is None and fits:
+                filled[index] = fits[0]
+                left.remove(fits[0])
+    for index, item in enumerate(filled):
+        if item is None and left:
+            filled[index] = left.pop(0)
+    said = []
+    for index, (clause, item) in enumerate(zip(wanted, filled, strict=True)):
+        mark = "yes" if _agrees(index, wanted, filled) else "no"
+        said.append(f"{_wanted(clause)} = {clause_of(item) if item else 'nothing'} {mark}")
+    counted = {clause["class"] for clause in owed.get("exclude", ())}
+    said += [f"nothing = {clause_of(item)} no" for item in left if item.shape in counted]
+    return " , ".join(said)
+
+
+def _wanted(clause: dict[str, Any]) -> str:
+    relation = [clause["position"][0]] if "position" in clause else []
+    return " ".join([*relation, *([clause["color"]] if "color" in clause else []), clause["class"]])
+
+
+def _agrees(index: int, wanted: Sequence[dict[str, Any]], filled: Sequence[Object | None]) -> bool:
+    clause, item = wanted[index], filled[index]
+    if item is None or item.shape != clause["class"] or item.color != clause.get("color", item.color):
+        return False
+    if "position" not in clause:
+        return True
+    relation, target = clause["position"]
+    other = filled[target]
+    return other is not None and related(item.box, relation, other.box)
 
 
 def refinement(mistake: Mistake, target: Object | None) -> str:
@@ -144,11 +195,27 @@ def parse_plan(text: str) -> list[Clause] | None:
     return parse_description(bodies[-1]) if bodies else None
 
 
+def _parse_slots(text: str) -> list[Clause] | None:
+    """The objects that an inspection sees; what it wants and whether it agrees may be left out."""
+    seen: list[Clause] = []
+    for part in text.split(","):
+        words = part.split()
+        words = words[words.index("=") + 1:] if "=" in words else words
+        words = words[:-1] if words and words[-1] in ("yes", "no") else words
+        if words == ["nothing"]:
+            continue
+        clause = _parse_clause(words)
+        if clause is None:
+            return None
+        seen.append(clause)
+    return seen
+
+
 def claims(text: str) -> Claim:
     """What an inspection (or a critique: an inspection and a refinement joined by ";") says. Takes any text."""
     said = " ".join(_TAG.sub(" ", text).split(";")[0].split())
     before, colon, after = said.rpartition(":")
-    seen = parse_description(before) if colon else None
+    seen = _parse_slots(before) if colon else None
     words = after.split()
     verdicts = {word for word in words if word in ("fine", "wrong")}
     if len(verdicts) != 1:

@@ -209,7 +209,8 @@ def _related_layouts(relation: str) -> tuple[tuple[int, ...], ...]:
 
 
 def sample_scene_for(record: Record, rng: np.random.Generator) -> Scene:
-    """A scene that satisfies the record with RELATION_MARGIN, objects in the order of its clauses.
+    """A scene that satisfies the record with RELATION_MARGIN, objects in the order of its clauses, those of one clause
+    in reading order.
 
     What the record leaves open is sampled: places, jitters and colours (one colour for all objects of a clause).
     """
@@ -221,5 +222,7 @@ def sample_scene_for(record: Record, rng: np.random.Generator) -> Scene:
     relation = next((clause["position"][0] for clause in record["include"] if "position" in clause), None)
     choices = layouts(len(wanted)) if relation is None else _related_layouts(relation)
     places = choices[rng.integers(len(choices))]
+    if len(record["include"]) == 1:
+        places = tuple(sorted(places))
     return Scene(tuple(Object(shape, color, place, int(rng.integers(len(JITTERS))))
                        for (shape, color), place in zip(wanted, places, strict=True)))
