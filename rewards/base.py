@@ -22,6 +22,8 @@ import numpy as np
 from PIL import Image
 
 from rewards.detectors.base import CachedDetector, Detector
+from rewards.judge.base import JudgeLike
+from rewards.judge.base import JudgeLike
 from rollout.errors import UserError, nearest
 from rollout.formats.base import ThoughtFormat
 from rollout.trajectory import Author, Segment, Trajectory
@@ -58,15 +60,27 @@ class Setting:
     task: Any = None  # tasks.base.Task
     fmt: ThoughtFormat | None = None  # None: looked up by each trajectory's format name
     detector: CachedDetector | None = None
+    judge: JudgeLike | None = None
+
+    def judge_for(self, reward: str) -> JudgeLike:
+        if self.judge is None:
+            raise RewardError(f"reward '{reward}' needs a judge, and the recipe names none: give rewards.judge")
+        return self.judge
 
     def detector_for(self, reward: str) -> CachedDetector:
         if self.detector is None:
             raise RewardError(f"reward '{reward}' needs a detector, and this task offers none: give rewards.detector")
         return self.detector
 
+    def judge_for(self, reward: str) -> JudgeLike:
+        if self.judge is None:
+            raise RewardError(f"reward '{reward}' asks a judge, and the recipe names none: give rewards.judge.base_url "
+                              f"and rewards.judge.model")
+        return self.judge
+
     @staticmethod
-    def of(task: Any, fmt: ThoughtFormat | None, detector: Detector | None) -> Setting:
-        return Setting(task, fmt, None if detector is None else CachedDetector(detector))
+    def of(task: Any, fmt: ThoughtFormat | None, detector: Detector | None, judge: JudgeLike | None = None) -> Setting:
+        return Setting(task, fmt, None if detector is None else CachedDetector(detector), judge)
 
 
 @dataclass
@@ -130,6 +144,22 @@ def policy_pictures(trajectory: Trajectory) -> list[tuple[int, np.ndarray]]:
     """The pictures that the policy drew, each with the index of its segment."""
     return [(index, s.picture) for index, s in enumerate(trajectory.segments)
             if s.author is Author.POLICY and s.picture is not None]
+
+
+def groups_of(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """The rows of each group, in the order in which the groups first appear."""
+    rows: dict[int, list[int]] = {}
+    for index, trajectory in enumerate(trajectories):
+        rows.setdefault(trajectory.group, []).append(index)
+    return list(rows.values())
+
+
+def groups_of(trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """The rows of each group, groups in the order of their first members: for rewards that see the whole group."""
+    rows: dict[int, list[int]] = {}
+    for row, trajectory in enumerate(trajectories):
+        rows.setdefault(trajectory.group, []).append(row)
+    return list(rows.values())
 
 
 def columns(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
