@@ -63,13 +63,15 @@ class ColorNamer:
 
 
 def crop_of(picture: np.ndarray, item: Detected) -> Image.Image:
-    """The object on grey, cut to its box; Pillow rounds the corners to whole pixels."""
+    """The object on grey, cut to its box, the corners rounded to whole pixels; at least one pixel of the picture."""
     image = Image.fromarray(picture)
     if item.mask is not None:
         if item.mask.shape != picture.shape[:2]:
             raise ValueError(f"a mask of {item.mask.shape} for a picture of {picture.shape[:2]}")
         image = Image.composite(image, Image.new("RGB", image.size, BACKGROUND), Image.fromarray(item.mask))
-    return image.crop(item.box)
+    x0, y0, x1, y1 = (round(corner) for corner in item.box)
+    left, top = min(max(x0, 0), image.width - 1), min(max(y0, 0), image.height - 1)
+    return image.crop((left, top, max(x1, left + 1), max(y1, top + 1)) if x1 <= x0 or y1 <= y0 else (x0, y0, x1, y1))
 
 
 class Colored:

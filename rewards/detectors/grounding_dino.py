@@ -1,9 +1,10 @@
 """Grounding DINO: sees whatever phrase it is asked for, as boxes without masks.
 
 The phrases of a picture are one caption, "dog. red cup."; a (box, phrase) scores the largest sigmoid among the
-phrase's tokens, which is what the released `predict` calls a box's confidence (IDEA-Research/GroundingDINO,
-arXiv:2303.05499). Scores are lower than a closed detector's: its usual threshold is 0.35, and GenEval's 0.9 for
-counting would let nothing pass, so a recipe states its own thresholds with it.
+phrase's own tokens. The released `predict` (IDEA-Research/GroundingDINO, arXiv:2303.05499) takes the largest over the
+whole caption, full stops included, and reads the phrase off the tokens above a second threshold. Scores are lower than
+a closed detector's: the usual threshold is 0.35, and GenEval's 0.9 for counting would let nothing pass, so a recipe
+states its own thresholds with it (options `threshold` and `counting_threshold` of `geneval`).
 """
 
 from __future__ import annotations
