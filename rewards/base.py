@@ -23,7 +23,6 @@ from PIL import Image
 
 from rewards.detectors.base import CachedDetector, Detector
 from rewards.judge.base import JudgeLike
-from rewards.judge.base import JudgeLike
 from rollout.errors import UserError, nearest
 from rollout.formats.base import ThoughtFormat
 from rollout.trajectory import Author, Segment, Trajectory
@@ -61,11 +60,6 @@ class Setting:
     fmt: ThoughtFormat | None = None  # None: looked up by each trajectory's format name
     detector: CachedDetector | None = None
     judge: JudgeLike | None = None
-
-    def judge_for(self, reward: str) -> JudgeLike:
-        if self.judge is None:
-            raise RewardError(f"reward '{reward}' needs a judge, and the recipe names none: give rewards.judge")
-        return self.judge
 
     def detector_for(self, reward: str) -> CachedDetector:
         if self.detector is None:
@@ -144,14 +138,6 @@ def policy_pictures(trajectory: Trajectory) -> list[tuple[int, np.ndarray]]:
     """The pictures that the policy drew, each with the index of its segment."""
     return [(index, s.picture) for index, s in enumerate(trajectory.segments)
             if s.author is Author.POLICY and s.picture is not None]
-
-
-def groups_of(trajectories: Sequence[Trajectory]) -> list[list[int]]:
-    """The rows of each group, in the order in which the groups first appear."""
-    rows: dict[int, list[int]] = {}
-    for index, trajectory in enumerate(trajectories):
-        rows.setdefault(trajectory.group, []).append(index)
-    return list(rows.values())
 
 
 def groups_of(trajectories: Sequence[Trajectory]) -> list[list[int]]:
