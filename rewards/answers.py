@@ -52,7 +52,7 @@ def exact(answer: str, gold: str) -> float:
 
 
 def token_f1(answer: str, gold: str) -> float:
-    """F1 over the words of the normal forms, each counted as often as it stands (Rajpurkar et al., arXiv:1606.05250)."""
+    """F1 over the words of the normal forms, each as often as it stands (SQuAD, arXiv:1606.05250)."""
     mine, theirs = normalised(answer).split(), normalised(gold).split()
     if not mine or not theirs:
         return float(mine == theirs)
@@ -77,7 +77,7 @@ def edit_distance(first: str, second: str) -> int:
 
 def anls(answer: str, gold: str, threshold: float = 0.5) -> float:
     """1 - d with d the edit distance over the longer length, 0 where d reaches the threshold (Biten et al.,
-    arXiv:1905.13648, equation 1). Case and white space at the ends do not count."""
+    arXiv:1905.13648). Case and white space at the ends do not count."""
     mine, theirs = " ".join(str(answer).lower().split()), " ".join(str(gold).lower().split())
     longer = max(len(mine), len(theirs))
     distance = edit_distance(mine, theirs) / longer if longer else 0.0
@@ -96,7 +96,7 @@ def number(text: str) -> float | None:
 
 def relaxed(answer: str, gold: str, tolerance: float = 0.05) -> float:
     """1 if a number is within `tolerance` of the reference, relative to the reference (exactly it where that is 0);
-    1 for the same words where the reference is no number (ChartQA, arXiv:2203.10244, section 4.1)."""
+    1 for the same words where the reference is no number (ChartQA, arXiv:2203.10244)."""
     theirs, mine = number(gold), number(answer)
     if theirs is None:
         return exact(answer, gold)
@@ -143,7 +143,8 @@ def math_agrees(answer: str, gold: str, timeout_s: int = 5) -> bool | None:
     """
     if _is_words(answer) or _is_words(gold):
         return bool(exact(answer, gold))
-    mine, theirs = parsed(rf"\boxed{{{_unboxed(answer)}}}", timeout_s), parsed(rf"\boxed{{{_unboxed(gold)}}}", timeout_s)
+    mine = parsed(rf"\boxed{{{_unboxed(answer)}}}", timeout_s)
+    theirs = parsed(rf"\boxed{{{_unboxed(gold)}}}", timeout_s)
     if mine is None or theirs is None:
         return None
     return verified(theirs, mine, timeout_s)

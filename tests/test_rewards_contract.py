@@ -16,6 +16,7 @@ from rewards.base import RewardError, Setting, TrainerState, call, lightened
 from rewards.compose import Judge
 from rewards.config import RewardsConfig
 from rewards.detectors.shapes import TaskDetector
+from rewards.judge.base import Reply
 from rewards.loader import load_reward
 from rewards.registry import REWARDS
 from rollout.errors import UserError
@@ -37,7 +38,17 @@ NAMES = sorted(REWARDS)
 @pytest.fixture(scope="module")
 def setting():
     task = get_task("shapes")
-    return Setting.of(task, get_format("strokes"), TaskDetector.of(task))
+    return Setting.of(task, get_format("strokes"), TaskDetector.of(task), AgreeingJudge())
+
+
+class AgreeingJudge:
+    """Finds every answer right, and says 1 to whatever it is asked about."""
+
+    def agrees(self, checks):
+        return [True for _ in checks]
+
+    def ask(self, questions):
+        return [Reply('{"Consistency": 1}') for _ in questions]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +62,9 @@ def thoughts(setting):
         thought(record, text("other", "< <ins> ]")),
         thought(record, image("sketch", picture), text("inspect", "<inspect> wrong fine wrong")),
         thought(record, image("sketch", np.zeros_like(picture)), text("inspect", "")),
+        thought({"question": "How many?", "ground_truth": "7"}, text("think", "<think> one by one </think>"),
+                text("answer", "<answer> 7 </answer>")),
+        thought({"question": "How many?", "ground_truth": "7"}, text("answer", "\\boxed{8"), group=1),
     ]
 
 

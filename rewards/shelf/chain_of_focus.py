@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rewards.answers import math_agrees, same_reading
-from rewards.base import Setting, policy_text
+from rewards.base import Setting, groups_of, policy_text
 from rewards.shelf.asking import column_or, gold_of, log_parts, one_of, settled, totals
 from rewards.text import balanced, blocks, transcript, without_chat_marks
 from rewards.tool_use import tool_calls
@@ -156,8 +156,6 @@ def chain_of_focus(trajectories: Sequence[Trajectory], setting: Setting, log_met
         zoom_right: for a right answer by zooming where a direct one was right, too.
         zoom_wrong: for a wrong answer by zooming.
     """
-    from rewards.base import groups_of
-
     base = chain_of_focus_base(trajectories, setting, log_metric, log_extra, data_kind, kind_column, variant, gold)
     if variant == "release":
         zoomed = ["<tool_call>" in transcript(t) for t in trajectories]

@@ -4,7 +4,7 @@ r"""DeepEyes: a right answer, a well-formed one, and a bonus for a picture that 
     math (no tool):                         1.2 accuracy + 0.4 format
 
 with accuracy in {0, 1} by a judge (math: a rule first), format in {0, -1}, and tool 1 only if the answer is right and a
-picture came back. Zheng et al., arXiv:2505.14362, section 3; Visual-Agent/DeepEyes, verl/utils/reward_score/vl_agent.py.
+picture came back. Zheng et al., arXiv:2505.14362; Visual-Agent/DeepEyes, verl/utils/reward_score/vl_agent.py.
 
 The release reads one string in which the tool's replies stand beside the model's words: an answer tag or a think tag in
 a reply counts as the model's, text without an opening answer tag is judged whole, a box ends at its first closing

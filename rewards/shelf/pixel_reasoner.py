@@ -5,7 +5,7 @@ r"""Pixel Reasoner: a bonus for looking closer while few of a prompt's thoughts 
     release_official   r' = r + [n > 0] (0.25 max(0.3 - rate, 0) / (c rate) - 0.05 (n - 1))     c 1.5 video, 2 pictures
 
 with r the rule's verdict on the boxed answer, n the visual operations of a thought, and rate the share of the thoughts
-on its prompt that have any. Su et al., arXiv:2505.15966, section 3.2; TIGER-AI-Lab/Pixel-Reasoner,
+on its prompt that have any. Su et al., arXiv:2505.15966; TIGER-AI-Lab/Pixel-Reasoner,
 curiosity_driven_rl/openrlhf/trainer/ppo_utils/experience_maker.py; TIGER-AI-Lab/verl-tool,
 verl_tool/workers/reward_manager/pixel_reasoner.py.
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rewards.answers import best, choice, math_agrees, parsed, references, verified
-from rewards.base import RewardError, policy_text
+from rewards.base import RewardError, groups_of, policy_text
 from rewards.shelf.asking import log_parts, one_of, totals
 from rewards.text import boxed, transcript
 from rewards.tool_use import ToolCall, tool_calls
@@ -36,7 +36,7 @@ Variant = Literal["paper", "release_official", "release_verl_tool"]
 RateOver = Literal["group", "batch"]
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-# Shares of right answers below which a prompt counts as impossible (0), hard (1), medium (2), easy (3); else solved (4).
+# Shares of right answers below which a prompt is called impossible (0), hard (1), medium (2), easy (3); else solved (4)
 DIFFICULTIES = (1 / 8, 3 / 8, 6 / 8, 1.0)
 
 
@@ -220,10 +220,8 @@ def pixel_reasoner(trajectories: Sequence[Trajectory], setting: Any = None, log_
             pictures say it).
         rate, free, alpha, beta: H, N and the weights of the paper's formula.
         rate_over: whose share of thoughts with operations counts: those on the same prompt, or the whole batch's.
-        failed_call_voids: a right answer whose last operation failed counts 0, as the official release means to have it.
+        failed_call_voids: a right answer whose last operation failed counts 0, as the official release means it.
     """
-    from rewards.base import groups_of
-
     one_of("pixel_reasoner", "variant", variant, get_args(Variant))
     one_of("pixel_reasoner", "rate_over", rate_over, get_args(RateOver))
     if not 0 <= rate <= 1 or free < 0:
@@ -242,7 +240,7 @@ def pixel_reasoner(trajectories: Sequence[Trajectory], setting: Any = None, log_
     else:
         shaping = Shaping(rate, free, alpha, beta)
         worked = [sum(call.ok for call in mine) for mine in calls]
-        for rows in groups if rate_over == "group" else [[i for rows in groups for i in rows]]:
+        for rows in groups if rate_over == "group" else [sorted(i for group in groups for i in group)]:
             share = rate_of([worked[i] for i in rows])
             for i in rows:
                 void = failed_call_voids and variant == "paper" and _last_failed(calls[i])

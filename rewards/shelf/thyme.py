@@ -3,13 +3,14 @@
     paper:    result (1 + 0.5 consistency) + 0.5 format        result, consistency, format in {0, 1}
     release:  result + consistency + format                    result in {1, 0, -1}, the others in {0, 0.5}
 
-Zhang et al., arXiv:2508.11630, section 5.2; yfzhang114/Thyme, examples/train/grpo/plugin/agent_rm.py and
+Zhang et al., arXiv:2508.11630; yfzhang114/Thyme, examples/train/grpo/plugin/agent_rm.py and
 swift/trainers/rlhf_trainer/grpo_trainer.py.
 
 In the release a wrong answer costs 1 while a missing answer, and one whose judge could not be read, is paid 0 and so
 better; an unreadable judge of consistency is paid 0 as well; and the sandbox's output stands in the string that is
 read, so an answer tag in it counts. `paper`, the default, reads the policy's words alone, pays a missing answer like a
-wrong one, and leaves the unjudged unjudged. Consistency is asked about only where it can pay: where the result is right.
+wrong one, and leaves the unjudged unjudged. Consistency is asked about only where the result is right: it pays nowhere
+else.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     llm_judge        1 if a judge finds the answer right
     rule_similarity  the alternative without a judge: how near each part of the answer is to a part of the reference
 
-Wu et al., arXiv:2505.19255, section 3; VTool-R1/VTool-R1 (release_v1), examples/reward_function/refocus_llm.py and
+Wu et al., arXiv:2505.19255; VTool-R1/VTool-R1 (release_v1), examples/reward_function/refocus_llm.py and
 refocus.py; VTool-R1/training-v2 (release_v2), recipe/vtool/reward_utils.py.
 
 The first release finds no answer where other lines follow without a full stop; the second takes the first answer of the
