@@ -159,8 +159,8 @@ REWARDS: dict[str, Registered] = _by_name(
                        "retrieved (NDCG above 1), and pays a failed judge as wrong",
                needs_judge=True, place="process"),
     Registered("visual_arft", "rewards.shelf.visual_arft:visual_arft",
-               "accuracy + format of one step; accuracy by the reference's tag: F1 (answer), 1 / 0.5 / 0 (problem), 0.9 "
-               "(code that ran), cosine from 0.5 on (search)",
+               "accuracy + format of one step; accuracy by the reference's tag: F1 (answer), 1 / 0.5 / 0 (problem), "
+               "0.9 (code that ran), cosine from 0.5 on (search)",
                "Visual-ARFT, arXiv:2505.14246; Liuziyu77/Visual-RFT "
                "Visual-ARFT/src/visual_arft/src/open_r1/grpo_agent_{code,search}.py",
                inputs="column ground_truth with its tag; the policy's step; whether its code ran",
@@ -179,11 +179,11 @@ REWARDS: dict[str, Registered] = _by_name(
     Registered("vista", "rewards.shelf.vista:vista",
                "1 if a frozen model is right with the tools that the policy picked, -0.5 if only without them, else 0",
                "VisTA, arXiv:2505.20289; OoDBag/VisTA vista/src/r1-v/src/open_r1/grpo.py",
-               inputs="columns ground_truth, question, and answer_without_tools and answers_with_tools, or tool_outputs "
-                      "and a judge's endpoint that serves the frozen model; the policy's words",
-               differs="repaired (default) leaves a row None where the frozen model did not answer and compares numbers "
-                       "as numbers; release pays that 0, stops on a question not found exactly once, drops signs, and "
-                       "has a format part that is always 0",
+               inputs="columns ground_truth, question, and answer_without_tools and answers_with_tools, or "
+                      "tool_outputs and a judge's endpoint that serves the frozen model; the policy's words",
+               differs="repaired (default) leaves a row None where the frozen model did not answer and compares "
+                       "numbers as numbers; release pays that 0, stops on a question not found exactly once, drops "
+                       "signs, and has a format part that is always 0",
                needs_judge=True, place="process"),
     Registered("vital", "rewards.shelf.vital:vital",
                "accuracy + format + tool; a stretch of time is paid clamp((IoU - low) / (high - low), 0, 1) with the "
@@ -196,11 +196,12 @@ REWARDS: dict[str, Registered] = _by_name(
                "VITAL, arXiv:2508.04416 (DGRPO's sample weight); no code was available, so the paper's formula",
                inputs="as vital, for the whole group", scope="group", place="process"),
     Registered("vr_thinker", "rewards.shelf.vr_thinker:vr_thinker",
-               "format + accuracy + 0.2 * sum of accuracy's steps over rounds + 0.5 * max(0.2 - share of the group that "
-               "looked, 0) for those that looked; accuracy = 0.5 overall + 0.5 share of dimensions",
+               "format + accuracy + 0.2 * sum of accuracy's steps over rounds + 0.5 * max(0.2 - share of the group "
+               "that looked, 0) for those that looked; accuracy = 0.5 overall + 0.5 share of dimensions",
                "VR-Thinker, arXiv:2510.10518, section 3.2.2 and appendix A.2, B.1; no code was available, so the "
                "paper's formula",
-               inputs="column ground_truth {OA, and a dimension's two letters: 0, 1 or 2}; the policy's turns and calls",
+               inputs="column ground_truth {OA, and a dimension's two letters: 0, 1 or 2}; the policy's turns and "
+                      "calls",
                scope="group"),
     Registered("vprl", "rewards.shelf.vprl:vprl",
                "for each picture drawn +1 if it is a possible step towards the goal, 0 another possible step, -5 else",

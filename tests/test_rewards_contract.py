@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from grid_world import GridWorld, draw
 from rewards_helpers import from_parts, image, text, thought
 
 from rewards.base import RewardError, Setting, TrainerState, call, lightened
@@ -68,13 +69,35 @@ def thoughts(setting):
     ]
 
 
+# Where "7" is no reference of the kind that a reward reads, and what else its records must say.
+REFERENCES = {"box_iou": [0, 0, 2, 2], "temporal_iou": [0, 1], "visual_arft": "<answer> 7 </answer>",
+              "vr_thinker": {"OA": 1, "TA": 0}}
+COLUMNS = {"vrag": {"file_name": "report.pdf", "reference_pages": [1]}, "vista": {"tool_outputs": {"7": "a table"}}}
+GRID = {"grid": ["S.", "#G"]}
+
+
+def fitting(name, setting, thoughts):
+    """The setting and the thoughts with records that the reward can read."""
+    if name == "vprl":
+        planned = [thought(GRID, *[image("sketch", draw(GRID["grid"], cell)) for cell in cells])
+                   for cells in ([], [(0, 1), (1, 1)], [(1, 1)])]
+        return Setting(GridWorld(), setting.fmt), [*thoughts, *planned]
+    own = [copy.deepcopy(t) for t in thoughts]
+    for t in own:
+        if "ground_truth" in t.record:
+            t.record |= {"ground_truth": REFERENCES.get(name, t.record["ground_truth"]), **COLUMNS.get(name, {})}
+    return setting, own
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_finite_value_a_thought_whatever_it_is_and_nothing_is_changed(name, setting, thoughts):
+    setting, thoughts = fitting(name, setting, thoughts)
     before = copy.deepcopy(thoughts)
     function = load_reward(name)
     values, logs = call(function, name, thoughts, options={}, state=TrainerState(), view="auto", setting=setting)
     assert len(values) == len(thoughts)
-    assert all(value is None or math.isfinite(value) for value in values)
+    numbers = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
+    assert all(value is None or math.isfinite(value) for value in numbers)
     assert any(value is not None for value in values)
     assert all(math.isfinite(v) for metric in logs.metrics.values() for v in metric)
     assert all(len(column) == len(thoughts) for column in logs.columns.values())
@@ -95,6 +118,7 @@ def test_what_the_environment_wrote_changes_nothing(name, setting, thoughts):
     noise = [Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, text="wrong color red circle"),
              Segment("observation", Author.ENVIRONMENT, Modality.IMAGE_TOKENS, False,
                      picture=np.zeros((32, 32, 3), np.uint8))]
+    setting, thoughts = fitting(name, setting, thoughts)
     watched = [copy.deepcopy(t) for t in thoughts]
     for t in watched:
         t.segments += noise
