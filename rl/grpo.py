@@ -11,13 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rewards.alarms import AlarmRaised
 from rl import checkpoint
 from rl.advantages import credit
 from rl.cursor import PromptCursor
 from rl.ledger import Ledger
 from rl.processes import Interrupted, interruptible, on_first
 from rl.publish import Publisher, smallest
-from rl.run import Run, begin, put_away
+from rl.run import Run, begin, log, put_away
 from rl.trainer import Trainer
 from rollout.requests import RolloutRequest
 
@@ -32,6 +33,7 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
 
     Raises:
         Interrupted: after Ctrl-C, at the next step boundary, once all is saved.
+        AlarmRaised: a fatal alarm, likewise.
         UserError: as the parts do.
     """
     config, accelerator = run.config, run.accelerator
@@ -58,11 +60,15 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
             if config.evaluate_every and (last or step % config.evaluate_every == 0):
                 metrics |= on_first(accelerator, lambda: evaluate(run, step))  # noqa: B023
             metrics["time/step"] = time.perf_counter() - started
-            on_first(accelerator, lambda: log(run, step, metrics))  # noqa: B023
+            alarm = on_first(accelerator, lambda: log(run, step, metrics))  # noqa: B023
 
-            stop = interruption.heard(accelerator) and not last
+            stop = (interruption.heard(accelerator) or alarm is not None) and not last
             if stop or last or step % config.save_every == 0:
                 put_away(run, trainer, cursor, step, probe)
+            if stop and alarm is not None:
+                raise AlarmRaised(f"stopped after step {step} of {config.steps} by {alarm}. Saved in "
+                                  f"{checkpoint.latest(run.checkpoints)}; to go on regardless, set "
+                                  f"rewards.alarms.fatal: false and {run.resume_command}")
             if stop:
                 raise Interrupted(f"stopped after step {step} of {config.steps}; saved in "
                                   f"{checkpoint.latest(run.checkpoints)}. To go on, {run.resume_command}")
@@ -81,18 +87,14 @@ def collect(run: Run, requests: Sequence[RolloutRequest], step: int) -> tuple[Le
     assert run.rollouts is not None and run.judge is not None
     rolled_out = run.rollouts.generate(requests)
     report = run.judge.judge(rolled_out.groups, step)
+    measured = run.alarms.measure(rolled_out.groups) if run.alarms is not None else {}
     ledger = credit(rolled_out.groups, run.config, failed=len(rolled_out.failed))
     if run.tracker is not None and (step == 1 or step % run.show_every == 0):
         # One of every group before a second of any: the tracker keeps as many as it is told to.
         every = [trajectory for group in rolled_out.groups for trajectory in group]
         run.tracker.trajectories(step, sorted(every, key=lambda trajectory: trajectory.member))
-    return ledger, {**rolled_out.metrics, **report.metrics, **ledger.metrics()}
+    return ledger, {**rolled_out.metrics, **report.metrics, **measured, **ledger.metrics()}
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
     return run.evaluate(step) if run.evaluate else {}
-
-
-def log(run: Run, step: int, metrics: dict[str, float]) -> None:
-    if run.tracker is not None:
-        run.tracker.log(step, metrics)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ from rollout.errors import UserError
 from rollout.store import load_trajectories, save_trajectories
 from rollout.trajectory import Trajectory
 from rollout.workers import Rollouts
+from underdrawing.tracking import read_metrics
+
+logger = logging.getLogger(__name__)
 
 
 class Report(Protocol):
@@ -31,6 +35,14 @@ class JudgeOfGroups(Protocol):
     def judge(self, groups: Sequence[Sequence[Trajectory]], step: int = 0) -> Report: ...
 
 
+class Watch(Protocol):
+    """rewards.alarms.Alarms."""
+
+    def measure(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]: ...
+    def recall(self, rows: Iterable[Mapping[str, Any]]) -> None: ...
+    def check(self, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str], str | None]: ...
+
+
 class Writer(Protocol):
     """underdrawing.tracking.Tracker."""
 
@@ -41,7 +53,7 @@ class Writer(Protocol):
 
 @dataclass
 class Run:
-    """What train() needs. Rollouts, judge, tracker and evaluate are the first process's: None on the others."""
+    """What train() needs. Rollouts, judge, tracker, evaluate and alarms are the first process's; None on the others."""
 
     policy: Policy  # holding the starting weights, on resuming too: they are the reference
     config: GrpoConfig
@@ -54,6 +66,7 @@ class Run:
     seed: int = 0  # of the prompts' order and of the sampling noise
     recipe: dict[str, Any] = field(default_factory=dict)  # kept in checkpoints
     evaluate: Callable[[int], dict[str, float]] | None = None  # heldout/* after a step
+    alarms: Watch | None = None
     show_every: int = 10  # steps between trajectories for people to look at
     resume_command: str = "give the same command with --resume"
 
@@ -87,6 +100,8 @@ def begin(run: Run, trainer: Trainer, cursor: PromptCursor, resume: Path | None)
         checkpoint.rewind(run.checkpoints, done)
         if run.tracker is not None:
             run.tracker.rewind(done + 1)
+        if run.alarms is not None:
+            run.alarms.recall(row for row in read_metrics(run.folder / "metrics.jsonl") if row["step"] <= done)
 
     on_first(run.accelerator, forget)
     return done, probe
@@ -103,3 +118,16 @@ def put_away(run: Run, trainer: Trainer, cursor: PromptCursor, step: int, probe:
 
     on_first(run.accelerator, lambda: checkpoint.save(run.checkpoints, step, write, state, cursor.state(), run.recipe,
                                                       run.config.keep_checkpoints))
+
+
+def log(run: Run, step: int, metrics: dict[str, float]) -> str | None:
+    """Write the step's line, alarms included. Returns what a fatal alarm says; None: the run goes on."""
+    fatal = None
+    if run.alarms is not None:
+        alarms, news, fatal = run.alarms.check(metrics)
+        metrics = {**metrics, **alarms}
+        for sentence in news:
+            logger.warning("step %d: %s", step, sentence)
+    if run.tracker is not None:
+        run.tracker.log(step, metrics)
+    return fatal
