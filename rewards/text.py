@@ -57,10 +57,11 @@ def boxed(text: str) -> list[str]:
     return found
 
 
-def without_chat_marks(text: str) -> str:
+def without_chat_marks(text: str, strip: bool = True) -> str:
+    """Without the end-of-turn tokens that a policy samples; `strip` cuts off outer white space, too."""
     for mark in CHAT_MARKS:
         text = text.replace(mark, "")
-    return text.strip()
+    return text.strip() if strip else text
 
 
 def policy_turns(trajectory: Trajectory) -> list[str]:

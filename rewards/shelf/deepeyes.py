@@ -88,17 +88,17 @@ def read(own: str, final: str, looked: bool, kind: Kind) -> Reading:
         final: those after the last observation.
         looked: a tool answered with a picture.
     """
-    own, tail = without_chat_marks(own), after_last(without_chat_marks(final), "</think>")
+    own, final = without_chat_marks(own), without_chat_marks(final)
+    tail = after_last(final, "</think>")
     if kind == "math":
-        found = boxed(tail)
-        return Reading(found[-1] if found else None, balanced(own, "think") and len(found) == 1,
-                       asks=bool(found) and bool(found[-1]))
-    answer = last_opened(tail, "answer")
-    if answer is None and kind == "vstar_chart":  # the release's perception rule takes one inside the thinking, too
-        answer = last_opened(without_chat_marks(final), "answer")
+        boxes = [content for content in boxed(tail) if content]
+        return Reading(boxes[-1] if boxes else None, balanced(own, "think") and len(boxes) == 1, asks=bool(boxes))
+    if kind == "vstar_chart":  # the release's perception rule takes an answer inside the thinking, too
+        answer = last_opened(final, "answer")
+    else:
+        answer = next(iter(blocks(tail, "answer")), None)
     usable = answer is not None and 0 < len(answer) < TOO_LONG
-    formed = balanced(own, "think") and balanced(tail, "answer") and usable
-    return Reading(answer, formed, looked, asks=usable)
+    return Reading(answer, balanced(own, "think") and balanced(tail, "answer") and usable, looked, asks=usable)
 
 
 def deepeyes(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, log_extra: Any = None,

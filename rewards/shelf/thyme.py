@@ -104,7 +104,7 @@ def thyme(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any 
     release = variant == "release"
     golds = [gold_of(t, gold) for t in trajectories]
     readings = [None if reference is None else
-                read(transcript(t, picture="<image>") if release else without_chat_marks(policy_text(t)))
+                read(transcript(t, picture="<image>") if release else without_chat_marks(policy_text(t), strip=False))
                 for t, reference in zip(trajectories, golds, strict=True)]
     rule = by_rule if release else _by_rule
     known = [None if reading is None or reference is None else False if not reading.answer
