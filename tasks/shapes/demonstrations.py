@@ -31,7 +31,7 @@ from tasks.shapes.language import (
 )
 from tasks.shapes.prompts import TAGS, pool, sample_scene_for, satisfies
 from tasks.shapes.render import render
-from tasks.shapes.world import COLORS, JITTERS, SHAPES, Object, Scene, free_places
+from tasks.shapes.world import COLORS, SHAPES, Object, Scene, free_places
 
 # Kinds of mistake by tag, with weights: only what GenEval's rules would punish. An extra object is no fault outside
 # counting, nor is a colour that nobody asked for.
@@ -114,7 +114,7 @@ def _extra(record: Record, scene: Scene, rng: np.random.Generator) -> Slip | Non
     if not places:
         return None
     model = scene.objects[int(rng.integers(len(scene.objects)))]
-    extra = replace(model, place=places[rng.integers(len(places))], jitter=int(rng.integers(len(JITTERS))))
+    extra = replace(model, place=places[rng.integers(len(places))])
     return Slip(Scene((*scene.objects, extra)), Mistake("extra", clause_of(extra)), None)
 
 
