@@ -22,6 +22,7 @@ MODES = ("standard", "strict", "graded", "graded_strict", "flow_grpo")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 SCORE_THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
+THRESHOLDS = (SCORE_THRESHOLD, COUNTING_THRESHOLD)
 MAX_OBJECTS = 16  # of one class
 OVERLAP_SLACK = 0.1  # share of both sizes by which two centres must be apart before a relation holds
 
@@ -31,7 +32,7 @@ class RecordColumnError(UserError):
 
 
 def evaluate(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]],
-             mode: Mode = "standard") -> tuple[bool | float, str]:
+             mode: Mode = "standard", thresholds: tuple[float, float] = THRESHOLDS) -> tuple[bool | float, str]:
     """Judge one picture against one record.
 
     Args:
@@ -39,14 +40,16 @@ def evaluate(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]
         detections: by class, Detected or mappings with `box`, `score`, `color`; in any order.
         mode: "standard" is the released scorer. "strict" wants the exact count of every included class and ignores
             `exclude`. "graded" gives a float in [0, 1] (see `grade`) that is 1 exactly where "standard" is correct,
-            "graded_strict" one that is 1 exactly where "strict" is. "flow_grpo" is the graded score of the reward server
-            that flow_grpo trains against, quirks included (see `flow_grpo_score`): at most 1, unbounded below.
+            "graded_strict" one that is 1 exactly where "strict" is. "flow_grpo" is the graded score of the reward
+            server that flow_grpo trains against, quirks included (see `flow_grpo_score`): at most 1, unbounded below.
+        thresholds: scores that an object must exceed, and one in a record tagged counting. GenEval's are Mask2Former's;
+            a detector with other scores needs others.
 
     Returns:
         (correct, reason): the reason is empty where nothing is wrong, else one line a fault.
     """
     check_mode(mode)
-    objects = kept(metadata, detections)
+    objects = kept(metadata, detections, thresholds)
     strict = mode.endswith("strict") or mode == "flow_grpo"
     correct, reasons = _judge(metadata, objects, strict)
     verdict: bool | float = correct
@@ -75,9 +78,10 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
     return {name for name, holds in held.items() if holds}
 
 
-def kept(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]]) -> Detections:
+def kept(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]],
+         thresholds: tuple[float, float] = THRESHOLDS) -> Detections:
     """Above the threshold, best first, at most MAX_OBJECTS a class."""
-    threshold = COUNTING_THRESHOLD if metadata.get("tag") == "counting" else SCORE_THRESHOLD
+    threshold = thresholds[metadata.get("tag") == "counting"]
     best: Detections = {}
     for name, found in detections.items():
         objects = [o if isinstance(o, Detected) else Detected(tuple(o["box"]), o["score"], o.get("color"))
@@ -245,7 +249,8 @@ def check_record(detector: CachedDetector, record: Mapping[str, Any], where: str
 
 
 def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str, Any]], setting: Setting, mode: Mode,
-                   reward: str = "geneval") -> list[tuple[bool | float, str]]:
+                   reward: str = "geneval",
+                   thresholds: tuple[float, float] = THRESHOLDS) -> list[tuple[bool | float, str]]:
     """`evaluate` for each picture and its record, through the shared detector.
 
     Raises UnknownClass for a record that names a class the detector cannot see.
@@ -255,27 +260,34 @@ def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str
         check_record(detector, record, f"prompt '{record.get('prompt', '')}'")
     found = detector.detect(pictures, [classes_of(record) for record in records],
                             [colored_of(record) for record in records])
-    return [evaluate(record, objects, mode) for record, objects in zip(records, found, strict=True)]
+    return [evaluate(record, objects, mode, thresholds) for record, objects in zip(records, found, strict=True)]
 
 
 def geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any = None,
             picture: Literal["final", "first", "each"] = "final", mode: Mode = "standard",
+            threshold: float = SCORE_THRESHOLD, counting_threshold: float = COUNTING_THRESHOLD,
             **columns: Any) -> list[float | dict[int, float] | None]:
     """Whether the final (or first) picture shows what the prompt asks for: 1 or 0, or a share of it when graded.
 
     A thought without a picture earns 0: the task was to draw. A record without `include` has no ground truth: None.
-    With picture "each", every picture is scored and its own segment is credited: {segment: score}.
+    With picture "each", every picture is scored and its own segment is credited: {segment: score}. An object counts
+    above `threshold`, and in a record tagged counting above `counting_threshold`: the values are GenEval's, for
+    Mask2Former; another detector's scores mean something else.
     """
     check_mode(mode)
+    thresholds = (threshold, counting_threshold)
+    if not all(0 <= score < 1 for score in thresholds):
+        raise UserError(f"geneval: thresholds are {threshold} and {counting_threshold}; they are scores, from 0 to "
+                        f"below 1")
     if picture == "each":
-        return _each(trajectories, setting, mode)
+        return _each(trajectories, setting, mode, thresholds)
     if picture not in ("final", "first"):
         raise UserError(f"geneval: no picture '{picture}'. Known: final, first, each")
     drawn = [[p for _, p in policy_pictures(t)] for t in trajectories]
     rows = [i for i, t in enumerate(trajectories) if t.record.get("include") and drawn[i]]
     chosen = [drawn[i][-1 if picture == "final" else 0] for i in rows]
-    verdicts = dict(zip(rows, score_pictures(chosen, [trajectories[i].record for i in rows], setting, mode),
-                        strict=True))
+    verdicts = dict(zip(rows, score_pictures(chosen, [trajectories[i].record for i in rows], setting, mode,
+                                             thresholds=thresholds), strict=True))
     reasons = [verdicts[i][1] if i in verdicts else "no picture" for i in range(len(trajectories))]
     if log_extra is not None:
         log_extra("reason", reasons)
@@ -283,11 +295,13 @@ def geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any
             for i, t in enumerate(trajectories)]
 
 
-def _each(trajectories: Sequence[Trajectory], setting: Setting, mode: Mode) -> list[float | dict[int, float] | None]:
+def _each(trajectories: Sequence[Trajectory], setting: Setting, mode: Mode,
+          thresholds: tuple[float, float]) -> list[float | dict[int, float] | None]:
     places = [(row, segment, drawn) for row, t in enumerate(trajectories) if t.record.get("include")
               for segment, drawn in policy_pictures(t)]
     verdicts = score_pictures([drawn for _, _, drawn in places],
-                              [trajectories[row].record for row, _, _ in places], setting, mode)
+                              [trajectories[row].record for row, _, _ in places], setting, mode,
+                              thresholds=thresholds)
     credits: dict[int, dict[int, float]] = {}
     for (row, segment, _), (score, _reason) in zip(places, verdicts, strict=True):
         credits.setdefault(row, {})[segment] = float(score)

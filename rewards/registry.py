@@ -52,6 +52,56 @@ REWARDS: dict[str, Registered] = _by_name(
     Registered("format", "rewards.format:format_reward",
                "1 if the thought is a sentence of its format, else 0; graded: the share of well-formed segments",
                "this project; the rule is the ThoughtFormat's own"),
+    # ---- pictures that were drawn
+    Registered("flow_grpo_geneval", "rewards.shelf.flow_grpo:flow_grpo_geneval",
+               "mean over clauses of 1 - |n - found| / n, of 1 - |n - hits| / n for colours, and of places; at most 1, "
+               "unbounded below",
+               "Flow-GRPO, arXiv:2505.05470; yifan123/reward-server reward_server/gen_eval.py",
+               inputs="the record in GenEval's schema; the final picture",
+               differs="as released: five found for one wanted pay -3, a wrong place adds a 0 and still the 1 for a "
+                       "right one; geneval with mode graded or graded_strict has neither", needs_detector=True),
+    Registered("t2i_r1_detector", "rewards.shelf.t2i_r1:t2i_r1_detector",
+               "spatial: 0.2 an object found + 0.5 relation; numeracy: mean of 1 exact, 0.2 other, 0 none; objects: "
+               "share found",
+               "T2I-R1, arXiv:2505.00703; CaraJ7/T2I-R1 src/t2i-r1/src/utils/reward_gdino.py",
+               inputs="columns object_1, object_2, relation, or counts, or objects, or GenEval's include; the final "
+                      "picture",
+               differs="repaired (default): above and on top of are paid, near is measured in px, suppression on "
+                       "corners; release has the three faults", needs_detector=True),
+    Registered("t2i_r1_yes", "rewards.shelf.t2i_r1:t2i_r1_yes",
+               "mean over the record's phrases of P(yes) / (P(yes) + P(no)) that the picture shows them",
+               "T2I-R1, arXiv:2505.00703; CaraJ7/T2I-R1 src/t2i-r1/src/utils/reward_git.py",
+               inputs="columns task, phrases, objects; the final picture",
+               differs="repaired (default) is None for prompts about places and counts; release pays them 0",
+               needs_judge=True, place="process"),
+    Registered("janus_pro_r1", "rewards.shelf.janus_pro_r1:janus_pro_r1",
+               "draw: P(yes) of the first picture; self-check: 1 - |P(yes) - said yes|; redraw: P(yes) of the final "
+               "picture; each credits its segment",
+               "Janus-Pro-R1, arXiv:2506.01480; wendell0218/Janus-Pro-R1 janus-rl/src/open_r1/grpo_trainer_t2iv1.py",
+               inputs="the prompt; first and final picture, and the check between them",
+               differs="a picture that was not scored is None, where the release's scorer in process leaves 0 and "
+                       "so pays for saying no", needs_judge=True, place="process"),
+    Registered("janus_pro_r1_geneval", "rewards.shelf.janus_pro_r1:janus_pro_r1_geneval",
+               "as janus_pro_r1, with GenEval's graded score in place of P(yes)",
+               "Janus-Pro-R1, arXiv:2506.01480; the score is this project's",
+               inputs="the record in GenEval's schema; first and final picture, and the check between them",
+               needs_detector=True),
+    Registered("got_r1", "rewards.shelf.got_r1:got_r1",
+               "mean over planned boxes of their IoU with the box of the object found for them (the factor R_RI of "
+               "R_PI * (R_sem + R_spa) * R_RI)",
+               "GoT-R1, arXiv:2505.17022, and the README of gogoduan/GoT-R1; pairing and mean are this project's",
+               inputs="boxes in the policy's words before the final picture; the final picture", needs_detector=True),
+    Registered("clip_similarity", "rewards.clip_similarity:clip_similarity",
+               "cosine of the prompt's and the picture's embedding, in [-1, 1]; clipscore: 2.5 max(cosine, 0)",
+               "CLIP, arXiv:2103.00020; CLIPScore, arXiv:2104.08718, equation 1",
+               inputs="the prompt; the final picture", place="process"),
+    Registered("pickscore", "rewards.preference:pickscore",
+               "exp(logit scale) * cosine of prompt and picture / divisor",
+               "PickScore, arXiv:2305.01569, equation 1; the divisor 26 is flow_grpo's",
+               inputs="the prompt; the final picture", place="process"),
+    Registered("hps", "rewards.preference:hps", "cosine of prompt and picture under HPS v2.1's weights",
+               "HPS v2, arXiv:2306.09341; as used by T2I-R1", inputs="the prompt; the final picture",
+               place="process"),
     # ---- answers, and thinking with pictures by tools
     Registered("answer", "rewards.answers:answer",
                "how right the final answer is, in [0, 1], by kind: math, choice, exact, f1, anls or numeric; 0 "

@@ -46,6 +46,28 @@ def folder_of(path: str, needed: str, download: bool = False, where: str = "path
     return found
 
 
+def file_of(path: str, download: bool = False, where: str = "path") -> Path:
+    """One file of weights: a local file, or organisation/repository/file in the hub cache.
+
+    Raises:
+        WeightsError: neither is there.
+    """
+    file = Path(path).expanduser()
+    if file.is_file():
+        return file
+    if file.is_absolute() or path.startswith((".", "~")) or path.count("/") < 2:
+        raise WeightsError(f"{where}: no file {file} (seen from {Path.cwd()})")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    organisation, repository, name = path.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{organisation}/{repository}", name, local_files_only=not download))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        hint = f"the hub said: {error}" if download else "set `download: true` to fetch it"
+        raise WeightsError(f"{where}: '{path}' is neither a file here nor one in the hub cache; {hint}") from None
+
+
 def device_of(name: str, where: str = "device") -> str:
     """"auto" is a CUDA device where there is one, else the CPU. Raises WeightsError for a device that is not there."""
     import torch

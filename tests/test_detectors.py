@@ -402,7 +402,8 @@ def test_a_recipe_builds_its_detector_and_a_class_or_colour_it_lacks_stops_it_be
     recipe = {"parts": {"a": {"function": "geneval"}}, "detector": written}
     with Judge(RewardsConfig.model_validate(recipe), Coco(record("computer mouse", color="red"))) as judge:
         assert judge.setting.detector.classes == GENEVAL_CLASSES
-    with pytest.raises(UnknownClass, match="'a photo of a mouse' \\(train\\) asks for 'mouse', which the detector cannot see.*computer mouse"):
+    with pytest.raises(UnknownClass, match="'a photo of a mouse' \\(train\\) asks for 'mouse', which the detector "
+                                           "cannot see.*computer mouse"):
         Judge(RewardsConfig.model_validate(recipe), Coco(record("mouse")))
     written["colors"] = None
     with Judge(RewardsConfig.model_validate(recipe), Coco(record("bus"))):

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny_models
 from grid_world import GridWorld, draw
 from rewards_helpers import from_parts, image, text, thought
 
@@ -48,6 +49,9 @@ class AgreeingJudge:
     def agrees(self, checks):
         return [True for _ in checks]
 
+    def yes_probability(self, questions):
+        return [1.0 for _ in questions]
+
     def ask(self, questions):
         return [Reply('{"Consistency": 1}') for _ in questions]
 
@@ -72,7 +76,7 @@ def thoughts(setting):
 # Where "7" is no reference of the kind that a reward reads, and what else its records must say.
 REFERENCES = {"box_iou": [0, 0, 2, 2], "temporal_iou": [0, 1], "visual_arft": "<answer> 7 </answer>",
               "vr_thinker": {"OA": 1, "TA": 0}}
-COLUMNS = {"vrag": {"file_name": "report.pdf", "reference_pages": [1]}, "vista": {"tool_outputs": {"7": "a table"}}}
+COLUMNS = {"t2i_r1_yes": {"objects": ["a dog"]}, "vrag": {"file_name": "report.pdf", "reference_pages": [1]}, "vista": {"tool_outputs": {"7": "a table"}}}
 GRID = {"grid": ["S.", "#G"]}
 
 
@@ -89,12 +93,22 @@ def fitting(name, setting, thoughts):
     return setting, own
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """By reward, the options that name its model: real classes, tiny random weights."""
+    root = tmp_path_factory.mktemp("weights")
+    clip, other = str(tiny_models.clip(root / "clip")), str(tiny_models.open_clip_model(root / "open_clip"))
+    return {"clip_similarity": {"path": other}, "hps": {"path": other, "quick_gelu": True},
+            "pickscore": {"path": clip, "processor": None}}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_one_finite_value_a_thought_whatever_it_is_and_nothing_is_changed(name, setting, thoughts):
+def test_one_finite_value_a_thought_whatever_it_is_and_nothing_is_changed(name, setting, thoughts, weights):
     setting, thoughts = fitting(name, setting, thoughts)
     before = copy.deepcopy(thoughts)
     function = load_reward(name)
-    values, logs = call(function, name, thoughts, options={}, state=TrainerState(), view="auto", setting=setting)
+    options = weights.get(name, {})
+    values, logs = call(function, name, thoughts, options=options, state=TrainerState(), view="auto", setting=setting)
     assert len(values) == len(thoughts)
     numbers = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
     assert all(value is None or math.isfinite(value) for value in numbers)
@@ -103,18 +117,19 @@ def test_one_finite_value_a_thought_whatever_it_is_and_nothing_is_changed(name, 
     assert all(len(column) == len(thoughts) for column in logs.columns.values())
     for old, new in zip(before, thoughts, strict=True):
         assert [s.text for s in old.segments] == [s.text for s in new.segments] and old.record == new.record
-    again, _ = call(function, name, thoughts, options={}, state=TrainerState(), view="auto", setting=setting)
+    again, _ = call(function, name, thoughts, options=options, state=TrainerState(), view="auto", setting=setting)
     assert again == values
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_thoughts_no_values(name, setting):
-    assert call(load_reward(name), name, [], options={}, state=TrainerState(), view="auto", setting=setting)[0] == []
+def test_no_thoughts_no_values(name, setting, weights):
+    assert call(load_reward(name), name, [], options=weights.get(name, {}), state=TrainerState(), view="auto",
+                setting=setting)[0] == []
 
 
 # A format's grammar says where an observation may stand, so one elsewhere is a violation.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "format"])
-def test_what_the_environment_wrote_changes_nothing(name, setting, thoughts):
+def test_what_the_environment_wrote_changes_nothing(name, setting, thoughts, weights):
     noise = [Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, text="wrong color red circle"),
              Segment("observation", Author.ENVIRONMENT, Modality.IMAGE_TOKENS, False,
                      picture=np.zeros((32, 32, 3), np.uint8))]
@@ -123,8 +138,8 @@ def test_what_the_environment_wrote_changes_nothing(name, setting, thoughts):
     for t in watched:
         t.segments += noise
     function = load_reward(name)
-    plain, seen = (call(function, name, rows, options={}, state=TrainerState(), view="auto", setting=setting)[0]
-                   for rows in (thoughts, watched))
+    plain, seen = (call(function, name, rows, options=weights.get(name, {}), state=TrainerState(), view="auto",
+                        setting=setting)[0] for rows in (thoughts, watched))
     assert seen == plain
 
 

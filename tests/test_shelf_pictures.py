@@ -1,0 +1,412 @@
+"""Rewards on drawn pictures from the shelf: parity with the releases, hand-computed tables, and every relation on
+rendered scenes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rewards_helpers import image, text, thought
+
+from rewards.base import RewardError, Setting
+from rewards.detectors.base import Detected, UnknownClass
+from rewards.detectors.shapes import TaskDetector
+from rewards.geneval import geneval
+from rewards.shelf import got_r1 as got
+from rewards.shelf import janus_pro_r1 as janus
+from rewards.shelf import t2i_r1 as t2i
+from rewards.shelf.flow_grpo import flow_grpo_geneval
+from rollout.errors import UserError
+from rollout.trajectory import Author
+from tasks.registry import get_task
+from tasks.shapes.render import render
+from tasks.shapes.world import PLACES, Object, Scene
+
+FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
+
+
+def records(name):
+    path = FIXTURES / "rewards" / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"no reference records at {path}; set UNDERDRAWING_FIXTURES")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows
+    return rows
+
+
+# ---- parity -----------------------------------------------------------------------------------------------------
+
+def t2i_score(record, variant):
+    given = record["inputs"]
+    found = {d["phrase"]: (d["boxes"], d["scores"]) for d in given.get("detections", ())}
+    if record["function"] == "spatial":
+        return t2i.spatial(found, given["object_1"], given["object_2"], given["relation"], given["image_size"], variant)
+    if record["function"] == "numeracy":
+        return t2i.numeracy(found, [(row["object"], row["count"]) for row in given["counts"]], variant)
+    if record["function"] == "objects":
+        return t2i.objects_share(found, given["objects"])
+    return t2i.yes_share(given["logits"], given["task"], given["phrases"], given["objects"], variant)
+
+
+@pytest.mark.parity
+def test_t2i_r1_equals_the_release_and_its_repair():
+    for number, record in enumerate(records("t2i_r1")):
+        assert t2i_score(record, "release") == pytest.approx(record["outputs"]["total"], abs=1e-4), number
+        if "total_repaired" in record["outputs"]:
+            repaired = t2i_score(record, "repaired")
+            assert repaired == pytest.approx(record["outputs"]["total_repaired"], abs=1e-4), number
+
+
+class Placed:
+    """Sees the fixture's boxes, whatever the picture is."""
+
+    open_vocabulary, classes = True, ()
+
+    def __init__(self, detections, size):
+        self.detections, self.size = detections, size
+
+    def detect_phrases(self, pictures, phrases):
+        width, height = self.size
+        return [{d["phrase"]: [Detected(((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width,
+                                         (y + h / 2) * height), score)
+                               for (x, y, w, h), score in zip(d["boxes"], d["scores"], strict=True)]
+                 for d in self.detections if d["phrase"] in some} for some in phrases]
+
+
+@pytest.mark.parity
+def test_t2i_r1_gives_the_same_through_a_detector_and_a_trajectory():
+    for number, record in enumerate(records("t2i_r1")):
+        if record["function"] == "yes_share":
+            continue
+        given = record["inputs"]
+        size = given.get("image_size", [384, 384])
+        setting = Setting.of(None, None, Placed(given["detections"], size))
+        row = thought({key: given[key] for key in ("object_1", "object_2", "relation", "counts", "objects")
+                       if key in given}, image("sketch", np.zeros((size[1], size[0], 3), np.uint8)))
+        for variant, key in (("release", "total"), ("repaired", "total_repaired")):
+            if key in record["outputs"]:
+                got_value, = t2i.t2i_r1_detector([row], setting, variant=variant)
+                assert got_value == pytest.approx(record["outputs"][key], abs=1e-4), (number, variant)
+
+
+@pytest.mark.parity
+def test_janus_pro_r1_equals_the_release():
+    for number, record in enumerate(records("janus_pro_r1")):
+        given, expected = record["inputs"], record["outputs"]
+        rows = [janus.segments(*row) for row in zip(given["first_score"], given["final_score"],
+                                                    given["self_check_yes"], strict=True)]
+        assert [sum(row) for row in rows] == pytest.approx(expected["total"], abs=1e-4), number
+        for part, name in enumerate(("draw", "self_check", "redraw")):
+            column = [row[part] for row in rows]
+            assert column == pytest.approx(expected[name], abs=1e-4), (number, name)
+            credit = janus.advantages(column, given["group_size"])
+            assert credit == pytest.approx(expected[f"advantage_{name}"], abs=1e-3), (number, name)
+
+
+class Says:
+    """A judge that gives each picture the probability written into its first pixel, in per mille; None from 65 on."""
+
+    def __init__(self):
+        self.asked = []
+
+    def yes_probability(self, questions):
+        values = []
+        for question in questions:
+            self.asked.append(question.messages[-1]["content"][-1]["text"])
+            marked = question.messages[-1]["content"][0]["image"][0, 0]
+            values.append(None if marked[0] > 64 else (int(marked[0]) * 256 + int(marked[1])) / 10_000)
+        return values
+
+
+def marked(probability):
+    value = round(probability * 10_000) if probability is not None else 65 * 256
+    picture = np.zeros((4, 4, 3), np.uint8)
+    picture[0, 0, :2] = divmod(value, 256)
+    return picture
+
+
+@pytest.mark.parity
+def test_janus_pro_r1_gives_the_same_through_trajectories():
+    for number, record in enumerate(records("janus_pro_r1")):
+        given = record["inputs"]
+        rows = []
+        for first, final, yes in zip(given["first_score"], given["final_score"], given["self_check_yes"], strict=True):
+            again = [] if yes and first == final else [image("sketch", marked(final))]
+            rows.append(thought({}, image("sketch", marked(first)), text("inspect", "Yes" if yes else "No"), *again))
+        totals = janus.janus_pro_r1(rows, Setting(judge=Says()), credit="trajectory")
+        assert totals == pytest.approx(record["outputs"]["total"], abs=1e-3), number
+        for row, credited in enumerate(janus.janus_pro_r1(rows, Setting(judge=Says()))):
+            expected = {1: record["outputs"]["draw"][row], 2: record["outputs"]["self_check"][row],
+                        3: record["outputs"]["redraw"][row]}
+            assert credited == pytest.approx({k: expected[k] for k in credited}, abs=1e-3)
+
+
+# ---- T2I-R1 by hand ---------------------------------------------------------------------------------------------
+
+LEFT, RIGHT = (0.2, 0.5, 0.2, 0.2), (0.8, 0.5, 0.2, 0.2)
+TOP, CORNER = (0.5, 0.1, 0.2, 0.2), (0.9, 0.9, 0.1, 0.1)
+SIZE = (1000, 1000)
+
+
+@pytest.mark.parametrize(("first", "second", "name", "repaired", "release"), [
+    (LEFT, RIGHT, "left of", 1.0, 1.0),
+    (LEFT, RIGHT, "on the right of", 0.0, 0.0),
+    (TOP, (0.5, 0.9, 0.2, 0.2), "above", 1.0, 0.0),  # the naive reading of "above" is never paid by the release
+    (TOP, (0.5, 0.9, 0.2, 0.2), "on top of", 1.0, 0.0),
+    (TOP, (0.5, 0.9, 0.2, 0.2), "on the top of", 1.0, 1.0),
+    (TOP, (0.5, 0.9, 0.2, 0.2), "below", 0.0, 0.0),
+    ((0.5, 0.9, 0.2, 0.2), TOP, "below", 1.0, 1.0),
+    # a diagonal further apart in y than in x is not "left"
+    ((0.3, 0.1, 0.1, 0.1), (0.6, 0.6, 0.1, 0.1), "left of", 0.0, 0.0),
+    ((0.3, 0.1, 0.1, 0.1), (0.6, 0.3, 0.1, 0.1), "left of", 1.0, 1.0),
+    # boxes 0.4 wide, 0.2 apart: IoU (0.2 * 0.4) / (2 * 0.16 - 0.08) = 1/3, so 0.1 / (1/3)
+    ((0.4, 0.5, 0.4, 0.4), (0.6, 0.5, 0.4, 0.4), "left of", 0.3, 0.3),
+    # 700 and 600 px apart: 150 / 700; the release compares 0.7 with 150
+    ((0.1, 0.1, 0.1, 0.1), (0.8, 0.7, 0.1, 0.1), "next to", 150 / 700, 1.0),
+    ((0.1, 0.1, 0.1, 0.1), (0.8, 0.2, 0.1, 0.1), "near", 1.0, 1.0),  # 100 px apart in y is near, whatever x is
+    (LEFT, RIGHT, "beside", 1.0, 0.0),  # a wording that the release lacks
+])
+def test_relations_by_hand(first, second, name, repaired, release):
+    assert t2i.relation(first, second, name, SIZE) == pytest.approx(repaired)
+    assert t2i.relation(first, second, name, SIZE, "release") == pytest.approx(release)
+
+
+def test_spatial_by_hand():
+    found = {"cat": ([LEFT, CORNER], [0.9, 0.4]), "dog": ([RIGHT], [0.5])}
+    assert t2i.spatial(found, "cat", "dog", "left of", SIZE) == pytest.approx(0.9)  # 0.2 + 0.2 + 0.5
+    assert t2i.spatial(found, "cat", "dog", "right of", SIZE) == pytest.approx(0.4)
+    assert t2i.spatial(found, "cat", "bird", "left of", SIZE) == pytest.approx(0.2)
+    assert t2i.spatial(found, "cat", "cat", "left of", SIZE) == 0
+    surer = {**found, "cat": ([LEFT, CORNER], [0.4, 0.9])}  # the most certain cat is the one in the corner
+    assert t2i.spatial(surer, "cat", "dog", "left of", SIZE) == pytest.approx(0.4)
+    with pytest.raises(RewardError, match="no relation 'behind'"):
+        t2i.spatial(found, "cat", "dog", "behind", SIZE)
+
+
+def test_numeracy_by_hand():
+    # two boxes on one object (IoU 0.81) and one apart: 2 objects
+    twice = ([(0.2, 0.2, 0.2, 0.2), (0.21, 0.21, 0.2, 0.2), RIGHT], [0.9, 0.8, 0.7])
+    assert t2i.numeracy({"cat": twice}, [("cat", 2)]) == 1.0
+    assert t2i.numeracy({"cat": twice}, [("cat", 3)]) == pytest.approx(0.2)
+    assert t2i.numeracy({"cat": twice}, [("cat", 2), ("dog", 1)]) == pytest.approx(0.5)
+    # as corners (0.2, 0.2, 0.2, 0.2) encloses nothing: the release counts otherwise
+    assert t2i.kept(*twice, "repaired") == 2 and t2i.kept(*twice, "release") != 2
+
+
+def test_objects_and_yes_by_hand():
+    assert t2i.objects_share({"cat": ([LEFT], [0.9]), "dog": ([], [])}, ["cat", "dog"]) == 0.5
+    assert t2i.objects_share({}, []) == 1.0
+    even = {"red cat": {"yes": 1.0, "no": 1.0, "other": 9.0}, "dog": {"yes": math.log(3), "no": 0.0}}
+    assert t2i.yes_share(even, "attribute", ["red cat", "dog"], []) == pytest.approx((0.5 + 0.75) / 2)
+    assert t2i.yes_share(even, "spatial", ["dog"], []) is None
+    assert t2i.yes_share(even, "spatial", ["dog"], [], "release") == 0.0
+
+
+def test_t2i_r1_yes_asks_once_a_phrase_and_an_unjudged_phrase_leaves_the_thought_unjudged():
+    judge = Says()
+    rows = [thought({"task": "attribute", "phrases": ["a red cat", "a dog"]}, image("sketch", marked(0.5))),
+            thought({"task": "attribute", "objects": ["cat"]}, image("sketch", marked(None))),
+            thought({"task": "numeracy", "objects": ["cat"]}, image("sketch", marked(0.5))),
+            thought({"task": "complex", "objects": []}, image("sketch", marked(0.5))),
+            thought({"task": "complex", "objects": ["cat"]}), thought({})]
+    assert t2i.t2i_r1_yes(rows, Setting(judge=judge)) == [0.5, None, None, 1.0, 0.0, None]
+    assert judge.asked == ["Does the picture show a red cat? Answer with yes or no.",
+                           "Does the picture show a dog? Answer with yes or no.",
+                           "Does the picture show cat? Answer with yes or no."]
+    with pytest.raises(RewardError, match="'t2i_r1_yes' asks a judge"):
+        t2i.t2i_r1_yes(rows, Setting())
+
+
+# ---- relations on rendered scenes ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def shapes():
+    task = get_task("shapes")
+    return Setting.of(task, None, TaskDetector.of(task))
+
+
+def scene(circle, square):
+    """A red circle and a blue square at named places."""
+    return render(Scene((Object("circle", "red", PLACES.index(circle)), Object("square", "blue",
+                                                                               PLACES.index(square)))))
+
+
+def placed(relation):
+    return {"tag": "position", "prompt": f"a circle {relation} a square",
+            "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": [relation, 0]}]}
+
+
+HOLDS = {"left of": ("left", "right"), "right of": ("right", "left"), "above": ("top", "bottom"),
+         "below": ("bottom", "top")}
+
+
+@pytest.mark.parametrize("asked", HOLDS)
+@pytest.mark.parametrize("drawn", HOLDS)
+def test_every_relation_pays_and_refuses_on_rendered_scenes(shapes, asked, drawn):
+    row = thought(placed(asked), image("sketch", scene(*HOLDS[drawn])))
+    holds = asked == drawn
+    assert geneval([row], shapes) == [float(holds)]
+    assert geneval([row], shapes, mode="strict") == [float(holds)]
+    assert geneval([row], shapes, mode="graded") == [pytest.approx(1.0 if holds else 2 / 3)]
+    assert flow_grpo_geneval([row], shapes) == [pytest.approx(1.0 if holds else 0.75)]
+    assert t2i.t2i_r1_detector([row], shapes) == [pytest.approx(0.9 if holds else 0.4)]
+    paid_by_release = holds and asked != "above"
+    assert t2i.t2i_r1_detector([row], shapes, variant="release") == [pytest.approx(0.9 if paid_by_release else 0.4)]
+
+
+@pytest.mark.parametrize("wording", [*t2i.LEFT, *t2i.RIGHT, *t2i.ABOVE, *t2i.BELOW])
+def test_every_wording_of_a_relation_pays_and_refuses(shapes, wording):
+    means = next(name for names, name in ((t2i.LEFT, "left of"), (t2i.RIGHT, "right of"), (t2i.ABOVE, "above"),
+                                          (t2i.BELOW, "below")) if wording in names)
+    columns = {"object_1": "circle", "object_2": "square", "relation": wording}
+    for drawn, places in HOLDS.items():
+        paid, = t2i.t2i_r1_detector([thought(columns, image("sketch", scene(*places)))], shapes)
+        assert paid == pytest.approx(0.9 if drawn == means else 0.4), (wording, drawn)
+
+
+@pytest.mark.parametrize("wording", t2i.NEAR)
+def test_near_pays_and_refuses(shapes, wording):
+    columns = {"object_1": "circle", "object_2": "square", "relation": wording}
+
+    class Large:  # the same scene as if it were drawn 16 times as large: 512 px
+        classes = ("circle", "square", "triangle", "cross")
+
+        def detect(self, pictures):
+            found = shapes.detector.detector.detect([p[::16, ::16] for p in pictures])
+            return [{name: [Detected(tuple(16 * c for c in o.box), o.score) for o in items]
+                     for name, items in objects.items()} for objects in found]
+
+    large = Setting.of(None, None, Large())
+    near, far = (np.kron(scene(*places), np.ones((16, 16, 1), np.uint8)) for places in (
+        ("left", "right"), ("top-left", "bottom-right")))
+    rows = [thought(columns, image("sketch", picture)) for picture in (near, far)]
+    paid = t2i.t2i_r1_detector(rows, large)
+    assert paid[0] == pytest.approx(0.9)  # on one height
+    assert paid[1] == pytest.approx(0.4 + 0.5 * 150 / 256)  # 16 px of 32 apart on both axes: 256 px
+    known = wording in ("near", "next to", "on side of")
+    assert t2i.t2i_r1_detector(rows, large, variant="release") == pytest.approx([0.9 if known else 0.4] * 2)
+
+
+def test_t2i_r1_reads_genevals_records_counts_and_objects(shapes):
+    two = render(Scene((Object("circle", "red", 0), Object("circle", "blue", 8))))
+    counting = {"tag": "counting", "include": [{"class": "circle", "count": 2}],
+                "exclude": [{"class": "circle", "count": 3}]}
+    both = {"tag": "two_object", "include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1}]}
+    rows = [thought(counting, image("sketch", two)), thought({**counting, "include": [{"class": "circle", "count": 3}]},
+                                                             image("sketch", two)),
+            thought(both, image("sketch", two)), thought(both), thought({}, image("sketch", two)),
+            thought({"object_1": "circle", "object_2": "square", "relation": "behind"}, image("sketch", two))]
+    assert t2i.t2i_r1_detector(rows, shapes) == [1.0, pytest.approx(0.2), 0.5, 0.0, None, None]
+    with pytest.raises(UnknownClass, match="'zebra'"):
+        t2i.t2i_r1_detector([thought({"objects": ["zebra"]}, image("sketch", two))], shapes)
+    with pytest.raises(UserError, match="no variant 'paper'"):
+        t2i.t2i_r1_detector([], shapes, variant="paper")
+
+
+# ---- Janus-Pro-R1 by hand -----------------------------------------------------------------------------------------
+
+def test_janus_by_hand():
+    assert janus.segments(0.9, 0.9, True) == pytest.approx((0.9, 0.9, 0.9))
+    assert janus.segments(0.9, 0.2, False) == pytest.approx((0.9, 0.1, 0.2))  # a wrong "no" is paid 0.1, not 0.9
+    # mean 0.5, sample standard deviation sqrt(0.08) = 0.28284 (the population's would be 0.2)
+    assert janus.advantages([0.3, 0.7], 2) == pytest.approx([-0.70686, 0.70686], abs=1e-5)  # 0.2 / 0.28294
+    assert janus.advantages([0.3, 0.3, 0.9, 0.9], 2) == [0, 0, 0, 0]
+
+
+def test_janus_credits_segments_and_leaves_the_unscored_unjudged():
+    rows = [thought({"prompt": "a cat"}, image("sketch", marked(0.8)), text("inspect", "No, the cat is missing"),
+                    image("sketch", marked(0.6))),
+            thought({}, image("sketch", marked(0.8)), text("inspect", "Yes.")),
+            thought({}, image("sketch", marked(0.8)), text("inspect", "hm"), image("sketch", marked(0.6))),
+            thought({}, image("sketch", marked(0.8)), image("sketch", marked(None))), thought({}),
+            thought({}, image("sketch", marked(0.8)))]
+    judge = Says()
+    logged = {}
+    credited = janus.janus_pro_r1(rows, Setting(judge=judge), lambda name, value: logged.update({name: value}))
+    assert credited[0] == pytest.approx({1: 0.8, 2: 0.2, 3: 0.6})
+    assert credited[1] == pytest.approx({1: 0.8, 2: 0.8})
+    assert credited[2] == pytest.approx({1: 0.8, 2: 0.0, 3: 0.6})  # unreadable: as wrong as can be
+    assert credited[3:5] == [None, 0.0] and credited[5] == pytest.approx({1: 0.8})
+    assert logged == {"says_yes": 0.5}
+    assert judge.asked[0] == janus.QUESTION.format(prompt="a cat") and len(judge.asked) == 8
+    totals = janus.janus_pro_r1(rows, Setting(judge=Says()), credit="trajectory")
+    assert totals == [pytest.approx(1.6), pytest.approx(2.4), pytest.approx(1.4), None, 0.0, pytest.approx(1.6)]
+
+
+def test_janus_by_the_detector_on_rendered_scenes(shapes):
+    good, bad = scene("left", "right"), scene("right", "left")
+    record = placed("left of")
+    rows = [thought(record, image("sketch", bad), text("inspect", "<inspect> wrong"), image("sketch", good)),
+            thought(record, image("sketch", good), text("inspect", "yes")), thought({}, image("sketch", good))]
+    fixed, kept, without = janus.janus_pro_r1_geneval(rows, shapes)
+    assert fixed == pytest.approx({1: 2 / 3, 2: 1 / 3, 3: 1.0})
+    assert kept == {1: 1.0, 2: 1.0} and without is None
+
+
+def test_what_a_self_check_says(shapes):
+    assert janus.says_yes("Yes, it does") is True and janus.says_yes("I say no.") is False
+    assert janus.says_yes("yesterday") is None and janus.says_yes("nothing") is None
+    for words, verdict in (("<inspect> fine", True), ("<inspect> wrong", False)):
+        read = shapes.task.claims(words).verdict
+        assert janus.says_yes(words, shapes.task) == (verdict if read is not None else None)
+
+
+# ---- GoT-R1 by hand -----------------------------------------------------------------------------------------------
+
+def test_got_formula_by_hand():
+    assert got.total(0.8, 0.5, 0.7, 0.5) == pytest.approx(0.48)
+    plan = [("dog", (0.0, 0.0, 10.0, 10.0)), ("dog", (20.0, 0.0, 30.0, 10.0)), ("cat", (0.0, 0.0, 10.0, 10.0))]
+    # the second dog exactly; the first shifted by 5: 50 / 150; no cat: 0
+    found = {"dog": [(20.0, 0.0, 30.0, 10.0), (5.0, 0.0, 15.0, 10.0)]}
+    assert got.reasoning_image(plan, found) == pytest.approx((1 + 1 / 3) / 3)
+    # one found dog serves one planned dog
+    assert got.reasoning_image(plan[:2], {"dog": [(20.0, 0.0, 30.0, 10.0)]}) == pytest.approx(0.5)
+    assert got.reasoning_image([], found) == 0.0
+
+
+def test_got_pairs_boxes_so_that_the_sum_is_largest():
+    plan = [("dog", (0.0, 0.0, 10.0, 10.0)), ("dog", (6.0, 0.0, 16.0, 10.0))]
+    near_both, far_left = (4.0, 0.0, 14.0, 10.0), (-4.0, 0.0, 6.0, 10.0)
+    # greedy: the best pair is (second, near_both) 80/120, then (first, far_left) 60/140
+    assert got.reasoning_image(plan, {"dog": [near_both, far_left]}) == pytest.approx((80 / 120 + 60 / 140) / 2)
+
+
+@pytest.mark.parametrize(("words", "names", "expected"), [
+    ("a playful brown dog (100,200),(350,450) and a cat (500, 0), (900, 400)", (),
+     [("playful brown dog", (100, 200, 350, 450)), ("cat", (500, 0, 900, 400))]),
+    ("a playful brown dog (100,200),(350,450)", ("dog", "cat"), [("dog", (100, 200, 350, 450))]),
+    ("There is a hot dog at [10, 20, 30, 40].", ("dog", "hot dog"), [("hot dog", (10, 20, 30, 40))]),
+    ("A cat. Two dogs at (10,20),(30,40)", ("dog", "cat"), [("dog", (10, 20, 30, 40))]),
+    ("The cup is located at (30,40),(10,20)", (), [("cup", (10, 20, 30, 40))]),  # corners in the other order
+    ("a lion (1,2),(3,4)", ("dog",), []), ("a dog at (1,2)", ("dog",), []), ("", (), []),
+])
+def test_got_reads_plans(words, names, expected):
+    assert got.planned_boxes(words, names) == expected
+
+
+def test_got_on_rendered_scenes(shapes):
+    record = placed("left of")
+    circle = Object("circle", "red", PLACES.index("left")).box
+    square = Object("square", "blue", PLACES.index("right")).box
+
+    def plan(one, other):
+        a, b = ([round(c * 1000 / 32, 2) for c in box] for box in (one, other))
+        return f"a red circle ({a[0]},{a[1]}),({a[2]},{a[3]}), a blue square ({b[0]},{b[1]}),({b[2]},{b[3]})"
+
+    picture = scene("left", "right")
+    rows = [thought(record, text("plan", plan(circle, square)), image("sketch", picture)),
+            thought(record, text("plan", plan(square, circle)), image("sketch", picture)),
+            thought(record, text("plan", "a circle and a square"), image("sketch", picture)),
+            thought(record, text("plan", plan(circle, square))),
+            thought(record, text("hint", plan(circle, square), Author.ENVIRONMENT), image("sketch", picture)),
+            thought(record, image("sketch", picture), text("plan", plan(circle, square)))]
+    values = got.got_r1(rows, shapes)
+    assert values[0] == pytest.approx(1.0, abs=0.02) and values[1:] == [0.0] * 5
+    pixels = thought(record, text("plan", f"circle [{', '.join(map(str, circle))}]"), image("sketch", picture))
+    assert got.got_r1([pixels], shapes, frame="pixels") == [pytest.approx(1.0)]
+    with pytest.raises(UserError, match="no frame 'px'"):
+        got.got_r1([], shapes, frame="px")
