@@ -11,9 +11,14 @@ import os
 from pathlib import Path
 
 import pytest
+from rewards_helpers import text, thought
 
+from rewards.base import Setting
+from rewards.judge.base import Reply
 from rewards.overlap import ndcg
 from rewards.shelf import openthinkimg, vista, visual_arft, vrag
+from rewards.text import transcript
+from rollout.trajectory import Author
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = (ROOT / os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")).resolve() / "rewards"
@@ -112,6 +117,84 @@ def test_every_record_of_the_release(system):
         if bad or ("raises" in record["outputs"]) != ("raises" in found):
             wrong.append((number, record["function"], bad, record["outputs"], found))
     assert rows and not wrong, f"{len(wrong)} of {len(rows)}: {wrong[:3]}"
+
+
+# ---- the same records as thoughts, through the reward functions -----------------------------------------------------
+
+class Judge:
+    """Gives the record's verdict; as a frozen model it fails."""
+
+    def __init__(self, verdict=None):
+        self.verdict = verdict
+
+    def agrees(self, checks):
+        return [None if self.verdict is None else bool(self.verdict) for _ in checks]
+
+    def ask(self, questions):
+        return [Reply(None, "timeout", "no reply") for _ in questions]
+
+
+def vrag_thought(sample):
+    """The release's string, cut into segments of the policy and of the environment."""
+    parts, rest = [], sample["response_text"]
+    for turn in sample["turns"]:
+        before, rest = rest.split(turn["text"], 1) if turn["text"] else ("", rest)
+        own = turn["role"] == "assistant"
+        parts += [text("glue", before, Author.ENVIRONMENT)] if before else []
+        parts.append(text("answer" if own else "observation", turn["text"],
+                          Author.POLICY if own else Author.ENVIRONMENT))
+    made = thought({**{key: sample[key] for key in ("question", "ground_truth", "file_name", "reference_pages")}},
+                   *parts, *([text("glue", rest, Author.ENVIRONMENT)] if rest else []))
+    made.info["retrieved"] = sample["retrieved"]
+    assert transcript(made) == sample["response_text"].removeprefix(
+        "" if parts[0].author is Author.POLICY else parts[0].text)
+    return made
+
+
+def rewarded(record):
+    """(found, expected) totals of the reward function over thoughts; None where a record is no whole reward."""
+    function, inputs, expected = record["function"], record["inputs"], record["outputs"].get("total")
+    system, silent = record["system"], Setting(judge=Judge())
+    if system == "vrag" and function != "ndcg":
+        found = [vrag.vrag([vrag_thought(s)], Setting(judge=Judge(s["judge_verdict"])), mode=function,
+                           variant="release")[0] for s in inputs["samples"]]
+        return found, expected
+    if system == "visual_arft" and function != "f1":
+        task = record["variant"].removeprefix("release_")
+        row = thought({"ground_truth": inputs["ground_truth"]}, text("answer", inputs["response_text"]))
+        return visual_arft.visual_arft([row], task=task, variant="release")[0], expected
+    if system == "openthinkimg" and function == "trajectory":
+        glue = text("observation", "OBSERVATION", Author.ENVIRONMENT)
+        parts = [part for turn in inputs["turns"] for part in (text("answer", turn), glue)]
+        row = thought({"ground_truth": inputs["ground_truth"]}, *parts[:-1])
+        return openthinkimg.openthinkimg([row], variant="release")[0], expected
+    if system == "vista" and function == "tool_gain" and expected is not None:
+        picked = ",".join(map(str, sorted(record["outputs"]["tools"] or [])))
+        row = thought({"ground_truth": inputs["ground_truth"], "answer_without_tools": inputs["answer_without_tools"],
+                       "answers_with_tools": {picked: inputs["answer_with_tools"]}},
+                      text("answer", inputs["response_text"]))
+        return vista.vista([row], silent, variant="release")[0], expected
+    return None
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_record_through_the_reward_over_thoughts(system, monkeypatch):
+    compared = wrong = 0
+    for record in records(system):
+        cosine = record["inputs"].get("similarity")
+        monkeypatch.setattr(visual_arft, "sentence_encoder", lambda *_, c=cosine: FixedCosine(c))
+        pair = rewarded(record)
+        if pair is not None:
+            compared, wrong = compared + 1, wrong + (not close(*pair))
+    assert compared and not wrong
+
+
+class FixedCosine:
+    def __init__(self, cosine):
+        self.cosine = cosine
+
+    def similarities(self, pairs):
+        return [self.cosine for _ in pairs]
 
 
 def test_the_repaired_forms_differ_where_the_releases_are_wrong():

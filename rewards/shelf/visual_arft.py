@@ -17,6 +17,7 @@ without an error (and leaves unjudged what was not run), takes F1 over words as 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -25,7 +26,7 @@ from rewards.answers import normalised, parsed, token_f1, verified
 from rewards.base import RewardError
 from rewards.sentences import MINILM, sentence_encoder
 from rewards.shelf.asking import log_parts, one_of, totals
-from rewards.text import blocks, policy_turns, without_chat_marks
+from rewards.text import CHAT_MARKS, blocks, policy_turns, without_chat_marks
 from rewards.tool_use import tool_calls
 from rollout.errors import UserError
 from rollout.trajectory import Author, Trajectory
@@ -202,7 +203,7 @@ def visual_arft(trajectories: Sequence[Trajectory], setting: Any = None, log_met
         if kind is None:
             raise RewardError(f"visual_arft: the reference of '{t.prompt}' in '{gold}' has none of the tags "
                               f"{', '.join(KINDS[task])} of the task '{task}': {str(reference)[:80]!r}")
-        text = _step(t, kind)
+        text = _step(t, kind, variant)
         if variant == "release":
             rows.append(score_release(text, reference, task, similarity, code_pay, least))
             continue
@@ -213,8 +214,12 @@ def visual_arft(trajectories: Sequence[Trajectory], setting: Any = None, log_met
     return totals(rows)
 
 
-def _step(t: Trajectory, kind: str) -> str:
-    turns = [without_chat_marks(turn) for turn in policy_turns(t)] or [""]
+def _step(t: Trajectory, kind: str, variant: Variant) -> str:
+    turns = policy_turns(t) or [""]
+    if variant == "release":  # white space at the ends is a fault of form there
+        turns = [functools.reduce(lambda turn, mark: turn.replace(mark, ""), CHAT_MARKS, turn) for turn in turns]
+    else:
+        turns = [without_chat_marks(turn) for turn in turns]
     return next((turn for turn in reversed(turns) if f"<{kind}>" in turn), turns[-1])
 
 
