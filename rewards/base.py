@@ -79,10 +79,12 @@ class Setting:
 
 @dataclass
 class Logs:
-    """What a reward says beside its values. `metrics`: scalars of this call; `columns`: one value a row."""
+    """What a reward says beside its values. `metrics`: scalars of this call; `columns`: one value a row; `judge`: what
+    it asked of the judge, counted as JudgeClient.counts does."""
 
     metrics: dict[str, list[float]] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    judge: dict[str, int] = field(default_factory=dict)
 
     def log_metric(self, name: str, value: float) -> None:
         self.metrics.setdefault(name, []).append(float(value))

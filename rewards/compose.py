@@ -1,72 +1,33 @@
 """The judge: runs every part over a step's groups, combines them by the recipe's formula, fills the trajectories.
 
-The toolkit's own parts run here, in the driver; everybody else's run in processes of their own (isolate.py), all at
-once. A part that fails is called again, then its rows are None, counted and shown; past the recipe's limit the run
-stops. Only the part's fault is caught here: a UserError (a wrong length, a class the detector lacks) flies.
+The toolkit's quick parts run in one thread of the driver, beside the rollout; all others in workers of their own, in
+processes or Ray actors (workers.py). A part that fails is called again, then its rows are None, counted and shown; past
+the recipe's limit the run stops. judgement.py is one step of it. A part's UserError (a wrong length, a class that the
+detector lacks) flies.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.base import Logs, RewardFailed, Setting, TrainerState, Value, call, check_options, is_broken
-from rewards.config import PartConfig, RewardsConfig
-from rewards.detectors.base import Detector
-from rewards.detectors.registry import DetectorConfig, build_detector
-from rewards.detectors.shapes import TaskDetector
-from rewards.geneval import check_record
-from rewards.isolate import CallFailed, IsolatedReward, describe
-from rewards.loader import load_object, load_reward, make
+from rewards.base import RewardFailed, Setting, TrainerState, Value
+from rewards.config import PartConfig, RewardsConfig, WorkersConfig
+from rewards.detectors.base import CachedDetector, Detector
+from rewards.detectors.served import ServedDetector
+from rewards.judgement import Group, Judgement, JudgeReport, PartOutcome, report_of
 from rewards.registry import REWARDS
-from rollout.errors import UserError
+from rewards.serving import CallFailed, DetectorSpec, PartSpec, SettingSpec, check_prompts
+from rewards.workers import Fault, Lane, Part, Worker, workers_of
 from rollout.formats.base import ThoughtFormat
+from rollout.ray_cluster import Cluster, start_ray
 from rollout.trajectory import Trajectory
 
+__all__ = ["Fault", "Judge", "JudgeReport", "detector_of"]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One failed call of a part, for the log and the report."""
-
-    part: str
-    kind: str  # "raised", "timeout", "crash" or "nan"
-    message: str
-    attempt: int  # from 1
-    rows: int  # left unjudged by it; 0 if a later attempt succeeded
-    stack: str = ""  # where it hung or what it raised
-
-
-@dataclass
-class JudgeReport:
-    """What a judgement says beside the filled trajectories."""
-
-    metrics: dict[str, float]  # reward/mean, reward/<part>, reward/<part>/none, reward/<part>/<logged> ...
-    faults: list[Fault]
-    judged: int  # trajectories with a reward
-    unjudged: int
-
-    def sentences(self) -> list[str]:
-        """The faults, for a person to read."""
-        return [f"reward part '{f.part}', attempt {f.attempt}: {f.message}"
-                + (f"; {f.rows} trajectories go unjudged" if f.rows else "") for f in self.faults]
-
-
-@dataclass
-class _Outcome:
-    """One part over all trajectories."""
-
-    values: list[Value]
-    logs: Logs
-    faults: list[Fault] = field(default_factory=list)
-    failed_rows: int = 0  # None by the part's fault, unlike None by its choice
-    seconds: float = 0.0
 
 
 class Judge:
@@ -74,28 +35,28 @@ class Judge:
 
     def __init__(self, config: RewardsConfig, task: Any = None, fmt: ThoughtFormat | None = None,
                  detector: Detector | None = None, max_steps: int = 0) -> None:
-        """Load every part and start the processes of those that have one.
+        """Load every part and start the workers of those that have some.
 
         Raises:
-            UserError: a part that cannot be loaded, a detector that is missing or lacks a class of the task's prompts.
+            UserError: a part that cannot be loaded, a detector that is missing or lacks a class of the task's prompts,
+                a judge's endpoint that is down.
         """
         self.config, self.max_steps = config, max_steps
         self.expression = config.expression()
-        self.setting = Setting.of(task, fmt, detector if detector is not None else detector_of(config, task))
-        self._own: dict[str, Any] = {}
-        self._isolated: dict[str, IsolatedReward] = {}
+        self._spec = SettingSpec(task, fmt, detector if detector is not None else config.detector, config.judge)
+        self.parts: dict[str, Part] = {}
+        self._served: ServedDetector | None = None
+        self._cluster: Cluster | None = None
+        self._driver = Lane("driver")
         self._bad_steps: dict[str, int] = dict.fromkeys(config.parts, 0)  # in a row, over half of the rows failed
-        self._closed = False
         self._bare_steps = 0  # in a row, no trajectory had a reward
-        self._check_detector(task)
         try:
-            for name, part in config.parts.items():
-                if part.isolated:
-                    self._isolated[name] = IsolatedReward(name, part.function, part.options, part.factory,
-                                                          part.completions, part.timeout_s, part.load_timeout_s)
-                else:
-                    self._own[name] = self._load(name, part)
-            self._start()
+            if config.ray_cpus is not None:
+                self._cluster = start_ray(config.ray_cpus)
+            self.setting = self._setting(task)
+            self._check_judge()
+            self.parts = {name: self._part(name, part) for name, part in config.parts.items()}
+            self._start([(name, worker) for name, part in self.parts.items() for worker in part.workers])
         except BaseException:
             self.close()
             raise
@@ -107,31 +68,47 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """End the parts' processes. Idempotent."""
-        self._closed = True
-        for isolated in self._isolated.values():
-            isolated.close()
+        """End the parts' workers. Idempotent."""
+        self._driver.close()
+        for part in self.parts.values():
+            part.close()
+        if self._served is not None:
+            self._served.close()
+        if self._cluster is not None:
+            self._cluster.stop()
 
-    def judge(self, groups: Sequence[Sequence[Trajectory]], step: int = 0) -> JudgeReport:
+    # ---- judging ----
+
+    def judge(self, groups: Sequence[Group], step: int = 0) -> JudgeReport:
         """Fill `rewards`, `segment_rewards` and `reward` of every trajectory.
 
-        A part's row of {segment: value} becomes `segment_rewards[part]`, and its mean stands in the formula. What
-        parts log by row is kept in `info["rewards"][part]`.
+        A part's row of {segment: value} becomes `segment_rewards[part]`, and its mean stands in the formula; of a
+        watched part it is kept in `info["rewards"][part]["segments"]`, where no advantage reads it. What parts log by
+        row is kept in `info["rewards"][part]`.
 
         Raises:
             RewardFailed: a part failed, or nothing was judged, for `none_limit` steps in a row.
             UserError: a part breaks the contract, or the formula divides by zero.
         """
+        return self.begin(step, [len(group) for group in groups]).finish(groups)
+
+    def begin(self, step: int, sizes: Sequence[int]) -> Judgement:
+        """Begin a step in which groups of these sizes are being sampled; they are judged as they come in."""
+        if self.setting.detector is not None:
+            self.setting.detector.clear()
+        return Judgement(list(self.parts.values()), TrainerState(step, self.max_steps), sizes, self._complete,
+                         self.close)
+
+    def _complete(self, groups: Sequence[Group], outcomes: dict[str, PartOutcome], step: int) -> JudgeReport:
         trajectories = [trajectory for group in groups for trajectory in group]
         if not trajectories:
             return JudgeReport({}, [], 0, 0)
-        outcomes = self._outcomes(trajectories, TrainerState(step, self.max_steps))
-        for index, trajectory in enumerate(trajectories):
-            self._fill(trajectory, {name: outcome.values[index] for name, outcome in outcomes.items()})
-            logged = {name: {column: values[index] for column, values in outcome.logs.columns.items()
-                             if len(values) == len(trajectories)} for name, outcome in outcomes.items()}
-            trajectory.info["rewards"] = {name: row for name, row in logged.items() if row}
-        report = _report(trajectories, outcomes)
+        for trajectory in trajectories:
+            self._fill(trajectory, outcomes)
+        schedules = {name: schedule.value(step) for name, schedule in self.config.schedules.items()}
+        self._pay(groups, trajectories, schedules)
+        report = report_of(trajectories, outcomes)
+        report.metrics |= {f"reward/schedule/{name}": value for name, value in schedules.items()}
         for sentence in report.sentences():
             logger.warning(sentence)
         for fault in report.faults:
@@ -140,143 +117,110 @@ class Judge:
         self._check_limits(trajectories, outcomes, step)
         return report
 
-    def _fill(self, trajectory: Trajectory, values: dict[str, Value]) -> None:
-        trajectory.segment_rewards = {name: dict(value) for name, value in values.items() if isinstance(value, dict)}
-        trajectory.rewards = {name: math.fsum(value.values()) / len(value) if isinstance(value, dict) else value
-                              for name, value in values.items()}
-        trajectory.reward = self.expression(trajectory.rewards, trajectory.key)
+    def _fill(self, trajectory: Trajectory, outcomes: Mapping[str, PartOutcome]) -> None:
+        values = {name: outcome.values[id(trajectory)] for name, outcome in outcomes.items()}
+        trajectory.rewards = {name: _mean(value) for name, value in values.items()}
+        trajectory.segment_rewards, logged = {}, {}
+        for name, value in values.items():
+            row = dict(outcomes[name].columns[id(trajectory)])
+            if isinstance(value, dict):
+                if self.config.parts[name].watch:
+                    row["segments"] = {str(segment): credit for segment, credit in value.items()}
+                else:
+                    trajectory.segment_rewards[name] = dict(value)
+            if row:
+                logged[name] = row
+        trajectory.info["rewards"] = logged
 
-    def _outcomes(self, trajectories: list[Trajectory], state: TrainerState) -> dict[str, _Outcome]:
-        """All parts; those with a process run beside the driver's own."""
-        if self.setting.detector is not None:
-            self.setting.detector.clear()
-        pool = ThreadPoolExecutor(max(1, len(self._isolated)), thread_name_prefix="reward")
-        try:
-            running = {name: pool.submit(self._attempts, name, trajectories, state) for name in self._isolated}
-            done = {name: self._attempts(name, trajectories, state) for name in self._own}
-            done |= {name: future.result() for name, future in running.items()}
-        except BaseException:  # Ctrl-C, or a part that breaks the contract: nobody waits for the others
-            self.close()
-            raise
-        finally:
-            pool.shutdown()
-        return {name: done[name] for name in self.config.parts}
+    def _pay(self, groups: Sequence[Group], trajectories: Sequence[Trajectory], schedules: dict[str, float]) -> None:
+        rows, at = [], 0
+        for group in groups:
+            rows.append(list(range(at, at + len(group))))
+            at += len(group)
+        rewards = self.expression.rows([{**t.rewards, **schedules} for t in trajectories], rows,
+                                       [t.key for t in trajectories])
+        for trajectory, reward in zip(trajectories, rewards, strict=True):
+            trajectory.reward = reward
 
-    def _attempts(self, name: str, trajectories: list[Trajectory], state: TrainerState) -> _Outcome:
-        """Call a part until it answers whole, at most 1 + retries times."""
-        part, faults, started = self.config.parts[name], [], time.monotonic()
-        values: list[Value] = [None] * len(trajectories)
-        logs, broken = Logs(), len(trajectories)
-        for attempt in range(1, part.retries + 2):
-            if attempt > 1:
-                time.sleep(part.retry_wait_s * 2 ** (attempt - 2))
-            try:
-                values, logs = self._call(name, part, trajectories, state)
-                broken = sum(is_broken(value) for value in values)
-                if not broken:
-                    break
-                faults.append(Fault(name, "nan", f"NaN or infinity for {broken} of {len(values)} trajectories",
-                                    attempt, 0))
-            except CallFailed as failure:
-                values, logs, broken = [None] * len(trajectories), Logs(), len(trajectories)
-                faults.append(Fault(name, failure.kind, failure.message, attempt, 0, failure.stack))
-                if self._closed:
-                    break
-        if broken:
-            last = faults[-1]
-            faults[-1] = Fault(last.part, last.kind, last.message, last.attempt, broken, last.stack)
-        values = [None if is_broken(value) else value for value in values]
-        return _Outcome(values, logs, faults, broken, time.monotonic() - started)
-
-    def _call(self, name: str, part: PartConfig, trajectories: list[Trajectory],
-              state: TrainerState) -> tuple[list[Value], Logs]:
-        if name in self._isolated:
-            return self._isolated[name](trajectories, state)
-        options = {} if part.factory else part.options
-        setting = self.setting if part.function in REWARDS else None
-        try:
-            return call(self._own[name], name, trajectories, options=options, state=state, view=part.completions,
-                        setting=setting)
-        except UserError:
-            raise
-        except Exception as error:
-            raise CallFailed("raised", *describe(error)) from error
-
-    def _load(self, name: str, part: PartConfig) -> Any:
-        function, own = load_reward(part.function, part.options, part.factory), part.function in REWARDS
-        check_options(function, name, {} if part.factory else part.options, own)
-        if own:  # over no trajectories one of ours says only whether its options make sense
-            call(function, name, [], options=part.options, state=TrainerState(), view="auto", setting=self.setting)
-        return function
-
-    def _start(self) -> None:
-        """Start all processes at once: each imports its function, which can take long."""
-        if not self._isolated:
-            return
-        with ThreadPoolExecutor(len(self._isolated)) as pool:
-            starting = {name: pool.submit(isolated.start) for name, isolated in self._isolated.items()}
-        for name, future in starting.items():
-            try:
-                future.result()
-            except CallFailed as failure:
-                raise RewardFailed(f"rewards.parts.{name}: {failure.message}\n{failure.stack}".rstrip()) from None
-
-    def _check_detector(self, task: Any) -> None:
-        needing = [name for name, part in self.config.parts.items()
-                   if part.function in REWARDS and REWARDS[part.function].needs_detector]
-        if not needing:
-            return
-        detector = self.setting.detector_for(needing[0])
-        for split in ("train", "heldout") if task is not None else ():
-            for record in task.prompts(split):
-                check_record(detector, record, f"prompt '{record.get('prompt', '')}' ({split})")
-
-    def _check_limits(self, trajectories: list[Trajectory], outcomes: dict[str, _Outcome], step: int) -> None:
+    def _check_limits(self, trajectories: Sequence[Trajectory], outcomes: Mapping[str, PartOutcome],
+                      step: int) -> None:
         limit = self.config.none_limit
         for name, outcome in outcomes.items():
             failed = outcome.failed_rows * 2 > len(trajectories)
             self._bad_steps[name] = self._bad_steps[name] + 1 if failed else 0
             if self._bad_steps[name] >= limit:
                 raise RewardFailed(f"reward part '{name}' ({self.config.parts[name].function}) failed in {limit} "
-                                   f"step(s) in a row, up to step {step}: {outcome.faults[-1].message}. Mend it, or "
-                                   f"raise rewards.none_limit")
+                                   f"step(s) in a row, up to step {step}: {_first_message(outcome)}. Mend it, or raise "
+                                   f"rewards.none_limit")
         self._bare_steps = 0 if any(t.reward is not None for t in trajectories) else self._bare_steps + 1
         if self._bare_steps >= limit:
-            empty = [name for name in self.expression.names if all(v is None for v in outcomes[name].values)]
+            empty = [name for name in self.expression.names if name in outcomes
+                     and all(value is None for value in outcomes[name].values.values())]
             what = " and ".join(f"'{name}'" for name in empty) or "some part of every one"
             raise RewardFailed(f"no trajectory had a reward in {limit} step(s) in a row, up to step {step}: {what} "
                                f"gave None for all. If that is meant, write coalesce(part, 0) into rewards.total")
 
+    # ---- building ----
+
+    def _setting(self, task: Any) -> Setting:
+        """What the parts in the driver share. The detector is looked for only where one of them needs it."""
+        needing = [part for part in self.config.parts.values() if part.place == "driver" and part.function in REWARDS
+                   and REWARDS[part.function].needs_detector]
+        if not needing:
+            return self._spec.build(detector=self._spec.detector is None)  # the task's own costs nothing
+        if self.config.detector_workers is None:
+            setting = self._spec.build()
+        else:
+            workers = workers_of(DetectorSpec(self._spec), self.config.detector_workers,
+                                 self.config.detector_timeout_s, PartConfig.model_fields["load_timeout_s"].default)
+            self._served = ServedDetector(workers, self.config.detector_workers.batch_size)
+            self._start([("detector", worker) for worker in workers])
+            self._served.introduce()
+            setting = self._spec.build(detector=False)
+            setting.detector = CachedDetector(self._served)
+        check_prompts(setting.detector_for(needing[0].function), task)
+        return setting
+
+    def _check_judge(self) -> None:
+        """Raises UserError where the endpoint is down."""
+        if self.config.judge is not None and self.config.judge.check_at_start:
+            check = getattr(self.setting.judge, "check", None)
+            if check is not None:
+                check()
+
+    def _part(self, name: str, part: PartConfig) -> Part:
+        own = part.function in REWARDS
+        spec = PartSpec(name, part.function, part.options, part.factory, part.completions,
+                        self._spec if own else None)
+        if part.place == "driver":
+            return Part(name, part, self._driver, spec.load(self.setting if own else None))
+        workers = workers_of(spec, part.workers or WorkersConfig(), part.timeout_s, part.load_timeout_s)
+        return Part(name, part, Lane(name, workers), None, workers)
+
+    def _start(self, workers: Sequence[tuple[str, Worker]]) -> None:
+        """Start all workers at once: each imports its function, which can take long."""
+        if not workers:
+            return
+        with ThreadPoolExecutor(len(workers)) as pool:
+            starting = [(name, pool.submit(worker.start)) for name, worker in workers]
+        for name, future in starting:
+            try:
+                future.result()
+            except CallFailed as failure:
+                where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
+                raise RewardFailed(f"rewards.{where}: {failure.message}\n{failure.stack}".rstrip()) from None
+
 
 def detector_of(config: RewardsConfig, task: Any) -> Detector | None:
-    if isinstance(config.detector, DetectorConfig):
-        return build_detector(config.detector)
-    if config.detector is not None:
-        made = make(load_object(config.detector), config.detector)
-        if not hasattr(made, "detect") or not hasattr(made, "classes"):
-            raise UserError(f"rewards.detector: {config.detector} made {type(made).__name__}, which has no `detect` "
-                            f"and `classes`")
-        return made
-    return None if task is None else TaskDetector.of(task)
+    """The recipe's detector, else the task's own. Raises UserError where it cannot be made."""
+    return SettingSpec(task=task, detector=config.detector).detector_or_none()
 
 
-def _report(trajectories: list[Trajectory], outcomes: dict[str, _Outcome]) -> JudgeReport:
-    """Means over what was judged; a part that judged nothing has no mean."""
-    total = len(trajectories)
-    rewards = [t.reward for t in trajectories if t.reward is not None]
-    metrics = {"reward/none": 1 - len(rewards) / total}
-    if rewards:
-        mean = math.fsum(rewards) / len(rewards)
-        metrics["reward/mean"] = mean
-        metrics["reward/std"] = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
-    for name, outcome in outcomes.items():
-        judged = [value for t in trajectories if (value := t.rewards[name]) is not None]
-        if judged:
-            metrics[f"reward/{name}"] = math.fsum(judged) / len(judged)
-        metrics[f"reward/{name}/none"] = 1 - len(judged) / total
-        metrics[f"reward/{name}/failed"] = outcome.failed_rows / total
-        metrics[f"time/reward/{name}"] = outcome.seconds
-        for metric, values in outcome.logs.metrics.items():
-            metrics[f"reward/{name}/{metric}"] = math.fsum(values) / len(values)
-    faults = [fault for outcome in outcomes.values() for fault in outcome.faults]
-    return JudgeReport(metrics, faults, len(rewards), total - len(rewards))
+def _mean(value: Value) -> float | None:
+    return math.fsum(value.values()) / len(value) if isinstance(value, dict) else value
+
+
+def _first_message(outcome: PartOutcome) -> str:
+    """Of the last fault that says what happened."""
+    told = [fault for fault in outcome.faults if fault.kind != "given up"] or outcome.faults
+    return told[-1].message

@@ -1,20 +1,23 @@
 """The recipe's formula over reward parts: arithmetic in which None stays None.
 
 Anything computed from None is None, in comparisons and conditions too; `coalesce(x, d)` alone turns it into a number.
-The language is a whitelist on simpleeval: numbers, parts, + - * / ** %, comparisons, and/or/not, `a if b else c`,
-min, max, abs, clip(x, low, high), coalesce(x, d).
+The language is a whitelist on simpleeval: numbers, parts, schedules, + - * / ** %, comparisons, and/or/not,
+`a if b else c`, min, max, abs, clip(x, low, high), coalesce(x, d), judged(x), and the functions over a group or a step
+of groupwise.py.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from simpleeval import InvalidExpression, SimpleEval, safe_power
 
+from rewards import groupwise
 from rollout.errors import UserError, nearest
 
 
@@ -44,7 +47,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int | None]] = {
     "abs": (_strict(abs), 1, 1),
     "clip": (_strict(_clip), 3, 3),
     "coalesce": (_coalesce, 2, 2),
+    "judged": (lambda x: x is not None, 1, 1),
 }
+# Those of groupwise.py take one expression; they are worked out for all rows before the rest of the formula is.
+ALL_FUNCTIONS = (*FUNCTIONS, *groupwise.FUNCTIONS)
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.Mod: operator.mod, ast.Pow: safe_power, ast.USub: operator.neg, ast.UAdd: operator.pos,
@@ -80,11 +86,31 @@ class _Evaluator(SimpleEval):
         return None if test is None else self._eval(node.body if test else node.orelse)
 
 
-class Expression:
-    """A checked formula. Immutable; evaluating it changes nothing."""
+class _Aggregates(ast.NodeTransformer):
+    """Takes the calls of groupwise functions out of a formula, innermost first; a name stands in for each."""
 
-    def __init__(self, text: str, known: Iterable[str], where: str = "rewards.total") -> None:
-        """Raises ExpressionError for bad syntax, a name outside `known`, or a construct outside the whitelist."""
+    def __init__(self) -> None:
+        self.calls: dict[str, tuple[str, ast.expr]] = {}  # by the name: the function, and its argument
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        text = ast.unparse(node)
+        self.generic_visit(node)
+        function = node.func.id if isinstance(node.func, ast.Name) else ""
+        if function not in groupwise.FUNCTIONS:
+            return node
+        self.calls[text] = function, node.args[0]
+        return ast.Name(text, ast.Load())  # no part can be called that
+
+
+class Expression:
+    """A checked formula. Evaluating it changes nothing that shows; one thread at a time."""
+
+    def __init__(self, text: str, known: Iterable[str], where: str = "rewards.total",
+                 withheld: Mapping[str, str] | None = None) -> None:
+        """`withheld`: names that exist and may not be used, each with the reason.
+
+        Raises ExpressionError for bad syntax, a name outside `known`, or a construct outside the whitelist.
+        """
         self.text, self.where = text.strip(), where
         known = list(known)
         try:
@@ -99,6 +125,8 @@ class Expression:
                 self._check_call(node)
         for node in ast.walk(with_line):
             if isinstance(node, ast.Name) and id(node) not in functions and node.id not in known:
+                if withheld and node.id in withheld:
+                    raise ExpressionError(f"{where}: '{node.id}' {withheld[node.id]}")
                 raise ExpressionError(f"{where}: no reward part '{node.id}'; {nearest(node.id, known)}")
             if isinstance(node, ast.expr) and not isinstance(node, _NODES):
                 raise ExpressionError(f"{where}: '{ast.unparse(node)}' is not allowed; a formula has numbers, parts, "
@@ -110,26 +138,54 @@ class Expression:
                                       f"comparisons, and, or, not")
         self.names = tuple(sorted({node.id for node in ast.walk(with_line)
                                    if isinstance(node, ast.Name) and id(node) not in functions}))
-        self._tree = with_line.body
+        self.tree: ast.expr = copy.deepcopy(with_line.body)  # as written
+        aggregates = _Aggregates()
+        self._tree = aggregates.visit(with_line.body)
+        self._aggregates = aggregates.calls
         self._evaluator = _Evaluator()
+
+    @property
+    def groupwise(self) -> bool:
+        """Whether a row's value depends on other rows."""
+        return bool(self._aggregates)
 
     def _check_call(self, node: ast.Call) -> None:
         name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
-        if name not in FUNCTIONS:
-            raise ExpressionError(f"{self.where}: no function '{name}'; {nearest(name, FUNCTIONS)}")
-        _, fewest, most = FUNCTIONS[name]
+        if name not in ALL_FUNCTIONS:
+            raise ExpressionError(f"{self.where}: no function '{name}'; {nearest(name, ALL_FUNCTIONS)}")
+        fewest, most = FUNCTIONS[name][1:] if name in FUNCTIONS else (1, 1)
         if node.keywords or len(node.args) < fewest or (most is not None and len(node.args) > most):
             wanted = f"{fewest}" if most == fewest else f"at least {fewest}"
             raise ExpressionError(f"{self.where}: '{ast.unparse(node)}': {name} takes {wanted} plain argument(s)")
 
     def __call__(self, parts: Mapping[str, float | None], row: str = "") -> float | None:
-        """The value for one trajectory; None where it rests on an unjudged part.
+        """The value for one trajectory that is alone in its group; see `rows`."""
+        return self.rows([parts], [[0]], [row])[0]
 
-        Raises ExpressionError where it divides by zero or leaves the finite numbers; `row` names the trajectory.
+    def rows(self, parts: Sequence[Mapping[str, float | None]], groups: Sequence[Sequence[int]],
+             names: Sequence[str] = ()) -> list[float | None]:
+        """The value for every trajectory of a step; None where it rests on an unjudged part.
+
+        Args:
+            parts: by trajectory, the values of the parts and schedules.
+            groups: the rows of each group.
+            names: of the trajectories, for the error.
+
+        Raises ExpressionError where it divides by zero or leaves the finite numbers; what stands in a groupwise
+        function is worked out for every row, also where a condition leaves its value unused.
         """
-        self._evaluator.names = dict(parts)
+        names = names or [""] * len(parts)
+        known = [dict(row) for row in parts]
+        for text, (function, argument) in self._aggregates.items():
+            values = [self._value(argument, row, name) for row, name in zip(known, names, strict=True)]
+            for row, value in zip(known, groupwise.over(function, values, groups), strict=True):
+                row[text] = value
+        return [self._value(self._tree, row, name) for row, name in zip(known, names, strict=True)]
+
+    def _value(self, tree: ast.expr, parts: Mapping[str, float | None], row: str) -> float | None:
+        self._evaluator.names = parts
         try:
-            value = self._evaluator.eval(self.text, previously_parsed=self._tree)
+            value = self._evaluator.eval(self.text, previously_parsed=tree)
             number = None if value is None else float(value)
         except ZeroDivisionError:
             raise ExpressionError(self._fault("divides by zero", parts, row)) from None
@@ -140,5 +196,6 @@ class Expression:
         return number
 
     def _fault(self, what: str, parts: Mapping[str, float | None], row: str) -> str:
-        values = ", ".join(f"{name} = {parts[name]}" for name in self.names)
+        known = [*self.names, *(text for text in self._aggregates if text in parts)]
+        values = ", ".join(f"{name} = {parts[name]}" for name in known)
         return f"{self.where}: '{self.text}' {what}{f' for trajectory {row}' if row else ''} ({values})"

@@ -1,8 +1,8 @@
-"""A reward in a process of its own, so that one that hangs or crashes costs a timeout and never the run.
+"""What scores in a process of its own, so that one that hangs or crashes costs a timeout and never the run.
 
-The driver's side is `IsolatedReward`; `serve` is the child's. They speak pickles over two pipes. On a timeout the
+The driver's side is `ProcessWorker`; `serve` is the child's. They speak pickles over two pipes. On a timeout the
 child's stack is dumped (it says where it hung), the child and its children are killed, and the next call starts a
-fresh one. The child leaves when the driver does.
+fresh one. The child leaves when the driver does. ray_worker.py does the same with a Ray actor.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rewards.base import Logs, RewardError, TrainerState, Value, View, call, check_options, lightened
-from rewards.loader import load_reward
-from rollout.errors import UserError
-from rollout.trajectory import Trajectory
+from rewards.base import RewardError
+from rewards.serving import CallFailed, Server, Spec, loading, read
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +34,12 @@ _BOOT = ("import sys, json; sys.path[:] = json.loads(sys.argv[1])\n"
          "from rewards.isolate import serve; serve(sys.argv[2:])")
 
 
-class CallFailed(Exception):
-    """One call that gave no values: the function raised, hung, or took its process with it."""
-
-    def __init__(self, kind: str, message: str, stack: str = "") -> None:
-        super().__init__(message)
-        self.kind, self.message, self.stack = kind, message, stack
-
-
 @dataclass
-class IsolatedReward:
-    """Not started until `start` or the first call; usable again after any failure. One call at a time."""
+class ProcessWorker:
+    """A spec loaded in a process. Not started until `start` or the first call; usable again after any failure. One
+    call at a time."""
 
-    name: str
-    spec: str
-    options: Mapping[str, Any]
-    factory: bool = False
-    view: View = "auto"
+    spec: Spec
     timeout_s: float = 60.0
     load_timeout_s: float = 300.0
 
@@ -67,22 +53,20 @@ class IsolatedReward:
         self._timed_out = False
 
     def start(self) -> None:
-        """Start the process and load the function in it.
+        """Start the process and load the spec in it.
 
         Raises:
-            RewardError: the function cannot be loaded.
+            RewardError: it cannot be loaded.
             CallFailed: loading hung or crashed.
         """
         with self._lock:
             self._ensure()
 
-    def __call__(self, trajectories: Sequence[Trajectory], state: TrainerState) -> tuple[list[Value], Logs]:
-        """As rewards.base.call. Raises CallFailed, or RewardError where the function breaks the contract."""
-        options = {} if self.factory else dict(self.options)
+    def __call__(self, *arguments: Any) -> Any:
+        """Call what was loaded. Raises CallFailed, or RewardError where the user can mend it."""
         with self._lock:
             self._ensure()
-            return self._exchange(("call", self.name, [lightened(t) for t in trajectories], options, state, self.view),
-                                  self.timeout_s, "a call")
+            return self._exchange(("call", *arguments), self.timeout_s, "a call")
 
     def close(self) -> None:
         """End the process and whatever it started, for good. A call in another thread fails at once. Idempotent."""
@@ -99,6 +83,7 @@ class IsolatedReward:
         self._drop()
         if self._closed:
             raise CallFailed("crash", "the judge was closed")
+        message = loading(self.spec)
         self._timed_out = False
         inbound, to = os.pipe()
         from_, outbound = os.pipe()
@@ -113,8 +98,11 @@ class IsolatedReward:
         if self._closed:  # meanwhile
             self._drop()
             raise CallFailed("crash", "the judge was closed")
-        self._exchange(("load", self.name, self.spec, dict(self.options), self.factory), self.load_timeout_s,
-                       "loading it")
+        try:
+            self._exchange(message, self.load_timeout_s, "loading it")
+        except (CallFailed, RewardError):
+            self._drop()  # or the next call would find a process that has nothing loaded
+            raise
 
     def _drop(self) -> None:
         process, self._process = self._process, None
@@ -145,7 +133,7 @@ class IsolatedReward:
             while not from_.poll(0.5):
                 if process.poll() is not None and not from_.poll():  # something it started may still hold the pipe
                     raise EOFError
-            kind, answer = pickle.loads(from_.recv_bytes())
+            answer = pickle.loads(from_.recv_bytes())
         except (EOFError, OSError):
             watchdog.cancel()
             watchdog.join()  # it may be at work: what it does comes before what follows
@@ -159,11 +147,7 @@ class IsolatedReward:
         finally:
             watchdog.cancel()
             watchdog.join()
-        if kind == "refused":
-            raise RewardError(answer)
-        if kind == "raised":
-            raise CallFailed("raised", *answer)
-        return answer
+        return read(answer)
 
 
 def _stack_of(process: subprocess.Popen[bytes], dump: Any) -> str:
@@ -200,24 +184,16 @@ def serve(arguments: Sequence[str]) -> None:
     answers = Connection(outbound, readable=False)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(Connection(inbound, writable=False), requests, parent), daemon=True).start()
-    function: Any = None
+    server = Server()
     while True:
-        verb, *content = pickle.loads(requests.get())
-        try:
-            if verb == "load":
-                name, spec, options, factory = content
-                function = load_reward(spec, options, factory)
-                check_options(function, name, {} if factory else options)
-                answer: tuple[str, Any] = ("ready", None)
-            else:
-                name, trajectories, options, state, view = content
-                answer = ("values", call(function, name, trajectories, options=options, state=state, view=view))
-            packed = pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL)
-        except UserError as error:
-            packed = pickle.dumps(("refused", str(error)))
-        except (Exception, SystemExit) as error:
-            packed = pickle.dumps(("raised", describe(error)))
-        answers.send_bytes(packed)
+        answers.send_bytes(_packed(server, pickle.loads(requests.get())))
+
+
+def _packed(server: Server, message: tuple[Any, ...]) -> bytes:
+    try:
+        return pickle.dumps(server.answer(message), protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # what it returned does not pickle
+        return pickle.dumps(("raised", (f"{type(error).__name__}: {error}", "")))
 
 
 def _read(connection: Connection, requests: queue.SimpleQueue[bytes], parent: int) -> None:
@@ -230,13 +206,3 @@ def _read(connection: Connection, requests: queue.SimpleQueue[bytes], parent: in
             requests.put(connection.recv_bytes())
         except (EOFError, OSError):
             os._exit(0)
-
-
-def describe(error: BaseException) -> tuple[str, str]:
-    """(one line with the place it was raised at, the whole traceback)."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    hint = ""
-    if isinstance(error, TypeError) and "got 'list'" in str(error):
-        hint = ". If it reads text alone, set completions: text for this part"
-    return f"{type(error).__name__}: {error}{where}{hint}", "".join(traceback.format_exception(error))

@@ -2,7 +2,7 @@
 
     underdrawing -> everything          the shell: recipes, commands, report
     rl           -> rewards, rollout, policy, tasks      evals -> rewards, rollout, policy, tasks
-    rewards      -> policy, tasks                        sft   -> policy, tasks
+    rewards      -> policy, tasks, the start of Ray      sft   -> policy, tasks
     rollout      -> policy, tasks
     policy, tasks -> the record only
 
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "rl": ("rewards", "rollout", "policy", "tasks", TRACKING),
     "evals": ("rewards", "rollout", "policy", "tasks"),
     "sft": ("policy", "tasks", TRACKING),
-    "rewards": ("policy", "tasks"),
+    "rewards": ("policy", "tasks", "rollout.ray_cluster"),  # one Ray for all workers
     "rollout": ("policy", "tasks"),
     "policy": (),
     "tasks": (),

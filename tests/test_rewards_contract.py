@@ -35,6 +35,7 @@ from rollout.trajectory import (
 from tasks.registry import get_task
 
 NAMES = sorted(REWARDS)
+NO_JUDGE = {"base_url": "http://127.0.0.1:9/v1", "model": "none", "check_at_start": False}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,8 @@ def test_what_the_environment_wrote_changes_nothing(name, setting, thoughts, wei
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_misspelt_option_is_refused_at_the_start(name, setting):
-    config = RewardsConfig.model_validate({"parts": {"part": {"function": name, "options": {"no_such": 1}}}})
+    config = RewardsConfig.model_validate({"parts": {"part": {"function": name, "options": {"no_such": 1},
+                                                              "isolate": False}}, "judge": NO_JUDGE})
     with pytest.raises(RewardError, match="rewards.parts.part.options: 'no_such' is no argument"):
         Judge(config, setting.task)
 
@@ -206,14 +208,14 @@ def wait(completions): time.sleep(600)
         "stop": {"function": f"{tmp_path / 'parts.py'}:stop", "isolate": False},
         "wait": {"function": f"{tmp_path / 'parts.py'}:wait"}}})
     judge, started = Judge(config), time.monotonic()
-    process = judge._isolated["wait"]._process
+    process = judge.parts["wait"].workers[0]._process
     with pytest.raises(KeyboardInterrupt):
         judge.judge([[thought({})]])
     assert process.poll() is not None and time.monotonic() - started < 30
 
 
 def test_importing_rewards_loads_neither_ray_nor_transformers():
-    modules = "rewards.compose, rewards.config, rewards.loader, rewards.isolate, rewards.detectors.shapes"
+    modules = "rewards.compose, rewards.config, rewards.loader, rewards.ray_worker, rewards.detectors.shapes"
     code = f"import sys, {modules}; print([m for m in ('ray', 'transformers', 'torch', 'trl') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,8 +15,9 @@ from rewards.compose import Judge
 from rewards.config import RewardsConfig
 from rewards.detectors.base import UnknownClass
 from rewards.expression import ExpressionError
-from rewards.isolate import CallFailed, IsolatedReward
+from rewards.isolate import ProcessWorker
 from rewards.loader import load_reward
+from rewards.serving import CallFailed, PartSpec
 from rollout.formats.config import FormatConfig
 from tasks.registry import get_task
 from tasks.shapes.render import render
@@ -196,7 +197,7 @@ def test_a_part_that_hangs_is_killed_and_says_where_it_stood(own):
         """)
     group, started = words("x"), time.monotonic()
     with Judge(config("coalesce(slow, 0)", slow={"function": path, "timeout_s": 0.5, "retries": 0})) as judge:
-        process = judge._isolated["slow"]._process
+        process = judge.parts["slow"].workers[0]._process
         report = judge.judge([group])
         assert process.poll() is not None  # dead, not left behind
     assert time.monotonic() - started < 30
@@ -333,7 +334,14 @@ def test_dotted_paths_that_lead_nowhere(spec, message):
     ({"min": {"function": "format"}}, None, "must be a plain word"),
     ({"a b": {"function": "format"}}, None, "must be a plain word"),
     ({"a": {"function": "format", "weight": 2}}, "a", "weight has no use beside `total`"),
-    ({"a": {"function": "geneval", "isolate": True}}, None, "cannot run in a process of its own"),
+    ({"a": {"function": "geneval", "scope": "batch"}}, None, "sees a row, which is no matter of choice"),
+    ({"a": {"function": "format", "isolate": False, "workers": {}}}, None, "isolate: false keeps it in the driver"),
+    ({"a": {"function": "format", "workers": {"num_gpus": 1}}}, None, "only Ray deals out GPUs"),
+    ({"a": {"function": "trl.rewards.think_format_reward", "scope": "batch", "workers": {"batch_size": 2}}}, None,
+     "gets it in one call"),
+    ({"a": {"function": "format", "watch": True, "weight": 2}}, None, "a watched part is never paid"),
+    ({"a": {"function": "format", "weight": "w"}}, None, "no schedule 'w'"),
+    ({"group_mean": {"function": "format"}}, None, "must be a plain word"),
     ({}, None, "at least 1 item"),
     ({"a": {"function": "format", "timeout": 3}}, None, "Extra inputs"),
 ])
@@ -379,7 +387,7 @@ def test_a_class_that_the_worlds_detector_lacks_is_named_before_any_rollout():
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 def test_a_part_leaves_when_its_driver_is_gone(own):
-    reward = IsolatedReward("mine", own("def score(completions): return [1.0]"), {})
+    reward = ProcessWorker(PartSpec("mine", own("def score(completions): return [1.0]")))
     reward.start()
     process = reward._process
     reward._to.close()  # what the end of the driver does
@@ -391,7 +399,7 @@ def test_closing_ends_a_call_in_another_thread(own):
     import threading
 
     from rewards.base import TrainerState
-    reward = IsolatedReward("mine", own("import time\ndef score(completions): time.sleep(600)"), {})
+    reward = ProcessWorker(PartSpec("mine", own("import time\ndef score(completions): time.sleep(600)")))
     reward.start()
     raised = []
 

@@ -1,0 +1,178 @@
+"""What scores in a Ray actor, which may be on another machine and hold a share of a GPU; isolate.py is its like here.
+
+A call that takes too long ends its actor: where it stands is asked first (the actor writes its stack down when
+signalled), and the next call starts a fresh one. Ray is imported when a worker starts, never earlier.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewards.base import RewardError
+from rewards.serving import CallFailed, Server, Spec, loading, read
+
+LOOK_S = 0.5  # how often a waiting call looks whether it was closed
+POLL_S = 0.05
+
+
+class RewardActor:
+    """A Server with a process to itself. Messages and answers are pickles, because arrays that Ray unpacks itself are
+    read-only and hold on to its shared memory."""
+
+    def __init__(self) -> None:
+        # A handler in C: it writes the stack even while the interpreter is stuck in some library.
+        handle, self._stack_file = tempfile.mkstemp(prefix="ud-stack-")
+        faulthandler.register(signal.SIGUSR1, handle, all_threads=True)
+        self._server = Server()
+
+    def about(self) -> tuple[str, int, str]:
+        """(node, pid, file that SIGUSR1 writes the stack to)"""
+        import ray
+
+        return ray.get_runtime_context().get_node_id(), os.getpid(), self._stack_file
+
+    def answer(self, message: bytes) -> bytes:
+        try:
+            return pickle.dumps(self._server.answer(pickle.loads(message)), protocol=5)
+        except Exception as error:  # what it returned does not pickle
+            return pickle.dumps(("raised", (f"{type(error).__name__}: {error}", "")))
+
+
+@dataclass
+class RayWorker:
+    """A spec loaded in a Ray actor. Not started until `start` or the first call; usable again after any failure. One
+    call at a time."""
+
+    spec: Spec
+    timeout_s: float = 60.0
+    load_timeout_s: float = 300.0
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()  # held while the actor is in use
+        self._closed = False
+        self._actor: Any = None
+        self._node, self._pid, self._stack_file = "", 0, ""
+
+    def start(self) -> None:
+        """Start the actor and load the spec in it.
+
+        Raises:
+            RewardError: it cannot be loaded, or the cluster has too little for it.
+            CallFailed: loading hung or crashed, or nothing was free for so long.
+        """
+        with self._lock:
+            self._ensure()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call what was loaded. Raises CallFailed, or RewardError where the user can mend it."""
+        with self._lock:
+            self._ensure()
+            return self._exchange(("call", *arguments), self.timeout_s, "a call")
+
+    def close(self) -> None:
+        """End the actor for good. A call in another thread fails at once. Idempotent."""
+        self._closed = True
+        with self._lock:
+            self._drop()
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    def _ensure(self) -> None:
+        import ray
+
+        if self._closed:
+            raise CallFailed("crash", "the judge was closed")
+        if self._actor is not None:
+            return
+        there = ray.cluster_resources()
+        for name, asked in (("CPU", self.num_cpus), ("GPU", self.num_gpus)):
+            if asked > there.get(name, 0.0):
+                raise RewardError(f"'{self.spec.name}': each Ray worker asks for {asked:g} {name}, and the whole "
+                                  f"cluster has {there.get(name, 0.0):g}; ask for less, or give it more")
+        message = loading(self.spec)
+        self._actor = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_restarts=0)(RewardActor).remote()
+        try:
+            self._node, self._pid, self._stack_file = self._wait(
+                self._actor.about.remote(), self.load_timeout_s, f"waiting for {self.num_cpus:g} CPU and "
+                f"{self.num_gpus:g} GPU of the Ray cluster")
+            self._exchange(message, self.load_timeout_s, "loading it")
+        except (CallFailed, RewardError):
+            self._drop()
+            raise
+
+    def _exchange(self, message: tuple[Any, ...], timeout_s: float, what: str) -> Any:
+        packed = pickle.dumps(message, protocol=5)
+        return read(pickle.loads(self._wait(self._actor.answer.remote(packed), timeout_s, what)))
+
+    def _wait(self, reference: Any, timeout_s: float, what: str) -> Any:
+        import ray
+
+        until = time.monotonic() + timeout_s
+        while True:
+            left = until - time.monotonic()
+            if self._closed:
+                self._drop()
+                raise CallFailed("crash", "the judge was closed")
+            if left <= 0:
+                stack = self._stack()
+                self._drop()
+                raise CallFailed("timeout", f"{what} took longer than {timeout_s:g} s and was stopped", stack)
+            if ray.wait([reference], timeout=min(left, LOOK_S))[0]:
+                break
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayError as error:
+            ended = next((line for line in str(error).splitlines() if "because" in line), str(error))
+            self._drop()
+            raise CallFailed("crash", f"its Ray actor ended during {what}: "
+                                      f"{ended.split(' Some common causes')[0].strip()}") from None
+
+    def _stack(self) -> str:
+        if not self._pid:
+            return ""
+        if not self._is_local():
+            return f"it is on another node: `py-spy dump --pid {self._pid}` there says where it stands"
+        try:
+            os.kill(self._pid, signal.SIGUSR1)
+            written = ""
+            for _ in range(40):
+                time.sleep(POLL_S)
+                now = Path(self._stack_file).read_text(errors="replace")
+                if now and now == written:
+                    break
+                written = now
+            return written
+        except OSError:  # it ended in the meantime
+            return ""
+
+    def _is_local(self) -> bool:
+        import ray
+
+        return self._node == ray.get_runtime_context().get_node_id()
+
+    def _drop(self) -> None:
+        import ray
+
+        actor, self._actor = self._actor, None
+        if actor is not None and ray.is_initialized():
+            if self._pid and self._is_local():
+                try:
+                    os.kill(self._pid, signal.SIGKILL)  # ray.kill asks the process, which may be past answering
+                except ProcessLookupError:
+                    pass
+                Path(self._stack_file).unlink(missing_ok=True)
+            ray.kill(actor)
+        self._pid = 0

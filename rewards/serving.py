@@ -1,0 +1,247 @@
+"""What scores, wherever it runs: a part's function with everything that it stands on, or a detector.
+
+A spec is plain data. `load` makes the callable of it, in the driver or in a worker (isolate.py, ray_worker.py), which
+answers messages by `Server`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rewards.base import (
+    Logs,
+    RewardError,
+    Setting,
+    TrainerState,
+    Value,
+    View,
+    call,
+    check_options,
+)
+from rewards.detectors.base import CachedDetector, Detector
+from rewards.detectors.registry import DetectorConfig, build_detector
+from rewards.detectors.shapes import TaskDetector
+from rewards.geneval import check_record
+from rewards.judge.config import JudgeConfig
+from rewards.loader import load_object, load_reward, make
+from rewards.registry import REWARDS
+from rollout.errors import UserError
+from rollout.formats.base import ThoughtFormat
+from rollout.trajectory import Trajectory
+
+
+class CallFailed(Exception):
+    """One call that gave no values: the function raised, hung, or took its process with it."""
+
+    def __init__(self, kind: str, message: str, stack: str = "") -> None:
+        super().__init__(message)
+        self.kind, self.message, self.stack = kind, message, stack
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CallFailed, (self.kind, self.message, self.stack)
+
+
+class Spec(Protocol):
+    """Something that can be sent to a worker and loaded there."""
+
+    name: str
+
+    def load(self) -> Callable[..., Any]: ...
+
+
+# ---- the specs ---------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SettingSpec:
+    """What a Setting is made of: it travels, the Setting with its loaded weights and open connections does not."""
+
+    task: Any = None
+    fmt: ThoughtFormat | None = None
+    detector: DetectorConfig | str | Detector | None = None  # None: the task's own
+    judge: JudgeConfig | None = None
+
+    def build(self, detector: bool = True) -> Setting:
+        """`detector`: whether to load it.
+
+        Raises UserError where something cannot be had.
+        """
+        client = None
+        if self.judge is not None:
+            from rewards.judge.client import JudgeClient
+
+            client = JudgeClient(self.judge)
+        return Setting.of(self.task, self.fmt, self.detector_or_none() if detector else None, client)
+
+    def detector_or_none(self) -> Detector | None:
+        """Raises UserError for one that cannot be made, or is none."""
+        if self.detector is None:
+            return None if self.task is None else TaskDetector.of(self.task)
+        if isinstance(self.detector, DetectorConfig):
+            return build_detector(self.detector)
+        if not isinstance(self.detector, str):
+            return self.detector
+        made = make(load_object(self.detector), self.detector)
+        if not hasattr(made, "detect") or not hasattr(made, "classes"):
+            raise UserError(f"rewards.detector: {self.detector} made {type(made).__name__}, which has no `detect` and "
+                            f"`classes`")
+        return made
+
+
+def check_prompts(detector: CachedDetector, task: Any) -> None:
+    """Raises UserError for a prompt of the task's that asks for what the detector cannot see."""
+    for split in ("train", "heldout") if task is not None else ():
+        for record in task.prompts(split):
+            check_record(detector, record, f"prompt '{record.get('prompt', '')}' ({split})")
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """A part's function as the recipe names it."""
+
+    name: str
+    function: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    factory: bool = False
+    view: View = "auto"
+    setting: SettingSpec | None = None  # of one of the toolkit's own; None: it is somebody else's
+
+    @property
+    def needs_detector(self) -> bool:
+        return self.function in REWARDS and REWARDS[self.function].needs_detector
+
+    def load(self, setting: Setting | None = None) -> LoadedPart:
+        """Load the function, and check its options as far as that can be done without trajectories.
+
+        Args:
+            setting: of a part that shares it with others; None: one of its own is made.
+
+        Raises RewardError for a function that cannot be loaded, and UserError for options that make no sense.
+        """
+        function = load_reward(self.function, self.options, self.factory)
+        options = {} if self.factory else dict(self.options)
+        check_options(function, self.name, options, own=self.setting is not None)
+        if self.setting is None:
+            return LoadedPart(self, function, options, None, shared=False)
+        shared = setting is not None
+        setting = setting or self.setting.build(self.needs_detector)
+        if self.needs_detector and not shared:
+            check_prompts(setting.detector_for(self.function), self.setting.task)
+        loaded = LoadedPart(self, function, options, setting, shared)
+        loaded([], TrainerState())
+        return loaded
+
+
+@dataclass(frozen=True)
+class LoadedPart:
+    """The callable of a part."""
+
+    spec: PartSpec
+    function: Callable[..., Any]
+    options: Mapping[str, Any]
+    setting: Setting | None
+    shared: bool
+
+    def __call__(self, trajectories: Sequence[Trajectory], state: TrainerState) -> tuple[list[Value], Logs]:
+        """As rewards.base.call; the logs say what a call asked of the judge."""
+        setting = self.setting
+        if setting is not None and setting.detector is not None and not self.shared:
+            setting.detector.clear()
+        client = getattr(setting, "judge", None)
+        before = client.counts() if hasattr(client, "counts") else {}
+        values, logs = call(self.function, self.spec.name, trajectories, options=self.options, state=state,
+                            view=self.spec.view, setting=setting)
+        if hasattr(client, "counts"):
+            logs.judge = {name: count - before.get(name, 0) for name, count in client.counts().items()}
+        return values, logs
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """A detector with workers of its own; detectors/served.py is the driver's side."""
+
+    setting: SettingSpec
+    name: str = "detector"
+
+    def load(self) -> LoadedDetector:
+        detector = self.setting.detector_or_none()
+        if detector is None:
+            raise RewardError("rewards.detector_workers: there is no detector to run; give rewards.detector")
+        return LoadedDetector(detector)
+
+
+@dataclass(frozen=True)
+class LoadedDetector:
+    """Calls a member of the detector by its name."""
+
+    detector: Any
+
+    def __call__(self, member: str, *arguments: Any) -> Any:
+        if member == "about":
+            return {"classes": tuple(self.detector.classes),
+                    "open_vocabulary": bool(getattr(self.detector, "open_vocabulary", False)),
+                    "sees_colors": getattr(self.detector, "sees_colors", True),
+                    "has": [name for name in ("name_colors", "detect_phrases", "require_colors")
+                            if hasattr(self.detector, name)]}
+        return getattr(self.detector, member)(*arguments)
+
+
+# ---- in a worker -------------------------------------------------------------------------------------------------
+
+class Server:
+    """Answers the messages ("load", search path, spec) and ("call", *arguments), whatever happens, with (kind, answer):
+    "ready", "values", "refused" (the user can mend it: a sentence) or "raised" (one line, and the traceback)."""
+
+    def __init__(self) -> None:
+        self._loaded: Callable[..., Any] | None = None
+
+    def answer(self, message: tuple[Any, ...]) -> tuple[str, Any]:
+        verb, *content = message
+        try:
+            if verb == "load":
+                path, spec = content
+                sys.path += [place for place in path if place not in sys.path]
+                self._loaded = pickle.loads(spec).load()
+                return "ready", None
+            assert self._loaded is not None, "called before it was loaded"
+            return "values", self._loaded(*content)
+        except UserError as error:
+            return "refused", str(error)
+        except CallFailed as failure:
+            return "raised", (failure.message, failure.stack)
+        except (Exception, SystemExit) as error:
+            return "raised", describe(error)
+
+
+def loading(spec: Spec) -> tuple[Any, ...]:
+    """The message that loads a spec. Raises RewardError where something in it cannot travel."""
+    try:
+        return "load", list(sys.path), pickle.dumps(spec)
+    except Exception as error:
+        raise RewardError(f"'{spec.name}' runs in a process of its own, and what it stands on cannot be sent there "
+                          f"({type(error).__name__}: {error}); the task, its format and its detector must pickle"
+                          ) from None
+
+
+def read(answer: tuple[str, Any]) -> Any:
+    """What a Server answered. Raises RewardError or CallFailed."""
+    kind, content = answer
+    if kind == "refused":
+        raise RewardError(content)
+    if kind == "raised":
+        raise CallFailed("raised", *content)
+    return content
+
+
+def describe(error: BaseException) -> tuple[str, str]:
+    """(one line with the place it was raised at, the whole traceback)."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    hint = ""
+    if isinstance(error, TypeError) and "got 'list'" in str(error):
+        hint = ". If it reads text alone, set completions: text for this part"
+    return f"{type(error).__name__}: {error}{where}{hint}", "".join(traceback.format_exception(error))
