@@ -218,7 +218,8 @@ def temporal_iou_reward(trajectories: Sequence[Trajectory], gold: str = "ground_
         if t.record.get(gold) is None:
             values.append(None)
             continue
-        true, said = _listed(t, gold, 2), spans_in(_answer(t))
+        true: Sequence[Sequence[float]] = _listed(t, gold, 2)
+        said: Sequence[Sequence[float]] = spans_in(_answer(t))
         if frame != gold_frame:
             true, said = _in_seconds(t, true, gold_frame, duration, fps), _in_seconds(t, said, frame, duration, fps)
         overlap = temporal_iou(said, true)

@@ -168,7 +168,7 @@ def vista(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any 
         elif variant == "repaired":
             rows.append(None)
             continue
-        pay = tool_gain(*right, gain, loss) if right is not None else 0.0
+        pay = tool_gain(right[0], right[1], gain, loss) if right is not None else 0.0
         rows.append({"total": pay + format * formed, "right_without": float(right is not None and right[0]),
                      "right_with": float(right is not None and right[1]), "format": float(formed),
                      "tools": float(len(pick))})
@@ -224,11 +224,13 @@ def _replies(trajectories: Sequence[Trajectory], picks: Sequence[list[int]], set
 
 
 def _outputs(t: Trajectory, pick: Sequence[int], column: str) -> list[str]:
+    if not pick:
+        return []
     known = t.record.get(column)
-    if pick and not isinstance(known, dict):
+    if not isinstance(known, dict):
         raise RewardError(f"vista: the record of '{t.prompt}' has no '{column}' {{tool: its output}} and no reply of "
                           f"the frozen model with the tools {pick}")
-    return [str(known[str(tool)]) for tool in sorted(pick) if str(tool) in known] if pick else []
+    return [str(known[str(tool)]) for tool in sorted(pick) if str(tool) in known]
 
 
 def _question(t: Trajectory, told: Sequence[str]) -> Question:
