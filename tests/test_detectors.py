@@ -20,7 +20,7 @@ from rewards.detectors.grounding_dino import GroundingDinoDetector, caption_of, 
 from rewards.detectors.mask2former import Mask2FormerDetector, instances, prepared, resized_size
 from rewards.detectors.owlv2 import Owlv2Detector
 from rewards.detectors.phrases import by_phrase
-from rewards.detectors.registry import DetectorConfig, build_detector
+from rewards.detectors.registry import RELEASED, DetectorConfig, build_detector, detector_spec
 from rewards.encoders import OpenClipConfig, OpenClipEncoder
 from rewards.geneval import COLORS, check_record, score_pictures
 from rewards.weights import WeightsError, folder_of
@@ -364,12 +364,33 @@ def test_weights_that_are_not_there(tmp_path, models):
 
 @pytest.mark.parametrize(("written", "message"), [
     ({"backend": "mask2forme", "path": "x"}, "no 'mask2forme'; did you mean 'mask2former'"),
-    ({"backend": "mask2former"}, "mask2former needs a folder or a hub id"),
+    ({"path": "x"}, "backend"),
     ({"backend": "shapes", "min_scroe": 0.1}, "min_scroe"),
 ])
 def test_a_recipe_that_names_no_detector(written, message):
     with pytest.raises(ValueError, match=message):
         RewardsConfig.model_validate({"parts": {"a": {"function": "geneval"}}, "detector": written})
+
+
+def test_what_the_commands_option_means(tmp_path):
+    (tmp_path / "own.yaml").write_text("backend: owlv2\noverlap: 0.5\n")
+    assert detector_spec("shapes") == DetectorConfig(backend="shapes")
+    assert detector_spec("mask2former:/models/m2f") == DetectorConfig(backend="mask2former", path="/models/m2f")
+    assert detector_spec("{backend: owlv2, min_score: 0.1}") == DetectorConfig(backend="owlv2", min_score=0.1)
+    assert detector_spec(str(tmp_path / "own.yaml")) == DetectorConfig(backend="owlv2", overlap=0.5)
+    assert detector_spec("mine.detectors:Mine") == "mine.detectors:Mine"
+    for text, message in (("mask2forme", "no detector 'mask2forme'; did you mean 'mask2former'"),
+                          ("{backend: shapes, scor: 1}", "scor: .*Known: backend"), ("{backend: [", "not YAML"),
+                          ("none.yaml", "none.yaml: No such file"), ("{path: x}", "backend: Field required")):
+        with pytest.raises(UserError, match=message):
+            detector_spec(text)
+
+
+def test_without_a_path_the_release_is_looked_for_in_the_hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for backend, name in RELEASED.items():
+        with pytest.raises(WeightsError, match=f"'{name}' is neither a folder here nor a model in the hub cache"):
+            build_detector(DetectorConfig(backend=backend))
 
 
 def test_a_key_of_another_backend_is_refused(models):

@@ -89,9 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", choices=("train", "heldout"), default="heldout")
     sub.add_argument("--out", type=Path, help="folder to write (default run_dir/rollout)")
 
-    sub = command("evaluate", _evaluate, "held-out score of some weights")
+    from underdrawing import geneval
+
+    sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of pictures in a folder")
     sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
     sub.add_argument("--label", help="name under run_dir/evaluations (default: from the weights' place)")
+    geneval.add_options(sub)
 
     sub = command("view", _view, "write the HTML report of a run, or of stored trajectories", recipe=False)
     sub.add_argument("folder", type=Path, help="a run's folder, or a folder of stored trajectories")
@@ -171,6 +174,11 @@ def _rollout(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from underdrawing import geneval
+
+    if str(options.recipe) == geneval.NAME:
+        return geneval.run(options)
+    geneval.refuse_options(options)
     recipe = _recipe(options)
     if options.dry_run:
         return _dry_run(recipe)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rollout.errors import UserError, nearest
 
@@ -24,6 +26,12 @@ BACKENDS = {
     "owlv2": "rewards.detectors.owlv2:Owlv2Detector",
     "shapes": "rewards.detectors.shapes:shapes_detector",
 }
+# What is looked for in the hub cache where a recipe names no path.
+RELEASED = {
+    "mask2former": "facebook/mask2former-swin-small-coco-instance",
+    "grounding_dino": "IDEA-Research/grounding-dino-base",
+    "owlv2": "google/owlv2-base-patch16-ensemble",
+}
 
 
 class DetectorConfig(BaseModel):
@@ -32,7 +40,8 @@ class DetectorConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     backend: str = Field(description="mask2former, grounding_dino, owlv2 or shapes.")
-    path: str | None = Field(None, description="Folder in the released layout, or a hub id found in the hub cache.")
+    path: str | None = Field(None, description="Folder in the released layout, or a hub id found in the hub cache. "
+                             "None: the backend's best known release.")
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU where there is one.")
     batch_size: int | None = Field(None, ge=1, description="Pictures of one forward pass.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -52,9 +61,36 @@ class DetectorConfig(BaseModel):
     def _fits(self) -> DetectorConfig:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: no '{self.backend}'; {nearest(self.backend, BACKENDS)}")
-        if self.backend != "shapes" and not self.path:
-            raise ValueError(f"path: {self.backend} needs a folder or a hub id")
         return self
+
+
+def detector_spec(text: str, where: str = "--detector") -> DetectorConfig | str:
+    """What a command's option means: a backend, `backend:path`, a mapping in YAML or a file that holds one, or the
+    dotted path of one's own.
+
+    Raises:
+        UserError: a mapping that describes no detector.
+    """
+    backend, colon, path = text.partition(":")
+    if backend in BACKENDS:
+        return DetectorConfig(backend=backend, path=path if colon else None)
+    written = text.lstrip().startswith("{")
+    file = Path(text)
+    if not written and file.suffix not in (".yaml", ".yml"):
+        if "." not in text:
+            raise UserError(f"{where}: no detector '{text}'; {nearest(text, BACKENDS)}")
+        return text
+    try:
+        return DetectorConfig.model_validate(yaml.safe_load(text if written else file.read_text()))
+    except OSError as error:
+        raise UserError(f"{where}: {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML ({str(error).splitlines()[0]})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        hint = f"; {nearest(key, DetectorConfig.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise UserError(f"{where}: {key + ': ' if key else ''}{first['msg']}{hint}") from None
 
 
 def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> Any:
@@ -66,7 +102,8 @@ def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> A
     module, _, name = BACKENDS[config.backend].partition(":")
     maker = getattr(importlib.import_module(module), name)
     takes = inspect.signature(maker).parameters
-    given = config.model_dump(exclude={"backend", "colors"}, exclude_none=True)
+    given = {"path": RELEASED[config.backend]} if config.backend in RELEASED else {}
+    given |= config.model_dump(exclude={"backend", "colors"}, exclude_none=True)
     for key in sorted(set(given) - set(takes)):
         if key in config.model_fields_set:
             raise UserError(f"{where}.{key}: {config.backend} has no such key; it takes {', '.join(takes) or 'none'}")
@@ -74,8 +111,6 @@ def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> A
     detector = maker(**given)
     if config.backend == "shapes" or config.colors is None:
         return detector
-    from pydantic import ValidationError
-
     from rewards.detectors.colors import Colored, ColorNamer
     from rewards.encoders import OpenClipConfig
 

@@ -1,0 +1,113 @@
+"""The command `underdrawing evaluate geneval`: its options, what it prints, and what it leaves on disk.
+
+evals/geneval.py reads, judges and sums up; this is the shell around it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rollout.errors import UserError
+
+NAME = "geneval"
+OPTIONS = ("images", "detections", "prompts", "detector", "mode", "thresholds", "batch_size")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """GenEval's options of the command `evaluate`."""
+    group = parser.add_argument_group(f"evaluate {NAME}", "GenEval on a folder of pictures: DIR/00000/metadata.jsonl "
+                                                          "and DIR/00000/samples/0000.png")
+    group.add_argument("--images", type=Path, metavar="DIR", help="pictures in GenEval's layout")
+    group.add_argument("--out", type=Path, metavar="FILE", help="result rows; a file that is there is gone on with "
+                                                                "(default DIR/results.jsonl)")
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="GenEval's evaluation_metadata.jsonl: every prompt "
+                                                                    "of it must be there")
+    group.add_argument("--detector", metavar="WHAT", help="mask2former (default), grounding_dino, owlv2 or shapes; "
+                       "mask2former:FOLDER; a mapping in YAML as under rewards.detector, or a file that holds one; or "
+                       "your own, package.module:Class")
+    group.add_argument("--detections", type=Path, metavar="FILE", help="judge detections made elsewhere, a JSON object "
+                       "a line: {filename, detections: {class: [{box, score, color}]}}; without --images also metadata")
+    group.add_argument("--mode", choices=("standard", "strict"), help="standard (default) or exact counts")
+    group.add_argument("--thresholds", type=float, nargs=2, metavar=("SCORE", "COUNTING"),
+                       help="scores that an object, and one that is counted, must exceed (default 0.3 0.9)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="pictures looked at between two writes (default 32)")
+
+
+def refuse_options(options: argparse.Namespace) -> None:
+    """Raises UserError for GenEval's options beside a recipe."""
+    given = [name for name in (*OPTIONS, "out") if getattr(options, name) is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} belongs to `underdrawing evaluate {NAME}`; with a recipe, the "
+                        f"recipe says what is evaluated")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Judge all pictures and print the score; the last line is one JSON object."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from evals import geneval
+    from rewards.geneval import THRESHOLDS
+    from underdrawing.progress import StepProgress
+
+    if options.overrides or options.dry_run or options.weights is not None or options.label is not None:
+        raise UserError(f"evaluate {NAME} takes no recipe, and so no overrides, --dry-run, --weights or --label")
+    if options.images is None and options.detections is None:
+        raise UserError(f"evaluate {NAME}: give --images DIR, or --detections FILE")
+    if options.detections is not None and options.detector is not None:
+        raise UserError("--detections are what a detector saw: leave out --detector")
+    if options.images is None and (options.out is None or options.prompts is not None):
+        raise UserError(f"evaluate {NAME}: without --images give --out, the file for the rows"
+                        if options.out is None else "--prompts says what --images must hold: give both")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"--batch-size: {options.batch_size}; at least 1")
+    thresholds = geneval.check_thresholds(options.thresholds or THRESHOLDS)
+    mode = options.mode or "standard"
+    samples = geneval.read_folder(options.images, options.prompts) if options.images is not None else None
+    said: dict[str, Any] = {"mode": mode, "thresholds": list(thresholds)}
+    if options.detections is not None:
+        said["detections"] = str(options.detections)
+        samples, sees = geneval.by_detections(options.detections, samples)
+    else:
+        assert samples is not None
+        said["detector"], sees = _detector(options.detector, samples)
+    out = options.out or options.images / "results.jsonl"
+    results = geneval.Results(out, said)
+    bar = StepProgress(f"GenEval, {len(samples)} pictures", len(samples))
+    try:
+        rows = geneval.judge(samples, sees, results, mode, thresholds, options.batch_size or 32, options.images,
+                             lambda done: bar.heard(done, {}))
+    finally:
+        bar.close()
+    summary = geneval.summarise(rows)
+    table = Table(title=f"GenEval, {mode}: {out}", title_justify="left")
+    for name in ("", "score", "correct"):
+        table.add_column(name, justify="right" if name else "left")
+    for tag, score in summary.tags.items():
+        table.add_row(tag, f"{score:.4f}", "{} / {}".format(*summary.counts[tag]))
+    table.add_section()
+    table.add_row("[bold]overall: mean of tags", f"[bold]{summary.overall:.4f}", "")
+    table.add_row("images correct", f"{summary.images:.4f}", f"{summary.num_images} images")
+    table.add_row("prompts with a correct image", f"{summary.prompts:.4f}", f"{summary.num_prompts} prompts")
+    Console().print(table)
+    told = {**summary.as_json(), **said, "rows": str(out)}
+    out.with_name(out.name + ".summary.json").write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(told))
+    return 0
+
+
+def _detector(text: str | None, samples: Any) -> tuple[Any, Any]:
+    """What the detector is, for the settings kept beside the rows, and how it sees."""
+    from evals.geneval import by_detector
+    from rewards.base import Setting
+    from rewards.detectors.registry import DetectorConfig, detector_spec
+    from rewards.serving import SettingSpec
+
+    spec = detector_spec(text if text is not None else "mask2former")
+    detector = SettingSpec(detector=spec).detector_or_none()
+    said = spec.model_dump(exclude_unset=True, exclude={"device", "batch_size", "download"}) \
+        if isinstance(spec, DetectorConfig) else spec
+    return said, by_detector(Setting.of(None, None, detector), samples)
