@@ -96,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--label", help="name under run_dir/evaluations (default: from the weights' place)")
     geneval.add_options(sub)
 
+    from underdrawing import rewards_cli
+
+    rewards_cli.add_parser(commands)
+
     sub = command("view", _view, "write the HTML report of a run, or of stored trajectories", recipe=False)
     sub.add_argument("folder", type=Path, help="a run's folder, or a folder of stored trajectories")
     sub.add_argument("--out", type=Path, help="file to write (default report.html in the folder)")

@@ -73,28 +73,41 @@ class ReportData:
 
 def write_report(data: ReportData, path: Path) -> Path:
     """Render to one self-contained file, written whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    html = render(data)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_page(render(data), Path(path))
 
 
 def render(data: ReportData) -> str:
     """The page as a string."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)
     pairs = _pairs(data.before, data.after)
-    return environment.get_template("page.html.j2").render(
+    return from_template(
+        "page.html.j2",
         data=data,
         curves=_curves(data.metrics),
         tag_bars=bars(data.before.by_tag, data.after.by_tag) if data.before and data.after else "",
-        pairs=[(_film(b), _film(a)) for b, a in pairs],
-        sampled=[(step, [_film(t) for t in trajectories]) for step, trajectories in data.sampled],
+        pairs=[(film_of(b), film_of(a)) for b, a in pairs],
+        sampled=[(step, [film_of(t) for t in trajectories]) for step, trajectories in data.sampled],
     )
+
+
+def from_template(name: str, **values: Any) -> str:
+    """A page of this folder, with the style that all of them share."""
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    return environment.get_template(name).render(style=style, **values)
+
+
+def write_page(html: str, path: Path) -> Path:
+    """Whole or not at all. Raises UserError where it cannot be written."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(html, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
 
 
 def report_data(run_dir: Path, title: str | None = None) -> ReportData:
@@ -167,6 +180,28 @@ def _pairs(before: Evaluation | None, after: Evaluation | None,
 
 
 @dataclass(frozen=True)
+class SeenBox:
+    """An object on a picture; sides in percent of the picture's."""
+
+    label: str
+    score: float
+    colour: str
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the detector sees in a picture, and what that means for the prompt."""
+
+    boxes: Sequence[SeenBox]
+    correct: bool | None = None  # None: the record asks for nothing
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Frame:
     """One segment on a filmstrip."""
 
@@ -177,6 +212,8 @@ class Frame:
     advantage: float | None
     credit: str  # segment rewards by part
     tokens: int
+    seen: Seen | None = None  # None: nobody looked
+    parts: Sequence[tuple[str, float | None]] = ()  # rewards of this picture alone
 
 
 @dataclass(frozen=True)
@@ -190,7 +227,8 @@ class Film:
     frames: list[Frame]
 
 
-def _film(trajectory: Trajectory) -> Film:
+def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> Film:
+    """A trajectory as a filmstrip; `seen` is by segment."""
     frames = []
     for index, segment in enumerate(trajectory.segments):
         if segment.author is Author.USER:
@@ -201,8 +239,8 @@ def _film(trajectory: Trajectory) -> Film:
         credit = "  ".join(f"{part} {value:+.2f}" for part, credits in trajectory.segment_rewards.items()
                            if (value := credits.get(index)) is not None)
         frames.append(Frame(segment.role, str(segment.author), _tagged(segment.text),
-                            _data_uri(segment.picture) if segment.picture is not None else "",
-                            advantage, credit, len(segment.ids)))
+                            data_uri(segment.picture) if segment.picture is not None else "",
+                            advantage, credit, len(segment.ids), (seen or {}).get(index)))
     return Film(trajectory.prompt, str(trajectory.record.get("tag", "")).replace("_", " "), str(trajectory.stop),
                 trajectory.reward, trajectory.advantage_S is not None or trajectory.reward is not None,
                 list(trajectory.rewards.items()), frames)
@@ -219,7 +257,7 @@ def _tagged(text: str) -> list[tuple[str, str]]:
     return [(tag, body) for tag, body in out if tag or body]
 
 
-def _data_uri(picture: np.ndarray) -> str:
+def data_uri(picture: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

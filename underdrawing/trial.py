@@ -1,0 +1,195 @@
+"""A recipe's reward tried on what there is: stored thoughts, or a folder of pictures in GenEval's layout.
+
+Nothing is rolled out and no policy is loaded. `underdrawing rewards try` prints the numbers and writes the page
+(report/trial.py) and rewards.jsonl beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evals.geneval import load_picture, read_folder
+from rewards.base import policy_pictures
+from rewards.compose import Judge, JudgeReport, detector_of
+from rewards.detectors.base import CachedDetector
+from rewards.geneval import classes_of, colored_of, evaluate, kept
+from rewards.loader import is_own
+from rewards.registry import REWARDS
+from rollout.errors import UserError
+from rollout.store import load_trajectories
+from rollout.trajectory import Author, Modality, Segment, Trajectory
+from underdrawing import build
+from underdrawing.recipe import Recipe
+from underdrawing.report.page import Seen
+from underdrawing.report.trial import PartRow, TrialPage, picture_films, row_of, seen_of, thought_films
+
+DETECTED_AT_ONCE = 32  # pictures whose detections are made and drawn together
+
+
+@dataclass
+class Trial:
+    """What was judged, and how."""
+
+    recipe: Recipe
+    trajectories: list[Trajectory]
+    report: JudgeReport
+    source: str  # of the trajectories
+    pictures: Mapping[int, str]  # by id() of a trajectory its file's name; empty for thoughts
+    seen: dict[int, dict[int, Seen]] = field(default_factory=dict)  # by id(), then segment
+
+    def rows(self) -> list[PartRow]:
+        """A row for each part, and one for the reward."""
+        rewards, paid = self.recipe.rewards, self.recipe.rewards.expression().names
+        rows = []
+        for name, part in rewards.parts.items():
+            kind = "watched" if part.watch else "" if name in paid else \
+                "by segment" if self._credits(name) else "not paid"
+            what = REWARDS[part.function].formula if is_own(part.function) else part.function
+            what += "".join(f" · {option}: {value}" for option, value in part.options.items())
+            rows.append(row_of(name, [t.rewards.get(name) for t in self.trajectories], kind=kind, what=what,
+                               failed=self.report.metrics.get(f"reward/{name}/failed", 0.0)))
+        return [*rows, row_of("reward", [t.reward for t in self.trajectories], total=True)]
+
+    def _credits(self, part: str) -> bool:
+        """Whether what it says of segments moves their advantages."""
+        grpo = self.recipe.grpo
+        return grpo.advantage_level == "segment" and grpo.segment_reward_weights.get(part, 1.0) != 0 and \
+            any(part in t.segment_rewards for t in self.trajectories)
+
+    def by_tag(self) -> list[tuple[str, int, list[float | None]]]:
+        """(tag, how many, the mean of each row), where the records have tags."""
+        tags: dict[str, list[Trajectory]] = {}
+        for trajectory in self.trajectories:
+            if "tag" in trajectory.record:
+                tags.setdefault(str(trajectory.record["tag"]), []).append(trajectory)
+        parts = list(self.recipe.rewards.parts)
+        return [(tag, len(members), [*(_mean([t.rewards.get(part) for t in members]) for part in parts),
+                                     _mean([t.reward for t in members])]) for tag, members in tags.items()]
+
+    def page(self, most: int) -> TrialPage:
+        shown = spread(self.trajectories, most)
+        films = (picture_films(shown, self.seen, self.pictures) if self.pictures
+                 else thought_films(shown, self.seen))
+        unit = "pictures" if self.pictures else "thoughts"
+        count = f"{len(self.trajectories)} {unit}"
+        heading = unit.capitalize() + (f", {len(shown)} of {len(self.trajectories)}"
+                                       if len(shown) < len(self.trajectories) else "")
+        return TrialPage(f"{self.recipe.name}: its reward on {count}", self.source, self.recipe.rewards.formula(),
+                         self.rows(), self.by_tag(), unit, heading, films, self.report.sentences(),
+                         side=262 if self.pictures else 150)
+
+    def write_rows(self, path: Path) -> None:
+        """One JSON object a thought or picture: where it is from, its parts, its reward, and what the parts said."""
+        with path.open("w", encoding="utf-8") as file:
+            for t in self.trajectories:
+                row: dict[str, Any] = {"file": self.pictures[id(t)]} if self.pictures else {"key": t.key}
+                row |= {"prompt": t.prompt, "tag": t.record.get("tag"), "reward": t.reward, "rewards": t.rewards,
+                        "said": t.info.get("rewards", {})}
+                file.write(json.dumps(row, default=str) + "\n")
+
+
+def try_on_thoughts(recipe: Recipe, folder: Path) -> Trial:
+    """Stored trajectories, judged anew. Raises UserError where the folder holds none."""
+    folder = folder.parent if folder.name == "trajectories.parquet" else folder
+    trajectories = load_trajectories(folder)
+    if not trajectories:
+        raise UserError(f"{folder}: there are no trajectories in it")
+    for trajectory in trajectories:
+        trajectory.advantage_S = None  # it belongs to the rewards that were
+    return _judge(recipe, trajectories, str(folder), {})
+
+
+def try_on_pictures(recipe: Recipe, folder: Path) -> Trial:
+    """A folder in GenEval's layout: each picture is a thought of one picture and no words, each prompt a group.
+
+    Raises EvaluationError for a folder that misses prompts, two files for one sample, or a file that is no picture.
+    """
+    trajectories: list[Trajectory] = []
+    names: dict[int, str] = {}
+    groups: dict[str, int] = {}
+    members: dict[int, int] = {}
+    for sample in read_folder(folder):
+        group = groups.setdefault(sample.name.split("/")[0], len(groups))
+        member = members[group] = members.get(group, -1) + 1
+        prompt = str(sample.record["prompt"])
+        segments = [Segment("prompt", Author.USER, Modality.TEXT, False, text=prompt),
+                    Segment("image", Author.POLICY, Modality.IMAGE_TOKENS, True, picture=load_picture(sample))]
+        trajectory = Trajectory(prompt, sample.record, recipe.format.name, segments, group, member)
+        trajectories.append(trajectory)
+        names[id(trajectory)] = sample.name
+    return _judge(recipe, trajectories, str(folder), names)
+
+
+def _judge(recipe: Recipe, trajectories: list[Trajectory], source: str, names: Mapping[int, str]) -> Trial:
+    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    groups: dict[int, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.group, []).append(trajectory)
+    with build.build_judge(recipe, task, fmt) as judge:
+        report = judge.judge(list(groups.values()))
+        trial = Trial(recipe, trajectories, report, source, names)
+        detector = _detector(recipe, task, judge)
+        if detector is not None:
+            trial.seen = look(trajectories, detector)
+    return trial
+
+
+def _detector(recipe: Recipe, task: Any, judge: Judge) -> CachedDetector | None:
+    """The one that the parts look with; None where no part does."""
+    needed = any(is_own(part.function) and REWARDS[part.function].needs_detector
+                 for part in recipe.rewards.parts.values())
+    if not needed:
+        return None
+    if judge.setting.detector is not None:
+        return judge.setting.detector
+    made = detector_of(recipe.rewards, task)
+    return None if made is None else CachedDetector(made)
+
+
+def look(trajectories: Sequence[Trajectory], detector: CachedDetector) -> dict[int, dict[int, Seen]]:
+    """What is seen in every picture, with GenEval's verdict where the record asks for something."""
+    places = [(t, index, picture) for t in trajectories for index, picture in policy_pictures(t)
+              if classes_of(t.record) or not detector.open_vocabulary]
+    seen: dict[int, dict[int, Seen]] = {}
+    for start in range(0, len(places), DETECTED_AT_ONCE):
+        batch = places[start:start + DETECTED_AT_ONCE]
+        found = detector.detect([picture for _, _, picture in batch], [classes_of(t.record) for t, _, _ in batch],
+                                [colored_of(t.record) for t, _, _ in batch])
+        for (trajectory, index, picture), objects in zip(batch, found, strict=True):
+            record, correct, reason = trajectory.record, None, ""
+            if record.get("include"):
+                correct, reason = evaluate(record, objects)
+            named = set(classes_of(record)) or set(objects)
+            shown = {name: items for name, items in kept(record, objects).items() if items and
+                     (name in named or not detector.names_colors)}
+            seen.setdefault(id(trajectory), {})[index] = seen_of(picture, shown, correct, reason)
+    return seen
+
+
+def spread(trajectories: Sequence[Trajectory], most: int) -> list[Trajectory]:
+    """At most so many, the tags in turn, whole groups before further ones."""
+    if len(trajectories) <= most:
+        return list(trajectories)
+    queues: dict[str, list[list[Trajectory]]] = {}
+    groups: dict[int, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        if trajectory.group not in groups:
+            groups[trajectory.group] = []
+            queues.setdefault(str(trajectory.record.get("tag", "")), []).append(groups[trajectory.group])
+        groups[trajectory.group].append(trajectory)
+    chosen: list[Trajectory] = []
+    while len(chosen) < most and any(queues.values()):
+        for queue in queues.values():
+            if queue:
+                chosen += queue.pop(0)
+    return chosen[:most]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    judged = [value for value in values if value is not None]
+    return math.fsum(judged) / len(judged) if judged else None
