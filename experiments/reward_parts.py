@@ -21,7 +21,12 @@ from underdrawing.jobs import local, read_prompt_scores, run_evaluate, run_grpo
 from underdrawing.recipe import Recipe, load_recipe
 from underdrawing.tracking import read_metrics
 
-ARMS = {"detection": "detect", "all_parts": None}  # None: the recipe's own formula
+# Overrides of the recipe. Parts that credit segments act through them too, so detection alone has one advantage for the
+# whole thought.
+ARMS: dict[str, list[str]] = {
+    "detection": ["rewards.total=detect", "grpo.advantage_level=trajectory", "grpo.segment_reward_weights={}"],
+    "all_parts": [],
+}
 
 
 def main() -> int:
@@ -36,8 +41,8 @@ def main() -> int:
     quieten()
     results: dict[str, dict[str, float]] = {}
     try:
-        for arm, total in ARMS.items():
-            results[arm] = run_arm(options, arm, total)
+        for arm, overrides in ARMS.items():
+            results[arm] = run_arm(options, arm, overrides)
     except UserError as error:
         print(f"reward_parts: {error}", file=sys.stderr)
         return error.exit_code
@@ -49,13 +54,10 @@ def main() -> int:
     return 0
 
 
-def run_arm(options: argparse.Namespace, arm: str, total: str | None) -> dict[str, float]:
+def run_arm(options: argparse.Namespace, arm: str, of_arm: list[str]) -> dict[str, float]:
     """Train until the token budget is spent, then evaluate."""
     folder = options.out / arm
-    overrides = [*options.overrides, f"seed={options.seed}", f"run_dir={folder}"]
-    if total is not None:
-        overrides.append(f"rewards.total={total}")
-    recipe = load_recipe(options.recipe, overrides)
+    recipe = load_recipe(options.recipe, [*options.overrides, f"seed={options.seed}", f"run_dir={folder}", *of_arm])
     while spent(folder)["sampled"] < options.tokens:
         done = checkpoint.steps(folder / "checkpoints")
         per_step = spent(folder)["sampled"] / done[-1] if done else None
