@@ -62,8 +62,8 @@ def write_mask2former(folder: Path, labels: Sequence[str], width: int, seed: int
                           window_size=7, out_features=["stage1", "stage2", "stage3", "stage4"])
     config = Mask2FormerConfig(
         backbone_config=backbone, feature_size=64, mask_feature_size=64, hidden_dim=64, encoder_feedforward_dim=128,
-        dim_feedforward=128, encoder_layers=1, decoder_layers=2, num_attention_heads=4, num_queries=100, id2label=dict(enumerate(labels)),
-        label2id={name: index for index, name in enumerate(labels)})
+        dim_feedforward=128, encoder_layers=1, decoder_layers=2, num_attention_heads=4, num_queries=100,
+        id2label=dict(enumerate(labels)), label2id={name: index for index, name in enumerate(labels)})
     model = Mask2FormerForUniversalSegmentation(config).eval()
     with torch.no_grad():  # masks with edges, rather than everywhere about a half
         dict(model.named_parameters())[

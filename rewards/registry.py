@@ -37,7 +37,11 @@ def _by_name(*rewards: Registered) -> dict[str, Registered]:
 REWARDS: dict[str, Registered] = _by_name(
     Registered("geneval", "rewards.geneval:geneval",
                "1 if the final picture meets the record, else 0; graded: the share of it that is met, in [0, 1]",
-               "GenEval, arXiv:2310.11513, section 3.2", needs_detector=True),
+               "GenEval, arXiv:2310.11513, section 3.2; djghosh13/geneval evaluation/evaluate_images.py",
+               inputs="the record in GenEval's schema (tag, include, exclude); the final, first or each picture",
+               differs="standard is the released scorer; strict wants exact counts and ignores exclude; graded and "
+                       "graded_strict are bounded shares; flow_grpo is that reward server's graded score",
+               needs_detector=True),
     Registered("critique_consistency", "rewards.critique_consistency:critique_consistency",
                "mean over inspections of +-min(f, w)/f for pictures that are fine and +-min(f, w)/w for wrong ones, "
                "with f and w their shares in the batch; + where the verdict is right",

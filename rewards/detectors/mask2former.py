@@ -57,7 +57,7 @@ def prepared(pictures: Sequence[np.ndarray], mean: Sequence[float], std: Sequenc
     """Pictures of one size to the network's input [B, 3, H, W]: resized bilinearly to whole grey levels (no
     antialiasing), normalised by mean and std of the unit range, padded with zeros."""
     stacked = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float()
-    height, width = resized_size(*pictures[0].shape[:2], test_size)
+    height, width = resized_size(pictures[0].shape[0], pictures[0].shape[1], test_size)
     resized = F.interpolate(stacked, size=(height, width), mode="bilinear", align_corners=False)
     resized = resized.round_().clamp_(0, 255)
     shift, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (mean, std))

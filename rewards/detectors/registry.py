@@ -41,10 +41,11 @@ class DetectorConfig(BaseModel):
 
     backend: str = Field(description="mask2former, grounding_dino, owlv2 or shapes.")
     path: str | None = Field(None, description="Folder in the released layout, or a hub id found in the hub cache. "
-                             "None: the backend's best known release.")
+                             "None: the backend's usual release.")
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU where there is one.")
     batch_size: int | None = Field(None, ge=1, description="Pictures of one forward pass.")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="Of the weights; float32 unless "
+                                                                    "given.")
     min_score: float | None = Field(None, ge=0, lt=1, description="Objects at or below this score are left out.")
     test_size: tuple[int, int] | None = Field(None, description="mask2former: longest and shortest side in px that "
                                               "pictures are resized to; GenEval's are 1333 and 800.")
