@@ -83,10 +83,12 @@ def ask(run: Run, cursor: PromptCursor) -> list[RolloutRequest]:
 
 
 def collect(run: Run, requests: Sequence[RolloutRequest], step: int) -> tuple[Ledger, dict[str, float]]:
-    """Roll out, judge and credit. The ledger accounts for every request."""
+    """Roll out, judge and credit. Groups are judged as they finish, while the others are still being written. The
+    ledger accounts for every request."""
     assert run.rollouts is not None and run.judge is not None
-    rolled_out = run.rollouts.generate(requests)
-    report = run.judge.judge(rolled_out.groups, step)
+    judgement = run.judge.begin(step, [len(request.members) for request in requests])
+    rolled_out = run.rollouts.generate(requests, each=judgement.add)
+    report = judgement.finish(rolled_out.groups)
     measured = run.alarms.measure(rolled_out.groups) if run.alarms is not None else {}
     ledger = credit(rolled_out.groups, run.config, failed=len(rolled_out.failed))
     if run.tracker is not None and (step == 1 or step % run.show_every == 0):

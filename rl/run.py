@@ -29,10 +29,17 @@ class Report(Protocol):
     metrics: dict[str, float]
 
 
+class StepsJudgement(Protocol):
+    """rewards.judgement.Judgement."""
+
+    def add(self, index: int, group: Sequence[Trajectory]) -> None: ...
+    def finish(self, groups: Sequence[Sequence[Trajectory]]) -> Report: ...
+
+
 class JudgeOfGroups(Protocol):
     """rewards.compose.Judge."""
 
-    def judge(self, groups: Sequence[Sequence[Trajectory]], step: int = 0) -> Report: ...
+    def begin(self, step: int, sizes: Sequence[int]) -> StepsJudgement: ...
 
 
 class Watch(Protocol):

@@ -1,4 +1,4 @@
-"""Starts Ray for the rollout workers, or joins a cluster that is there; ray_workers.py uses it.
+"""Starts Ray for the workers of rollouts and rewards, or joins a cluster that is there. Whoever asks first starts it.
 
 A local one keeps to the loopback interface, writes to a folder of its own and has no dashboard. A cluster is joined
 where the environment's RAY_ADDRESS names one. `import ray` happens here, inside functions, and nowhere earlier.
@@ -24,6 +24,8 @@ LONGEST_FOLDER = 45
 PREFIX = "ud-ray-"
 ATTEMPTS = 4
 
+_started: set[Path] = set()  # folder of the Ray that this program runs, if it does
+
 
 class ClusterError(UserError):
     """Ray cannot be had. Every message says that `rollout.workers: 0` does without it."""
@@ -33,7 +35,8 @@ class ClusterError(UserError):
 class Cluster:
     """What was started or joined."""
 
-    folder: Path | None  # where a local one writes; None: not ours to stop
+    folder: Path | None  # where a local one writes; None: a cluster that this program did not start
+    ours: bool = False  # started by this call, so it is this call's to stop
 
     def log_tail(self, pid: int, lines: int = 12) -> str:
         """The last lines that a worker process wrote to stderr; empty where that cannot be known."""
@@ -45,10 +48,11 @@ class Cluster:
         return ""
 
     def stop(self) -> None:
-        if self.folder is not None:
+        if self.ours and self.folder is not None:
             import ray
 
             ray.shutdown()
+            _started.discard(self.folder)
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -69,7 +73,7 @@ def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
     import ray
 
     if ray.is_initialized():
-        return Cluster(None)
+        return Cluster(next(iter(_started), None))
     address = os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         return _join(address)
@@ -84,7 +88,8 @@ def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
             ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False,
                      object_store_memory=object_store_bytes, log_to_driver=False, logging_level=logging.ERROR,
                      ignore_reinit_error=True, _temp_dir=str(folder), _node_ip_address="127.0.0.1")
-            return Cluster(folder)
+            _started.add(folder)
+            return Cluster(folder, ours=True)
         except BaseException as error:
             _end_processes(folder)
             if not isinstance(error, Exception):  # Ctrl-C

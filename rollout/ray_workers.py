@@ -32,6 +32,7 @@ from rollout.trajectory import Trajectory
 from rollout.weights import Manifest, Probe, Publication, PublicationError
 from rollout.workers import (
     UNPUBLISHED,
+    Each,
     EngineSpec,
     FailedGroup,
     FinishedGroup,
@@ -151,7 +152,8 @@ class RayRollouts:
 
     # ---- the interface ----
 
-    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None) -> GenerateResult:
+    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None,
+                 each: Each | None = None) -> GenerateResult:
         """See Rollouts. Raises WorkersError if not one group came back; it quotes the first crash."""
         began = time.perf_counter()
         finished: dict[int, list[Trajectory]] = {}
@@ -159,6 +161,8 @@ class RayRollouts:
         for done in self.stream(requests, timeout_s):
             if isinstance(done, FinishedGroup):
                 finished[done.index] = done.group
+                if each is not None:
+                    each(done.index, done.group)
             else:
                 failed.append(done)
         if failed and not finished:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from rollout.trajectory import Trajectory
 from rollout.weights import Manifest, Probe, Publication, WeightReceiver
 
 UNPUBLISHED = -1
+Each = Callable[[int, list[Trajectory]], None]  # (index of the request, its members), as groups finish
 
 
 class WorkersError(UserError):
@@ -109,8 +110,14 @@ class Rollouts(Protocol):
         """Of the weights that sample; UNPUBLISHED: those that the workers were built with."""
         ...
 
-    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None) -> GenerateResult:
-        """Roll every request out. `timeout_s`: how long a worker may be silent; None: the recipe's."""
+    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None,
+                 each: Each | None = None) -> GenerateResult:
+        """Roll every request out.
+
+        Args:
+            timeout_s: how long a worker may be silent; None: the recipe's.
+            each: is told of every group that finishes, while the others are being written.
+        """
         ...
 
     def stream(self, requests: Sequence[RolloutRequest],
@@ -227,9 +234,15 @@ class LocalRollouts:
     def version(self) -> int:
         return self._worker.receiver.version
 
-    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None) -> GenerateResult:
+    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None,
+                 each: Each | None = None) -> GenerateResult:
         began = time.perf_counter()
-        finished = sorted(self.stream(requests, timeout_s), key=lambda done: done.index)
+        finished: list[FinishedGroup] = []
+        for done in self.stream(requests, timeout_s):
+            finished.append(done)
+            if each is not None:
+                each(done.index, done.group)
+        finished.sort(key=lambda done: done.index)
         seconds = time.perf_counter() - began
         return GenerateResult([done.group for done in finished], [],
                               rollout_metrics([self._worker.stats()] if requests else [], seconds, len(finished)))

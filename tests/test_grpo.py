@@ -37,9 +37,14 @@ class BigramRollouts:
     def __init__(self, policy, fail=()):
         self.policy, self.version, self.fail = policy, -1, fail
 
-    def generate(self, requests, timeout_s=None):
-        groups = [[self.policy.sample(r.prompt, r.record, r.group, member, r.seed, self.version)
-                   for member in r.members] for r in requests if r.group not in self.fail]
+    def generate(self, requests, timeout_s=None, each=None):
+        groups = []
+        for index, r in enumerate(requests):
+            if r.group not in self.fail:
+                groups.append([self.policy.sample(r.prompt, r.record, r.group, member, r.seed, self.version)
+                               for member in r.members])
+                if each is not None:
+                    each(index, groups[-1])
         failed = [FailedGroup(i, r.group, "timeout", "") for i, r in enumerate(requests) if r.group in self.fail]
         return GenerateResult(groups, failed, {"time/rollout": 0.1})
 
@@ -55,8 +60,25 @@ class Judged:
     metrics: dict[str, float]
 
 
+@dataclass
+class AtOnce:
+    """A judgement that waits for all groups."""
+
+    judge: object
+    step: int
+
+    def add(self, index, group):
+        pass
+
+    def finish(self, groups):
+        return self.judge.judge(groups, self.step)
+
+
 class CodeJudge:
     """Pays for code 5; `at` maps a step to something that happens while it judges."""
+
+    def begin(self, step, sizes):
+        return AtOnce(self, step)
 
     def __init__(self, **at):
         self.at = {int(step[1:]): happens for step, happens in at.items()}

@@ -20,7 +20,7 @@ from rollout.engine import Engine
 from rollout.formats.registry import get_format
 from rollout.trajectory import DecisionKind
 from rollout.workers import LocalRollouts
-from tests.test_grpo import Judged, lines
+from tests.test_grpo import AtOnce, Judged, lines
 from tests.test_trainer_processes import launch
 from underdrawing.tracking import Tracker
 
@@ -30,6 +30,9 @@ PROMPTS = [{"prompt": f"a {color} {shape}"} for color in ("red", "blue") for sha
 
 class CodeJudge:
     """Pays for visual codes with odd ids: learnable from random weights."""
+
+    def begin(self, step, sizes):
+        return AtOnce(self, step)
 
     def judge(self, groups, step=0):
         for group in groups:

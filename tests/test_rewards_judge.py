@@ -195,12 +195,13 @@ def test_a_part_that_hangs_is_killed_and_says_where_it_stood(own):
         def dawdle(): time.sleep(600)
         def score(completions): dawdle()
         """)
-    group, started = words("x"), time.monotonic()
+    group = words("x")
     with Judge(config("coalesce(slow, 0)", slow={"function": path, "timeout_s": 0.5, "retries": 0})) as judge:
         process = judge.parts["slow"].workers[0]._process
+        started = time.monotonic()
         report = judge.judge([group])
+        assert time.monotonic() - started < 30
         assert process.poll() is not None  # dead, not left behind
-    assert time.monotonic() - started < 30
     assert group[0].rewards == {"slow": None} and group[0].reward == 0
     fault, = report.faults
     assert fault.kind == "timeout" and "longer than 0.5 s" in fault.message

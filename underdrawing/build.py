@@ -14,9 +14,11 @@ import torch
 
 from policy.base import Policy
 from policy.registry import FAMILIES, load_policy
+from rewards.alarms import Alarms
 from rewards.compose import Judge
 from rollout.errors import UserError
 from rollout.formats.base import ThoughtFormat
+from rollout.ray_cluster import Cluster, start_ray
 from tasks.base import Task
 from tasks.registry import get_task
 from underdrawing.recipe import Recipe, dump_recipe
@@ -46,6 +48,23 @@ def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Pol
 
 def build_judge(recipe: Recipe, task: Task, fmt: ThoughtFormat) -> Judge:
     return Judge(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps)
+
+
+def build_alarms(recipe: Recipe) -> Alarms:
+    """Watched are the parts that move no advantage: neither the formula names them, nor are segments credited by
+    them."""
+    paid, by_segment = recipe.rewards.expression().names, recipe.grpo.advantage_level == "segment"
+    watched = [name for name, part in recipe.rewards.parts.items() if part.watch or name not in paid
+               and not (by_segment and recipe.grpo.segment_reward_weights.get(name, 1.0))]
+    return Alarms(recipe.rewards.alarms, watched)
+
+
+def start_cluster(recipe: Recipe) -> Cluster | None:
+    """One Ray with room for the workers of both, where the rewards have Ray workers; None: whoever else needs Ray
+    starts it. Raises ClusterError where it cannot be had."""
+    if recipe.rewards.ray_cpus is None:
+        return None
+    return start_ray(recipe.rollout.workers * recipe.rollout.threads + recipe.rewards.ray_cpus)
 
 
 def build_tracker(recipe: Recipe, folder: Path, job: str) -> Tracker:

@@ -117,6 +117,7 @@ def _recipe(options: argparse.Namespace) -> Any:
 
 def _dry_run(recipe: Any) -> int:
     """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights."""
+    from rewards.tree import lines
     from underdrawing import build
     from underdrawing.recipe import dump_recipe
 
@@ -126,6 +127,7 @@ def _dry_run(recipe: Any) -> int:
         pass
     print(dump_recipe(recipe), end="")
     print(f"# reward = {recipe.rewards.formula()}")
+    print("\n".join(f"# {line}" for line in lines(recipe.rewards)))
     print(f"# {len(task.prompts('train'))} train prompts, {len(task.prompts('heldout'))} held-out prompts")
     return 0
 

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from evals.bootstrap import Interval, compare
 from evals.heldout import Heldout, PromptScore, geneval_scorer, spread_over_tags
 from evals.heldout import evaluate as evaluate_heldout
+from rewards.base import Setting
+from rewards.compose import detector_of
 from rl import checkpoint
 from rl.grpo import train
 from rl.run import Run
@@ -69,26 +71,30 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False,
     if resume and newest is None:
         log.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
     first = accelerator.is_main_process
-    rollouts = judge = tracker = None
+    rollouts = judge = tracker = cluster = None
     progress = StepProgress("GRPO", recipe.grpo.steps) if first else None
     try:
         if first:
             build.write_recipe(recipe)
+            cluster = build.start_cluster(recipe)
             judge = build.build_judge(recipe, task, fmt)
             config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy
             rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, task.words)
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             tracker.listeners.append(progress)
-        heldout = _heldout_metrics(recipe, task, rollouts) if first else None
+        heldout = _heldout_metrics(recipe, task, rollouts, judge.setting) if judge else None
         run = Run(policy=policy, config=recipe.grpo, accelerator=accelerator, prompts=task.prompts("train"),
                   rollouts=rollouts, judge=judge, tracker=tracker, folder=recipe.run_dir, seed=recipe.seed,
-                  recipe=recipe.model_dump(mode="json"), evaluate=heldout, show_every=recipe.track.trajectories_every,
+                  recipe=recipe.model_dump(mode="json"), evaluate=heldout,
+                  alarms=build.build_alarms(recipe) if first else None, show_every=recipe.track.trajectories_every,
                   resume_command=resume_command)
         train(run, newest if resume else None)
     finally:
         for part in (progress, judge, rollouts, tracker):
             if part is not None:
                 part.close()
+        if cluster is not None:
+            cluster.stop()
     final = checkpoint.latest(recipe.run_dir / "checkpoints")
     assert final is not None
     return final / "weights"
@@ -102,7 +108,7 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str) -> Heldout:
     policy_config = recipe.policy.model_copy(update={"path": str(weights)})
     rollouts = open_rollouts(policy, policy_config, recipe.format, config, task.words)
     try:
-        heldout = _evaluate(recipe, task, rollouts)
+        heldout = _evaluate(recipe, task, rollouts, _setting(recipe, task))
     finally:
         rollouts.close()
     keep_evaluation(heldout, recipe.run_dir / "evaluations" / label)
@@ -171,30 +177,33 @@ def read_prompt_scores(path: Path) -> list[PromptScore]:
     return scores
 
 
-def _evaluate(recipe: Recipe, task: Task, rollouts: Any) -> Heldout:
-    from rewards.base import Setting
-    from rewards.compose import detector_of
+def _setting(recipe: Recipe, task: Task) -> Setting:
+    return Setting.of(task, build.build_format(recipe), detector_of(recipe.rewards, task))
 
-    fmt = build.build_format(recipe)
+
+def _evaluate(recipe: Recipe, task: Task, rollouts: Any, setting: Setting) -> Heldout:
     records = spread_over_tags(task.prompts("heldout"), recipe.evaluate.prompts)
-    setting = Setting.of(task, fmt, detector_of(recipe.rewards, task))
     return evaluate_heldout(rollouts, geneval_scorer(setting), records, recipe.evaluate.seed)
 
 
 @dataclass(frozen=True)
 class _HeldoutMetrics:
-    """Evaluations during training, with the rollout workers of the training itself."""
+    """Evaluations during training, with the rollout workers and the detector of the training itself."""
 
     recipe: Recipe
     task: Task
     rollouts: Any
+    setting: Setting
 
     def __call__(self, step: int) -> dict[str, float]:
-        return _evaluate(self.recipe, self.task, self.rollouts).as_metrics()
+        return _evaluate(self.recipe, self.task, self.rollouts, self.setting).as_metrics()
 
 
-def _heldout_metrics(recipe: Recipe, task: Task, rollouts: Any) -> _HeldoutMetrics | None:
-    return _HeldoutMetrics(recipe, task, rollouts) if recipe.grpo.evaluate_every else None
+def _heldout_metrics(recipe: Recipe, task: Task, rollouts: Any, setting: Setting) -> _HeldoutMetrics | None:
+    """`setting`: the judge's, whose detector is taken where it has one, so that no weights are loaded twice."""
+    if not recipe.grpo.evaluate_every:
+        return None
+    return _HeldoutMetrics(recipe, task, rollouts, setting if setting.detector else _setting(recipe, task))
 
 
 def local(recipe: Recipe, threads: int | None = None) -> Recipe:
