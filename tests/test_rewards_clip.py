@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import open_clip
@@ -11,7 +12,7 @@ import tiny_models
 import torch
 from PIL import Image
 from rewards_helpers import image, text, thought
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rewards.clip_similarity import clip_similarity
 from rewards.preference import hps, pickscore
@@ -57,14 +58,24 @@ def test_clip_similarity_equals_one_pair_at_a_time(models, thoughts, batch_size)
                 for t, p in zip(thoughts, final(thoughts), strict=True)]
     options = {"path": str(models["open_clip"]), "batch_size": batch_size}
     assert clip_similarity(thoughts, **options) == pytest.approx(expected, abs=1e-5)
-    assert len({round(value, 4) for value in expected}) == 4 and min(expected) < 0
+    assert len({round(value, 4) for value in expected}) == 4
     assert clip_similarity(thoughts, form="clipscore", **options) == pytest.approx(
-        [2.5 * max(value, 0) for value in expected], abs=1e-5)
+        [2.5 * value for value in expected], abs=1e-5)
     first = cosine(model, preprocess, tokenizer, thoughts[0].prompt, thoughts[0].pictures()[0])
     assert clip_similarity(thoughts, picture="first", **options)[0] == pytest.approx(first, abs=1e-5)
     each = clip_similarity(thoughts, picture="each", **options)
     assert each[0] == pytest.approx({1: first, 3: expected[0]}, abs=1e-5) and each[2] == 0.0
     assert list(each[3]) == [1]  # the environment's picture is not the policy's
+
+
+def test_clipscore_is_never_negative(models, thoughts, tmp_path):
+    shutil.copytree(models["open_clip"], tmp_path / "turned")
+    tensors = load_file(models["open_clip"] / "open_clip_model.safetensors")
+    save_file({**tensors, "visual.proj": -tensors["visual.proj"]}, tmp_path / "turned/open_clip_model.safetensors")
+    plain, turned = (clip_similarity(thoughts, path=str(folder)) for folder in (models["open_clip"],
+                                                                                tmp_path / "turned"))
+    assert turned == pytest.approx([-value for value in plain], abs=1e-5) and min(turned) < 0
+    assert clip_similarity(thoughts, path=str(tmp_path / "turned"), form="clipscore") == [0.0] * 4
 
 
 def features(models, prompt, picture):
@@ -75,7 +86,7 @@ def features(models, prompt, picture):
     with torch.no_grad():
         output = model(**processor(text=[prompt], images=[Image.fromarray(picture)], return_tensors="pt",
                                    padding=True, truncation=True, max_length=24))
-    return float(output.logits_per_image), float(model.logit_scale.exp())
+    return float(output.logits_per_image.detach()), float(model.logit_scale.detach().exp())
 
 
 def test_pickscore_is_the_models_own_logit(models, thoughts):
