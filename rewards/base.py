@@ -35,6 +35,9 @@ Reward = Callable[..., Any]  # sync or async; returns Sequence[float | Mapping[i
 RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids", "trajectories", "trainer_state",
             "log_metric", "log_extra", "setting")
 
+NO_JUDGE = ("reward '{name}' asks a judge, and the recipe names none: give rewards.judge.base_url and "
+            "rewards.judge.model")
+
 
 class RewardError(UserError):
     """A reward that breaks the contract: whoever wrote it can mend it."""
@@ -68,8 +71,7 @@ class Setting:
 
     def judge_for(self, reward: str) -> JudgeLike:
         if self.judge is None:
-            raise RewardError(f"reward '{reward}' asks a judge, and the recipe names none: give rewards.judge.base_url "
-                              f"and rewards.judge.model")
+            raise RewardError(NO_JUDGE.format(name=reward))
         return self.judge
 
     @staticmethod
@@ -172,8 +174,13 @@ def _lightened(segment: Segment) -> Segment:
 # ---- one call ---------------------------------------------------------------------------------------------------
 
 def call(function: Reward, name: str, trajectories: Sequence[Trajectory], *, options: Mapping[str, Any],
-         state: TrainerState, view: View, setting: Setting | None = None) -> tuple[list[Value], Logs]:
+         state: TrainerState, view: View, setting: Setting | None = None,
+         judge: JudgeLike | None = None) -> tuple[list[Value], Logs]:
     """Call a reward once. Returns one value a trajectory (NaN left as it is) and what it logged.
+
+    Args:
+        setting: of one of the toolkit's own; None: it is somebody else's, called as TRL calls its own.
+        judge: for somebody else's that has an argument of this name.
 
     Raises:
         RewardError: wrong number of values, values that are no numbers, a missing or unknown argument.
@@ -192,6 +199,10 @@ def call(function: Reward, name: str, trajectories: Sequence[Trajectory], *, opt
             "trainer_state": state,
             **columns(trajectories),
         }
+        if asks_judge(function) and "judge" not in options:
+            if judge is None:
+                raise RewardError(NO_JUDGE.format(name=name))
+            arguments["judge"] = judge
     result = function(**_accepted(function, name, arguments, options))
     if inspect.isawaitable(result):
         result = asyncio.run(_awaited(result))
@@ -228,6 +239,12 @@ def _signature(function: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
         return {}, True
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def asks_judge(function: Reward) -> bool:
+    """Whether a user's function has an argument `judge` that must be given."""
+    parameter = _signature(function)[0].get("judge")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _accepted(function: Reward, name: str, arguments: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rewards.base import RESERVED, Logs, RewardError, TrainerState, Value, View, call, check_options, is_broken
+from rewards.base import (
+    RESERVED,
+    Logs,
+    RewardError,
+    TrainerState,
+    Value,
+    View,
+    asks_judge,
+    call,
+    check_options,
+    is_broken,
+)
 from rewards.isolate import ProcessWorker
+from rewards.judge.base import JudgeLike, StandIn
+from rewards.judge.client import JudgeClient
+from rewards.judge.config import JudgeConfig
 from rewards.loader import is_own, load_reward
 from rewards.samples import sample_thoughts
 from rewards.serving import CallFailed, PartSpec, describe
@@ -63,7 +77,7 @@ class RewardCheck:
 def check_reward(function: str | Callable[..., Any], *, options: Mapping[str, Any] | None = None, factory: bool = False,
                  completions: View = "auto", columns: Mapping[str, Any] | None = None,
                  trajectories: Sequence[Trajectory] | None = None, scope: Scope | None = None,
-                 timeout_s: float = 20.0) -> RewardCheck:
+                 judge: JudgeConfig | None = None, timeout_s: float = 20.0) -> RewardCheck:
     """Hold a reward to the contract (rewards/base.py).
 
     Args:
@@ -72,6 +86,7 @@ def check_reward(function: str | Callable[..., Any], *, options: Mapping[str, An
         columns: further columns of every record, for a reward that asks for them.
         trajectories: in place of the built-in `sample_thoughts`; at least two groups of two.
         scope: what the recipe will say of it; None: it is only found out.
+        judge: the endpoint, for a reward with an argument `judge`; None: a stand-in with made-up verdicts answers it.
         timeout_s: seconds that one call may take.
 
     Raises:
@@ -82,12 +97,18 @@ def check_reward(function: str | Callable[..., Any], *, options: Mapping[str, An
     check_options(own, name, {} if factory else options or {})
     thoughts = list(trajectories) if trajectories is not None else sample_thoughts(columns)
     kinds = [str(t.info.get("kind", f"trajectory {t.key}")) for t in thoughts]
-    checker = _Checker(name, own, {} if factory else dict(options or {}), completions, thoughts, kinds, scope)
-    if spec is None:
+    client: JudgeLike | None = None
+    if asks_judge(own):
+        client = JudgeClient(judge) if judge is not None else StandIn()
+    checker = _Checker(name, own, {} if factory else dict(options or {}), completions, thoughts, kinds, scope, client)
+    if isinstance(client, StandIn):
+        checker.notes.append("its judge is a stand-in here, with made-up verdicts, so it was not tried in a process of "
+                             "its own; give the check an endpoint")
+    elif spec is None:
         checker.notes.append("it is defined where no recipe can name it (in a function, a notebook, or a lambda), so "
                              "it was not tried in a process of its own; put it into a file")
     else:
-        worker = ProcessWorker(PartSpec(name, spec, dict(options or {}), factory, completions), timeout_s)
+        worker = ProcessWorker(PartSpec(name, spec, dict(options or {}), factory, completions, None, judge), timeout_s)
         try:
             checker.isolated(worker)
         finally:
@@ -102,9 +123,10 @@ class _Checker:
     """One run through the checks: each adds its sentences, and those that need the last one's success ask for it."""
 
     def __init__(self, name: str, function: Callable[..., Any], options: dict[str, Any], view: View,
-                 thoughts: list[Trajectory], kinds: list[str], wanted: Scope | None) -> None:
+                 thoughts: list[Trajectory], kinds: list[str], wanted: Scope | None,
+                 judge: JudgeLike | None = None) -> None:
         self.name, self.function, self.options, self.view = name, function, options, view
-        self.thoughts, self.kinds, self.wanted = thoughts, kinds, wanted
+        self.thoughts, self.kinds, self.wanted, self.judge = thoughts, kinds, wanted, judge
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.scope: Scope | None = None
@@ -151,8 +173,12 @@ class _Checker:
 
     def _call(self, thoughts: Sequence[Trajectory]) -> tuple[list[Value], Logs]:
         """On a copy: what one call does to its thoughts is no concern of the next."""
-        return call(self.function, self.name, copy.deepcopy(list(thoughts)), options=self.options,
-                    state=TrainerState(), view=self.view)
+        return self._call_with(self.function, copy.deepcopy(list(thoughts)))
+
+    def _call_with(self, function: Callable[..., Any],
+                   thoughts: Sequence[Trajectory]) -> tuple[list[Value], Logs]:
+        return call(function, self.name, thoughts, options=self.options, state=TrainerState(), view=self.view,
+                    judge=self.judge)
 
     def _whole_batch(self) -> bool:
         started = time.perf_counter()
@@ -227,7 +253,7 @@ class _Checker:
 
         spy.__signature__ = inspect.signature(self.function)  # type: ignore[attr-defined]
         spy.__module__ = getattr(self.function, "__module__", "") or ""
-        call(spy, self.name, copy.deepcopy(self.thoughts), options=self.options, state=TrainerState(), view=self.view)
+        self._call_with(spy, copy.deepcopy(self.thoughts))
         return kept
 
     def _lengths(self) -> None:
@@ -290,7 +316,7 @@ class _Checker:
     def _missing_columns(self) -> None:
         """A record that lacks a column has None there, as the rows of a mixed data set do."""
         try:
-            asked = set(inspect.signature(self.function).parameters) - set(RESERVED) - set(self.options)
+            asked = set(inspect.signature(self.function).parameters) - {*RESERVED, "judge", *self.options}
         except (TypeError, ValueError):
             return
         assert self.values is not None
@@ -332,7 +358,7 @@ class _Checker:
 
     def _input_untouched(self) -> None:
         given = copy.deepcopy(self.thoughts)
-        call(self.function, self.name, given, options=self.options, state=TrainerState(), view=self.view)
+        self._call_with(self.function, given)
         for thought, original, kind in zip(given, self.thoughts, self.kinds, strict=True):
             same = thought.record == original.record and len(thought.segments) == len(original.segments) and all(
                 a.text == b.text and np.array_equal(a.ids, b.ids) and _same_picture(a.picture, b.picture)

@@ -191,7 +191,7 @@ class Judge:
     def _part(self, name: str, part: PartConfig) -> Part:
         own = part.function in REWARDS
         spec = PartSpec(name, part.function, part.options, part.factory, part.completions,
-                        self._spec if own else None)
+                        self._spec if own else None, self.config.judge)
         if part.place == "driver":
             return Part(name, part, self._driver, spec.load(self.setting if own else None))
         workers = workers_of(spec, part.workers or WorkersConfig(), part.timeout_s, part.load_timeout_s)

@@ -20,6 +20,7 @@ from rewards.base import (
     TrainerState,
     Value,
     View,
+    asks_judge,
     call,
     check_options,
 )
@@ -27,6 +28,7 @@ from rewards.detectors.base import CachedDetector, Detector
 from rewards.detectors.registry import DetectorConfig, build_detector
 from rewards.detectors.shapes import TaskDetector
 from rewards.geneval import check_record
+from rewards.judge.base import JudgeLike
 from rewards.judge.config import JudgeConfig
 from rewards.loader import load_object, load_reward, make
 from rewards.registry import REWARDS
@@ -109,6 +111,7 @@ class PartSpec:
     factory: bool = False
     view: View = "auto"
     setting: SettingSpec | None = None  # of one of the toolkit's own; None: it is somebody else's
+    judge: JudgeConfig | None = None  # for somebody else's that asks for it
 
     @property
     def needs_detector(self) -> bool:
@@ -126,7 +129,10 @@ class PartSpec:
         options = {} if self.factory else dict(self.options)
         check_options(function, self.name, options, own=self.setting is not None)
         if self.setting is None:
-            return LoadedPart(self, function, options, None, shared=False)
+            client = None
+            if asks_judge(function) and "judge" not in options:
+                client = SettingSpec(judge=self.judge).build(detector=False).judge_for(self.name)
+            return LoadedPart(self, function, options, None, False, client)
         shared = setting is not None
         setting = setting or self.setting.build(self.needs_detector)
         if self.needs_detector and not shared:
@@ -145,16 +151,17 @@ class LoadedPart:
     options: Mapping[str, Any]
     setting: Setting | None
     shared: bool
+    judge: JudgeLike | None = None  # of somebody else's
 
     def __call__(self, trajectories: Sequence[Trajectory], state: TrainerState) -> tuple[list[Value], Logs]:
         """As rewards.base.call; the logs say what a call asked of the judge."""
         setting = self.setting
         if setting is not None and setting.detector is not None and not self.shared:
             setting.detector.clear()
-        client = getattr(setting, "judge", None)
+        client: Any = self.judge if setting is None else setting.judge
         before = client.counts() if hasattr(client, "counts") else {}
         values, logs = call(self.function, self.spec.name, trajectories, options=self.options, state=state,
-                            view=self.spec.view, setting=setting)
+                            view=self.spec.view, setting=setting, judge=self.judge)
         if hasattr(client, "counts"):
             logs.judge = {name: count - before.get(name, 0) for name, count in client.counts().items()}
         return values, logs

@@ -22,7 +22,7 @@ class Answer:
     logprobs: Any = None
     finish: str = "stop"
     stall_s: float = 0.0  # before the first byte
-    drip_s: float = 0.0  # between bytes, for ever short of the time limit
+    drip_s: float = 0.0  # between bytes
     drop: bool = False  # close the connection without a word
 
 

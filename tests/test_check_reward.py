@@ -8,9 +8,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+from judge_server import JudgeServer
 
 from rewards.base import RewardError, policy_text
 from rewards.check import check_reward
+from rewards.judge.base import AnswerCheck, Question
+from rewards.judge.config import JudgeConfig
 from rewards.samples import sample_thoughts
 from rollout.errors import UserError
 
@@ -317,6 +320,32 @@ async def later(completions, **columns):
 
 def test_an_async_reward_passes():
     assert check_reward(later).ok
+
+
+def agreed(trajectories, judge, ground_truth, **columns):
+    """Asks a judge, and hands on what it could not judge."""
+    checks = [AnswerCheck(t.prompt, policy_text(t), str(truth))
+              for t, truth in zip(trajectories, ground_truth, strict=True)]
+    return [None if said is None else float(said) for said in judge.agrees(checks)]
+
+
+def agreed_or_wrong(trajectories, judge, **columns):
+    return [float(said) for said in judge.yes_probability([Question.of(policy_text(t)) for t in trajectories])]
+
+
+def test_a_reward_with_a_judge_is_tried_with_a_stand_in_or_an_endpoint():
+    check = check_reward(agreed)
+    assert check.ok and any("its judge is a stand-in" in note for note in check.notes)
+    assert {0.0, 1.0} <= set(check.values)
+    with JudgeServer(lambda body, _: "yes" if "circle" in body["messages"][-1]["content"] else "no") as server:
+        check = check_reward(agreed, judge=JudgeConfig(base_url=server.url, model="judge"))
+    assert check.ok and check.values == (1.0,) * 4 + (0.0,) * 4
+    assert check.scope == "row" and not any("stand-in" in note for note in check.notes)
+
+
+def test_a_stand_in_leaves_questions_unjudged_as_a_judge_does():
+    [problem] = [p for p in check_reward(partial(agreed_or_wrong)).problems if "raises for" in p]
+    assert "TypeError: float() argument must be" in problem and "return None for what it does not apply to" in problem
 
 
 # ---- what cannot be checked at all ------------------------------------------------------------------------------

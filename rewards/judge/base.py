@@ -6,6 +6,7 @@ never 0: `Reply.cause` says why, and the client counts by it.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -97,3 +98,51 @@ class JudgeLike(Protocol):
     def checklist(self, questions: Sequence[Question],
                   items: Sequence[Sequence[str]]) -> list[list[bool | None] | None]: ...
     def compare(self, comparisons: Sequence[Comparison]) -> list[float | None]: ...
+
+
+class StandIn:
+    """A judge without an endpoint, for trying a reward out: its verdicts are made up from the words that it is asked,
+    the same for the same words, and a third of the questions goes unjudged."""
+
+    def ask(self, questions: Sequence[Question]) -> list[Reply]:
+        return [Reply(None, "timeout", "a stand-in's timeout") if lot is None else Reply("yes" if lot % 2 else "no")
+                for lot in map(_lot, questions)]
+
+    def agrees(self, checks: Sequence[AnswerCheck]) -> list[bool | None]:
+        return [None if lot is None else bool(lot % 2) for lot in map(_lot, checks)]
+
+    def yes_probability(self, questions: Sequence[Question]) -> list[float | None]:
+        return [None if lot is None else lot % 101 / 100 for lot in map(_lot, questions)]
+
+    def rubric(self, questions: Sequence[Question], criteria: Sequence[str],
+               top: int = 2) -> list[dict[str, int] | None]:
+        return [None if lot is None else {name: (lot + at) % (top + 1) for at, name in enumerate(criteria)}
+                for lot in map(_lot, questions)]
+
+    def checklist(self, questions: Sequence[Question],
+                  items: Sequence[Sequence[str]]) -> list[list[bool | None] | None]:
+        return [None if lot is None else [bool((lot + at) % 2) for at, _ in enumerate(statements)]
+                for lot, statements in zip(map(_lot, questions), items, strict=True)]
+
+    def compare(self, comparisons: Sequence[Comparison]) -> list[float | None]:
+        return [None if lot is None else lot % 3 / 2 for lot in map(_lot, comparisons)]
+
+
+def _lot(asked: Any) -> int | None:
+    """A number drawn by what is asked, pictures counting by their sizes; None: it goes unjudged."""
+    number = zlib.crc32(_words_of(asked).encode("utf-8", "replace"))
+    return number // 3 if number % 3 else None
+
+
+def _words_of(asked: Any) -> str:
+    if isinstance(asked, np.ndarray):
+        return str(asked.shape)
+    if isinstance(asked, Image.Image):
+        return str(asked.size)
+    if isinstance(asked, Mapping):
+        return " ".join(_words_of(value) for value in asked.values())
+    if isinstance(asked, list | tuple):
+        return " ".join(map(_words_of, asked))
+    if hasattr(asked, "__dataclass_fields__"):
+        return _words_of(vars(asked))
+    return str(asked)

@@ -47,8 +47,6 @@ class JudgeClient:
         self.config = config
         self.cache = ReplyCache(config.cache_dir) if config.cache_dir is not None else None
         self._counts: Counter[str] = Counter()
-        self._marked: Counter[str] = Counter()  # the counts at the last take_metrics
-        self._seconds = 0.0
         self._told: set[str] = set()
         self._lock = threading.Lock()
         self._wire: Wire | None = None
@@ -138,22 +136,6 @@ class JudgeClient:
         `unjudged/<cause>`."""
         with self._lock:
             return dict(self._counts)
-
-    def take_metrics(self) -> dict[str, float]:
-        """The counts since the last call of this, shares of the questions asked, and the mean seconds of one that went
-        to the endpoint; empty where nothing was asked."""
-        with self._lock:
-            now, self._marked = self._counts - self._marked, self._counts.copy()
-            seconds, self._seconds = self._seconds, 0.0
-        if not now["asked"]:
-            return {}
-        went = now["asked"] - now["cached"]
-        metrics = {"judge/asked": float(now["asked"]), "judge/cached": now["cached"] / now["asked"],
-                   "judge/unjudged": now["unjudged"] / now["asked"], "judge/retried": float(now["retried"])}
-        metrics |= {f"judge/{name}": count / now["asked"] for name, count in now.items() if "/" in name}
-        if went:
-            metrics["judge/seconds"] = seconds / went
-        return metrics
 
     def close(self) -> None:
         """End the connections and the thread. Idempotent; a closed client may be asked again."""
@@ -256,7 +238,6 @@ class JudgeClient:
                 if id(reply) not in seen:
                     seen.add(id(reply))
                     self._counts["retried"] += max(reply.attempts - 1, 0)
-                    self._seconds += reply.seconds
         for reply in news:
             logger.warning("the judge left a question unjudged after %d attempt(s): %s (further ones of this kind are "
                            "only counted)", reply.attempts, reply.error)
