@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"--batch-size: {options.batch_size}; at least 1")
     thresholds = geneval.check_thresholds(options.thresholds or THRESHOLDS)
-    mode = options.mode or "standard"
+    mode: geneval.Mode = options.mode if options.mode is not None else "standard"
     samples = geneval.read_folder(options.images, options.prompts) if options.images is not None else None
     said: dict[str, Any] = {"mode": mode, "thresholds": list(thresholds)}
     if options.detections is not None:
