@@ -321,3 +321,19 @@ def test_a_resumed_run_raises_what_it_would_have_raised(tmp_path, caplog):
 def test_a_fatal_alarm_at_the_last_step_spoils_nothing(tmp_path):
     rl.grpo.train(alarmed(tmp_path, OneSided(4), True, steps=5))
     assert lines(tmp_path)[-1]["alarm/zero_variance"] == 1
+
+
+def test_what_a_recipe_watches_is_what_moves_no_advantage():
+    from underdrawing.build import build_alarms
+    from underdrawing.recipe import check_recipe
+
+    parts = {name: {"function": "geneval"} for name in ("paid", "logged", "credited")}
+    parts["seen"] = {"function": "geneval", "watch": True}
+    data = {"name": "mine", "policy": {}, "task": {}, "format": {},
+            "rewards": {"parts": parts, "total": "paid", "alarms": {"window": 7}}}
+    alarms = build_alarms(check_recipe(data, "here"))
+    assert alarms.config.window == 7
+    assert alarms.watched == ("reward/logged", "reward/credited", "reward/seen", "heldout/final_image")
+    # By segment, parts outside the formula are credited, unless their weight is 0.
+    data["grpo"] = {"advantage_level": "segment", "segment_reward_weights": {"logged": 0.0}}
+    assert build_alarms(check_recipe(data, "here")).watched == ("reward/logged", "reward/seen", "heldout/final_image")

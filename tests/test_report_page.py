@@ -64,6 +64,16 @@ def test_before_and_after_show_the_same_prompts_with_the_tags_in_turn(tmp_path: 
     assert page.count("<svg") >= 2  # bars by tag, and the reward's curve
 
 
+def test_alarms_that_were_raised_are_told(tmp_path: Path) -> None:
+    rows = [{"step": 1, "reward/mean": 0.1}, {"step": 2, "alarm/diversity": 0.0, "alarm/diversity/value": 0.9},
+            {"step": 3, "alarm/diversity": 1.0, "alarm/diversity/value": 0.2, "alarm/unjudged": 0.0},
+            {"step": 4, "alarm/diversity": 1.0, "alarm/diversity/value": 0.1, "alarm/unjudged": 0.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = report_data(tmp_path)
+    assert data.notes == ["The alarm 'diversity' was first raised at step 3 at 0.2, and stood in 2 of 4 steps."]
+    assert "was first raised at step 3" in render(data) and "<h2>Alarms</h2>" in render(data)
+
+
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run here"):
         report_data(tmp_path)

@@ -37,6 +37,7 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("On-policy gap, nats", (r"on_policy_gap",), (0.0, None)),
     ("Groups", (r"groups/trained", r"groups/dropped/.*"), (0.0, None)),
     ("Pictures drawn a step", (r"rollout/pictures",), (0.0, None)),
+    ("Tool use, and how the pictures of a group differ", (r"rollout/(tool_rate|diversity|duplicates)",), (0.0, None)),
     ("Gradient norm", (r"grad_norm",), (0.0, None)),
     ("Tokens a second", (r"rollout/tokens_per_s", r"perf/trained_tokens_per_s"), (0.0, None)),
     ("Warm-start loss, nats", (r"sft/loss_(text|image)",), (0.0, None)),
@@ -142,7 +143,22 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
         interval=interval,
         sampled=[sampled[i] for i in _spread(len(sampled), 5)],
         recipe=recipe.read_text() if recipe.exists() else "",
+        notes=alarms_of(metrics),
     )
+
+
+def alarms_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each alarm that was ever raised: when first, in how many steps, and at what value."""
+    names = sorted({name for row in metrics for name in row if re.fullmatch(r"alarm/\w+", name)})
+    told = []
+    for name in names:
+        raised = [row for row in metrics if row.get(name)]
+        if raised:
+            value = raised[0].get(f"{name}/value")
+            at = f" at {value:.3g}" if value is not None else ""
+            told.append(f"The alarm '{name.removeprefix('alarm/')}' was first raised at step {raised[0]['step']}{at}, "
+                        f"and stood in {len(raised)} of {len(metrics)} steps.")
+    return told
 
 
 def _spread(count: int, most: int) -> list[int]:
