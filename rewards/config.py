@@ -76,8 +76,9 @@ class PartConfig(BaseModel):
     isolate: bool | None = Field(None, description="Run in a process of its own, which is killed on a timeout. None: "
                                  "yes, except for those of this toolkit's own that are quick and call nobody.")
     workers: WorkersConfig | None = Field(None, description="Who runs an isolated part. None: one process.")
-    timeout_s: float = Field(60.0, gt=0, description="Seconds one call may take (isolated parts). After three in a row "
-                                                     "the part is not called again in that step.")
+    timeout_s: float | None = Field(None, gt=0, description="Seconds one call may take (isolated parts). After three "
+                                    "in a row the part is not called again in that step. None: 60, and where it asks "
+                                    "the judge, twice its client's patience more.")
     load_timeout_s: float = Field(300.0, gt=0, description="Seconds that importing the function may take.")
     retries: int = Field(1, ge=0, description="Further calls after one that raised, hung, crashed or gave NaN; then "
                                               "the rows are None.")

@@ -40,7 +40,7 @@ class ProcessWorker:
     call at a time."""
 
     spec: Spec
-    timeout_s: float = 60.0
+    timeout_s: float | None = None  # of a call; None: what the loaded spec thinks right
     load_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -51,6 +51,7 @@ class ProcessWorker:
         self._from: Connection | None = None
         self._dump: Any = None
         self._timed_out = False
+        self._patience_s = 0.0  # until it is loaded
 
     def start(self) -> None:
         """Start the process and load the spec in it.
@@ -66,7 +67,8 @@ class ProcessWorker:
         """Call what was loaded. Raises CallFailed, or RewardError where the user can mend it."""
         with self._lock:
             self._ensure()
-            return self._exchange(("call", *arguments), self.timeout_s, "a call")
+            limit = self._patience_s if self.timeout_s is None else self.timeout_s
+            return self._exchange(("call", *arguments), limit, "a call")
 
     def close(self) -> None:
         """End the process and whatever it started, for good. A call in another thread fails at once. Idempotent."""
@@ -99,7 +101,7 @@ class ProcessWorker:
             self._drop()
             raise CallFailed("crash", "the judge was closed")
         try:
-            self._exchange(message, self.load_timeout_s, "loading it")
+            self._patience_s = self._exchange(message, self.load_timeout_s, "loading it")
         except (CallFailed, RewardError):
             self._drop()  # or the next call would find a process that has nothing loaded
             raise

@@ -53,7 +53,7 @@ class RayWorker:
     call at a time."""
 
     spec: Spec
-    timeout_s: float = 60.0
+    timeout_s: float | None = None  # of a call; None: what the loaded spec thinks right
     load_timeout_s: float = 300.0
     num_cpus: float = 1.0
     num_gpus: float = 0.0
@@ -63,6 +63,7 @@ class RayWorker:
         self._closed = False
         self._actor: Any = None
         self._node, self._pid, self._stack_file = "", 0, ""
+        self._patience_s = 0.0  # until it is loaded
 
     def start(self) -> None:
         """Start the actor and load the spec in it.
@@ -78,7 +79,8 @@ class RayWorker:
         """Call what was loaded. Raises CallFailed, or RewardError where the user can mend it."""
         with self._lock:
             self._ensure()
-            return self._exchange(("call", *arguments), self.timeout_s, "a call")
+            limit = self._patience_s if self.timeout_s is None else self.timeout_s
+            return self._exchange(("call", *arguments), limit, "a call")
 
     def close(self) -> None:
         """End the actor for good. A call in another thread fails at once. Idempotent."""
@@ -108,7 +110,7 @@ class RayWorker:
             self._node, self._pid, self._stack_file = self._wait(
                 self._actor.about.remote(), self.load_timeout_s, f"waiting for {self.num_cpus:g} CPU and "
                 f"{self.num_gpus:g} GPU of the Ray cluster")
-            self._exchange(message, self.load_timeout_s, "loading it")
+            self._patience_s = self._exchange(message, self.load_timeout_s, "loading it")
         except (CallFailed, RewardError):
             self._drop()
             raise

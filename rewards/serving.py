@@ -36,6 +36,8 @@ from rollout.errors import UserError
 from rollout.formats.base import ThoughtFormat
 from rollout.trajectory import Trajectory
 
+PATIENCE_S = 60.0  # for one call, where nothing else is said
+
 
 class CallFailed(Exception):
     """One call that gave no values: the function raised, hung, or took its process with it."""
@@ -114,8 +116,13 @@ class PartSpec:
     judge: JudgeConfig | None = None  # for somebody else's that asks for it
 
     @property
+    def own(self) -> bool:
+        """Whether it is one of the toolkit's."""
+        return self.function in REWARDS
+
+    @property
     def needs_detector(self) -> bool:
-        return self.function in REWARDS and REWARDS[self.function].needs_detector
+        return self.own and REWARDS[self.function].needs_detector
 
     def load(self, setting: Setting | None = None) -> LoadedPart:
         """Load the function, and check its options as far as that can be done without trajectories.
@@ -152,6 +159,14 @@ class LoadedPart:
     setting: Setting | None
     shared: bool
     judge: JudgeLike | None = None  # of somebody else's
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds that a call may take where the recipe says nothing: with a judge, twice its client's patience more,
+        for the client knows itself what to do with an endpoint that hangs."""
+        asks = self.judge is not None or (self.spec.own and REWARDS[self.spec.function].needs_judge)
+        config = getattr(self.judge if self.setting is None else self.setting.judge, "config", None)
+        return PATIENCE_S + (2 * config.patience_s if asks and isinstance(config, JudgeConfig) else 0.0)
 
     def __call__(self, trajectories: Sequence[Trajectory], state: TrainerState) -> tuple[list[Value], Logs]:
         """As rewards.base.call; the logs say what a call asked of the judge."""
@@ -201,7 +216,8 @@ class LoadedDetector:
 
 class Server:
     """Answers the messages ("load", search path, spec) and ("call", *arguments), whatever happens, with (kind, answer):
-    "ready", "values", "refused" (the user can mend it: a sentence) or "raised" (one line, and the traceback)."""
+    "ready" (seconds that a call may take), "values", "refused" (the user can mend it: a sentence) or "raised" (one
+    line, and the traceback)."""
 
     def __init__(self) -> None:
         self._loaded: Callable[..., Any] | None = None
@@ -213,7 +229,7 @@ class Server:
                 path, spec = content
                 sys.path += [place for place in path if place not in sys.path]
                 self._loaded = pickle.loads(spec).load()
-                return "ready", None
+                return "ready", getattr(self._loaded, "patience_s", PATIENCE_S)
             assert self._loaded is not None, "called before it was loaded"
             return "values", self._loaded(*content)
         except UserError as error:

@@ -53,7 +53,8 @@ def _about(part: PartConfig) -> list[str]:
     own = REWARDS.get(part.function)
     said = [] if own is None else [own.formula, f"source: {own.source}"]
     said.append(_SCOPES[part.sees])
-    patience = f"{part.timeout_s:g} s a call, then {part.retries} more, then None"
+    limit = "60 s a call, more with a judge" if part.timeout_s is None else f"{part.timeout_s:g} s a call"
+    patience = f"{limit}, then {part.retries} more, then None"
     if part.place == "driver":
         said.append("in the driver")
     else:

@@ -37,7 +37,8 @@ class Worker(Protocol):
     def close(self) -> None: ...
 
 
-def workers_of(spec: Spec, config: WorkersConfig, timeout_s: float, load_timeout_s: float) -> list[Worker]:
+def workers_of(spec: Spec, config: WorkersConfig, timeout_s: float | None,
+               load_timeout_s: float) -> list[Worker]:
     """As many as the recipe says; none is started yet."""
     if config.kind == "process":
         return [ProcessWorker(spec, timeout_s, load_timeout_s) for _ in range(config.count)]

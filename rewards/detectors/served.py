@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from rewards.detectors.base import Detections
+from rewards.serving import CallFailed
 from rewards.workers import Lane
 
 
 class ServedDetector:
     """A Detector over workers. `introduce` must be called once they are started.
 
-    A call that hangs or crashes raises CallFailed in the part that asked, which is tried again as the recipe says; the
-    worker is a fresh one by then.
+    A call that hangs, or crashes twice, raises CallFailed in the part that asked, which is tried again as the recipe
+    says; the worker is a fresh one by then.
     """
 
     def __init__(self, workers: Sequence[Any], batch_size: int | None) -> None:
@@ -71,4 +72,12 @@ class ServedDetector:
 
 
 def _job(member: str, columns: list[list[Any]]) -> Callable[[Any], Any]:
-    return lambda worker: worker(member, *columns)
+    def job(worker: Any) -> Any:
+        try:
+            return worker(member, *columns)
+        except CallFailed as failure:
+            if failure.kind != "crash":
+                raise
+            return worker(member, *columns)  # it may have died long ago, which is only seen now; this one is fresh
+
+    return job

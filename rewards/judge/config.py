@@ -42,6 +42,12 @@ class JudgeConfig(BaseModel):
     extra_body: dict[str, Any] = Field(default_factory=dict, description="Further keys of every request, as "
                                        "chat_template_kwargs: {enable_thinking: false} for vLLM.")
 
+    @property
+    def patience_s(self) -> float:
+        """The longest that one question may take: every attempt runs out of time, every wait is at its longest."""
+        waits = [1.5 * min(self.backoff_s * 2**attempt, self.backoff_max_s) for attempt in range(self.retries)]
+        return self.timeout_s * (self.retries + 1) + sum(waits)
+
     @field_validator("base_url")
     @classmethod
     def _is_url(cls, value: str) -> str:
