@@ -15,10 +15,10 @@ HEAD = """# The shelf
 
 <!-- Written by docs/make_shelf_reference.py from rewards/registry.py; edit that, then run it again. -->
 
-Every reward that a recipe can name, with its formula, its source, and how its variants differ. Where a release is known
-to depart from its paper or from its own intent, the default is the paper's or the repaired form, and `variant` names the
-other; each `release` form is held to records of the released code. Where nothing is said of variants there is one form.
-How a recipe combines them, and how to write one of your own, is in [rewards.md](rewards.md).
+Every reward that a recipe can name, with its formula, its source, and how its variants differ. Where a release is
+known to depart from its paper or from its own intent, the default is the paper's or the repaired form, and `variant`
+names the other; each `release` form is held to records of the released code. Where nothing is said of variants there is
+one form. How a recipe combines them, and how to write one of your own, is in [rewards.md](rewards.md).
 """
 
 
@@ -29,8 +29,8 @@ def page() -> str:
 
 def _entry(reward: Registered) -> str:
     needs = " and ".join(["a detector"] * reward.needs_detector + ["a judge"] * reward.needs_judge)
-    facts = [("Pays", reward.formula), ("Source", reward.source), ("Reads", reward.inputs), ("Variants", reward.differs),
-             ("Needs", needs), ("A value depends on", SCOPES[reward.scope])]
+    facts = [("Pays", reward.formula), ("Source", reward.source), ("Reads", reward.inputs),
+             ("Variants", reward.differs), ("Needs", needs), ("A value depends on", SCOPES[reward.scope])]
     lines = [f"## `{reward.name}`", "", *[f"- **{name}**: {_text(text)}" for name, text in facts if text]]
     options = option_rows(reward.load())
     if options:

@@ -405,7 +405,7 @@ def _same(a: Value, b: Value) -> bool:
 
 
 def _same_picture(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return (a is None) == (b is None) and (a is None or np.array_equal(a, b))
+    return a is b if a is None or b is None else np.array_equal(a, b)
 
 
 def _shown(value: Value) -> str:

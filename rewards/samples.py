@@ -13,7 +13,7 @@ from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
 def sample_thoughts(columns: Mapping[str, Any] | None = None) -> list[Trajectory]:
     """Eight thoughts in two groups: words, a picture, both, neither, an observation, a limit, several pictures, long
     words in several scripts. Their records have GenEval's columns, `question`, `ground_truth`, `solution`, `answer`."""
-    records = [
+    records: list[dict[str, Any]] = [
         {"prompt": "a red circle left of a blue square", "tag": "position", "question": "Which is on the left?",
          "ground_truth": "the circle", "solution": "the circle", "answer": "the circle",
          "include": [{"class": "circle", "count": 1, "color": "red"},

@@ -162,6 +162,48 @@ def test_boxes_stand_where_the_objects_are(demonstrations):
     assert cat.colour != dog.colour
 
 
+def test_the_parts_thresholds_hold_for_the_page_too(demonstrations):
+    from rewards.detectors.base import CachedDetector, Detected
+    from underdrawing.trial import look
+
+    class Dim:
+        classes = tuple(get_task("shapes").classes)
+
+        def detect(self, pictures):
+            return [{name: [Detected((0, 0, 9, 9), 0.2, "red")] for name in self.classes} for _ in pictures]
+
+    shown = [look(demonstrations[:1], CachedDetector(Dim()), limits) for limits in ((0.3, 0.9), (0.1, 0.1))]
+    boxes = [sum(len(seen.boxes) for of in found.values() for seen in of.values()) for found in shown]
+    assert boxes[0] == 0 and boxes[1] == len(Dim.classes) * len(demonstrations[0].pictures())
+
+
+def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images, monkeypatch):
+    """Named in the recipe; it is asked for what each record names, and colours are named afterwards."""
+    (tmp_path / "mine.py").write_text(textwrap.dedent("""
+        from rewards.detectors.base import Detected
+
+        class Mine:
+            classes, open_vocabulary = (), True
+
+            def detect(self, pictures):
+                raise AssertionError("asked without phrases")
+
+            def detect_phrases(self, pictures, phrases):
+                return [{phrase: [Detected((0, 0, 8, 16), 0.95)] for phrase in some} for some in phrases]
+
+            def name_colors(self, pictures, objects):
+                return [["red"] * len(row) for row in objects]
+    """))
+    path = recipe(tmp_path, detector=f"{tmp_path}/mine.py:Mine")
+    said(capsys, "rewards", "try", path, "--images", images)
+    page = (images / "rewards.html").read_text()
+    record = json.loads((images / "00000" / "metadata.jsonl").read_text())
+    names = {clause["class"] for key in ("include", "exclude") for clause in record.get(key, ())}
+    first = page.split('<article class="film">')[1]
+    assert first.count('class="box"') == 2 * len(names) and all(name in first for name in names)
+    assert "left:0.0%;top:0.0%;width:25.0%;height:50.0%" in first
+
+
 def test_the_overrides_of_a_recipe_hold(capsys, tmp_path, stored):
     path = recipe(tmp_path)
     out = said(capsys, "rewards", "try", path, "rewards.total=2 * right", "--trajectories", stored, "--out",

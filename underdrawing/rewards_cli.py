@@ -95,11 +95,11 @@ def explain(options: argparse.Namespace) -> int:
         needs = (["a detector (rewards.detector)"] * own.needs_detector
                  + ["a judge (rewards.judge)"] * own.needs_judge)
         where = "in the driver" if own.place == "driver" else "in a process of its own"
-        for name, text in (("pays", own.formula), ("source", own.source), ("reads", own.inputs),
+        for name, fact in (("pays", own.formula), ("source", own.source), ("reads", own.inputs),
                            ("variants", own.differs), ("needs", " and ".join(needs)),
                            ("a value depends on", SCOPES[own.scope]), ("runs", where)):
-            if text:
-                facts.add_row(name, _plain(text))
+            if fact:
+                facts.add_row(name, _plain(fact))
     source = inspect.unwrap(function)
     place = inspect.getsourcefile(source) if inspect.isroutine(source) or inspect.isclass(source) else None
     if place:

@@ -17,7 +17,7 @@ from evals.geneval import load_picture, read_folder
 from rewards.base import policy_pictures
 from rewards.compose import Judge, JudgeReport, detector_of
 from rewards.detectors.base import CachedDetector
-from rewards.geneval import classes_of, colored_of, evaluate, kept
+from rewards.geneval import THRESHOLDS, classes_of, colored_of, evaluate, kept
 from rewards.loader import is_own
 from rewards.registry import REWARDS
 from rollout.errors import UserError
@@ -135,7 +135,7 @@ def _judge(recipe: Recipe, trajectories: list[Trajectory], source: str, names: M
         trial = Trial(recipe, trajectories, report, source, names)
         detector = _detector(recipe, task, judge)
         if detector is not None:
-            trial.seen = look(trajectories, detector)
+            trial.seen = look(trajectories, detector, _thresholds(recipe))
     return trial
 
 
@@ -151,8 +151,18 @@ def _detector(recipe: Recipe, task: Any, judge: Judge) -> CachedDetector | None:
     return None if made is None else CachedDetector(made)
 
 
-def look(trajectories: Sequence[Trajectory], detector: CachedDetector) -> dict[int, dict[int, Seen]]:
-    """What is seen in every picture, with GenEval's verdict where the record asks for something."""
+def _thresholds(recipe: Recipe) -> tuple[float, float]:
+    """Those of the recipe's first part that names some: a detector has one scale of scores."""
+    for part in recipe.rewards.parts.values():
+        if is_own(part.function) and {"threshold", "counting_threshold"} & set(part.options):
+            return (part.options.get("threshold", THRESHOLDS[0]), part.options.get("counting_threshold", THRESHOLDS[1]))
+    return THRESHOLDS
+
+
+def look(trajectories: Sequence[Trajectory], detector: CachedDetector,
+         thresholds: tuple[float, float] = THRESHOLDS) -> dict[int, dict[int, Seen]]:
+    """What is seen in every picture above the thresholds, with GenEval's verdict where the record asks for
+    something."""
     places = [(t, index, picture) for t in trajectories for index, picture in policy_pictures(t)
               if classes_of(t.record) or not detector.open_vocabulary]
     seen: dict[int, dict[int, Seen]] = {}
@@ -161,11 +171,13 @@ def look(trajectories: Sequence[Trajectory], detector: CachedDetector) -> dict[i
         found = detector.detect([picture for _, _, picture in batch], [classes_of(t.record) for t, _, _ in batch],
                                 [colored_of(t.record) for t, _, _ in batch])
         for (trajectory, index, picture), objects in zip(batch, found, strict=True):
-            record, correct, reason = trajectory.record, None, ""
+            record = trajectory.record
+            correct, reason = None, ""
             if record.get("include"):
-                correct, reason = evaluate(record, objects)
+                verdict, reason = evaluate(record, objects, "standard", thresholds)
+                correct = bool(verdict)
             named = set(classes_of(record)) or set(objects)
-            shown = {name: items for name, items in kept(record, objects).items() if items and
+            shown = {name: items for name, items in kept(record, objects, thresholds).items() if items and
                      (name in named or not detector.names_colors)}
             seen.setdefault(id(trajectory), {})[index] = seen_of(picture, shown, correct, reason)
     return seen

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewards.base import policy_pictures
 from rewards.detectors.base import Detections
 from rollout.trajectory import Trajectory
 from underdrawing.report.charts import PALETTE
@@ -107,9 +108,9 @@ def picture_films(trajectories: Sequence[Trajectory], seen: Mapping[int, Mapping
     for members in groups.values():
         frames = []
         for trajectory in members:
-            index, segment = next((i, s) for i, s in enumerate(trajectory.segments) if s.picture is not None)
+            index, picture = policy_pictures(trajectory)[0]
             parts = [*trajectory.rewards.items(), ("reward", trajectory.reward)]
-            frames.append(Frame(names[id(trajectory)], "policy", [], data_uri(segment.picture), None, "", 0,
+            frames.append(Frame(names[id(trajectory)], "policy", [], data_uri(picture), None, "", 0,
                                 seen.get(id(trajectory), {}).get(index), parts))
         rewards = [t.reward for t in members if t.reward is not None]
         mean = math.fsum(rewards) / len(rewards) if rewards else None
