@@ -18,7 +18,7 @@ from rl.cursor import PromptCursor
 from rl.ledger import Ledger
 from rl.processes import Interrupted, interruptible, on_first
 from rl.publish import Publisher, smallest
-from rl.run import Run, begin, log, put_away
+from rl.run import Run, begin, keeping, log, put_away
 from rl.trainer import Trainer
 from rollout.requests import RolloutRequest
 
@@ -46,8 +46,9 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
     with interruptible(logger.warning) as interruption:
         for step in range(done + 1, config.steps + 1):
             started, last = time.perf_counter(), step == config.steps
-            requests = ask(run, cursor)
-            ledger, metrics = on_first(accelerator, lambda: collect(run, requests, step))  # noqa: B023
+            with keeping(run, trainer, cursor, step - 1, probe):
+                requests = ask(run, cursor)
+                ledger, metrics = on_first(accelerator, lambda: collect(run, requests, step))  # noqa: B023
             trajectories = [trajectory for group in ledger.trained for trajectory in group]
             if trajectories and not on_policy:
                 logger.info("on-policy gap: %.2g", trainer.on_policy_gap(trajectories))

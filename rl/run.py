@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,6 +113,22 @@ def begin(run: Run, trainer: Trainer, cursor: PromptCursor, resume: Path | None)
 
     on_first(run.accelerator, forget)
     return done, probe
+
+
+@contextmanager
+def keeping(run: Run, trainer: Trainer, cursor: PromptCursor, step: int, probe: Sequence[Trajectory]) -> Iterator[None]:
+    """Save the last finished step where a fault that a user can mend ends the run before the next one is trained."""
+    before = cursor.state()
+    try:
+        yield
+    except UserError as error:
+        cursor.load(before)
+        newest = on_first(run.accelerator, lambda: checkpoint.latest(run.checkpoints))
+        if step and (newest is None or newest.name != f"step-{step:06d}"):
+            put_away(run, trainer, cursor, step, probe)
+        if step:
+            error.args = (f"{error}. The {step} finished step(s) are saved; once it is mended, {run.resume_command}",)
+        raise
 
 
 def put_away(run: Run, trainer: Trainer, cursor: PromptCursor, step: int, probe: Sequence[Trajectory]) -> None:

@@ -261,6 +261,17 @@ accelerator.end_training()
 """
 
 
+def test_a_fault_that_ends_the_run_loses_no_finished_step(tmp_path, undisturbed):
+    def refuse():
+        raise UserError("reward 'mine' returned 3 values for 8 completions")
+
+    with pytest.raises(UserError, match=r"3 values for 8 completions. The 4 finished step\(s\) are saved; .*--resume"):
+        rl.grpo.train(make(tmp_path, CodeJudge(s5=refuse), save_every=100))
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+    rl.grpo.train(make(tmp_path, save_every=100), checkpoint.latest(tmp_path / "checkpoints"))
+    assert lines(tmp_path) == undisturbed[1]
+
+
 @pytest.mark.timeout(600)  # importing everything twice on a busy machine
 def test_two_processes_run_the_same_loop(tmp_path, undisturbed):
     launch(2, TWO, str(tmp_path))
@@ -273,5 +284,8 @@ def test_two_processes_run_the_same_loop(tmp_path, undisturbed):
     for name, value in undisturbed[2].items():
         torch.testing.assert_close(loaded.trainer["parameters"][name], value, atol=1e-4, rtol=1e-3)
     # What stops the first process stops the other, which hears why.
-    assert [(tmp_path / f"error{rank}").read_text().split(": ")[-1] for rank in (0, 1)] == ["the judge is out"] * 2
+    for rank in (0, 1):
+        said = (tmp_path / f"error{rank}").read_text()
+        assert "the judge is out. The 1 finished step(s) are saved" in said
+    assert checkpoint.steps(tmp_path / "second" / "checkpoints") == [1]
     assert loaded.recipe == {"name": "bigram"}

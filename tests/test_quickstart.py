@@ -44,6 +44,14 @@ def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pyte
         k: said[k] for k in ("warm_start", "grpo", "first_sketch")}
 
 
+    # Another recipe in the same folder is refused: the old figures are not its own.
+    assert quickstart.main([*arguments, "grpo.steps=3"]) == 2
+    assert "holds stages of another recipe" in capsys.readouterr().err
+    (tmp_path / "run" / "quickstart.json").write_text("{")
+    assert quickstart.main(arguments) == 2
+    assert "quickstart.json: cannot be read" in capsys.readouterr().err
+
+
 def test_a_wrong_override_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert quickstart.main(["grpo.step=3"]) == 2
     assert "grpo.step: unknown key; did you mean 'steps'?" in capsys.readouterr().err

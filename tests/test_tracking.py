@@ -67,3 +67,11 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run/metrics.jsonl: cannot be written \(Not a directory\)"):
         Tracker(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_one_sentence_even_while_closing(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker._file = open("/dev/full", "a")  # every write to it finds no space
+    with pytest.raises(UserError, match="cannot write metrics .No space left on device.; free some space and resume"):
+        tracker.log(1, {"a": 1.0})
+    tracker.close()

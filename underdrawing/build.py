@@ -104,8 +104,11 @@ def check_policy_path(recipe: Recipe) -> None:
                         "layout")
 
 
-def write_recipe(recipe: Recipe) -> None:
-    """Keep the resolved recipe beside what it makes."""
+def write_recipe(recipe: Recipe, refused: bool = False) -> None:
+    """Keep the resolved recipe beside what it makes. `refused`: the folder holds a run that will not be gone on with,
+    so that run's recipe stays."""
+    if refused:
+        return
     try:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"underdrawing: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("underdrawing: interrupted; what was saved stays, and --resume goes on from there", file=sys.stderr)
+        again = "; --resume goes on from there" if hasattr(options, "resume") else ""
+        print(f"underdrawing: interrupted; what was saved stays{again}", file=sys.stderr)
         return 130
 
 

@@ -36,10 +36,11 @@ STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look
 def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) -> Path:
     """The warm start. Returns the folder of its weights."""
     from policy.chameleon.family import ChameleonPolicy
+    from sft.keep import sealed
     from sft.train import check_demonstrations, demonstrate, warm_start
 
     build.seed_everything(recipe.seed)
-    build.write_recipe(recipe)
+    build.write_recipe(recipe, refused=not resume and bool(sealed(recipe.run_dir / "sft")))
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task)
     if not isinstance(policy, ChameleonPolicy):
@@ -75,7 +76,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False,
     progress = StepProgress("GRPO", recipe.grpo.steps) if first else None
     try:
         if first:
-            build.write_recipe(recipe)
+            build.write_recipe(recipe, refused=not resume and newest is not None)
             cluster = build.start_cluster(recipe)
             judge = build.build_judge(recipe, task, fmt)
             config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy

@@ -7,6 +7,7 @@ minutes, report, run_dir. A finished stage is kept: the same command after an in
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -45,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = ()) -> int:
     """All stages; prints the scores and the JSON line."""
     from underdrawing.jobs import compare_evaluations, local, run_evaluate, run_grpo, run_sft
-    from underdrawing.recipe import load_recipe
+    from underdrawing.recipe import dump_recipe, load_recipe
     from underdrawing.report.page import report_data, write_report
     from underdrawing.tracking import read_metrics
 
     recipe = load_recipe(path, [*overrides, f"seed={seed}", f"policy.tiny.seed={seed}"])
     recipe = recipe.model_copy(update={"run_dir": run_dir or Path(f"{recipe.run_dir}-seed{seed}")})
     console = Console(stderr=True)
-    clock = _Clock(recipe.run_dir / STATE)
+    clock = _Clock(recipe.run_dir / STATE, dump_recipe(recipe))
 
     def say(sentence: str) -> None:
         console.print(f"[bold]{sentence}[/]", highlight=False)
@@ -111,11 +112,35 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
 
 
 class _Clock:
-    """Seconds of each finished stage, kept in the run's folder: it says what is done after an interruption too."""
+    """Seconds of each finished stage, kept in the run's folder: it says what is done after an interruption too.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        UserError: the folder's stages were run by another recipe, whose figures would be passed off as this one's.
+    """
+
+    def __init__(self, path: Path, recipe: str) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.recipe = hashlib.sha256(recipe.encode()).hexdigest()[:16]
+        self.seconds: dict[str, float] = {}
+        if path.exists():
+            try:
+                state = json.loads(path.read_text())
+                self.seconds, made_by = dict(state["seconds"]), state["recipe"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: cannot be read ({error}); remove it to run all stages again") from None
+            if made_by != self.recipe:
+                raise UserError(f"{path.parent} holds stages of another recipe or other overrides; choose another "
+                                f"--run-dir, or remove that folder")
+
+    def save(self) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"recipe": self.recipe, "seconds": self.seconds}))
+            temporary.replace(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space and give the same "
+                            "command again") from None
 
     def has(self, stage: str) -> bool:
         return stage in self.seconds
@@ -140,10 +165,7 @@ class _Stage:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             self.clock.seconds[self.name] = time.monotonic() - self.began
-            self.clock.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.clock.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.clock.seconds))
-            temporary.replace(self.clock.path)
+            self.clock.save()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +97,8 @@ class Tracker:
         self._file = self.path.open("a")
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk has been reported where it was met; closing writes the rest once more
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
