@@ -48,6 +48,7 @@ class Judge:
         self._served: ServedDetector | None = None
         self._cluster: Cluster | None = None
         self._driver = Lane("driver")
+        self.setting = Setting()  # until it is built
         self._bad_steps: dict[str, int] = dict.fromkeys(config.parts, 0)  # in a row, over half of the rows failed
         self._bare_steps = 0  # in a row, no trajectory had a reward
         try:
@@ -74,6 +75,9 @@ class Judge:
             part.close()
         if self._served is not None:
             self._served.close()
+        client: Any = self.setting.judge
+        if hasattr(client, "close"):
+            client.close()
         if self._cluster is not None:
             self._cluster.stop()
 

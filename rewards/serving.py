@@ -53,7 +53,8 @@ class CallFailed(Exception):
 class Spec(Protocol):
     """Something that can be sent to a worker and loaded there."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def load(self) -> Callable[..., Any]: ...
 

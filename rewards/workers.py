@@ -191,7 +191,8 @@ class Part:
                state: TrainerState) -> tuple[list[Value], Logs, list[Fault], int]:
         """(values, logs, the fault of each failed attempt, rows without a value after the last)."""
         faults: list[Fault] = []
-        values, logs, broken = [None] * len(trajectories), Logs(), len(trajectories)
+        values: list[Value] = [None] * len(trajectories)
+        logs, broken = Logs(), len(trajectories)
         for attempt in range(1, self.config.retries + 2):
             if attempt > 1:
                 time.sleep(self.config.retry_wait_s * 2 ** (attempt - 2))

@@ -312,6 +312,15 @@ def test_a_ray_part_scores_in_actors(file, ray_cluster):
     assert os.getpid() not in pids
 
 
+def test_whoever_comes_second_joins_the_ray_that_runs_and_leaves_it_running(ray_cluster):
+    import ray
+
+    second = start_ray(1)
+    assert second.folder == ray_cluster.folder and not second.ours and ray_cluster.ours
+    second.stop()
+    assert ray.is_initialized()
+
+
 def test_several_actors_share_the_calls(file, ray_cluster):
     config = build(p=file("pids", scope="row", workers={"kind": "ray", "count": 2, "num_cpus": 0.5}))
     groups = some_groups((1,) * 6)
