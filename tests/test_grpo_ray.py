@@ -9,13 +9,16 @@ import pytest
 
 import rl.grpo
 from policy.config import LoraSection, PolicyConfig, TinySection
+from rewards.compose import Judge
+from rewards.config import RewardsConfig
 from rollout.config import RolloutConfig
 from rollout.formats.config import FormatConfig
 from rollout.ray_cluster import start_ray
 from rollout.ray_workers import RayRollouts
-from rollout.workers import engine_spec
+from rollout.workers import LocalRollouts, engine_spec
 from tests.test_grpo import lines
 from tests.test_grpo_chameleon import WORDS, CodeJudge, make
+from underdrawing.tracking import read_metrics
 
 TINY = TinySection(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 POLICY = PolicyConfig(tiny=TINY, lora=LoraSection(r=4, alpha=8.0))
@@ -52,5 +55,39 @@ def test_a_killed_actor_changes_nothing(tmp_path):
         assert killed == rows
         assert all(row["publish/probed"] > 0 and row["publish/gap"] < 1e-4 for row in rows)
         assert all(row["on_policy_gap"] < 1e-4 for row in rows)
+    finally:
+        cluster.stop()
+
+
+ODD = """
+import time
+def odd(trajectories):
+    time.sleep(0.05)
+    ids = [[int(i) for s in t.segments if s.trained for i in s.ids] for t in trajectories]
+    return [sum(i % 2 for i in row) / max(len(row), 1) for row in ids]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_rewards_in_actors_beside_rollouts_in_actors_are_those_of_one_process(tmp_path):
+    (tmp_path / "odd.py").write_text(ODD)
+    sampling = SAMPLING.model_copy(update={"rows": 4, "reproducible": True})
+    spec = engine_spec(POLICY, FormatConfig(max_images=2), sampling, WORDS)
+    cluster = start_ray(3, object_store_bytes=100 * 2**20)
+    try:
+        for name, workers in (("here", None), ("there", {"kind": "ray", "count": 2, "num_cpus": 0.5})):
+            config = RewardsConfig.model_validate({"parts": {"odd": {
+                "function": f"{tmp_path / 'odd.py'}:odd", "scope": "row", "workers": workers,
+                "isolate": None if workers else False}}, "total": "odd - group_mean(odd)"})
+            run = make(tmp_path / name, lora=True)
+            run.rollouts = RayRollouts(spec, sampling) if workers else LocalRollouts(spec.build())
+            with Judge(config) as run.judge:
+                rl.grpo.train(run)
+            run.rollouts.close()
+        here, there = ([{key: value for key, value in row.items() if key.startswith(("reward", "groups"))}
+                        for row in lines(tmp_path / name)] for name in ("here", "there"))
+        assert here == there and "reward/odd" in here[0]
+        assert all(row["time/reward/hidden"] > 0 for row in read_metrics(tmp_path / "there" / "metrics.jsonl"))
     finally:
         cluster.stop()

@@ -121,6 +121,23 @@ def test_an_unjudged_row_moves_nobody_elses_value(step, function):
     assert [whole[row] for row in without] == rows(f"{function}(a)", [parts[row] for row in without], kept)
 
 
+STRICT = ("a + b", "a * b - a", "min(a, b)", "max(a, b, 0)", "clip(a, b - 200, b + 200)", "abs(a) < abs(b)",
+          "a == b or a > 3", "not (a and b)", "a if b > 0 else -a")
+
+
+@relaxed
+@given(NUMBERS, NUMBERS, st.sampled_from(STRICT), st.floats(-5, 5))
+def test_none_spreads_until_coalesce_turns_it_into_a_number(a, b, formula, default):
+    value = Expression(formula, PARTS)({"a": a, "b": b})
+    assert (value is None) == (a is None or b is None)
+    instead = Expression(f"coalesce({formula}, {default})", PARTS)({"a": a, "b": b})
+    assert instead == (default if value is None else value)
+    assert Expression(f"judged({formula})", PARTS)({"a": a, "b": b}) == (value is not None)
+    if value is not None:  # what is left over is plain Python
+        names = {"a": a, "b": b, "clip": lambda x, low, high: min(max(x, low), high)}
+        assert value == float(eval(formula, {"min": min, "max": max, "abs": abs}, names))
+
+
 @relaxed
 @given(steps())
 def test_a_formula_with_all_of_it_agrees_with_python(step):
