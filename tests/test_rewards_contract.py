@@ -77,7 +77,8 @@ def thoughts(setting):
 # Where "7" is no reference of the kind that a reward reads, and what else its records must say.
 REFERENCES = {"box_iou": [0, 0, 2, 2], "temporal_iou": [0, 1], "visual_arft": "<answer> 7 </answer>",
               "vr_thinker": {"OA": 1, "TA": 0}}
-COLUMNS = {"t2i_r1_yes": {"objects": ["a dog"]}, "vrag": {"file_name": "report.pdf", "reference_pages": [1]}, "vista": {"tool_outputs": {"7": "a table"}}}
+COLUMNS = {"t2i_r1_yes": {"objects": ["a dog"]}, "vrag": {"file_name": "report.pdf", "reference_pages": [1]},
+           "vista": {"tool_outputs": {"7": "a table"}}}
 GRID = {"grid": ["S.", "#G"]}
 
 
