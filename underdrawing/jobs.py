@@ -128,6 +128,9 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
                                     for group, record in enumerate(records)])
     finally:
         rollouts.close()
+    if result.failed:
+        log.warning("%d of %d prompts got no answer; the first is group %d: %s", len(result.failed), len(records),
+                    result.failed[0].group, f"{result.failed[0].reason}: {result.failed[0].detail}")
     with build.build_judge(recipe, task, fmt) as judge:
         judge.judge(result.groups)
     trajectories = [t for group in result.groups for t in group]
