@@ -282,7 +282,8 @@ def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     task = get_task("shapes")
     policy = load_policy(PolicyConfig.model_validate({
-        "family": "chameleon", "tiny": {"hidden_size": 128, "num_hidden_layers": 5, "num_attention_heads": 4}}),
+        "family": "chameleon", "tiny": {"hidden_size": given.policy_width, "num_hidden_layers": given.policy_layers,
+                                        "num_attention_heads": 4, "intermediate_size": 3 * given.policy_width}}),
         task.words)
     rollouts = LocalRollouts(Engine(policy, get_format("strokes", max_images=4),
                                     RolloutConfig(rows=given.rows, max_tokens=240), "full"))
@@ -354,6 +355,9 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--overlap-side", type=int, default=96, help="overlap: px that the detector resizes to")
+    parser.add_argument("--policy-width", type=int, default=512, help="overlap: of the policy; a rollout that is "
+                                                                      "shorter than its judgement cannot hide it")
+    parser.add_argument("--policy-layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: all cores)")
     given = parser.parse_args()
