@@ -262,7 +262,7 @@ class Batch(Rows):
         live.cursor.stop()
         self._close(i, live)
         trajectory = live.finish(reason)
-        self.waiting.append(live)
+        self.wait(live)
         self.stats.trajectories += 1
         self.stats.tokens += int(self.count_A[i])
         self.stats.decisions += trajectory.num_decisions()

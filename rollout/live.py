@@ -74,6 +74,7 @@ class Live:
     def __init__(self, request: RolloutRequest, order: tuple[int, int], fmt: ThoughtFormat, vocabulary: Vocabulary,
                  prompt: Sequence[Segment], constrain: str):
         self.order = order  # (request, member) as they were asked for
+        self.siblings = len(request.members)
         self.fmt, self.vocabulary = fmt, vocabulary
         self.cursor: Cursor = fmt.cursor(vocabulary, constrain)
         self.trajectory = Trajectory(request.prompt, request.record, fmt.name, list(prompt), request.group,

@@ -9,6 +9,7 @@ Letters: A rows for trajectories, L ids that a trajectory may hold, V vocabulary
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from rollout.trajectory import Context, Segment, Trajectory
 if TYPE_CHECKING:
     from rollout.engine import Engine
 
-DRAW_BATCH = 64  # pictures are drawn when so many wait, or when nothing else is to be done
+DRAW_BATCH = 64  # pictures are drawn when so many wait, when a group waits for nothing else, or at the end
 
 
 class Rows:
@@ -34,6 +35,8 @@ class Rows:
         self.lives: list[Live] = []
         self.waiting: list[Live] = []  # finished, their pictures not drawn yet
         self.undrawn: list[tuple[Live, Segment]] = []
+        self.written: Counter[int] = Counter()  # finished trajectories by request
+        self.awaited = False  # a group is written but for its pictures: whoever judges it could begin
         self.ready: set[int] = set()  # rows whose logits are there without a step
         self.anew: list[int] = []  # rows to prefill with the open segment's context
         self.more: list[int] = []  # rows to extend by what they lack of it
@@ -172,10 +175,18 @@ class Rows:
         self.stats.pictures += len(waiting)
         self.stats.draw_seconds += time.perf_counter() - began
 
+    def wait(self, live: Live) -> None:
+        """A trajectory is finished, but for pictures that are not drawn."""
+        self.waiting.append(live)
+        request, _ = live.order
+        self.written[request] += 1
+        self.awaited |= self.written[request] == live.siblings
+
     def drawn(self, all_of_them: bool) -> list[Live]:
         """Finished trajectories whose pictures are drawn."""
-        if self.undrawn and (all_of_them or len(self.undrawn) >= DRAW_BATCH):
+        if self.undrawn and (all_of_them or self.awaited or len(self.undrawn) >= DRAW_BATCH):
             self.draw()
+        self.awaited = False
         done = [live for live in self.waiting if not live.undrawn]
         if done:
             self.waiting = [live for live in self.waiting if live.undrawn]

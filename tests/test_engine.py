@@ -219,12 +219,23 @@ def test_rows_must_hold_the_branches():
         engine(guidance=2.0, rows=3, branches=4)
 
 
-def test_pictures_are_drawn_in_batches():
+def test_a_group_is_handed_over_while_others_are_still_written():
+    rollouts = engine(rows=3)
+    total, at, seen = 6, {}, {}
+    for trajectory in rollouts.stream(requests(groups=total)):
+        seen[trajectory.group] = seen.get(trajectory.group, 0) + 1
+        if seen[trajectory.group] == 3:
+            at[trajectory.group] = rollouts.stats.tokens
+    assert sorted(at) == list(range(total)) and len(set(at.values())) > total // 2
+    assert min(at.values()) < rollouts.stats.tokens / 2
+
+
+def test_pictures_are_drawn_together():
     rollouts = engine(rows=30)
     trajectories = rollouts.run(requests(8, 4))
     drawn = sum(len(t.pictures()) for t in trajectories)
     assert drawn == sum(rollouts.policy.draws) == rollouts.stats.pictures
-    assert max(rollouts.policy.draws) >= min(drawn, 40)
+    assert len(rollouts.policy.draws) <= 8  # at most once a group: its last member brings what others left
 
 
 # ---- limits ----
