@@ -18,14 +18,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rewards.base import RewardError
-from rewards.serving import CallFailed, Server, Spec, loading, read
+from rewards.serving import CallFailed, Server, Worker, read, settled
 
 logger = logging.getLogger(__name__)
 
@@ -35,57 +33,26 @@ _BOOT = ("import sys, json; sys.path[:] = json.loads(sys.argv[1])\n"
 
 
 @dataclass
-class ProcessWorker:
-    """A spec loaded in a process. Not started until `start` or the first call; usable again after any failure. One
-    call at a time."""
-
-    spec: Spec
-    timeout_s: float | None = None  # of a call; None: what the loaded spec thinks right
-    load_timeout_s: float = 300.0
+class ProcessWorker(Worker):
+    """A spec loaded in a process of its own, which leads a session: whatever it starts ends with it."""
 
     def __post_init__(self) -> None:
-        self._lock = threading.Lock()  # held while the process is in use
-        self._closed = False
+        super().__post_init__()
         self._process: subprocess.Popen[bytes] | None = None
         self._to: Connection | None = None
         self._from: Connection | None = None
         self._dump: Any = None
         self._timed_out = False
-        self._patience_s = 0.0  # until it is loaded
 
-    def start(self) -> None:
-        """Start the process and load the spec in it.
-
-        Raises:
-            RewardError: it cannot be loaded.
-            CallFailed: loading hung or crashed.
-        """
-        with self._lock:
-            self._ensure()
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Call what was loaded. Raises CallFailed, or RewardError where the user can mend it."""
-        with self._lock:
-            self._ensure()
-            limit = self._patience_s if self.timeout_s is None else self.timeout_s
-            return self._exchange(("call", *arguments), limit, "a call")
-
-    def close(self) -> None:
-        """End the process and whatever it started, for good. A call in another thread fails at once. Idempotent."""
-        self._closed = True
+    def _interrupt(self) -> None:
         process = self._process
         if process is not None:
             _kill_session(process)
-        with self._lock:
-            self._drop()
 
-    def _ensure(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._drop()
-        if self._closed:
-            raise CallFailed("crash", "the judge was closed")
-        message = loading(self.spec)
+    def _running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _launch(self) -> None:
         self._timed_out = False
         inbound, to = os.pipe()
         from_, outbound = os.pipe()
@@ -97,14 +64,6 @@ class ProcessWorker:
         os.close(inbound)
         os.close(outbound)
         self._to, self._from = Connection(to, readable=False), Connection(from_, writable=False)
-        if self._closed:  # meanwhile
-            self._drop()
-            raise CallFailed("crash", "the judge was closed")
-        try:
-            self._patience_s = self._exchange(message, self.load_timeout_s, "loading it")
-        except (CallFailed, RewardError):
-            self._drop()  # or the next call would find a process that has nothing loaded
-            raise
 
     def _drop(self) -> None:
         process, self._process = self._process, None
@@ -156,14 +115,7 @@ def _stack_of(process: subprocess.Popen[bytes], dump: Any) -> str:
     """Where every thread of the child stands: faulthandler writes it on SIGUSR1, even if the child holds its lock."""
     try:
         process.send_signal(signal.SIGUSR1)
-        text = b""
-        for _ in range(40):
-            time.sleep(0.05)
-            now = os.pread(dump.fileno(), 100_000, 0)
-            if now and now == text:
-                break
-            text = now
-        return text.decode(errors="replace")
+        return settled(lambda: os.pread(dump.fileno(), 100_000, 0))
     except (OSError, ValueError, AttributeError):  # it ended in the meantime
         return ""
 

@@ -11,17 +11,15 @@ import os
 import pickle
 import signal
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rewards.base import RewardError
-from rewards.serving import CallFailed, Server, Spec, loading, read
+from rewards.serving import CallFailed, Server, Worker, read, settled
 
 LOOK_S = 0.5  # how often a waiting call looks whether it was closed
-POLL_S = 0.05
 
 
 class RewardActor:
@@ -48,72 +46,36 @@ class RewardActor:
 
 
 @dataclass
-class RayWorker:
-    """A spec loaded in a Ray actor. Not started until `start` or the first call; usable again after any failure. One
-    call at a time."""
+class RayWorker(Worker):
+    """A spec loaded in a Ray actor."""
 
-    spec: Spec
-    timeout_s: float | None = None  # of a call; None: what the loaded spec thinks right
-    load_timeout_s: float = 300.0
     num_cpus: float = 1.0
     num_gpus: float = 0.0
 
     def __post_init__(self) -> None:
-        self._lock = threading.Lock()  # held while the actor is in use
-        self._closed = False
+        super().__post_init__()
         self._actor: Any = None
         self._node, self._pid, self._stack_file = "", 0, ""
-        self._patience_s = 0.0  # until it is loaded
-
-    def start(self) -> None:
-        """Start the actor and load the spec in it.
-
-        Raises:
-            RewardError: it cannot be loaded, or the cluster has too little for it.
-            CallFailed: loading hung or crashed, or nothing was free for so long.
-        """
-        with self._lock:
-            self._ensure()
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Call what was loaded. Raises CallFailed, or RewardError where the user can mend it."""
-        with self._lock:
-            self._ensure()
-            limit = self._patience_s if self.timeout_s is None else self.timeout_s
-            return self._exchange(("call", *arguments), limit, "a call")
-
-    def close(self) -> None:
-        """End the actor for good. A call in another thread fails at once. Idempotent."""
-        self._closed = True
-        with self._lock:
-            self._drop()
 
     @property
     def pid(self) -> int:
         return self._pid
 
-    def _ensure(self) -> None:
+    def _running(self) -> bool:
+        return self._actor is not None
+
+    def _launch(self) -> None:
         import ray
 
-        if self._closed:
-            raise CallFailed("crash", "the judge was closed")
-        if self._actor is not None:
-            return
         there = ray.cluster_resources()
         for name, asked in (("CPU", self.num_cpus), ("GPU", self.num_gpus)):
             if asked > there.get(name, 0.0):
                 raise RewardError(f"'{self.spec.name}': each Ray worker asks for {asked:g} {name}, and the whole "
                                   f"cluster has {there.get(name, 0.0):g}; ask for less, or give it more")
-        message = loading(self.spec)
         self._actor = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_restarts=0)(RewardActor).remote()
-        try:
-            self._node, self._pid, self._stack_file = self._wait(
-                self._actor.about.remote(), self.load_timeout_s, f"waiting for {self.num_cpus:g} CPU and "
-                f"{self.num_gpus:g} GPU of the Ray cluster")
-            self._patience_s = self._exchange(message, self.load_timeout_s, "loading it")
-        except (CallFailed, RewardError):
-            self._drop()
-            raise
+        self._node, self._pid, self._stack_file = self._wait(
+            self._actor.about.remote(), self.load_timeout_s, f"waiting for {self.num_cpus:g} CPU and "
+            f"{self.num_gpus:g} GPU of the Ray cluster")
 
     def _exchange(self, message: tuple[Any, ...], timeout_s: float, what: str) -> Any:
         packed = pickle.dumps(message, protocol=5)
@@ -149,14 +111,7 @@ class RayWorker:
             return f"it is on another node: `py-spy dump --pid {self._pid}` there says where it stands"
         try:
             os.kill(self._pid, signal.SIGUSR1)
-            written = ""
-            for _ in range(40):
-                time.sleep(POLL_S)
-                now = Path(self._stack_file).read_text(errors="replace")
-                if now and now == written:
-                    break
-                written = now
-            return written
+            return settled(Path(self._stack_file).read_bytes)
         except OSError:  # it ended in the meantime
             return ""
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import pickle
 import sys
+import threading
+import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -269,3 +272,91 @@ def describe(error: BaseException) -> tuple[str, str]:
     if isinstance(error, TypeError) and "got 'list'" in str(error):
         hint = ". If it reads text alone, set completions: text for this part"
     return f"{type(error).__name__}: {error}{where}{hint}", "".join(traceback.format_exception(error))
+
+
+# ---- the driver's side -------------------------------------------------------------------------------------------
+
+@dataclass
+class Worker(ABC):
+    """A spec loaded somewhere else. Not started until `start` or the first call; usable again after any failure. One
+    call at a time."""
+
+    spec: Spec
+    timeout_s: float | None = None  # of a call; None: what the loaded spec thinks right
+    load_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()  # held while the worker is in use
+        self._closed = False
+        self._patience_s = 0.0  # until it is loaded
+
+    def start(self) -> None:
+        """Start the worker and load the spec in it.
+
+        Raises:
+            RewardError: it cannot be loaded, or there is too little for it.
+            CallFailed: loading hung or crashed, or nothing was free for so long.
+        """
+        with self._lock:
+            self._ensure()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call what was loaded. Raises CallFailed, or RewardError where the user can mend it."""
+        with self._lock:
+            self._ensure()
+            limit = self._patience_s if self.timeout_s is None else self.timeout_s
+            return self._exchange(("call", *arguments), limit, "a call")
+
+    def close(self) -> None:
+        """End it for good. A call in another thread fails at once. Idempotent."""
+        self._closed = True
+        self._interrupt()
+        with self._lock:
+            self._drop()
+
+    def _ensure(self) -> None:
+        """A worker with the spec loaded."""
+        if self._running():
+            return
+        self._drop()
+        if self._closed:
+            raise CallFailed("crash", "the judge was closed")
+        message = loading(self.spec)
+        try:
+            self._launch()
+            if self._closed:  # meanwhile
+                raise CallFailed("crash", "the judge was closed")
+            self._patience_s = self._exchange(message, self.load_timeout_s, "loading it")
+        except (CallFailed, RewardError):
+            self._drop()  # or the next call would find a worker that has nothing loaded
+            raise
+
+    def _interrupt(self) -> None:  # noqa: B027 - a Ray worker's call looks at `_closed` itself
+        """End a call that another thread is in."""
+
+    @abstractmethod
+    def _running(self) -> bool: ...
+
+    @abstractmethod
+    def _launch(self) -> None:
+        """Start a fresh worker with nothing loaded."""
+
+    @abstractmethod
+    def _drop(self) -> None:
+        """End the worker, if there is one, and let go of all that belongs to it."""
+
+    @abstractmethod
+    def _exchange(self, message: tuple[Any, ...], timeout_s: float, what: str) -> Any:
+        """Send a message; what the Server answered. Raises CallFailed once the time is up, or RewardError."""
+
+
+def settled(read_stack: Callable[[], bytes]) -> str:
+    """A stack that a signalled process is writing, once it no longer grows."""
+    text = b""
+    for _ in range(40):
+        time.sleep(0.05)
+        now = read_stack()
+        if now and now == text:
+            break
+        text = now
+    return text.decode(errors="replace")

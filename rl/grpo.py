@@ -16,11 +16,12 @@ from rl import checkpoint
 from rl.advantages import credit
 from rl.cursor import PromptCursor
 from rl.ledger import Ledger
-from rl.processes import Interrupted, interruptible, on_first
+from rl.processes import on_first
 from rl.publish import Publisher, smallest
 from rl.run import Run, begin, keeping, log, put_away
 from rl.trainer import Trainer
 from rollout.requests import RolloutRequest
+from underdrawing.interrupt import Interrupted, interruptible
 
 PROBE_TRAJECTORIES = 2
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
             metrics["time/step"] = time.perf_counter() - started
             alarm = on_first(accelerator, lambda: log(run, step, metrics))  # noqa: B023
 
-            stop = (interruption.heard(accelerator) or alarm is not None) and not last
+            stop = (on_first(accelerator, lambda: interruption.pressed) or alarm is not None) and not last
             if stop or last or step % config.save_every == 0:
                 put_away(run, trainer, cursor, step, probe)
             if stop and alarm is not None:

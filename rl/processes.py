@@ -1,11 +1,8 @@
-"""Several trainer processes in one driver: the first one's work handed to all, and Ctrl-C heard by all at once."""
+"""Several trainer processes in one driver: the first one's work handed to all."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate import Accelerator
@@ -18,12 +15,6 @@ T = TypeVar("T")
 
 class ElsewhereError(UserError):
     """The first process could not go on, so neither can this one."""
-
-
-class Interrupted(UserError):
-    """Ctrl-C: the step was finished and saved. Exits as an interrupted program does."""
-
-    exit_code = 130
 
 
 def on_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -46,34 +37,3 @@ def on_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if box[1]:
         raise ElsewhereError(box[1])
     return box[0]
-
-
-class Interruption:
-    """Whether Ctrl-C was pressed. Asked at step boundaries, where all processes must hear the same answer."""
-
-    pressed = False
-
-    def heard(self, accelerator: Accelerator) -> bool:
-        return on_first(accelerator, lambda: self.pressed)
-
-
-@contextmanager
-def interruptible(say: Callable[[str], None]) -> Iterator[Interruption]:
-    """Within it the first Ctrl-C asks for a stop at the next step boundary, and the second stops at once."""
-    interruption = Interruption()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if interruption.pressed:
-            raise KeyboardInterrupt
-        interruption.pressed = True
-        say("Stopping after this step; once more to stop at once, without saving")
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread, which gets no signals
-        yield interruption
-        return
-    try:
-        yield interruption
-    finally:
-        signal.signal(signal.SIGINT, before)

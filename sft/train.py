@@ -25,16 +25,11 @@ from sft.data import Collator, Row, training_rows
 from sft.keep import newest, sealed, sweep, writing
 from sft.trainer import InterleavedSftTrainer, Mirror, Stop
 from tasks.base import Demonstration, Task
+from underdrawing.interrupt import Interrupted, interruptible
 from underdrawing.tracking import Tracker
 
 log = logging.getLogger(__name__)
 SEE_BATCH = 256
-
-
-class Interrupted(UserError):
-    """Ctrl-C: the step was finished and saved. Exits as an interrupted program does."""
-
-    exit_code = 130
 
 
 def demonstrate(task: Task, fmt: ThoughtFormat, policy: ChameleonPolicy, config: SftConfig,
@@ -113,10 +108,8 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
         data_collator=Collator(policy.vocabulary.pad, pack=policy.core.config._attn_implementation == "sdpa"),
         processing_class=policy.vocabulary.tokenizer,
         args=_arguments(config, output_dir, seed, policy.device.type == "cpu"))
-    stop = Stop(trainer.accelerator)
     if tracker is not None:
         trainer.add_callback(Mirror(tracker, trainer.means))
-    trainer.add_callback(stop)
     try:
         done = 0
         if checkpoint is not None:
@@ -127,7 +120,9 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
             tracker.rewind(done + 1)
         if trainer.accelerator.is_main_process:
             sweep(output_dir, 2)
-        with stop.listening(log.warning):
+        with interruptible(log.warning) as interruption:
+            stop = Stop(trainer.accelerator, interruption)
+            trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.detach()

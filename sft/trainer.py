@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from rollout.errors import UserError
 from sft.config import SftConfig
 from sft.keep import KeepError, seal, sweep, writing
 from sft.losses import Targets, VisualReconstruction, targets, weighted_cross_entropy
+from underdrawing.interrupt import Interruption
 from underdrawing.tracking import Tracker
 
 PROGRESS = "progress.pt"
@@ -219,34 +217,14 @@ class Mirror(TrainerCallback):
 class Stop(TrainerCallback):
     """Ctrl-C: the step is finished and saved, on every process at the same one."""
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
-        self.pressed = self.stopped = False
+    def __init__(self, accelerator: Any, interruption: Interruption) -> None:
+        self.accelerator, self.interruption = accelerator, interruption
+        self.stopped = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pressed = self.pressed
+        pressed = self.interruption.pressed
         if self.accelerator.num_processes > 1:
             flag = torch.tensor([float(pressed)], device=self.accelerator.device)
             pressed = bool(self.accelerator.reduce(flag, "sum").item())
         if pressed and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
-
-    @contextmanager
-    def listening(self, say: Any) -> Iterator[None]:
-        """Within it the first Ctrl-C asks for a stop after the step, and the second stops at once."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self.pressed:
-                raise KeyboardInterrupt
-            self.pressed = True
-            say("Stopping after this step; once more to stop at once, without saving")
-
-        try:
-            before = signal.signal(signal.SIGINT, handle)
-        except ValueError:  # not the main thread, which gets no signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)

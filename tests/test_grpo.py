@@ -18,12 +18,12 @@ from accelerate import Accelerator
 import rl.grpo
 from rl import checkpoint
 from rl.config import GrpoConfig
-from rl.processes import Interrupted
 from rl.run import Run
 from rollout.errors import UserError
 from rollout.workers import FailedGroup, GenerateResult
 from tests.bigram import BigramPolicy, reward
 from tests.test_trainer_processes import launch
+from underdrawing.interrupt import Interrupted
 from underdrawing.tracking import Tracker, read_metrics
 
 PROMPTS = [{"prompt": f"prompt {number}"} for number in range(7)]

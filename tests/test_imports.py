@@ -22,14 +22,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("underdrawing", "rl", "rewards", "rollout", "sft", "policy", "tasks", "evals")
 RECORD = ("rollout.errors", "rollout.trajectory", "rollout.formats", "rollout.store")
-TRACKING = "underdrawing.tracking"
+TRAINERS = ("underdrawing.tracking", "underdrawing.interrupt")  # leaves that both trainers stand on
 
 # What each package may import besides itself and the record. A name covers the modules under it.
 MAY_IMPORT = {
     "underdrawing": PACKAGES,
-    "rl": ("rewards", "rollout", "policy", "tasks", TRACKING),
+    "rl": ("rewards", "rollout", "policy", "tasks", *TRAINERS),
     "evals": ("rewards", "rollout", "policy", "tasks"),
-    "sft": ("policy", "tasks", TRACKING),
+    "sft": ("policy", "tasks", *TRAINERS),
     "rewards": ("policy", "tasks", "rollout.ray_cluster"),  # one Ray for all workers
     "rollout": ("policy", "tasks"),
     "policy": (),

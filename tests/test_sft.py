@@ -26,11 +26,12 @@ from sft.config import SftConfig
 from sft.data import IGNORE, Collator, lines_of, training_rows
 from sft.keep import newest, seal, sealed
 from sft.losses import VisualReconstruction, targets, weighted_cross_entropy
-from sft.train import Interrupted, check_demonstrations, demonstrate, render_all, warm_start
+from sft.train import check_demonstrations, demonstrate, render_all, warm_start
 from sft.trainer import InterleavedSftTrainer
 from tasks.base import Demonstration
 from tests.chameleon_helpers import WORDS, prompt_segment, small_policy
 from tests.test_trainer_processes import launch
+from underdrawing.interrupt import Interrupted
 from underdrawing.tracking import Tracker, read_metrics
 
 FAST = {"demonstrations": 1, "batch_size": 4, "warmup_steps": 0, "learning_rate": 3e-3, "logging_steps": 2,

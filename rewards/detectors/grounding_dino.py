@@ -10,67 +10,29 @@ states its own thresholds with it (options `threshold` and `counting_threshold` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from rewards.detectors.base import Detections
-from rewards.detectors.mask2former import same_size
-from rewards.detectors.phrases import by_phrase
-from rewards.weights import WeightsError, device_of, folder_of
+from rewards.detectors.phrases import PhraseDetector, by_phrase
 from rollout.errors import UserError
 
 
-class GroundingDinoDetector:
-    """A GroundingDinoForObjectDetection of transformers."""
+class GroundingDinoDetector(PhraseDetector):
+    """A GroundingDinoForObjectDetection of transformers. The release drops no overlapping box of a phrase."""
 
-    classes: tuple[str, ...] = ()
-    open_vocabulary = True
-    sees_colors = False  # colors.py names them afterwards
+    name = "grounding_dino"
+    model_type = "grounding-dino"
+    model_class = "GroundingDinoForObjectDetection"
 
     def __init__(self, path: str, device: str = "auto", batch_size: int = 4, dtype: str = "float32",
                  min_score: float = 0.35, overlap: float | None = None, download: bool = False) -> None:
-        """Load the network.
+        """As PhraseDetector."""
+        super().__init__(path, device, batch_size, dtype, min_score, overlap, download)
+        self.max_tokens = int(self.config.max_text_len)
 
-        Args:
-            path: a folder in the released layout (weights, tokenizer, preprocessor_config.json), or a hub id.
-            overlap: IoU above which the worse of two boxes of one phrase is dropped; None: the release drops none.
-
-        Raises:
-            WeightsError: the folder is not there, or holds another kind of model.
-        """
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GroundingDinoForObjectDetection
-
-        where = "rewards.detector.path"
-        folder = folder_of(path, "config.json", download, where)
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type != "grounding-dino":
-            raise WeightsError(f"{where}: {path} holds a model of type '{config.model_type}', not grounding-dino")
-        self.device = device_of(device, "rewards.detector.device")
-        self.processor: Any = AutoImageProcessor.from_pretrained(folder)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        model: Any = GroundingDinoForObjectDetection.from_pretrained(folder, dtype=getattr(torch, dtype))
-        self.model = model.to(self.device).eval()
-        self.max_tokens = int(config.max_text_len)
-        self.batch_size, self.min_score, self.overlap = batch_size, min_score, overlap
-
-    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        raise UserError("grounding_dino sees what it is asked for: call detect_phrases")
-
-    def detect_phrases(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
-        """Objects by phrase. Raises UserError for more phrases than the text encoder reads."""
-        found: list[Detections] = [{} for _ in pictures]
-        asked = [row for row in range(len(pictures)) if phrases[row]]
-        for batch in same_size([pictures[row] for row in asked], self.batch_size):
-            rows = [asked[index] for index in batch]
-            for row, objects in zip(rows, self._batch([pictures[row] for row in rows], [phrases[row] for row in rows]),
-                                    strict=True):
-                found[row] = objects
-        return found
-
-    @torch.inference_mode()
-    def _batch(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+    def see(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
         captions, spans = zip(*[caption_of(some) for some in phrases], strict=True)
         words = self.tokenizer(list(captions), padding=True, return_offsets_mapping=True, return_tensors="pt")
         offsets = words.pop("offset_mapping")

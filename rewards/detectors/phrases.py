@@ -1,4 +1,4 @@
-"""What the open-vocabulary detectors share: from scores of (box, phrase) to objects by phrase.
+"""What the open-vocabulary detectors share: loading, batching, and from scores of (box, phrase) to objects by phrase.
 
 Letters: Q boxes, P phrases.
 """
@@ -6,11 +6,74 @@ Letters: Q boxes, P phrases.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
 from rewards.detectors.base import Detected, Detections
+from rewards.detectors.mask2former import same_size
+from rewards.weights import WeightsError, device_of, folder_of
+from rollout.errors import UserError
+
+
+class PhraseDetector:
+    """A detector of transformers that sees whatever phrase it is asked for, as boxes without masks. A subclass names
+    its model and says what it sees in one batch."""
+
+    classes: tuple[str, ...] = ()
+    open_vocabulary = True
+    sees_colors = False  # colors.py names them afterwards
+    name: str  # in recipes
+    model_type: str  # in the released config.json
+    model_class: str  # of transformers
+
+    def __init__(self, path: str, device: str, batch_size: int, dtype: str, min_score: float, overlap: float | None,
+                 download: bool) -> None:
+        """Load the network.
+
+        Args:
+            path: a folder in the released layout (weights, tokenizer, preprocessor_config.json), or a hub id.
+            min_score: boxes at or below it are left out.
+            overlap: IoU above which the worse of two boxes of one phrase is dropped; None: none is.
+
+        Raises:
+            WeightsError: the folder is not there, or holds another kind of model.
+        """
+        import transformers
+
+        where = "rewards.detector.path"
+        folder = folder_of(path, "config.json", download, where)
+        self.config: Any = transformers.AutoConfig.from_pretrained(folder)
+        if self.config.model_type != self.model_type:
+            raise WeightsError(f"{where}: {path} holds a model of type '{self.config.model_type}', not "
+                               f"{self.model_type}")
+        self.device = device_of(device, "rewards.detector.device")
+        self.processor: Any = transformers.AutoImageProcessor.from_pretrained(folder)
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        model = getattr(transformers, self.model_class).from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model = model.to(self.device).eval()
+        self.batch_size, self.min_score, self.overlap = batch_size, min_score, overlap
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
+        raise UserError(f"{self.name} sees what it is asked for: call detect_phrases")
+
+    def detect_phrases(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+        """Objects by phrase. Raises UserError for more phrases than the text encoder reads."""
+        found: list[Detections] = [{} for _ in pictures]
+        asked = [row for row in range(len(pictures)) if phrases[row]]
+        for batch in same_size([pictures[row] for row in asked], self.batch_size):
+            rows = [asked[index] for index in batch]
+            with torch.inference_mode():
+                objects = self.see([pictures[row] for row in rows], [phrases[row] for row in rows])
+            for row, those in zip(rows, objects, strict=True):
+                found[row] = those
+        return found
+
+    def see(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+        """Objects of pictures of one size, at least one phrase each."""
+        raise NotImplementedError
 
 
 def by_phrase(score_QP: torch.Tensor, box_Q4: torch.Tensor, phrases: Sequence[str], scale: tuple[float, float],
