@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rewards.serving import CallFailed, Server, Worker, read, settled
+from rewards.serving import CallFailed, Server, Worker, read
+from rollout.processes import settled
 
 logger = logging.getLogger(__name__)
 

@@ -6,37 +6,25 @@ signalled), and the next call starts a fresh one. Ray is imported when a worker 
 
 from __future__ import annotations
 
-import faulthandler
-import os
 import pickle
-import signal
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rewards.base import RewardError
-from rewards.serving import CallFailed, Server, Worker, read, settled
+from rewards.serving import CallFailed, Server, Worker, read
+from rollout.processes import ActorProcess, TraceableActor, end_actor
 
 LOOK_S = 0.5  # how often a waiting call looks whether it was closed
 
 
-class RewardActor:
+class RewardActor(TraceableActor):
     """A Server with a process to itself. Messages and answers are pickles, because arrays that Ray unpacks itself are
     read-only and hold on to its shared memory."""
 
     def __init__(self) -> None:
-        # A handler in C: it writes the stack even while the interpreter is stuck in some library.
-        handle, self._stack_file = tempfile.mkstemp(prefix="ud-stack-")
-        faulthandler.register(signal.SIGUSR1, handle, all_threads=True)
+        super().__init__()
         self._server = Server()
-
-    def about(self) -> tuple[str, int, str]:
-        """(node, pid, file that SIGUSR1 writes the stack to)"""
-        import ray
-
-        return ray.get_runtime_context().get_node_id(), os.getpid(), self._stack_file
 
     def answer(self, message: bytes) -> bytes:
         try:
@@ -55,11 +43,11 @@ class RayWorker(Worker):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._actor: Any = None
-        self._node, self._pid, self._stack_file = "", 0, ""
+        self._process: ActorProcess | None = None
 
     @property
     def pid(self) -> int:
-        return self._pid
+        return self._process.pid if self._process is not None else 0
 
     def _running(self) -> bool:
         return self._actor is not None
@@ -73,9 +61,9 @@ class RayWorker(Worker):
                 raise RewardError(f"'{self.spec.name}': each Ray worker asks for {asked:g} {name}, and the whole "
                                   f"cluster has {there.get(name, 0.0):g}; ask for less, or give it more")
         self._actor = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_restarts=0)(RewardActor).remote()
-        self._node, self._pid, self._stack_file = self._wait(
+        self._process = ActorProcess(*self._wait(
             self._actor.about.remote(), self.load_timeout_s, f"waiting for {self.num_cpus:g} CPU and "
-            f"{self.num_gpus:g} GPU of the Ray cluster")
+            f"{self.num_gpus:g} GPU of the Ray cluster"))
 
     def _exchange(self, message: tuple[Any, ...], timeout_s: float, what: str) -> Any:
         packed = pickle.dumps(message, protocol=5)
@@ -91,7 +79,7 @@ class RayWorker(Worker):
                 self._drop()
                 raise CallFailed("crash", "the judge was closed")
             if left <= 0:
-                stack = self._stack()
+                stack = self._process.stack() if self._process is not None else ""
                 self._drop()
                 raise CallFailed("timeout", f"{what} took longer than {timeout_s:g} s and was stopped", stack)
             if ray.wait([reference], timeout=min(left, LOOK_S))[0]:
@@ -104,32 +92,7 @@ class RayWorker(Worker):
             raise CallFailed("crash", f"its Ray actor ended during {what}: "
                                       f"{ended.split(' Some common causes')[0].strip()}") from None
 
-    def _stack(self) -> str:
-        if not self._pid:
-            return ""
-        if not self._is_local():
-            return f"it is on another node: `py-spy dump --pid {self._pid}` there says where it stands"
-        try:
-            os.kill(self._pid, signal.SIGUSR1)
-            return settled(Path(self._stack_file).read_bytes)
-        except OSError:  # it ended in the meantime
-            return ""
-
-    def _is_local(self) -> bool:
-        import ray
-
-        return self._node == ray.get_runtime_context().get_node_id()
-
     def _drop(self) -> None:
-        import ray
-
         actor, self._actor = self._actor, None
-        if actor is not None and ray.is_initialized():
-            if self._pid and self._is_local():
-                try:
-                    os.kill(self._pid, signal.SIGKILL)  # ray.kill asks the process, which may be past answering
-                except ProcessLookupError:
-                    pass
-                Path(self._stack_file).unlink(missing_ok=True)
-            ray.kill(actor)
-        self._pid = 0
+        process, self._process = self._process, None
+        end_actor(actor, process)

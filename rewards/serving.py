@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import sys
 import threading
-import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -348,15 +347,3 @@ class Worker(ABC):
     @abstractmethod
     def _exchange(self, message: tuple[Any, ...], timeout_s: float, what: str) -> Any:
         """Send a message; what the Server answered. Raises CallFailed once the time is up, or RewardError."""
-
-
-def settled(read_stack: Callable[[], bytes]) -> str:
-    """A stack that a signalled process is writing, once it no longer grows."""
-    text = b""
-    for _ in range(40):
-        time.sleep(0.05)
-        now = read_stack()
-        if now and now == text:
-            break
-        text = now
-    return text.decode(errors="replace")

@@ -8,16 +8,11 @@ what the first would have.
 
 from __future__ import annotations
 
-import faulthandler
 import logging
-import os
 import pickle
-import signal
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +21,7 @@ from policy.base import Policy
 from rollout.assignment import Assignment, Call
 from rollout.config import RolloutConfig
 from rollout.errors import UserError
+from rollout.processes import ActorProcess, TraceableActor, end_actor
 from rollout.ray_cluster import start_ray
 from rollout.requests import RolloutRequest
 from rollout.trajectory import Trajectory
@@ -51,23 +47,15 @@ SAY_AFTER_S = 10.0  # how long to wait for resources before saying so, and betwe
 TICK_S = 1.0  # how often timeouts are looked at
 
 
-class ActorWorker:
+class ActorWorker(TraceableActor):
     """A RolloutWorker with a process to itself."""
 
     def __init__(self, name: str, threads: int) -> None:
         import torch
 
+        super().__init__()
         torch.set_num_threads(threads)
-        # A handler in C: it writes the stack even while the interpreter is stuck in some library.
-        handle, self._stack_file = tempfile.mkstemp(prefix="ud-stack-")
-        faulthandler.register(signal.SIGUSR1, handle, all_threads=True)
         self.name = name
-
-    def about(self) -> tuple[str, int, str]:
-        """(node, pid, file that SIGUSR1 writes the stack to)"""
-        import ray
-
-        return ray.get_runtime_context().get_node_id(), os.getpid(), self._stack_file
 
     def build(self, spec: EngineSpec) -> None:
         """Not in the constructor, whose errors Ray reports as text only."""
@@ -104,15 +92,17 @@ class _Place:
     stream: Any = None  # of the call
     heard: float = 0.0  # when it last gave a sign
     said: float = 0.0  # when its waiting was last logged
-    node: str = ""
-    pid: int = 0
-    stack_file: str = ""
+    process: ActorProcess | None = None  # None: it has not begun to run
     version: int = UNPUBLISHED
     restarts: int = -1
 
     @property
     def name(self) -> str:
         return f"worker {self.slot}"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process is not None else 0
 
     def waitable(self) -> Any:
         return self.starting[0] if self.starting else self.stream
@@ -279,7 +269,7 @@ class RayRollouts:
         place.actor = actor_class.remote(place.name, self.config.threads)
         place.starting = [place.actor.about.remote(), place.actor.build.remote(self.spec)]
         place.probe, place.version = None, UNPUBLISHED
-        place.pid, place.node, place.stack_file = 0, "", ""
+        place.process = None
         place.heard = place.said = time.monotonic()
         place.restarts += 1
         for publication, probe in self._published:
@@ -315,8 +305,8 @@ class RayRollouts:
             return 0.0
         place.starting.pop(0)
         place.heard = time.monotonic()
-        if not place.pid:
-            place.node, place.pid, place.stack_file = answer
+        if place.process is None:
+            place.process = ActorProcess(*answer)
         if place.starting:
             return 0.0
         place.version = self.version
@@ -328,7 +318,7 @@ class RayRollouts:
         Raises WorkersError if it never began to run, or once more workers died in a row than a few bad groups could
         explain.
         """
-        if reason == "timeout" and not place.pid:
+        if reason == "timeout" and place.process is None:
             raise WorkersError(f"{crash}: Ray gave it no process. It asks for {self.config.threads} CPU and "
                                f"{self.config.gpus:g} GPU; free them, ask for fewer rollout.workers, or set it to 0")
         self._crashes.append(crash)
@@ -340,16 +330,7 @@ class RayRollouts:
                                f"{self._crashes[0]}")
 
     def _vacate(self, place: _Place) -> None:
-        import ray
-
-        if place.actor is not None and ray.is_initialized():
-            if self._is_local(place):
-                try:
-                    os.kill(place.pid, signal.SIGKILL)  # ray.kill asks the process, which may be past answering
-                except ProcessLookupError:
-                    pass
-                Path(place.stack_file).unlink(missing_ok=True)
-            ray.kill(place.actor)
+        end_actor(place.actor, place.process)
         place.actor, place.starting, place.call, place.stream, place.probe = None, [], None, None, None
 
     def _bury(self) -> None:
@@ -364,11 +345,6 @@ class RayRollouts:
                     ray.get(answer)
                 except ray.exceptions.RayError as error:
                     self._replace(asked[answer], "crash", self._quote(asked[answer], error))
-
-    def _is_local(self, place: _Place) -> bool:
-        import ray
-
-        return bool(place.pid) and place.node == ray.get_runtime_context().get_node_id()
 
     def _state(self, place: _Place, answer: Any) -> str:
         import ray
@@ -458,28 +434,17 @@ class RayRollouts:
             limit = self.start_timeout_s if place.starting else timeout_s
             if place.waitable() is not None and now - place.heard > limit:
                 doing = "starting" if place.starting else "writing"
+                stack = place.process.stack() if place.process is not None else ""
                 found.append((place, "timeout", f"{place.name} was silent for {limit:g} s while {doing}"
-                                                f"{self._stack(place)}"))
+                                                + (f". Its stack:\n{stack}" if stack else "")))
         return found
-
-    def _stack(self, place: _Place) -> str:
-        """Where a stuck worker is; it writes that down itself when signalled."""
-        if not self._is_local(place):
-            return f" (on another node: `py-spy dump --pid {place.pid}` there says where)" if place.pid else ""
-        try:
-            os.kill(place.pid, signal.SIGUSR1)
-            time.sleep(0.3)
-            written = Path(place.stack_file).read_text(errors="replace").strip()
-        except OSError:
-            return ""
-        return f". Its stack:\n{written}" if written else ""
 
     def _say_what_is_waited_for(self) -> None:
         import ray
 
         now = time.monotonic()
         for place in self._places:
-            if place.starting and not place.pid and now - place.said > SAY_AFTER_S:
+            if place.starting and place.process is None and now - place.said > SAY_AFTER_S:
                 place.said = now
                 free = ray.available_resources()
                 log.warning("%s has waited %.0f s to start; it asks for %d CPU and %g GPU, and %g and %g are free",

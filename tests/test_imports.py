@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "rl": ("rewards", "rollout", "policy", "tasks", *TRAINERS),
     "evals": ("rewards", "rollout", "policy", "tasks"),
     "sft": ("policy", "tasks", *TRAINERS),
-    "rewards": ("policy", "tasks", "rollout.ray_cluster"),  # one Ray for all workers
+    "rewards": ("policy", "tasks", "rollout.ray_cluster", "rollout.processes"),  # one Ray for all workers
     "rollout": ("policy", "tasks"),
     "policy": (),
     "tasks": (),
