@@ -72,6 +72,24 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_sentence_even_while_closing(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     tracker._file = open("/dev/full", "a")  # every write to it finds no space
-    with pytest.raises(UserError, match="cannot write metrics .No space left on device.; free some space and resume"):
+    with pytest.raises(UserError, match="cannot be written .No space left on device.; free some space and resume"):
         tracker.log(1, {"a": 1.0})
+    tracker.close()
+
+
+def test_a_line_that_is_no_utf8_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe{\n{"step": 2}\n')
+    with pytest.raises(UserError, match="metrics.jsonl line 2: not JSON"):
+        read_metrics(path)
+
+
+def test_a_rewind_that_cannot_be_written_leaves_the_file(tmp_path):
+    tracker = Tracker(tmp_path)
+    for step in (1, 2):
+        tracker.log(step, {"a": 1.0})
+    (tmp_path / "metrics.jsonl.tmp").mkdir()  # what it would write first
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\); free some space and"):
+        tracker.rewind(2)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     tracker.close()

@@ -16,7 +16,7 @@ from policy.base import Policy
 from policy.registry import FAMILIES, load_policy
 from rewards.alarms import Alarms
 from rewards.compose import Judge
-from rollout.errors import UserError
+from rollout.errors import UserError, writing
 from rollout.formats.base import ThoughtFormat
 from rollout.ray_cluster import Cluster, start_ray
 from tasks.base import Task
@@ -109,11 +109,9 @@ def write_recipe(recipe: Recipe, refused: bool = False) -> None:
     so that run's recipe stays."""
     if refused:
         return
-    try:
+    with writing(recipe.run_dir, "free some space, or choose another run_dir"):
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
-    except OSError as error:
-        raise UserError(f"run_dir {recipe.run_dir}: cannot write there ({error.strerror})") from None
 
 
 def worker_policy(recipe: Recipe, task: Task, weights: Path | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rl import checkpoint
 from rl.grpo import train
 from rl.run import Run
 from rollout.config import RolloutConfig
-from rollout.errors import UserError
+from rollout.errors import UserError, writing
 from rollout.requests import RolloutRequest
 from rollout.store import save_trajectories
 from rollout.workers import open_rollouts
@@ -140,25 +140,27 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
 
 def keep_evaluation(heldout: Heldout, folder: Path) -> None:
     """summary.json, prompts.jsonl and some trajectories."""
-    folder.mkdir(parents=True, exist_ok=True)
-    heldout.save(folder / "prompts.jsonl")
     answers = [group[0] for group in heldout.trajectories]
     stride = max(1, len(answers) // STORED_ANSWERS)
     for trajectory, score in zip(answers, heldout.prompts, strict=True):
         trajectory.rewards = {"first image": score.first_sketch, "final image": score.final_image}
-    save_trajectories(answers[::stride], folder / "trajectories")
-    (folder / "summary.json").write_text(json.dumps({
-        "score": heldout.final_image, "by_tag": heldout.tags, "first_sketch": heldout.first_sketch,
-        "final_image": heldout.final_image, "prompts": len(heldout.prompts), "metrics": heldout.as_metrics(),
-    }, indent=1))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        heldout.save(folder / "prompts.jsonl")
+        save_trajectories(answers[::stride], folder / "trajectories")
+        (folder / "summary.json").write_text(json.dumps({
+            "score": heldout.final_image, "by_tag": heldout.tags, "first_sketch": heldout.first_sketch,
+            "final_image": heldout.final_image, "prompts": len(heldout.prompts), "metrics": heldout.as_metrics(),
+        }, indent=1))
 
 
 def compare_evaluations(run_dir: Path, before: str, after: str) -> Interval:
     """The gain between two kept evaluations with its paired bootstrap interval, kept as comparison.json."""
     folder = run_dir / "evaluations"
     interval = compare(*(read_prompt_scores(folder / label / "prompts.jsonl") for label in (before, after)))
-    (folder / "comparison.json").write_text(json.dumps({
-        "before": before, "after": after, "gain": interval.difference, "interval": [interval.low, interval.high]}))
+    with writing(folder):
+        (folder / "comparison.json").write_text(json.dumps({
+            "before": before, "after": after, "gain": interval.difference, "interval": [interval.low, interval.high]}))
     return interval
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rollout.errors import UserError
+from rollout.errors import UserError, writing
 from rollout.ray_cluster import ClusterError
 from underdrawing.cli import quieten
 
@@ -134,13 +134,10 @@ class _Clock:
 
     def save(self) -> None:
         temporary = self.path.with_suffix(".tmp")
-        try:
+        with writing(self.path, "free some space and give the same command again"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps({"recipe": self.recipe, "seconds": self.seconds}))
             temporary.replace(self.path)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space and give the same "
-                            "command again") from None
 
     def has(self, stage: str) -> bool:
         return stage in self.seconds

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rollout.errors import UserError
+from rollout.errors import UserError, writing
 from rollout.trajectory import Trajectory
 
 
@@ -31,6 +31,9 @@ class TrackConfig(BaseModel):
     wandb_entity: str | None = Field(None, description="W&B team; None: your default")
     trajectories_every: int = Field(10, ge=1, description="steps between stored sets of trajectories")
     trajectories: int = Field(8, ge=0, description="trajectories in a stored set; 0: none")
+
+
+RESUME = "free some space and resume"
 
 
 class Tracker:
@@ -48,12 +51,10 @@ class Tracker:
         self.config = config or TrackConfig(wandb="disabled")
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / "metrics.jsonl"
-        try:
+        with writing(self.path, "choose another run_dir"):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             _drop_half_line(self.path)
             self._file = self.path.open("a")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another run_dir") from error
         self._wandb = _start_wandb(self.config, self.run_dir, name, recipe)
         self._table: Any = None
         self.listeners: list[Any] = []  # each with heard(step, metrics): a progress display, say
@@ -86,15 +87,16 @@ class Tracker:
 
     def rewind(self, step: int) -> None:
         """Forget every line of a step >= `step`: a resumed run writes them again."""
-        self._file.close()
         kept = [row for row in read_metrics(self.path) if row["step"] < step]
         temporary = self.path.with_suffix(".jsonl.tmp")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        self._file = self.path.open("a")
+        with writing(self.path, RESUME):
+            with temporary.open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            self._file.close()
+            os.replace(temporary, self.path)
+            self._file = self.path.open("a")
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk has been reported where it was met; closing writes the rest once more
@@ -103,12 +105,9 @@ class Tracker:
             self._wandb.finish()
 
     def _write(self, line: str) -> None:
-        try:
+        with writing(self.path, RESUME):
             self._file.write(line)
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write metrics ({error.strerror}); "
-                            "free some space and resume") from None
 
     def _log_table(self, step: int, sample: Sequence[Trajectory]) -> None:
         import wandb
@@ -131,7 +130,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         UserError: a line before the last is not JSON.
     """
     rows = []
-    lines = Path(path).read_text().split("\n") if Path(path).exists() else []
+    # What is no UTF-8 becomes a mark, which is no JSON either: the error names its line.
+    lines = Path(path).read_text("utf-8", "replace").split("\n") if Path(path).exists() else []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -171,8 +171,9 @@ def _start_wandb(config: TrackConfig, run_dir: Path, name: str, recipe: Mapping[
         mode = "online" if wandb_login() else "offline"
     # The id is the run directory's, so that a resumed run goes on in the same W&B run.
     marker = run_dir / "wandb_id"
-    identity = marker.read_text().strip() if marker.exists() else uuid.uuid4().hex[:12]
-    marker.write_text(identity)
+    with writing(marker):
+        identity = marker.read_text().strip() if marker.exists() else uuid.uuid4().hex[:12]
+        marker.write_text(identity)
     run = wandb.init(project=config.wandb_project, entity=config.wandb_entity, name=name, dir=str(run_dir), mode=mode,
                      id=identity, resume="allow", config=dict(recipe or {}),
                      settings=wandb.Settings(console="off", silent=True))

@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from rollout.errors import UserError
+from rollout.errors import UserError, writing
 from rollout.store import load_trajectories
 from rollout.trajectory import Author, Trajectory
 from underdrawing.report.charts import PALETTE, Series, bars, line_chart
@@ -102,12 +102,10 @@ def from_template(name: str, **values: Any) -> str:
 def write_page(html: str, path: Path) -> Path:
     """Whole or not at all. Raises UserError where it cannot be written."""
     temporary = path.with_suffix(".tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(html, encoding="utf-8")
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return path
 
 
