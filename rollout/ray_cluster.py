@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 LONGEST_FOLDER = 45
 PREFIX = "ud-ray-"
 ATTEMPTS = 4
+HEAD_TIMEOUT_S = 20.0  # for the head of a cluster to accept a connection
 
 _started: set[Path] = set()  # folder of the Ray that this program runs, if it does
 
@@ -121,12 +122,21 @@ def _join(address: str) -> Cluster:
     import ray
 
     try:
+        _check_head(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {_first_line(error)}. Unset it to "
                            "start a local one, or set rollout.workers: 0 to roll out in this process") from error
     log.info("joined the Ray cluster at %s", address)
     return Cluster(None)
+
+
+def _check_head(address: str) -> None:
+    """Raises OSError where nothing listens at host:port; Ray would try for minutes. Other addresses are Ray's to read.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_TIMEOUT_S).close()
 
 
 def _check_port() -> None:

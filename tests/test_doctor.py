@@ -57,3 +57,17 @@ def test_no_login_is_a_warning_and_says_what_happens(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
     assert doctor._wandb().state == "ok"
     assert printed([finding])[1] == 0
+
+
+def test_ray_is_started_as_a_run_starts_it_and_left_stopped():
+    import ray
+
+    finding = doctor._ray()
+    assert finding.state == "ok" and "a local one, a task ran in" in finding.what
+    assert not ray.is_initialized()
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    finding = doctor._ray()
+    assert finding.state == "broken" and "RAY_ADDRESS=127.0.0.1:1" in finding.what and finding.advice

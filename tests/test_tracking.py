@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rollout.errors import UserError
-from underdrawing.tracking import TrackConfig, Tracker, read_metrics, wandb_login
+from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from underdrawing.tracking import TrackConfig, Tracker, filmstrip, read_metrics, wandb_login
 
 
 def test_metrics_are_lines_of_json_and_no_number_is_null(tmp_path: Path) -> None:
@@ -61,6 +66,90 @@ def test_wandb_offline_mirrors_and_resumes_under_one_id(tmp_path: Path, monkeypa
         tracker.close()
     assert (tmp_path / "wandb_id").read_text() == identity
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) >= 1
+
+
+def wandb_records(run_dir: Path) -> list[Any]:
+    """Every record that W&B keeps of offline runs, read from its own log: 7 bytes of file header, then chunks (crc,
+    length, type) in blocks of 32 KiB, as LevelDB's."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records = []
+    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        raw, at, whole = path.read_bytes(), 7, b""
+        while at + 7 <= len(raw):
+            if 2**15 - at % 2**15 < 7:
+                at += 2**15 - at % 2**15
+                continue
+            length, kind = struct.unpack("<HB", raw[at + 4:at + 7])
+            whole += raw[at + 7:at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # whole, last
+                record = Record()
+                record.ParseFromString(whole)
+                records.append(record)
+                whole = b""
+    return records
+
+
+def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_pictures(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, TrackConfig(wandb="offline", trajectories=3), name="mirrored", recipe={"seed": 7})
+    drawn = drawn_trajectory("a red circle")
+    for step in (1, 2):
+        tracker.log(step, {"reward/mean": step / 4, "kl": math.nan})
+        tracker.trajectories(step, [drawn])
+    tracker.close()
+
+    records = wandb_records(tmp_path)
+    history = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+               for record in records if record.WhichOneof("record_type") == "history"]
+    metrics = [row for row in history if "reward/mean" in row]
+    assert [(row["step"], row["reward/mean"]) for row in metrics] == [(1, 0.25), (2, 0.5)]
+    assert not any("kl" in row for row in history)  # no number
+    axes = {(r.metric.name or r.metric.glob_name): r.metric.step_metric for r in records
+            if r.WhichOneof("record_type") == "metric"}
+    assert axes["*"] == "step"
+    config = {item.key: json.loads(item.value_json) for r in records if r.WhichOneof("record_type") == "run"
+              for item in r.run.config.update}
+    assert config["seed"] == 7
+
+    # A table travels as an artifact: its rows, and the pictures that they name.
+    artifacts = [{entry.path: Path(entry.local_path) for entry in r.artifact.manifest.contents} for r in records
+                 if r.WhichOneof("record_type") == "artifact"]
+    assert len(artifacts) == 2
+    for step, files in enumerate(artifacts, 1):
+        table = json.loads(next(file for name, file in files.items() if name.endswith(".table.json")).read_text())
+        row = dict(zip(table["columns"], *table["data"], strict=True))
+        assert row["step"] == step and row["prompt"] == "a red circle" and row["reward"] == 0.5
+        assert row["thought"].startswith("[plan] draw it\n[sketch]")
+        assert json.loads(row["parts"]) == {"detect": 1.0} and row["stop"] == "end"
+        picture = Image.open(files[row["pictures"]["path"]]).convert("RGB")
+        assert np.array_equal(np.asarray(picture), filmstrip(drawn.pictures()))
+        assert row["pictures"]["caption"] == "sketch, redraw"
+
+
+def test_a_filmstrip_shows_every_picture_in_order() -> None:
+    red, blue = np.full((2, 3, 3), (255, 0, 0), np.uint8), np.full((4, 1, 3), (0, 0, 255), np.uint8)
+    strip = filmstrip([red, blue])  # 128 / 4 = 32 times as large
+    assert strip.shape == (128, 3 * 32 + 4 + 32, 3)
+    assert (strip[:64, :96] == (255, 0, 0)).all() and (strip[64:, :96] == 255).all()
+    assert (strip[:, 96:100] == 255).all() and (strip[:, 100:] == (0, 0, 255)).all()
+    tall = np.zeros((200, 5, 3), np.uint8)
+    assert filmstrip([tall]).shape == (200, 5, 3)
+
+
+def drawn_trajectory(prompt: str) -> Trajectory:
+    """A thought of words and one picture, judged."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    picture[2:5, 2:5] = (255, 0, 0)
+    segments = [Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 2], np.int32), prompt),
+                Segment("plan", Author.POLICY, Modality.TEXT, True, np.array([3, 4], np.int32), "draw it"),
+                Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(6, dtype=np.int32),
+                        picture=picture),
+                Segment("redraw", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(6, dtype=np.int32),
+                        picture=picture[::-1].copy())]
+    trajectory = Trajectory(prompt, {}, "strokes", segments, 0)
+    trajectory.reward, trajectory.rewards, trajectory.stop = 0.5, {"detect": 1.0}, StopReason.END
+    return trajectory
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.errors import UserError, writing
@@ -34,6 +35,7 @@ class TrackConfig(BaseModel):
 
 
 RESUME = "free some space and resume"
+STRIP_HEIGHT, STRIP_GAP = 128, 4  # px
 
 
 class Tracker:
@@ -117,10 +119,23 @@ class Tracker:
         if self._table is None:
             self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
         for t in sample:
-            pictures = [wandb.Image(p) for p in t.pictures()]
+            # One image a cell, which every view of W&B shows.
+            shown = [(segment.role, segment.picture) for segment in t.segments if segment.picture is not None]
+            pictures = wandb.Image(filmstrip([picture for _, picture in shown]),
+                                   caption=", ".join(role for role, _ in shown)) if shown else None
             thought = "\n".join(f"[{s.role}] {s.text}" for s in t.segments[1:])
             self._table.add_data(step, t.prompt, thought, pictures, t.reward, json.dumps(t.rewards), str(t.stop))
         self._wandb.log({"step": step, "trajectories": self._table})
+
+
+def filmstrip(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 [height, width, 3]: pictures side by side in their order, small ones enlarged by a whole factor."""
+    tall = max(picture.shape[0] for picture in pictures)
+    times = max(1, STRIP_HEIGHT // tall)
+    frames = [np.pad(picture.repeat(times, 0).repeat(times, 1),
+                     ((0, (tall - picture.shape[0]) * times), (0, STRIP_GAP), (0, 0)), constant_values=255)
+              for picture in pictures]
+    return np.concatenate(frames, 1)[:, :-STRIP_GAP]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
