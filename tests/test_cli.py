@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +119,29 @@ def test_sft_then_evaluate_rollout_and_view(capsys, warm):
     assert main(["view", str(warm / "rollout")]) == 0
     page = (warm / "rollout/report.html").read_text()
     assert "data:image/png;base64," in page or "circle" in page or "square" in page
+
+
+@pytest.mark.parametrize("command, steps, saved", [("sft", "sft.max_steps", "sft/checkpoint-*"),
+                                                   ("grpo", "grpo.steps", "checkpoints/step-*")])
+def test_ctrl_c_saves_and_says_how_to_go_on(warm, tmp_path, command: str, steps: str, saved: str):
+    arguments = [command, QUICKSTART, *SMALL, f"run_dir={tmp_path}", "sft.logging_steps=1", "grpo.prompts_per_step=2",
+                 "grpo.num_generations=2", "rollout.max_tokens=60", f"{steps}=100000", "grpo.warmup_steps=0",
+                 *(["--weights", str(warm / "sft/model")] if command == "grpo" else [])]
+    run = subprocess.Popen([sys.executable, "-m", "underdrawing", *arguments], cwd=ROOT, text=True,
+                           stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / ("sft/metrics.jsonl" if command == "sft" else "metrics.jsonl")
+    until = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):  # a step is done, another has begun
+        assert run.poll() is None and time.monotonic() < until, run.communicate()[1]
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 130, said
+    assert "Stopping after this step" in said and "Traceback" not in said
+    assert "saved in" in said and "To go on, give the same command with --resume" in said
+    kept, = tmp_path.glob(saved)
+    step = len(metrics.read_text().splitlines())
+    assert int(kept.name.rpartition("-")[2]) == step
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])

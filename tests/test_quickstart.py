@@ -55,3 +55,12 @@ def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pyte
 def test_a_wrong_override_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert quickstart.main(["grpo.step=3"]) == 2
     assert "grpo.step: unknown key; did you mean 'steps'?" in capsys.readouterr().err
+
+
+def test_without_ray_it_rolls_out_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # nothing listens there
+    assert quickstart.main(["--run-dir", str(tmp_path), *SMALL, "rollout.workers=1", "grpo.steps=1"]) == 0
+    said = capsys.readouterr()
+    assert "Ray cannot be had (no Ray cluster answers" in said.err and "rolling out in this process" in said.err
+    assert json.loads(said.out.strip().splitlines()[-1])["run_dir"] == str(tmp_path)

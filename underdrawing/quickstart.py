@@ -56,7 +56,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     clock = _Clock(recipe.run_dir / STATE, dump_recipe(recipe))
 
     def say(sentence: str) -> None:
-        console.print(f"[bold]{sentence}[/]", highlight=False)
+        console.print(f"[bold]{sentence}[/]", highlight=False, soft_wrap=True)
 
     if not clock.has("sft"):
         say(f"1/5  Warm start: {recipe.sft.max_steps} steps on {recipe.sft.demonstrations} demonstrations that plan, "
