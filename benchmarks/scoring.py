@@ -5,7 +5,7 @@
 
 Each arm runs in a process of its own and reports the memory it reached beyond its inputs (hidden states, head). Where
 the plain arm does not fit into free memory, both arms score as many rows as it can, and the last line says so. That
-line is one JSON object: ours and peer in MiB, and their ratio.
+line is one JSON object: ours and peer in MiB, and how many times as much the peer takes.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> None:
     if gaps["logprob"] > 1e-5:
         sys.exit(f"the arms' log-probs differ by {gaps['logprob']:.1e}, more than 1e-5")
     ours, peer = arms["ours"]["mib"], arms["plain"]["mib"]
-    print(json.dumps({"ours": round(ours, 1), "peer": round(peer, 1), "ratio": round(ours / peer, 4), "unit": "MiB",
+    print(json.dumps({"ours": round(ours, 1), "peer": round(peer, 1), "ratio": round(peer / ours, 1), "unit": "MiB",
                       "rows": options.rows, "largest_difference": gaps["logprob"]}))
 
 
