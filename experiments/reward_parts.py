@@ -28,6 +28,9 @@ ARMS: dict[str, list[str]] = {
     "all_parts": [],
 }
 
+# An arm ends by its tokens, so its steps are not known ahead, and a rate that falls with them would fall differently.
+CONSTANT = "grpo.lr_scheduler_type=constant_with_warmup"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,7 +60,8 @@ def main() -> int:
 def run_arm(options: argparse.Namespace, arm: str, of_arm: list[str]) -> dict[str, float]:
     """Train until the token budget is spent, then evaluate."""
     folder = options.out / arm
-    recipe = load_recipe(options.recipe, [*options.overrides, f"seed={options.seed}", f"run_dir={folder}", *of_arm])
+    recipe = load_recipe(options.recipe, [CONSTANT, *options.overrides, f"seed={options.seed}", f"run_dir={folder}",
+                                          *of_arm])
     while spent(folder)["sampled"] < options.tokens:
         done = checkpoint.steps(folder / "checkpoints")
         per_step = spent(folder)["sampled"] / done[-1] if done else None
