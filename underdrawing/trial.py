@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.geneval import load_picture, read_folder
+from evals.geneval import load_picture
+from evals.geneval_folder import read_folder
 from rewards.base import policy_pictures
 from rewards.compose import Judge, JudgeReport, detector_of
 from rewards.detectors.base import CachedDetector
