@@ -1,11 +1,10 @@
-"""GenEval over a folder of pictures that any model drew, in the benchmark's own layout, row format and summary.
-
-    DIR/00000/metadata.jsonl        one record: tag, prompt, include, exclude
-    DIR/00000/samples/0000.png      the pictures of that prompt; 0001.png, ...
+"""GenEval over pictures that any model drew, in the benchmark's own row format and summary; geneval_folder.py reads
+them.
 
 A result row says filename, tag, prompt, correct, reason, metadata (the record as a JSON string) and details (by class
-the boxes with their scores, as a JSON string), as the released script writes them. Rows are appended as they are made,
-each batch in one write, so that whatever stops the command costs at most a batch: the next call goes on from there.
+the boxes with their scores, as a JSON string), as the released script writes them, and by its sha256 what was judged.
+Rows are appended as they are made, each batch in one write, so that whatever stops the command costs at most a batch:
+the next call goes on from there, and judges anew what is no longer the same.
 
 Source: GenEval (arXiv:2310.11513), djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py. A score is
 the mean of the tags' means; a prompt counts as solved if any of its pictures is correct.
@@ -13,138 +12,31 @@ the mean of the tags' means; a prompt counts as solved if any of its pictures is
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from evals.geneval_folder import Sample, check_counts, checked_record, lines_of, object_of, some, text_of
 from evals.heldout import EvaluationError, mean_of_tags
 from rewards.base import Setting
 from rewards.detectors.base import Detections
+from rewards.detectors.coco import GENEVAL_CLASSES
 from rewards.geneval import THRESHOLDS, check_record, classes_of, colored_of, evaluate, kept
 from rollout.errors import UserError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-RELATIONS = ("left of", "right of", "above", "below")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PROMPTS = 553
 Mode = Literal["standard", "strict"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture to be judged."""
-
-    name: str  # 00000/samples/0000.png, below the folder of pictures
-    record: dict[str, Any]
-    path: Path | None = None  # None: only its detections are at hand
-
-
-# ---- what is there ------------------------------------------------------------------------------------------------
-
-def read_folder(images: Path, prompts: Path | None = None) -> list[Sample]:
-    """All pictures of a folder in GenEval's layout, in order.
-
-    Args:
-        prompts: the benchmark's evaluation_metadata.jsonl; its line n must be folder n's record.
-
-    Raises:
-        EvaluationError: prompts or samples are missing, a sample has two files, or a record cannot be read.
-    """
-    if not images.is_dir():
-        raise EvaluationError(f"{images}: no such folder of pictures")
-    folders = {int(path.name): path for path in sorted(images.iterdir()) if path.is_dir() and path.name.isdigit()}
-    if not folders:
-        raise EvaluationError(f"{images}: no numbered folders there; GenEval's layout is 00000/metadata.jsonl and "
-                              f"00000/samples/0000.png")
-    asked = _prompt_list(prompts) if prompts is not None else None
-    expected = len(asked) if asked is not None else max(folders) + 1
-    missing = [number for number in range(expected) if number not in folders]
-    if missing:
-        raise EvaluationError(f"{images}: {len(missing)} of {expected} prompts have no folder: "
-                              f"{_some([f'{number:05}' for number in missing])}")
-    surplus = [number for number in folders if number >= expected]
-    if surplus:
-        raise EvaluationError(f"{images}: folder {_some([folders[n].name for n in surplus])} has no prompt: {prompts} "
-                              f"has {expected}")
-    samples, counts = [], {}
-    for number, folder in sorted(folders.items()):
-        record = _record(folder / "metadata.jsonl")
-        if asked is not None and any(record.get(key) != asked[number].get(key) for key in ("prompt", "include")):
-            raise EvaluationError(f"{folder / 'metadata.jsonl'}: is about '{record['prompt']}', but line {number + 1} "
-                                  f"of {prompts} is '{asked[number].get('prompt')}'")
-        files = _files(folder / "samples")
-        counts[number] = len(files)
-        samples += [Sample(f"{folder.name}/samples/{path.name}", record, path) for path in files]
-    most = max(counts.values())
-    fewer = [f"{folders[number].name} ({count})" for number, count in counts.items() if count < most]
-    if fewer:
-        raise EvaluationError(f"{images}: {len(fewer)} of {expected} prompts have fewer than {most} pictures in "
-                              f"samples/: {_some(fewer)}")
-    return samples
-
-
-def _prompt_list(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise EvaluationError(f"{path}: no such file of prompts")
-    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(path.read_text().splitlines(), 1)
-            if line.strip()]
-
-
-def _record(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise EvaluationError(f"{path}: missing; it holds the prompt's record")
-    return checked_record(_parsed(path.read_text(), str(path)), str(path))
-
-
-def checked_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Raises EvaluationError for a record without what the rules read."""
-    for key in ("tag", "prompt", "include"):
-        if key not in record:
-            raise EvaluationError(f"{where}: the record has no '{key}'")
-    for key in ("include", "exclude"):
-        for clause in record.get(key) or ():
-            if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str) or \
-                    not isinstance(clause.get("count"), int) or clause["count"] < 1:
-                raise EvaluationError(f"{where}: {key} has {clause!r}; a clause is {{class, count from 1, color?, "
-                                      f"position?}}")
-    for place, clause in enumerate(record["include"]):
-        position = clause.get("position")
-        if position is not None and (not isinstance(position, Sequence) or len(position) != 2
-                                     or position[0] not in RELATIONS or position[1] not in range(place)):
-            raise EvaluationError(f"{where}: '{clause['class']}' has the position {position!r}; it is [relation, index "
-                                  f"of an earlier clause], and relations are {', '.join(RELATIONS)}")
-    return dict(record)
-
-
-def _parsed(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise EvaluationError(f"{where}: not JSON ({error.msg}, line {error.lineno} column {error.colno})") from None
-    if not isinstance(value, dict):
-        raise EvaluationError(f"{where}: {type(value).__name__}, where one JSON object belongs")
-    return value
-
-
-def _files(folder: Path) -> list[Path]:
-    """A prompt's pictures in the order of their numbers; other files are left alone."""
-    by_number: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() not in SUFFIXES or not path.stem.isdigit():
-            continue
-        other = by_number.setdefault(int(path.stem), path)
-        if other != path:
-            raise EvaluationError(f"{folder}: {other.name} and {path.name} are both sample {int(path.stem)}; keep one")
-    return [by_number[number] for number in sorted(by_number)]
-
-
-def _some(names: Sequence[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+logger = logging.getLogger(__name__)
 
 
 # ---- what sees the pictures --------------------------------------------------------------------------------------
@@ -180,8 +72,7 @@ def load_picture(sample: Sample) -> np.ndarray:
         with Image.open(sample.path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise EvaluationError(f"{sample.path}: no picture can be read from it ({error}); the rows of the others are "
-                              f"kept") from None
+        raise EvaluationError(f"{sample.path}: no picture can be read from it ({error})") from None
 
 
 def by_detections(path: Path, samples: Sequence[Sample] | None) -> tuple[list[Sample], Sees]:
@@ -197,11 +88,7 @@ def by_detections(path: Path, samples: Sequence[Sample] | None) -> tuple[list[Sa
         raise EvaluationError(f"{path}: no such file of detections")
     found: dict[str, Any] = {}
     records: list[Sample] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        row = _parsed(line, where)
+    for where, row in lines_of(path):
         if not isinstance(row.get("detections"), dict):
             raise EvaluationError(f"{where}: no 'detections' by class")
         if samples is not None and not isinstance(row.get("filename"), str):
@@ -218,8 +105,10 @@ def by_detections(path: Path, samples: Sequence[Sample] | None) -> tuple[list[Sa
     chosen = list(samples) if samples is not None else records
     missing = [sample.name for sample in chosen if sample.name not in found]
     if missing:
-        raise EvaluationError(f"{path}: {len(missing)} of {len(chosen)} pictures have no row: {_some(missing)}")
-    return chosen, lambda batch: [found[sample.name] for sample in batch]
+        raise EvaluationError(f"{path}: {len(missing)} of {len(chosen)} pictures have no row: {some(missing)}")
+    check_counts(Counter(sample.name.split("/")[0] for sample in chosen), str(path))
+    return ([replace(sample, detections=found[sample.name]) for sample in chosen],
+            lambda batch: [found[sample.name] for sample in batch])
 
 
 def _boxes(detections: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -246,29 +135,67 @@ class Results:
         Raises:
             EvaluationError: the rows there were made with other settings, or the file holds something else.
         """
-        self.path, beside = path, path.with_name(path.name + ".settings.json")
+        self.path, self._beside = path, path.with_name(path.name + ".settings.json")
         self.rows: dict[str, dict[str, Any]] = {}
+        if path.is_dir():
+            raise EvaluationError(f"{path}: a folder, where the file for the rows belongs")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and path.stat().st_size:
+                self._compare(dict(settings))
                 self._read()
-                if beside.is_file() and json.loads(beside.read_text()) != dict(settings):
-                    raise EvaluationError(f"{path}: its rows were made with {beside.read_text().strip()}, and now it "
-                                          f"is {json.dumps(dict(settings))}; give another --out, or remove it")
-            _replace(beside, json.dumps(dict(settings)) + "\n")
+            _replace(self._beside, json.dumps(dict(settings)) + "\n")
         except OSError as error:
             raise EvaluationError(f"{path}: cannot write there ({error.strerror})") from None
+
+    def _compare(self, settings: dict[str, Any]) -> None:
+        now = json.dumps(settings)
+        if not self._beside.is_file():
+            raise EvaluationError(f"{self.path}: what its rows were made with stands in {self._beside.name}, which is "
+                                  f"missing; if it was {now}, write that there, else give another --out")
+        try:
+            made = object_of(text_of(self._beside), str(self._beside))
+        except EvaluationError as error:
+            raise EvaluationError(f"{error}; it says what the rows of {self.path.name} were made with. If that was "
+                                  f"{now}, write that there, else give another --out") from None
+        if made != settings:
+            raise EvaluationError(f"{self.path}: its rows were made with {json.dumps(made)}, and now it is {now}; give "
+                                  f"another --out, or remove it")
 
     def _read(self) -> None:
         raw = self.path.read_bytes()
         whole = raw[:raw.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.decode().splitlines(), 1):
-            row = _parsed(line, f"{self.path}, line {number}")
-            if "filename" not in row or "correct" not in row:
-                raise EvaluationError(f"{self.path}, line {number}: no result row; give another --out")
+        for where, row in lines_of(self.path, whole):
+            if not isinstance(row.get("filename"), str) or not isinstance(row.get("correct"), bool):
+                raise EvaluationError(f"{where}: no result row; give another --out")
             self.rows[_key(row)] = row
         if len(whole) < len(raw):
             os.truncate(self.path, len(whole))
+
+    def still_open(self, samples: Sequence[Sample], images: Path | None = None) -> list[Sample]:
+        """The samples that have no row, or one that was made of another picture or record.
+
+        Raises EvaluationError where rows belong to none of the samples: they are not thrown away.
+        """
+        gone = Counter(name.split("/")[0] for name in self.rows.keys() - {sample.name for sample in samples})
+        if gone:
+            raise EvaluationError(f"{self.path}: has {sum(gone.values())} rows of pictures that are gone: "
+                                  f"{some([f'{name} ({count})' for name, count in sorted(gone.items())])}; put them "
+                                  f"back, take their lines out of it, or give another --out")
+        open_ones, other = [], []
+        for sample in samples:
+            row = self.rows.get(sample.name)
+            if row is None:
+                open_ones.append(sample)
+            elif any(row.get(key) != value for key, value in _identity(sample).items()):
+                open_ones.append(sample)
+                other.append(sample.name)
+            else:  # the folder may have moved
+                self.rows[sample.name] = {**row, "filename": _filename(sample, images)}
+        if other:
+            logger.warning("%s: %d of its %d rows are of other pictures or records, which are judged anew: %s",
+                           self.path, len(other), len(self.rows), some(other))
+        return open_ones
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add whole rows in one write."""
@@ -291,7 +218,10 @@ def _key(row: Mapping[str, Any]) -> str:
 
 def _replace(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 
@@ -305,40 +235,61 @@ def judge(samples: Sequence[Sample], sees: Sees, results: Results, mode: Mode = 
 
     Raises:
         EvaluationError: a picture that cannot be read. Its batch's other pictures are judged first, and all are kept.
+            Or there are rows of pictures that are gone.
         UserError: what the detector cannot do.
     """
-    open_ones = [sample for sample in samples if sample.name not in results.rows]
+    def rows_of(batch: Sequence[Sample]) -> list[dict[str, Any]]:
+        # Before they are looked at: a picture that is drawn anew in between is judged anew by the next call.
+        identities = [_identity(sample) for sample in batch]
+        return [_row(sample, identity, objects, mode, thresholds, images)
+                for sample, identity, objects in zip(batch, identities, sees(batch), strict=True)]
+
+    open_ones = results.still_open(samples, images)
     for start in range(0, len(open_ones), batch_size):
         batch = open_ones[start:start + batch_size]
         try:
-            found = sees(batch)
+            results.append(rows_of(batch))
         except EvaluationError:
             # One of them is the bad one: the others go first, one at a time, so that theirs are not lost.
             fault: EvaluationError | None = None
             for sample in batch:
                 try:
-                    results.append([_row(sample, sees([sample])[0], mode, thresholds, images)])
+                    results.append(rows_of([sample]))
                 except EvaluationError as error:
                     fault = fault or error
             if fault is not None:
-                raise fault from None
-        else:
-            results.append([_row(sample, objects, mode, thresholds, images)
-                            for sample, objects in zip(batch, found, strict=True)])
+                raise EvaluationError(f"{fault}; the rows of the others are kept") from None
         if progress is not None:
             progress(len(samples) - len(open_ones) + start + len(batch))
     return results.finish(samples)
 
 
-def _row(sample: Sample, found: Mapping[str, Any], mode: Mode, thresholds: tuple[float, float],
-         images: Path | None) -> dict[str, Any]:
-    record = sample.record
-    correct, reason = evaluate(record, found, mode, thresholds)
+def _identity(sample: Sample) -> dict[str, str]:
+    """What is judged: the record, and the bytes of the picture and of detections that were made elsewhere."""
+    digest = hashlib.sha256()
+    if sample.path is not None:
+        try:
+            digest.update(sample.path.read_bytes())
+        except OSError as error:
+            raise EvaluationError(f"{sample.path}: cannot be read ({error.strerror})") from None
+    if sample.detections is not None:
+        digest.update(json.dumps(sample.detections, sort_keys=True).encode())
+    return {"tag": sample.record["tag"], "prompt": sample.record["prompt"], "metadata": json.dumps(sample.record),
+            "sha256": digest.hexdigest()}
+
+
+def _filename(sample: Sample, images: Path | None) -> str:
+    return str(images / sample.name) if images is not None else sample.name
+
+
+def _row(sample: Sample, identity: Mapping[str, str], found: Mapping[str, Any], mode: Mode,
+         thresholds: tuple[float, float], images: Path | None) -> dict[str, Any]:
+    correct, reason = evaluate(sample.record, found, mode, thresholds)
     details = {name: [[*map(float, o.box), float(o.score)] for o in objects]
-               for name, objects in kept(record, found, thresholds).items() if objects}
-    return {"filename": str(images / sample.name) if images is not None else sample.name, "tag": record["tag"],
-            "prompt": record["prompt"], "correct": bool(correct), "reason": reason, "metadata": json.dumps(record),
-            "details": json.dumps(details)}
+               for name, objects in kept(sample.record, found, thresholds).items() if objects}
+    return {"filename": _filename(sample, images), "tag": identity["tag"], "prompt": identity["prompt"],
+            "correct": bool(correct), "reason": reason, "metadata": identity["metadata"],
+            "details": json.dumps(details), "sha256": identity["sha256"]}
 
 
 @dataclass(frozen=True)
@@ -352,13 +303,28 @@ class Summary:
     counts: dict[str, tuple[int, int]]  # by tag: correct, all
     num_images: int
     num_prompts: int
+    prompts_expected: int | None = None  # None: nobody says how many there are
+
+    @property
+    def incomplete(self) -> bool:
+        return self.prompts_expected is not None and self.num_prompts < self.prompts_expected
 
     def as_json(self) -> dict[str, Any]:
         return {"overall": self.overall, "tags": self.tags, "images": self.images, "prompts": self.prompts,
-                "num_images": self.num_images, "num_prompts": self.num_prompts}
+                "num_images": self.num_images, "num_prompts": self.num_prompts,
+                "prompts_expected": self.prompts_expected}
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> Summary:
+def prompts_of_benchmark(samples: Sequence[Sample]) -> int | None:
+    """How many prompts the benchmark has, where all records are of its tags and classes; None for a set of another
+    kind."""
+    clauses = [clause for sample in samples for clause in sample.record["include"]]
+    own = all(sample.record["tag"] in TAGS for sample in samples) and \
+        all(clause["class"] in GENEVAL_CLASSES for clause in clauses)
+    return PROMPTS if own else None
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], prompts_expected: int | None = None) -> Summary:
     """The scores of all rows. Raises EvaluationError where there are none."""
     if not rows:
         raise EvaluationError("there are no pictures to sum up")
@@ -372,7 +338,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Summary:
     correct = [float(bool(row["correct"])) for row in rows]
     return Summary(mean_of_tags(correct, [row["tag"] for row in rows]),
                    {tag: hits / total for tag, (hits, total) in counts.items()}, sum(correct) / len(rows),
-                   sum(solved.values()) / len(solved), counts, len(rows), len(solved))
+                   sum(solved.values()) / len(solved), counts, len(rows), len(solved), prompts_expected)
 
 
 def check_thresholds(thresholds: Sequence[float]) -> tuple[float, float]:

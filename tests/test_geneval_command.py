@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,62 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+from geneval_helpers import LEFT, ONE, RED, TWO, record, refused, rows_of, run, scene, write
 from PIL import Image
 
-from evals.geneval import EvaluationError, Results, read_folder, summarise
-from tasks.shapes.render import render
-from tasks.shapes.world import PLACES, Object, Scene
+from evals.geneval import EvaluationError, summarise
+from evals.geneval_folder import read_folder
 from underdrawing.cli import main
 
 FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
-
-
-def scene(*items):
-    return render(Scene(tuple(Object(shape, color, PLACES.index(place)) for shape, color, place in items)))
-
-
-def record(tag, prompt, *clauses, exclude=()):
-    return {"tag": tag, "prompt": prompt, "include": list(clauses), **({"exclude": list(exclude)} if exclude else {})}
-
-
-ONE = record("single_object", "a circle", {"class": "circle", "count": 1})
-RED = record("colors", "a red circle", {"class": "circle", "count": 1, "color": "red"})
-LEFT = record("position", "a circle left of a square", {"class": "square", "count": 1},
-              {"class": "circle", "count": 1, "position": ["left of", 0]})
-TWO = record("counting", "two squares", {"class": "square", "count": 2}, exclude=[{"class": "square", "count": 3}])
-
-GOOD = {0: scene(("circle", "blue", "top")), 1: scene(("circle", "red", "top")),
-        2: scene(("circle", "red", "left"), ("square", "red", "right")),
-        3: scene(("square", "red", "left"), ("square", "red", "right"))}
-
-
-def write(root, records=(ONE, RED, LEFT, TWO), samples=2, wrong=()):
-    """GenEval's layout; the pictures named in `wrong` ((prompt, sample)) show nothing."""
-    for number, one in enumerate(records):
-        folder = root / f"{number:05}"
-        (folder / "samples").mkdir(parents=True)
-        (folder / "metadata.jsonl").write_text(json.dumps(one) + "\n")
-        for sample in range(samples):
-            picture = np.full((32, 32, 3), 255, np.uint8) if (number, sample) in wrong else GOOD[number]
-            Image.fromarray(picture).save(folder / "samples" / f"{sample:04}.png")
-    return root
-
-
-def run(capsys, *arguments):
-    code = main(["evaluate", "geneval", *map(str, arguments)])
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
-def refused(capsys, *arguments):
-    code, _, err = run(capsys, *arguments)
-    assert code == 2 and "Traceback" not in err
-    line, = [line for line in err.splitlines() if line.startswith("underdrawing: ")]
-    return line
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_rows_and_summary(capsys, tmp_path):
@@ -73,7 +27,8 @@ def test_rows_and_summary(capsys, tmp_path):
     code, out, _ = run(capsys, "--images", images, "--detector", "shapes")
     assert code == 0
     rows = rows_of(images / "results.jsonl")
-    assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details", "sha256"]
+    assert rows[0]["sha256"] == hashlib.sha256((images / "00000/samples/0000.png").read_bytes()).hexdigest()
     assert rows[0]["filename"] == str(images / "00000/samples/0000.png")
     assert [row["correct"] for row in rows] == [True, False, False, False, True, True, True, True]
     assert rows[1]["reason"] == "expected circle>=1, found 0"
@@ -87,7 +42,8 @@ def test_rows_and_summary(capsys, tmp_path):
     assert told["images"] == 5 / 8 and told["prompts"] == 3 / 4
     assert (told["num_images"], told["num_prompts"]) == (8, 4)
     assert json.loads((images / "results.jsonl.summary.json").read_text()) == told
-    assert "overall: mean of tags" in out and "0.6250" in out
+    assert told["prompts_expected"] is None  # of the shapes' prompts nobody says how many there are
+    assert "overall: mean of tags" in out and "0.6250" in out and "incomplete" not in out
 
 
 def test_every_relation_pays_and_refuses_through_the_command(capsys, tmp_path):
@@ -157,65 +113,49 @@ def test_a_real_mask2former_and_clip_through_the_command(capsys, tmp_path):
     assert "00000/metadata.jsonl ('a mouse') asks for 'mouse'" in wrong and "computer mouse" in wrong
 
 
-# ---- going on -----------------------------------------------------------------------------------------------------
+# ---- a whole set --------------------------------------------------------------------------------------------------
 
-def test_a_corrupt_picture_is_named_the_others_rows_are_kept_and_the_next_call_goes_on(capsys, tmp_path, monkeypatch):
-    images = write(tmp_path / "images")
-    bad = images / "00001/samples/0000.png"
-    whole = bad.read_bytes()
-    bad.write_bytes(whole[:len(whole) // 2])
-    said = refused(capsys, "--images", images, "--detector", "shapes", "--batch-size", 3)
-    assert f"{bad}: no picture can be read from it" in said
-    kept = rows_of(images / "results.jsonl")
-    assert [row["filename"][-22:] for row in kept] == ["00000/samples/0000.png", "00000/samples/0001.png"]
-    bad.write_bytes(whole)
-    looked = []
-    import evals.geneval
-
-    load = evals.geneval.load_picture
-    monkeypatch.setattr(evals.geneval, "load_picture", lambda sample: looked.append(sample.name) or load(sample))
-    assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
-    assert len(looked) == 6 and "00000/samples/0000.png" not in looked
-    names = [row["filename"][-22:] for row in rows_of(images / "results.jsonl")]
-    assert names == sorted(names) and len(names) == 8
-    again = []
-    monkeypatch.setattr(evals.geneval, "load_picture", lambda sample: again.append(sample.name) or load(sample))
-    assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0 and not again
+BUS = [record("single_object", f"{n} buses", {"class": "bus", "count": n + 1}) for n in range(554)]
 
 
-def test_of_a_batch_with_a_corrupt_picture_the_later_ones_are_kept_too(capsys, tmp_path):
-    images = write(tmp_path / "images")
-    (images / "00000/samples/0001.png").write_text("not a picture")
-    refused(capsys, "--images", images, "--detector", "shapes", "--batch-size", 4)
-    assert len(rows_of(images / "results.jsonl")) == 3
+def seen_in(path, records):
+    path.write_text("".join(json.dumps({"detections": {}, "metadata": one}) + "\n" for one in records))
+    return path
 
 
-def test_a_line_that_was_cut_off_is_judged_again(capsys, tmp_path):
-    images = write(tmp_path / "images")
-    assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
-    whole = (images / "results.jsonl").read_text()
-    (images / "results.jsonl").write_text(whole[:-30])
-    assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
-    assert (images / "results.jsonl").read_text() == whole
+@pytest.mark.parametrize(("records", "expected", "incomplete"), [
+    (BUS[:552], 553, True), (BUS[:552] + BUS[:1], 553, True),  # one prompt twice
+    (BUS[:553], 553, False), (BUS, 553, False),
+    ([*BUS[:3], record("mine", "a bus", {"class": "bus", "count": 1})], None, False),
+    ([*BUS[:3], ONE], None, False),
+])
+def test_a_score_over_fewer_prompts_than_genevals_says_so(capsys, caplog, tmp_path, records, expected, incomplete):
+    code, out, _ = run(capsys, "--detections", seen_in(tmp_path / "seen.jsonl", records), "--out", tmp_path / "rows")
+    told = json.loads(out.splitlines()[-1])
+    assert code == 0 and told["prompts_expected"] == expected
+    assert ("incomplete" in out) == incomplete == ("of GenEval's 553 prompts" in caplog.text)
+    if incomplete:
+        assert "552 of 553 prompts" in out and told["num_prompts"] == 552
 
 
-def test_rows_of_other_settings_are_not_mixed(capsys, tmp_path):
-    images = write(tmp_path / "images")
-    assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
-    said = refused(capsys, "--images", images, "--detector", "shapes", "--mode", "strict")
-    assert "its rows were made with" in said and "give another --out" in said
-    assert run(capsys, "--images", images, "--detector", "shapes", "--mode", "strict", "--out",
-               tmp_path / "strict.jsonl")[0] == 0
+def test_a_set_that_the_prompts_file_names_is_whole(capsys, caplog, tmp_path):
+    images, prompts = write(tmp_path / "images", BUS[:2], wrong=[(n, s) for n in range(2) for s in range(2)]), \
+        tmp_path / "prompts.jsonl"
+    seen = tmp_path / "seen.jsonl"
+    seen.write_text("".join(json.dumps({"filename": f"{n:05}/samples/{s:04}.png", "detections": {}}) + "\n"
+                            for n in range(2) for s in range(2)))
+    prompts.write_text("".join(json.dumps(one) + "\n" for one in BUS[:2]))
+    out = run(capsys, "--images", images, "--detections", seen, "--prompts", prompts)[1]
+    assert json.loads(out.splitlines()[-1])["prompts_expected"] == 2 and "incomplete" not in out
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_rows_are_appended_whole(tmp_path):
-    results = Results(tmp_path / "rows.jsonl", {})
-    results.append([{"filename": "00000/samples/0000.png", "correct": True}])
-    results.append([{"filename": "00000/samples/0001.png", "correct": False}])
-    assert list(Results(tmp_path / "rows.jsonl", {}).rows) == ["00000/samples/0000.png", "00000/samples/0001.png"]
-    (tmp_path / "notes.txt").write_text('{"a": 1}\n')
-    with pytest.raises(EvaluationError, match="notes.txt, line 1: no result row"):
-        Results(tmp_path / "notes.txt", {})
+def test_detections_with_fewer_pictures_of_one_prompt(capsys, tmp_path):
+    seen = tmp_path / "seen.jsonl"
+    seen.write_text("".join(json.dumps({"filename": name, "detections": {}, "metadata": ONE}) + "\n"
+                            for name in ("00000/samples/0000.png", "00000/samples/0001.png", "00001/samples/0000.png")))
+    said = refused(capsys, "--detections", seen, "--out", tmp_path / "rows.jsonl")
+    assert "1 of 2 prompts have fewer than 2 pictures" in said and "00001 (1)" in said
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------
@@ -232,7 +172,23 @@ def without(images, *parts):
     (lambda i: shutil.copy(i / "00000/samples/0001.png", i / "00000/samples/1.png"),
      ["00000/samples: 0001.png and 1.png are both sample 1"]),
     (lambda i: shutil.copy(i / "00000/samples/0001.png", i / "00000/samples/0001.jpg"), ["both sample 1"]),
+    (lambda i: [(i / f"0000{n}/samples/0001.png").rename(i / f"0000{n}/samples/0005.png") for n in range(4)],
+     ["00000/samples: has 0005.png, but not 0001, 0002, 0003, 0004"]),
+    (lambda i: without(i, "00002", "samples", "0000.png"), ["00002/samples: has 0001.png, but not 0000"]),
+    (lambda i: shutil.copytree(i / "00001", i / "1"), ["images: 00001 and 1 are both prompt 1; keep one"]),
     (lambda i: without(i, "00001", "metadata.jsonl"), ["00001/metadata.jsonl: missing"]),
+    (lambda i: (i / "00001/metadata.jsonl").write_bytes(b'{"prompt": "caf\xe9"}'),
+     ["00001/metadata.jsonl: not UTF-8 (byte 0xe9 in line 1)"]),
+    (lambda i: (i / "00001/metadata.jsonl").write_text(json.dumps({**ONE, "tag": ["a"]})),
+     ["00001/metadata.jsonl: tag is ['a']; it is a text"]),
+    (lambda i: (i / "00001/metadata.jsonl").write_text(json.dumps({**ONE, "prompt": None})), ["prompt is None"]),
+    (lambda i: (i / "00001/metadata.jsonl").write_text(json.dumps({**ONE, "include": 3})), ["include is 3"]),
+    (lambda i: (i / "00001/metadata.jsonl").write_text(json.dumps({**ONE, "exclude": "x"})), ["exclude is 'x'"]),
+    (lambda i: (i / "00001/metadata.jsonl").write_text(json.dumps(record(
+        "x", "y", {"class": "circle", "count": 1, "color": ["red"]}))), ["include has", "color?"]),
+    (lambda i: (i / "00001/metadata.jsonl").write_text(json.dumps(record(
+        "x", "y", {"class": "circle", "count": 1}, {"class": "square", "count": 1, "position": ["above", 0.0]}))),
+     ["index of an earlier clause"]),
     (lambda i: (i / "00001/metadata.jsonl").write_text("{"), ["00001/metadata.jsonl: not JSON"]),
     (lambda i: (i / "00001/metadata.jsonl").write_text('{"tag": "colors", "prompt": "x"}'), ["has no 'include'"]),
     (lambda i: (i / "00001/metadata.jsonl").write_text(json.dumps(record("x", "y", {"class": "circle", "count": 0}))),
@@ -317,5 +273,6 @@ def test_other_files_beside_the_samples_are_left_alone(tmp_path):
     images = write(tmp_path / "images")
     (images / "00000/samples/grid.png").write_text("x")
     (images / "00000/grid.png").write_text("x")
-    (images / "notes").mkdir()
+    for name in ("notes", "00001.old", "²"):
+        (images / name).mkdir()
     assert len(read_folder(images)) == 8

@@ -293,7 +293,7 @@ def test_bad_pictures_are_named(capsys, tmp_path, images, what, words):
     spoil(images, what)
     out = said(capsys, "rewards", "try", recipe(tmp_path), "--images", images, code=2)
     assert all(word in out for word in words), out
-    assert not (images / "rewards.html").exists()
+    assert "are kept" not in out and not list(images.glob("rewards.*"))
 
 
 def test_an_unknown_name_in_the_formula(capsys, tmp_path, stored):
@@ -330,6 +330,40 @@ def test_an_endpoint_without_the_model(capsys, tmp_path, stored):
         path = recipe(tmp_path, None, JUDGED, judge={"base_url": server.url, "model": "judge"})
         out = said(capsys, "rewards", "try", path, "--trajectories", stored, code=2)
     assert "has no model 'judge'; did you mean 'judge-7b'" in out
+
+
+def rows_in(folder):
+    return [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
+
+
+def test_answers_that_were_paid_for_outlive_a_division_by_zero(capsys, tmp_path):
+    thoughts = [thought({"prompt": f"p{n}", "question": f"How many is {n}?", "ground_truth": "two"},
+                        text("answer", f"FINAL ANSWER: {n}. TERMINATE"), member=n) for n in range(4)]
+    save_trajectories(thoughts, tmp_path / "stored")
+    with JudgeServer(lambda *_: "yes") as server:
+        path = recipe(tmp_path, "1 / (answer - answer)", JUDGED, judge={"base_url": server.url, "model": "judge"})
+        assert main(["rewards", "try", path, "--trajectories", str(tmp_path / "stored")]) == 2
+    out, err = capsys.readouterr()
+    assert out.strip() == f"rows: {tmp_path / 'stored' / 'rewards.jsonl'}" and "divides by zero" in err
+    assert [(row["rewards"], row["reward"]) for row in rows_in(tmp_path / "stored")] == [({"answer": 1.0}, None)] * 4
+    assert len(server.requests) == 4 and not (tmp_path / "stored" / "rewards.html").exists()
+
+
+def test_earlier_rewards_are_not_taken_for_what_the_parts_gave(capsys, tmp_path):
+    demonstration, = get_task("shapes").demonstrations("strokes", 1, seed=3)
+    earlier = from_parts(demonstration.record, demonstration.parts)
+    earlier.rewards, earlier.reward, earlier.segment_rewards = {"earlier": 9.0}, 9.0, {"earlier": {1: 9.0}}
+    save_trajectories([earlier], tmp_path / "stored")
+    (tmp_path / "mine.py").write_text("def none(completions):\n    return [None for _ in completions]\n"
+                                      "def wrong(completions):\n    return []\n")
+    path = recipe(tmp_path, "mine", {"mine": {"function": f"{tmp_path}/mine.py:wrong"}})
+    said(capsys, "rewards", "try", path, "--trajectories", tmp_path / "stored", code=2)
+    assert not (tmp_path / "stored" / "rewards.jsonl").exists()  # no part has judged
+    path = recipe(tmp_path, "mine", {"mine": {"function": f"{tmp_path}/mine.py:none"}}, none_limit=1)
+    out = said(capsys, "rewards", "try", path, "--trajectories", tmp_path / "stored", code=2)
+    assert "no trajectory had a reward" in out
+    row, = rows_in(tmp_path / "stored")
+    assert (row["rewards"], row["reward"]) == ({"mine": None}, None)
 
 
 def test_a_judge_that_fails_now_and_then_is_counted_and_its_thoughts_go_unjudged(capsys, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rollout.errors import UserError
 
 NAME = "geneval"
 OPTIONS = ("images", "detections", "prompts", "detector", "mode", "thresholds", "batch_size")
+logger = logging.getLogger(__name__)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from evals import geneval
+    from evals.geneval_folder import read_folder
     from rewards.geneval import THRESHOLDS
     from underdrawing.progress import StepProgress
 
@@ -66,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--batch-size: {options.batch_size}; at least 1")
     thresholds = geneval.check_thresholds(options.thresholds or THRESHOLDS)
     mode: geneval.Mode = options.mode if options.mode is not None else "standard"
-    samples = geneval.read_folder(options.images, options.prompts) if options.images is not None else None
+    samples = read_folder(options.images, options.prompts) if options.images is not None else None
     said: dict[str, Any] = {"mode": mode, "thresholds": list(thresholds)}
     if options.detections is not None:
         said["detections"] = str(options.detections)
@@ -74,6 +77,11 @@ def run(options: argparse.Namespace) -> int:
     else:
         assert samples is not None
         said["detector"], sees = _detector(options.detector, samples)
+    there = len({json.dumps(sample.record) for sample in samples})
+    expected = there if options.prompts is not None else geneval.prompts_of_benchmark(samples)
+    if expected is not None and there < expected:
+        logger.warning("%d of GenEval's %d prompts are there, which makes no score of the benchmark; of another set of "
+                       "prompts --prompts says what belongs to it", there, expected)
     out = options.out or options.images / "results.jsonl"
     results = geneval.Results(out, said)
     bar = StepProgress(f"GenEval, {len(samples)} pictures", len(samples))
@@ -82,14 +90,15 @@ def run(options: argparse.Namespace) -> int:
                              lambda done: bar.heard(done, {}))
     finally:
         bar.close()
-    summary = geneval.summarise(rows)
+    summary = geneval.summarise(rows, expected)
     table = Table(title=f"GenEval, {mode}: {out}", title_justify="left")
     for name in ("", "score", "correct"):
         table.add_column(name, justify="right" if name else "left")
     for tag, score in summary.tags.items():
         table.add_row(tag, f"{score:.4f}", "{} / {}".format(*summary.counts[tag]))
     table.add_section()
-    table.add_row("[bold]overall: mean of tags", f"[bold]{summary.overall:.4f}", "")
+    table.add_row("[bold]overall: mean of tags", f"[bold]{summary.overall:.4f}",
+                  f"[bold red]incomplete: {summary.num_prompts} of {expected} prompts" if summary.incomplete else "")
     table.add_row("images correct", f"{summary.images:.4f}", f"{summary.num_images} images")
     table.add_row("prompts with a correct image", f"{summary.prompts:.4f}", f"{summary.num_prompts} prompts")
     Console().print(table)

@@ -204,6 +204,12 @@ def try_recipe(options: argparse.Namespace) -> int:
     else:
         trial = try_on_thoughts(recipe, options.trajectories)
         folder = options.trajectories if options.trajectories.is_dir() else options.trajectories.parent
+    page = options.out or folder / "rewards.html"
+    rows = page.with_suffix(".jsonl")
+    trial.write_rows(rows)
+    if trial.fault is not None:
+        print(f"rows: {rows}")
+        raise trial.fault
     count = len(trial.trajectories)
     what = "pictures" if options.images is not None else "thoughts"
     table = _table()
@@ -220,9 +226,7 @@ def try_recipe(options: argparse.Namespace) -> int:
     console.print(f"{_plain(str(options.recipe))} on {count} {what} of {_plain(str(folder))}", highlight=False)
     console.print(table)
     console.print(f"reward = {_plain(recipe.rewards.formula())}", highlight=False)
-    page = write_trial(trial.page(max(1, options.most)), options.out or folder / "rewards.html")
-    rows = page.with_suffix(".jsonl")
-    trial.write_rows(rows)
+    write_trial(trial.page(max(1, options.most)), page)
     print(f"report: {page}\nrows: {rows}")
     return 0
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.geneval import load_picture, read_folder
+from evals.geneval import load_picture
+from evals.geneval_folder import read_folder
 from rewards.base import policy_pictures
 from rewards.compose import Judge, JudgeReport, detector_of
 from rewards.detectors.base import CachedDetector
 from rewards.geneval import THRESHOLDS, classes_of, colored_of, evaluate, kept
 from rewards.loader import is_own
 from rewards.registry import REWARDS
-from rollout.errors import UserError
+from rollout.errors import UserError, writing
 from rollout.store import load_trajectories
 from rollout.trajectory import Author, Modality, Segment, Trajectory
 from underdrawing import build
@@ -41,6 +42,7 @@ class Trial:
     source: str  # of the trajectories
     pictures: Mapping[int, str]  # by id() of a trajectory its file's name; empty for thoughts
     seen: dict[int, dict[int, Seen]] = field(default_factory=dict)  # by id(), then segment
+    fault: UserError | None = None  # what went wrong once the parts had judged: there are rows, and no page
 
     def rows(self) -> list[PartRow]:
         """A row for each part, and one for the reward."""
@@ -85,12 +87,15 @@ class Trial:
 
     def write_rows(self, path: Path) -> None:
         """One JSON object a thought or picture: where it is from, its parts, its reward, and what the parts said."""
-        with path.open("w", encoding="utf-8") as file:
-            for t in self.trajectories:
-                row: dict[str, Any] = {"file": self.pictures[id(t)]} if self.pictures else {"key": t.key}
-                row |= {"prompt": t.prompt, "tag": t.record.get("tag"), "reward": t.reward, "rewards": t.rewards,
-                        "said": t.info.get("rewards", {})}
-                file.write(json.dumps(row, default=str) + "\n")
+        lines = []
+        for t in self.trajectories:
+            row: dict[str, Any] = {"file": self.pictures[id(t)]} if self.pictures else {"key": t.key}
+            row |= {"prompt": t.prompt, "tag": t.record.get("tag"), "reward": t.reward, "rewards": t.rewards,
+                    "said": t.info.get("rewards", {})}
+            lines.append(json.dumps(row, default=str) + "\n")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(lines), encoding="utf-8")
 
 
 def try_on_thoughts(recipe: Recipe, folder: Path) -> Trial:
@@ -100,7 +105,8 @@ def try_on_thoughts(recipe: Recipe, folder: Path) -> Trial:
     if not trajectories:
         raise UserError(f"{folder}: there are no trajectories in it")
     for trajectory in trajectories:
-        trajectory.advantage_S = None  # it belongs to the rewards that were
+        # They belong to the rewards that were.
+        trajectory.rewards, trajectory.reward, trajectory.segment_rewards, trajectory.advantage_S = {}, None, {}, None
     return _judge(recipe, trajectories, str(folder), {})
 
 
@@ -131,11 +137,16 @@ def _judge(recipe: Recipe, trajectories: list[Trajectory], source: str, names: M
     for trajectory in trajectories:
         groups.setdefault(trajectory.group, []).append(trajectory)
     with build.build_judge(recipe, task, fmt) as judge:
-        report = judge.judge(list(groups.values()))
-        trial = Trial(recipe, trajectories, report, source, names)
-        detector = _detector(recipe, task, judge)
-        if detector is not None:
-            trial.seen = look(trajectories, detector, _thresholds(recipe))
+        trial = Trial(recipe, trajectories, JudgeReport({}, [], 0, 0), source, names)
+        try:
+            trial.report = judge.judge(list(groups.values()))
+            detector = _detector(recipe, task, judge)
+            if detector is not None:
+                trial.seen = look(trajectories, detector, _thresholds(recipe))
+        except UserError as error:
+            if not any(trajectory.rewards for trajectory in trajectories):
+                raise
+            trial.fault = error  # what the parts gave may have been paid for
     return trial
 
 
