@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from rollout.store import save_trajectories
+from rollout.store import load_trajectories, save_trajectories
 from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from tests.test_recipe import ROOT, SHIPPED
 from underdrawing.cli import main
@@ -119,6 +119,13 @@ def test_sft_then_evaluate_rollout_and_view(capsys, warm):
     assert main(["view", str(warm / "rollout")]) == 0
     page = (warm / "rollout/report.html").read_text()
     assert "data:image/png;base64," in page or "circle" in page or "square" in page
+
+
+def test_a_formula_that_fails_loses_no_thought(capsys, warm, tmp_path):
+    said = refused(capsys, "rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "--weights",
+                   warm / "sft/model", "--prompts", "2", "rewards.total=detect / 0")
+    assert "divides by zero" in said
+    assert len(load_trajectories(tmp_path / "rollout")) == 2
 
 
 @pytest.mark.parametrize("command, steps, saved", [("sft", "sft.max_steps", "sft/checkpoint-*"),

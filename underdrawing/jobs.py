@@ -121,20 +121,22 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task, weights)
     records = task.prompts("heldout" if split == "heldout" else "train")[:count]
-    rollouts = open_rollouts(policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format,
-                             recipe.rollout, task.words)
-    try:
-        result = rollouts.generate([RolloutRequest(group, record["prompt"], record, (0,), recipe.seed)
-                                    for group, record in enumerate(records)])
-    finally:
-        rollouts.close()
-    if result.failed:
-        log.warning("%d of %d prompts got no answer; the first is group %d: %s", len(result.failed), len(records),
-                    result.failed[0].group, f"{result.failed[0].reason}: {result.failed[0].detail}")
     with build.build_judge(recipe, task, fmt) as judge:
-        judge.judge(result.groups)
-    trajectories = [t for group in result.groups for t in group]
-    save_trajectories(trajectories, folder)
+        rollouts = open_rollouts(policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format,
+                                 recipe.rollout, task.words)
+        try:
+            result = rollouts.generate([RolloutRequest(group, record["prompt"], record, (0,), recipe.seed)
+                                        for group, record in enumerate(records)])
+        finally:
+            rollouts.close()
+        if result.failed:
+            log.warning("%d of %d prompts got no answer; the first is group %d: %s", len(result.failed), len(records),
+                        result.failed[0].group, f"{result.failed[0].reason}: {result.failed[0].detail}")
+        trajectories = [t for group in result.groups for t in group]
+        try:
+            judge.judge(result.groups)
+        finally:  # a formula that fails loses no thought
+            save_trajectories(trajectories, folder)
     return trajectories
 
 
