@@ -70,6 +70,10 @@ def test_the_rate_is_over_what_was_judged():
     ("\\boxed{1782}", "1, 2", 0),  # its digits are there, its parts are not
     ("\\boxed{2, 1}", "1, 2", 1), ("\\boxed{(1, 2)}", "(1,2)", 1), ("\\boxed{(2, 1)}", "(1,2)", 0),
     ("\\boxed{1,000}", "1000", 1), ("\\boxed{rats}", "star", 0),
+    ("\\boxed{\\text{red}}", "red", 1), ("\\boxed{\\text{New York}}", "New York", 1), ("\\boxed{\\text{5 cm}}", "5", 1),
+    ("\\boxed{\\text{red}, \\text{blue}}", "blue, red", 1), ("\\boxed{\\text{red and blue}}", "blue, red", 1),
+    ("\\boxed{\\text{red}, \\text{blue}}", "red", 0), ("\\boxed{\\text{b}}", "\\text{B}", 1),
+    ("\\boxed{3\\text{ cm}, 4\\text{ cm}}", "3, 4", 1), ("\\boxed{12\\text{ dogs}}", "12", 1),
 ])
 def test_the_papers_accuracy(text, gold, right):
     assert accuracy(text, [gold]) == right

@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rewards.answers import best, choice, math_agrees, parsed, references, verified
+from rewards.answers import COMPARISONS, best, math_agrees, parsed, references, verified
 from rewards.base import RewardError, groups_of, policy_text
 from rewards.shelf.asking import log_parts, one_of, totals
-from rewards.text import boxed, transcript
+from rewards.text import boxed, transcript, unwrapped
 from rewards.tool_use import ToolCall, tool_calls
 from rollout.errors import UserError
 from rollout.trajectory import Modality, Trajectory
@@ -122,8 +122,8 @@ def accuracy(text: str, golds: Sequence[str]) -> float | None:
 
 def _agrees(answer: str, gold: str) -> float | None:
     gold = boxed(gold)[-1] if boxed(gold) else gold
-    if re.fullmatch(r"\s*[A-H]\s*", gold):
-        return choice(answer, gold)
+    if re.fullmatch(r"\s*[A-H]\s*", unwrapped(gold)):
+        return COMPARISONS["choice"](answer, gold)
     theirs = _parts(gold)
     mine = _parts(answer)
     if len(theirs) == 1:
@@ -140,9 +140,10 @@ def _agrees(answer: str, gold: str) -> float | None:
 
 
 def _parts(text: str) -> list[str]:
-    if re.search(r"[()\[\]{}\\]", text):  # a tuple, an interval or a formula is one answer
-        return [text.strip()]
-    return [part.strip() for part in re.split(r",(?!\d{3}(?:\D|$))\s*|\s+and\s+", text) if part.strip()]
+    bare = unwrapped(text)
+    parts = [part.strip() for part in re.split(r",(?!\d{3}(?:\D|$))\s*|\s+and\s+", bare) if part.strip()]
+    # A tuple, an interval or a formula is one answer; one part stays as it is, where \text may hold a unit.
+    return [text.strip()] if len(parts) == 1 or re.search(r"[()\[\]{}\\]", bare) else parts
 
 
 def tidied(answer: str) -> str:
