@@ -29,7 +29,7 @@ from rewards.base import (
 from rewards.detectors.base import CachedDetector, Detector
 from rewards.detectors.registry import DetectorConfig, build_detector
 from rewards.detectors.shapes import TaskDetector
-from rewards.geneval import check_record
+from rewards.geneval import check_record, classes_of
 from rewards.judge.base import JudgeLike
 from rewards.judge.config import JudgeConfig
 from rewards.loader import load_object, load_reward, make
@@ -99,11 +99,17 @@ class SettingSpec:
         return made
 
 
-def check_prompts(detector: CachedDetector, task: Any) -> None:
-    """Raises UserError for a prompt of the task's that asks for what the detector cannot see."""
-    for split in ("train", "heldout") if task is not None else ():
+def check_prompts(detector: CachedDetector, task: Any, by_geneval: bool = True,
+                  splits: Sequence[str] = ("train", "heldout")) -> None:
+    """Raises UserError for a prompt of the task's that asks for what the detector cannot see; `by_geneval`: or that
+    GenEval's rule cannot judge."""
+    for split in splits if task is not None else ():
         for record in task.prompts(split):
-            check_record(detector, record, f"prompt '{record.get('prompt', '')}' ({split})")
+            where = f"prompt '{record.get('prompt', '')}' ({split})"
+            if by_geneval:
+                check_record(detector, record, where)
+            else:
+                detector.require(classes_of(record), where)
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ class PartSpec:
         shared = setting is not None
         setting = setting or self.setting.build(self.needs_detector)
         if self.needs_detector and not shared:
-            check_prompts(setting.detector_for(self.function), self.setting.task)
+            check_prompts(setting.detector_for(self.function), self.setting.task, REWARDS[self.function].by_geneval)
         loaded = LoadedPart(self, function, options, setting, shared)
         loaded([], TrainerState())
         return loaded
@@ -210,6 +216,7 @@ class LoadedDetector:
             return {"classes": tuple(self.detector.classes),
                     "open_vocabulary": bool(getattr(self.detector, "open_vocabulary", False)),
                     "sees_colors": getattr(self.detector, "sees_colors", True),
+                    "colors": tuple(getattr(self.detector, "colors", ())),
                     "has": [name for name in ("name_colors", "detect_phrases", "require_colors")
                             if hasattr(self.detector, name)]}
         return getattr(self.detector, member)(*arguments)

@@ -55,7 +55,8 @@ def test_list_names_every_reward(capsys):
 @pytest.mark.parametrize("name", REWARDS)
 def test_explain_tells_all_of_a_reward(capsys, name):
     reward, out = REWARDS[name], said(capsys, "rewards", "explain", name)
-    for words in (reward.formula, reward.source, reward.inputs, reward.differs):
+    assert reward.formula and reward.source and reward.inputs
+    for words in (reward.formula, reward.source, f"reads {reward.inputs}", reward.differs):
         assert re.sub(r"\s+", " ", words)[:40] in out
     assert ("a detector" in out) >= reward.needs_detector and ("a judge (" in out) == reward.needs_judge
     import inspect
@@ -278,6 +279,10 @@ def spoil(images, what):
     elif what == "missing":
         import shutil
         shutil.rmtree(images / "00003")
+    elif what == "colour":
+        (first / "metadata.jsonl").write_text(json.dumps(
+            {"tag": "colors", "prompt": "a grey circle", "include": [
+                {"class": "circle", "count": 1, "color": "grey"}]}))
     elif what == "class":
         (first / "metadata.jsonl").write_text(json.dumps(
             {"tag": "single_object", "prompt": "a tirangle", "include": [{"class": "tirangle", "count": 1}]}))
@@ -288,6 +293,7 @@ def spoil(images, what):
     ("twice", ["00000/samples", "0001.jpg and 0001.png"]),
     ("missing", ["1 of 6 prompts", "00003"]),
     ("class", ["'tirangle'", "did you mean 'triangle'?"]),
+    ("colour", ["'a grey circle'", "the colour 'grey'", "did you mean 'green'?"]),
 ])
 def test_bad_pictures_are_named(capsys, tmp_path, images, what, words):
     spoil(images, what)
