@@ -66,7 +66,7 @@ REWARDS: dict[str, Registered] = _by_name(
                "mean over clauses of 1 - |n - found| / n, of 1 - |n - hits| / n for colours, and of places; at most 1, "
                "unbounded below",
                "Flow-GRPO, arXiv:2505.05470; yifan123/reward-server reward_server/gen_eval.py",
-               inputs="the record in GenEval's schema; the final picture",
+               inputs="the record in GenEval's schema; the final, first or each picture",
                differs="as released: five found for one wanted pay -3, a wrong place adds a 0 and still the 1 for a "
                        "right one; geneval with mode graded or graded_strict has neither",
                needs_detector=True, by_geneval=True),
@@ -252,7 +252,8 @@ REWARDS: dict[str, Registered] = _by_name(
                inputs="columns ground_truth ([start, end] or an answer), task; the policy's words; its calls",
                place="process"),
     Registered("vital_weight", "rewards.shelf.vital:vital_weight",
-               "0.5 + 0.5 clamp(2 - mean R, 0, 1) with the mean of `vital` over the group: a factor for `vital`",
+               "0.5 + 0.5 clamp(2 - mean R, 0, 1) with the mean of `vital` over the group: a factor for `vital`; "
+               "needs grpo.scale_rewards: none or batch, for group divides it out again",
                "VITAL, arXiv:2508.04416 (DGRPO's sample weight); no code was available, so the paper's formula",
                inputs="as vital, for the whole group", scope="group", place="process"),
     Registered("vr_thinker", "rewards.shelf.vr_thinker:vr_thinker",
