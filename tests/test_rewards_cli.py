@@ -98,6 +98,13 @@ def test_check_ends_with_2_where_something_is_wrong(capsys, tmp_path):
     assert "problem it returned 1 values for 8 completions" in out and "has 1 problem(s)" in out
 
 
+def test_check_says_that_a_reward_ends_its_process(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\ndef mine(completions, **columns):\n    sys.exit(1)\n")
+    assert main(["rewards", "check", f"{tmp_path}/mine.py:mine"]) == 2
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "it raises for every thought: SystemExit: 1" in out and "problem(s)" in out
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["mine.py:mine"], "mine.py, line 2: '(' was never closed"),
     (["absent.py:mine"], "no file absent.py"),
@@ -203,6 +210,26 @@ def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images
     first = page.split('<article class="film">')[1]
     assert first.count('class="box"') == 2 * len(names) and all(name in first for name in names)
     assert "left:0.0%;top:0.0%;width:25.0%;height:50.0%" in first
+
+
+@pytest.mark.parametrize("body, words", [
+    ("def __init__(self): raise ValueError('no weights here')", "Mine' cannot be made: ValueError: no weights here at"),
+    ("def __init__(self, path): pass", "Mine' cannot be made: TypeError: Mine.__init__() missing 1 required"),
+    ("def detect(self): return []", "Mine raises TypeError: Mine.detect() takes 1 positional argument but 2 were"),
+    ("def detect(self, pictures): return [1 / 0]", "Mine raises ZeroDivisionError: division by zero ("),
+    ("def detect(self, pictures): return {}", "Mine gives {}; it must give a list with one {class: [Detected, ...]}"),
+    ("def detect(self, pictures): return [None for _ in pictures]", "Mine gives [None"),
+    ("def detect(self, pictures): raise SystemExit(1)", "Mine raises SystemExit: 1 ("),
+])
+@pytest.mark.parametrize("rewards", [{}, {"detector_workers": {}}])
+def test_what_a_detector_of_ones_own_raises_is_a_sentence(capsys, tmp_path, stored, body, words, rewards):
+    (tmp_path / "mine.py").write_text("class Mine:\n    classes = ('circle', 'square', 'triangle', 'cross')\n"
+                                      f"    def detect(self, pictures): return []\n    {body}\n")
+    parts = {name: {**part, "retries": 0} for name, part in PARTS.items()}
+    path = recipe(tmp_path, parts=parts, detector=f"{tmp_path}/mine.py:Mine", **rewards)
+    out = said(capsys, "rewards", "try", path, "--trajectories", stored, code=2)
+    assert words in out.split("underdrawing: ")[-1] and f"{tmp_path}/mine.py:Mine" in out
+    assert "Traceback" not in out.split("underdrawing: ")[-1]
 
 
 def test_the_overrides_of_a_recipe_hold(capsys, tmp_path, stored):
