@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from rewards.base import RewardError
-from rewards.text import blocks, boxed, last_turn, policy_turns, without_chat_marks
+from rewards.text import WRAPPER, blocks, boxed, last_turn, policy_turns, unwrapped, without_chat_marks
 from rollout.errors import UserError, nearest
 from rollout.trajectory import Author, Trajectory
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["math", "choice", "exact", "f1", "anls", "numeric"]
+Comparison = Callable[[str, str], float | bool | None]
 Place = Literal["auto", "tag", "boxed", "label", "segment", "text"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -136,15 +137,17 @@ def math_agrees(answer: str, gold: str, timeout_s: int = 5) -> bool | None:
     r"""Whether two answers are mathematically equal by math-verify; None where it ran out of time.
 
     Words without a digit or a command are compared as words: math-verify takes \boxed{rats} for the product r·a·t·s,
-    to which \boxed{star} is equal.
+    to which \boxed{star} is equal. \text and its like are no command; inside a formula they are left to math-verify,
+    which drops units.
 
     Raises:
         RewardError: called off the main thread, where math-verify would run without a time limit.
     """
-    if _is_words(answer) or _is_words(gold):
-        return bool(exact(answer, gold))
-    mine = parsed(rf"\boxed{{{_unboxed(answer)}}}", timeout_s)
-    theirs = parsed(rf"\boxed{{{_unboxed(gold)}}}", timeout_s)
+    answer, gold = _unboxed(answer), _unboxed(gold)
+    if _is_words(unwrapped(answer)) or _is_words(unwrapped(gold)):
+        return bool(exact(unwrapped(answer), unwrapped(gold)))
+    mine = parsed(rf"\boxed{{{answer}}}", timeout_s)
+    theirs = parsed(rf"\boxed{{{gold}}}", timeout_s)
     if mine is None or theirs is None:
         return None
     return verified(theirs, mine, timeout_s)
@@ -194,20 +197,26 @@ def _in_main_thread() -> None:
 
 def _unboxed(text: str) -> str:
     found = boxed(text)
-    return found[-1] if found else text.strip().strip("$")
+    bare = found[-1] if found else text.strip().strip("$")
+    return unwrapped(bare) if WRAPPER.fullmatch(bare) else bare
 
 
-def _is_words(text: str) -> bool:
-    bare = _unboxed(text)
+def _is_words(bare: str) -> bool:
     return re.search(r"[^\W\d_]{2}", bare) is not None and re.search(r"[\d\\^=+*/<>]", bare) is None
 
 
-COMPARISONS: dict[str, Callable[[str, str], float | bool | None]] = {
-    "math": math_agrees, "choice": choice, "exact": exact, "f1": token_f1, "anls": anls, "numeric": relaxed,
+def plainly(compare: Comparison) -> Comparison:
+    r"""`compare` over the words alone: \text{red} is red."""
+    return lambda answer, gold: compare(unwrapped(answer), unwrapped(gold))
+
+
+COMPARISONS: dict[str, Comparison] = {
+    "math": math_agrees, "choice": plainly(choice), "exact": plainly(exact), "f1": plainly(token_f1),
+    "anls": plainly(anls), "numeric": plainly(relaxed),
 }
 
 
-def best(compare: Callable[[str, str], float | bool | None], answer: str, golds: Sequence[str]) -> float | None:
+def best(compare: Comparison, answer: str, golds: Sequence[str]) -> float | None:
     """The best score over several references. None where none of them was enough and one could not be compared."""
     scores = [compare(answer, gold) for gold in golds]
     top = max((float(s) for s in scores if s is not None), default=None)
@@ -268,8 +277,8 @@ def answer(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: 
     if tolerance < 0 or not 0 <= threshold <= 1:
         raise UserError(f"answer: tolerance is {tolerance} and threshold {threshold}; tolerance is at least 0, "
                         f"threshold a share, 0 to 1")
-    compare = {"numeric": lambda a, g: relaxed(a, g, tolerance),
-               "anls": lambda a, g: anls(a, g, threshold)}.get(kind, COMPARISONS[kind])
+    compare = {"numeric": plainly(lambda a, g: relaxed(a, g, tolerance)),
+               "anls": plainly(lambda a, g: anls(a, g, threshold))}.get(kind, COMPARISONS[kind])
     found = [answer_of(t, place) for t in trajectories]
     values: list[float | None] = []
     for trajectory, given in zip(trajectories, found, strict=True):

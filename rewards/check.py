@@ -39,7 +39,7 @@ from rewards.judge.client import JudgeClient
 from rewards.judge.config import JudgeConfig
 from rewards.loader import is_own, load_reward
 from rewards.samples import sample_thoughts
-from rewards.serving import CallFailed, PartSpec, describe
+from rewards.serving import RAISED, CallFailed, PartSpec, describe
 from rollout.errors import UserError
 from rollout.trajectory import Author, Trajectory
 
@@ -158,13 +158,13 @@ class _Checker:
         if self.stop or not self._whole_batch():
             return
         assert self.values is not None
-        self._values()
-        self._lengths()
-        self._determinism()
-        self._scope()
-        self._missing_columns()
-        self._observations()
-        self._input_untouched()
+        for look in (self._values, self._lengths, self._determinism, self._scope, self._missing_columns,
+                     self._observations, self._input_untouched):
+            try:
+                look()
+            except RAISED as error:
+                self.problems.append(f"called again with the same thoughts, it raises: {describe(error)[0]}")
+                return
         if self.apart is not None and not _equal(self.values, self.apart) and not self._random:
             self.problems.append("in a process of its own it gives other values than here: it depends on something "
                                  "that is set up outside of it (a global, the working folder, an environment variable)")
@@ -187,7 +187,7 @@ class _Checker:
         except RewardError as error:
             self.problems.append(self._contract(str(error)))
             return False
-        except Exception:
+        except RAISED:
             self._who_raises()
             return False
         self.seconds = (time.perf_counter() - started) / len(self.thoughts)
@@ -212,12 +212,12 @@ class _Checker:
         for thought, kind in zip(self.thoughts, self.kinds, strict=True):
             try:
                 self._call([thought])
-            except Exception as error:
+            except RAISED as error:
                 alone.setdefault(describe(error)[0], []).append(kind)
         if not alone:
             try:
                 self._call(self.thoughts)
-            except Exception as error:
+            except RAISED as error:
                 self.problems.append(f"it raises for several thoughts at once, and for none of them alone: "
                                      f"{describe(error)[0]}")
         for error_line, kinds in alone.items():
@@ -247,9 +247,10 @@ class _Checker:
 
         def spy(*arguments: Any, **named: Any) -> Any:
             result = self.function(*arguments, **named)
-            if not inspect.isawaitable(result):
-                kept.extend(result)
-            return result
+            if inspect.isawaitable(result):
+                return result
+            kept.extend(result)  # which may be a generator, and is used up
+            return list(kept)
 
         spy.__signature__ = inspect.signature(self.function)  # type: ignore[attr-defined]
         spy.__module__ = getattr(self.function, "__module__", "") or ""
@@ -262,7 +263,7 @@ class _Checker:
                 self._call(self.thoughts[:count])
             except RewardError as error:
                 self.problems.append(f"with {count} thought(s) in a call: {self._contract(str(error))}")
-            except Exception as error:
+            except RAISED as error:
                 self.problems.append(f"with {count} thought(s) in a call it raises, with {len(self.thoughts)} it does "
                                      f"not: {describe(error)[0]}")
 
@@ -309,7 +310,7 @@ class _Checker:
                 got, _ = self._call([self.thoughts[index] for index in indices])
                 for index, value in zip(indices, got, strict=True):
                     values[index] = value
-        except Exception:  # told by _lengths
+        except RAISED:  # told by _lengths
             return None
         return values
 
@@ -324,7 +325,7 @@ class _Checker:
             lacking = [replace(t, record={**t.record, column: None}) for t in self.thoughts]
             try:
                 values, _ = self._call(lacking)
-            except Exception as error:
+            except RAISED as error:
                 self.problems.append(f"it raises where a record lacks '{column}': {describe(error)[0]}. The column is "
                                      f"None there; return None for such a thought")
                 continue
@@ -348,7 +349,7 @@ class _Checker:
             return
         try:
             values, _ = self._call(changed)
-        except Exception as error:
+        except RAISED as error:
             self.notes.append(f"it reads observations, and raises when they change: {describe(error)[0]}")
             return
         if not _equal(values, self.values):

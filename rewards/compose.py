@@ -168,8 +168,8 @@ class Judge:
 
     def _setting(self, task: Any) -> Setting:
         """What the parts in the driver share. The detector is looked for only where one of them needs it."""
-        needing = [part for part in self.config.parts.values() if part.place == "driver" and part.function in REWARDS
-                   and REWARDS[part.function].needs_detector]
+        needing = [REWARDS[part.function] for part in self.config.parts.values() if part.place == "driver"
+                   and part.function in REWARDS and REWARDS[part.function].needs_detector]
         if not needing:
             return self._spec.build(detector=self._spec.detector is None)  # the task's own costs nothing
         if self.config.detector_workers is None:
@@ -182,7 +182,7 @@ class Judge:
             self._served.introduce()
             setting = self._spec.build(detector=False)
             setting.detector = CachedDetector(self._served)
-        check_prompts(setting.detector_for(needing[0].function), task)
+        check_prompts(setting.detector_for(needing[0].name), task, any(reward.by_geneval for reward in needing))
         return setting
 
     def _check_judge(self) -> None:

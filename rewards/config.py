@@ -198,6 +198,21 @@ class RewardsConfig(BaseModel):
                                  f"thought is well-formed and the part is a constant; set format.constrain: images, "
                                  f"or take '{name}' out of rewards.total")
 
+    def refuse_lost_weight(self, scale_rewards: str) -> None:
+        """Refuse a recipe that pays one factor for a whole group, where advantages are divided by the group's own
+        standard deviation.
+
+        Raises ValueError: the division takes the factor out again.
+        """
+        if scale_rewards != "group":
+            return
+        paid = self.expression().names
+        for name, part in self.parts.items():
+            if part.function == "vital_weight" and name in paid:
+                raise ValueError(f"rewards.parts.{name} (vital_weight) is one factor for a whole group, and "
+                                 f"grpo.scale_rewards: group divides it out again; set grpo.scale_rewards: none or "
+                                 f"batch, or take '{name}' out of rewards.total")
+
 
 def _check_name(where: str, name: str) -> None:
     if not name.isidentifier() or keyword.iskeyword(name) or name in ALL_FUNCTIONS:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from rewards.base import RewardError, Setting
 from rewards.detectors.base import Detections
-from rewards.geneval import classes_of, evaluate, kept
+from rewards.geneval import check_record, classes_of, evaluate, kept
 from rollout.errors import UserError
 from rollout.trajectory import Author, Modality, Trajectory
 from tasks.base import Detection
@@ -116,7 +116,7 @@ def inspect_all(trajectories: Sequence[Trajectory], setting: Setting, roles: Seq
     for row, trajectory in enumerate(trajectories):
         if not trajectory.record.get("include"):
             continue
-        detector.require(classes_of(trajectory.record), f"prompt '{trajectory.prompt}'")
+        check_record(detector, trajectory.record, f"prompt '{trajectory.prompt}'")
         picture, plan, next_plan = None, "", ""
         for index, segment in enumerate(trajectory.segments):
             if segment.author is not Author.POLICY:

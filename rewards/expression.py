@@ -1,6 +1,7 @@
 """The recipe's formula over reward parts: arithmetic in which None stays None.
 
 Anything computed from None is None, in comparisons and conditions too; `coalesce(x, d)` alone turns it into a number.
+`and` and `or` stop at the operand that decides, as Python's do, but for that: None behind it makes them None.
 The language is a whitelist on simpleeval: numbers, parts, schedules, + - * / ** %, comparisons, and/or/not,
 `a if b else c`, min, max, abs, clip(x, low, high), coalesce(x, d), judged(x), and the functions over a group or a step
 of groupwise.py.
@@ -57,6 +58,20 @@ _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Not: operator.not_, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
     ast.Eq: operator.eq, ast.NotEq: operator.ne,
 }
+_NO_NUMBER = (ZeroDivisionError, OverflowError, InvalidExpression, TypeError)  # no value, or one past every bound
+
+
+def _or_nan(function: Callable[..., Any]) -> Callable[..., Any]:
+    def forgiving(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except _NO_NUMBER:
+            return math.nan
+    return forgiving
+
+
+_FORGIVING = {kind: _strict(_or_nan(function)) for kind, function in _OPERATORS.items()}
+MAX_DEPTH = 100  # of terms inside each other; Python's own reading of a formula recurses
 _NODES = (ast.Expr, ast.Name, ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, ast.Constant)
 
 
@@ -64,15 +79,29 @@ class _Evaluator(SimpleEval):
     """simpleeval with fewer nodes, and with None that spreads through conditions."""
 
     def __init__(self) -> None:
-        super().__init__(operators={kind: _strict(function) for kind, function in _OPERATORS.items()},
-                         functions={name: function for name, (function, _, _) in FUNCTIONS.items()}, names={})
+        super().__init__(functions={name: function for name, (function, _, _) in FUNCTIONS.items()}, names={})
+        self.operators: dict[type, Any] = {kind: _strict(function) for kind, function in _OPERATORS.items()}
         self.nodes: dict[type, Any] = {kind: handler for kind, handler in self.nodes.items() if kind in _NODES}
 
     def _eval_boolop(self, node: ast.BoolOp) -> Any:
-        values = [self._eval(value) for value in node.values]
-        if any(value is None for value in values):
-            return None
-        return all(values) if isinstance(node.op, ast.And) else any(values)
+        deciding = isinstance(node.op, ast.Or)
+        for place, operand in enumerate(node.values):
+            value = self._eval(operand)
+            if value is None:
+                return None
+            if bool(value) is deciding:
+                return None if any(self._is_none(rest) for rest in node.values[place + 1:]) else deciding
+        return not deciding
+
+    def _is_none(self, node: ast.expr) -> bool:
+        """Whether an operand that decides nothing rests on an unjudged part; what has no value in it is no matter."""
+        operators, self.operators = self.operators, _FORGIVING
+        try:
+            return self._eval(node) is None
+        except _NO_NUMBER:
+            return False
+        finally:
+            self.operators = operators
 
     def _eval_compare(self, node: ast.Compare) -> Any:
         values = [self._eval(value) for value in (node.left, *node.comparators)]
@@ -118,6 +147,10 @@ class Expression:
         except SyntaxError as error:
             raise ExpressionError(f"{where}: '{self.text}' is no formula: {error.msg} at column "
                                   f"{error.offset}") from None
+        except (RecursionError, MemoryError):  # before there is a tree whose depth could be measured
+            raise self._too_deep() from None
+        if _deeper(with_line, MAX_DEPTH):
+            raise self._too_deep()
         functions: set[int] = set()
         for node in ast.walk(with_line):
             if isinstance(node, ast.Call):
@@ -148,6 +181,10 @@ class Expression:
     def groupwise(self) -> bool:
         """Whether a row's value depends on other rows."""
         return bool(self._aggregates)
+
+    def _too_deep(self) -> ExpressionError:
+        return ExpressionError(f"{self.where}: '{self.text[:40]} ...' has more than {MAX_DEPTH} terms inside each "
+                               f"other; write it shorter, or work a part of it out in a reward of your own")
 
     def _check_call(self, node: ast.Call) -> None:
         name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
@@ -199,3 +236,12 @@ class Expression:
         known = [*self.names, *(text for text in self._aggregates if text in parts)]
         values = ", ".join(f"{name} = {parts[name]}" for name in known)
         return f"{self.where}: '{self.text}' {what}{f' for trajectory {row}' if row else ''} ({values})"
+
+
+def _deeper(tree: ast.AST, limit: int) -> bool:
+    level: list[ast.AST] = [tree]
+    for _ in range(limit + 1):
+        level = [child for node in level for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+        if not level:
+            return False
+    return True

@@ -14,11 +14,12 @@ import numpy as np
 
 from rewards.base import Setting, policy_pictures
 from rewards.detectors.base import CachedDetector, Detected, Detections
-from rollout.errors import UserError
+from rollout.errors import UserError, nearest
 from rollout.trajectory import Trajectory
 
 Mode = Literal["standard", "strict", "graded", "graded_strict", "flow_grpo"]
 MODES = ("standard", "strict", "graded", "graded_strict", "flow_grpo")
+RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 SCORE_THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
@@ -74,8 +75,7 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
     if np.all(np.abs(apart) < 1e-3):
         return set()
     dx, dy = apart / np.linalg.norm(offset)
-    held = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return {name for name, holds in held.items() if holds}
+    return {name for name, holds in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5), strict=True) if holds}
 
 
 def kept(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]],
@@ -242,10 +242,29 @@ def colored_of(record: Mapping[str, Any]) -> dict[str, int]:
 
 def check_record(detector: CachedDetector, record: Mapping[str, Any], where: str) -> None:
     """Raises UnknownClass for a class that the detector cannot see, UserError where a colour is asked for and nothing
-    can name it."""
+    can name it, RecordColumnError as `check_clauses`."""
     detector.require(classes_of(record), where)
+    check_clauses(record, where, detector.colors or COLORS)
     if colored_of(record):
         detector.require_colors(where)
+
+
+def check_clauses(record: Mapping[str, Any], where: str, colors: Sequence[str] = COLORS) -> None:
+    """Raises RecordColumnError for a colour or a place that no picture can meet, and that would be paid 0 for ever: a
+    colour that is none of `colors`, a relation that `relations` never gives, a place by no earlier clause."""
+    for index, clause in enumerate(record.get("include") or ()):
+        color, position = clause.get("color"), clause.get("position")
+        if color is not None and color not in colors:
+            raise RecordColumnError(f"{where} asks for the colour '{color}', which no object is ever said to have; "
+                                    f"{nearest(str(color), colors)}")
+        if position is None:
+            continue
+        if not isinstance(position, list | tuple) or len(position) != 2 or position[1] not in range(index):
+            raise RecordColumnError(f"{where}: '{clause['class']}' has the position {position!r}; it is [relation, "
+                                    f"index of an earlier clause]")
+        if position[0] not in RELATIONS:
+            raise RecordColumnError(f"{where} asks for the relation '{position[0]}', which GenEval's rule does not "
+                                    f"know; it knows {', '.join(RELATIONS)}")
 
 
 def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str, Any]], setting: Setting, mode: Mode,
@@ -253,7 +272,7 @@ def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str
                    thresholds: tuple[float, float] = THRESHOLDS) -> list[tuple[bool | float, str]]:
     """`evaluate` for each picture and its record, through the shared detector.
 
-    Raises UnknownClass for a record that names a class the detector cannot see.
+    Raises UserError as `check_record`.
     """
     detector = setting.detector_for(reward)
     for record in records:

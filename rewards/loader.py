@@ -19,7 +19,7 @@ from typing import Any
 
 from rewards.base import Reward, RewardError
 from rewards.registry import REWARDS
-from rollout.errors import nearest
+from rollout.errors import UserError, nearest
 
 
 def is_own(spec: str) -> bool:
@@ -59,13 +59,16 @@ def load_object(spec: str) -> Any:
 
 
 def make(factory: Any, spec: str, options: Mapping[str, Any] | None = None) -> Any:
-    """What a factory or class makes of the options. Raises RewardError where it does not take them."""
+    """What a factory or class makes of the options. Raises RewardError where it does not take them, or raises."""
     if not callable(factory):
         raise RewardError(f"'{spec}' is {type(factory).__name__}, which makes nothing; name a function or a class")
     try:
         return factory(**(options or {}))
-    except TypeError as error:
-        raise RewardError(f"'{spec}' cannot be made with {dict(options or {})}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        given = f" with {dict(options)}" if options else ""
+        raise RewardError(f"'{spec}' cannot be made{given}: {_last_line(error)}") from error
 
 
 def check_exists(spec: str) -> None:

@@ -21,6 +21,7 @@ class Registered:
     inputs: str = ""  # the record's columns and what else it reads
     differs: str = ""  # what its variants do differently, where the release departs from the paper or has a known bug
     needs_detector: bool = False
+    by_geneval: bool = False  # judges records by GenEval's rule, which knows four relations and the detector's colours
     needs_judge: bool = False
     scope: Literal["row", "group", "batch"] = "row"  # what a value may depend on: its trajectory, its group, the step
     place: Literal["driver", "process"] = "driver"
@@ -41,29 +42,34 @@ REWARDS: dict[str, Registered] = _by_name(
                inputs="the record in GenEval's schema (tag, include, exclude); the final, first or each picture",
                differs="standard is the released scorer; strict wants exact counts and ignores exclude; graded and "
                        "graded_strict are bounded shares; flow_grpo is that reward server's graded score",
-               needs_detector=True),
+               needs_detector=True, by_geneval=True),
     Registered("critique_consistency", "rewards.critique_consistency:critique_consistency",
                "mean over inspections of +-min(f, w)/f for pictures that are fine and +-min(f, w)/w for wrong ones, "
                "with f and w their shares in the batch; + where the verdict is right",
-               "this project; the weights are those of Youden's J (Cancer 3:32, 1950)", needs_detector=True,
-               scope="batch"),
+               "this project; the weights are those of Youden's J (Cancer 3:32, 1950)",
+               inputs="the record in GenEval's schema; the plan, and each inspection with the picture before it; a "
+                      "task that reads them (claims, requirement, holds, seen_in)",
+               needs_detector=True, by_geneval=True, scope="batch"),
     Registered("improvement", "rewards.improvement:improvement",
                "graded score of the final picture less that of the first, in [-1, 1]",
-               "this project", needs_detector=True),
+               "this project", inputs="the record in GenEval's schema; the first and final picture, or each",
+               needs_detector=True, by_geneval=True),
     Registered("steps", "rewards.steps:steps",
                "1 less penalties for pictures and turns outside their limits and for being cut off, at least 0",
-               "this project"),
+               "this project", inputs="the number of the policy's pictures and of its stretches of words; what ended "
+                                      "the thought"),
     Registered("format", "rewards.format:format_reward",
                "1 if the thought is a sentence of its format, else 0; graded: the share of well-formed segments",
-               "this project; the rule is the ThoughtFormat's own"),
+               "this project; the rule is the ThoughtFormat's own", inputs="the policy's segments, in order"),
     # ---- pictures that were drawn
     Registered("flow_grpo_geneval", "rewards.shelf.flow_grpo:flow_grpo_geneval",
                "mean over clauses of 1 - |n - found| / n, of 1 - |n - hits| / n for colours, and of places; at most 1, "
                "unbounded below",
                "Flow-GRPO, arXiv:2505.05470; yifan123/reward-server reward_server/gen_eval.py",
-               inputs="the record in GenEval's schema; the final picture",
+               inputs="the record in GenEval's schema; the final, first or each picture",
                differs="as released: five found for one wanted pay -3, a wrong place adds a 0 and still the 1 for a "
-                       "right one; geneval with mode graded or graded_strict has neither", needs_detector=True),
+                       "right one; geneval with mode graded or graded_strict has neither",
+               needs_detector=True, by_geneval=True),
     Registered("t2i_r1_detector", "rewards.shelf.t2i_r1:t2i_r1_detector",
                "spatial: 0.2 an object found + 0.5 relation; numeracy: mean of 1 exact, 0.2 other, 0 none; objects: "
                "share found",
@@ -89,7 +95,7 @@ REWARDS: dict[str, Registered] = _by_name(
                "as janus_pro_r1, with GenEval's graded score in place of P(yes)",
                "Janus-Pro-R1, arXiv:2506.01480; the score is this project's",
                inputs="the record in GenEval's schema; first and final picture, and the check between them",
-               needs_detector=True),
+               needs_detector=True, by_geneval=True),
     Registered("got_r1", "rewards.shelf.got_r1:got_r1",
                "mean over planned boxes of their IoU with the box of the object found for them (the factor R_RI of "
                "R_PI * (R_sem + R_spa) * R_RI)",
@@ -246,7 +252,8 @@ REWARDS: dict[str, Registered] = _by_name(
                inputs="columns ground_truth ([start, end] or an answer), task; the policy's words; its calls",
                place="process"),
     Registered("vital_weight", "rewards.shelf.vital:vital_weight",
-               "0.5 + 0.5 clamp(2 - mean R, 0, 1) with the mean of `vital` over the group: a factor for `vital`",
+               "0.5 + 0.5 clamp(2 - mean R, 0, 1) with the mean of `vital` over the group: a factor for `vital`; "
+               "needs grpo.scale_rewards: none or batch, for group divides it out again",
                "VITAL, arXiv:2508.04416 (DGRPO's sample weight); no code was available, so the paper's formula",
                inputs="as vital, for the whole group", scope="group", place="process"),
     Registered("vr_thinker", "rewards.shelf.vr_thinker:vr_thinker",

@@ -13,6 +13,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from rewards.base import (
@@ -29,7 +30,7 @@ from rewards.base import (
 from rewards.detectors.base import CachedDetector, Detector
 from rewards.detectors.registry import DetectorConfig, build_detector
 from rewards.detectors.shapes import TaskDetector
-from rewards.geneval import check_record
+from rewards.geneval import check_record, classes_of
 from rewards.judge.base import JudgeLike
 from rewards.judge.config import JudgeConfig
 from rewards.loader import load_object, load_reward, make
@@ -39,10 +40,12 @@ from rollout.formats.base import ThoughtFormat
 from rollout.trajectory import Trajectory
 
 PATIENCE_S = 60.0  # for one call, where nothing else is said
+RAISED = (Exception, SystemExit)  # what a reward may raise and its run goes on: sys.exit in it ends nobody else
 
 
-class CallFailed(Exception):
-    """One call that gave no values: the function raised, hung, or took its process with it."""
+class CallFailed(UserError):
+    """One call that gave no values: the function raised, hung, or took its process with it. A part is called again;
+    where nobody does that, its sentence is the user's."""
 
     def __init__(self, kind: str, message: str, stack: str = "") -> None:
         super().__init__(message)
@@ -96,14 +99,52 @@ class SettingSpec:
         if not hasattr(made, "detect") or not hasattr(made, "classes"):
             raise UserError(f"rewards.detector: {self.detector} made {type(made).__name__}, which has no `detect` and "
                             f"`classes`")
-        return made
+        return OwnDetector(made, self.detector)
 
 
-def check_prompts(detector: CachedDetector, task: Any) -> None:
-    """Raises UserError for a prompt of the task's that asks for what the detector cannot see."""
-    for split in ("train", "heldout") if task is not None else ():
+class OwnDetector:
+    """A detector of somebody's own: whatever its members raise, or give that is no detection, names it."""
+
+    def __init__(self, detector: Any, spec: str) -> None:
+        self._detector, self._spec = detector, spec
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_detector":  # while it is copied there is none yet
+            raise AttributeError(name)
+        member = getattr(self._detector, name)
+        return partial(self._call, name, member) if name in _CALLED else member
+
+    def _call(self, name: str, member: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            found = member(*arguments)
+            if name.startswith("detect") and hasattr(found, "__iter__") and not isinstance(found, Mapping):
+                found = list(found)
+        except UserError:
+            raise
+        except RAISED as error:
+            raise CallFailed("raised", f"rewards.detector: {name} of {self._spec} raises {describe(error)[0]}",
+                             describe(error)[1]) from error
+        if name.startswith("detect") and (not isinstance(found, list) or len(found) != len(arguments[0])
+                                          or not all(isinstance(objects, Mapping) for objects in found)):
+            raise CallFailed("raised", f"rewards.detector: {name} of {self._spec} gives {str(found)[:80]}; it must "
+                                       f"give a list with one {{class: [Detected, ...]}} for each picture")
+        return found
+
+
+_CALLED = ("detect", "detect_phrases", "name_colors", "require_colors")
+
+
+def check_prompts(detector: CachedDetector, task: Any, by_geneval: bool = True,
+                  splits: Sequence[str] = ("train", "heldout")) -> None:
+    """Raises UserError for a prompt of the task's that asks for what the detector cannot see; `by_geneval`: or that
+    GenEval's rule cannot judge."""
+    for split in splits if task is not None else ():
         for record in task.prompts(split):
-            check_record(detector, record, f"prompt '{record.get('prompt', '')}' ({split})")
+            where = f"prompt '{record.get('prompt', '')}' ({split})"
+            if by_geneval:
+                check_record(detector, record, where)
+            else:
+                detector.require(classes_of(record), where)
 
 
 @dataclass(frozen=True)
@@ -146,7 +187,7 @@ class PartSpec:
         shared = setting is not None
         setting = setting or self.setting.build(self.needs_detector)
         if self.needs_detector and not shared:
-            check_prompts(setting.detector_for(self.function), self.setting.task)
+            check_prompts(setting.detector_for(self.function), self.setting.task, REWARDS[self.function].by_geneval)
         loaded = LoadedPart(self, function, options, setting, shared)
         loaded([], TrainerState())
         return loaded
@@ -210,6 +251,7 @@ class LoadedDetector:
             return {"classes": tuple(self.detector.classes),
                     "open_vocabulary": bool(getattr(self.detector, "open_vocabulary", False)),
                     "sees_colors": getattr(self.detector, "sees_colors", True),
+                    "colors": tuple(getattr(self.detector, "colors", ())),
                     "has": [name for name in ("name_colors", "detect_phrases", "require_colors")
                             if hasattr(self.detector, name)]}
         return getattr(self.detector, member)(*arguments)
@@ -235,11 +277,11 @@ class Server:
                 return "ready", getattr(self._loaded, "patience_s", PATIENCE_S)
             assert self._loaded is not None, "called before it was loaded"
             return "values", self._loaded(*content)
-        except UserError as error:
-            return "refused", str(error)
         except CallFailed as failure:
             return "raised", (failure.message, failure.stack)
-        except (Exception, SystemExit) as error:
+        except UserError as error:
+            return "refused", str(error)
+        except RAISED as error:
             return "raised", describe(error)
 
 

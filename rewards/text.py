@@ -12,6 +12,8 @@ import re
 from rollout.trajectory import Author, Trajectory
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"  # how Qwen2.5-VL's template writes a picture
+WRAPPER = re.compile(r"\\(?:text(?:bf|it|md|normal|rm|sc|sf|sl|tt|up)?|math(?:bf|it|rm|sf|tt)|mbox|hbox|emph)"
+                      r"\s*\{([^{}]*)\}")
 CHAT_MARKS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "</s>")
 
 
@@ -55,6 +57,13 @@ def boxed(text: str) -> list[str]:
                 found.append(text[start.end():place].strip())
                 break
     return found
+
+
+def unwrapped(text: str) -> str:
+    r"""Without LaTeX's wrappers of words, nested ones too: \text{New \textbf{York}} is New York."""
+    while (bare := WRAPPER.sub(r"\1", text)) != text:
+        text = bare
+    return text
 
 
 def without_chat_marks(text: str, strip: bool = True) -> str:

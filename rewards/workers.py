@@ -20,7 +20,7 @@ from rewards.base import Logs, TrainerState, Value, is_broken, lightened
 from rewards.config import PartConfig, Scope, WorkersConfig
 from rewards.isolate import ProcessWorker
 from rewards.ray_worker import RayWorker
-from rewards.serving import CallFailed, LoadedPart, Spec, describe
+from rewards.serving import RAISED, CallFailed, LoadedPart, Spec, describe
 from rollout.errors import UserError
 from rollout.trajectory import Trajectory
 
@@ -219,5 +219,5 @@ class Part:
             return self._loaded(trajectories, state)
         except (UserError, CallFailed):
             raise
-        except Exception as error:
+        except RAISED as error:
             raise CallFailed("raised", *describe(error)) from error

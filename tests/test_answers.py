@@ -26,7 +26,7 @@ from rewards.answers import (
     token_f1,
 )
 from rewards.base import RewardError
-from rewards.text import balanced, blocks, boxed, last_opened, policy_turns, transcript
+from rewards.text import balanced, blocks, boxed, last_opened, policy_turns, transcript, unwrapped
 from rewards.tool_use import ToolCall, returned_pictures, tool_calls
 from rollout.errors import UserError
 
@@ -38,6 +38,10 @@ from rollout.errors import UserError
     ("41%", "41", True), ("x = 5", "5", True), ("6", "5", False), ("(1, 2)", "(2, 1)", False),
     ("rats", "star", False),  # math-verify alone takes both for the product a*r*s*t
     ("Rats", "rats", True), ("red", "7", False), ("", "7", False), ("\\frac{3", "3/4", False),
+    ("\\text{red}", "red", True), ("red", "\\text{red}", True), ("\\boxed{\\mathrm{Red}}", "red", True),
+    ("\\text{New \\textbf{York}}", "New York", True), ("\\text{rats}", "star", False), ("\\text{red}", "blue", False),
+    ("\\text{5 cm}", "5", True), ("5\\ \\text{cm}^2", "5", True), ("12\\text{ dogs}", "12", True),  # a unit is dropped
+    ("\\text{3/4}", "0.75", True), ("\\mathbf{x}+\\mathbf{y}", "y+x", True),
 ])
 def test_math(given_, gold, right):
     assert math_agrees(given_, gold) is right
@@ -109,6 +113,17 @@ def test_anls_by_hand():
     assert anls("helo", "Hello") == pytest.approx(0.8)  # one of five
     assert anls("abcd", "abxy") == 0  # two of four is a half, which is nothing
     assert anls("abcd", "abcy") == 0.75 and anls("", "") == 1
+
+
+@pytest.mark.parametrize(("kind", "said", "gold"), [
+    ("math", "\\text{red}", "red"), ("math", "\\text{left}", "left"), ("math", "\\mathrm{5 cm}", "5"),
+    ("exact", "\\text{New York}", "New York"), ("exact", "5\\text{ cm}", "5 cm"), ("exact", "red", "\\mbox{red}"),
+    ("choice", "\\textbf{b}", "B"), ("choice", "\\text{red}", "red"), ("f1", "\\text{a red cat}", "red cat"),
+    ("anls", "\\textit{hello}", "hello"), ("numeric", "\\text{102}", "100"), ("numeric", "\\text{red}", "red"),
+])
+def test_latex_around_words_costs_nothing(kind, said, gold):
+    thoughts = [conversation({"ground_truth": gold}, say(f"so \\boxed{{{said}}}"))]
+    assert answer(thoughts, kind=kind) == answer(thoughts, kind=kind, place="boxed") == [1]
 
 
 def test_numbers_and_relaxed_match():
@@ -184,6 +199,8 @@ def test_blocks_and_boxes():
     assert balanced("", "a") and not balanced("", "a", needed=True) and not balanced("<a></a></a>", "a")
     assert boxed("\\boxed{\\frac{3}{4}} and \\boxed{}, \\boxed{1") == ["\\frac{3}{4}", ""]
     assert boxed("\\boxed{\\{1\\}}") == ["\\{1\\}"]
+    assert unwrapped("\\text {red}, \\textbf{\\mathrm{a} b}") == "red, a b"
+    assert unwrapped("\\frac{1}{2} \\texture{x} \\text{open") == "\\frac{1}{2} \\texture{x} \\text{open"
 
 
 def test_turns_leave_out_what_others_wrote():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import textwrap
 from functools import partial
 
@@ -12,6 +13,8 @@ from judge_server import JudgeServer
 
 from rewards.base import RewardError, policy_text
 from rewards.check import check_reward
+from rewards.compose import Judge
+from rewards.config import RewardsConfig
 from rewards.judge.base import AnswerCheck, Question
 from rewards.judge.config import JudgeConfig
 from rewards.samples import sample_thoughts
@@ -154,7 +157,32 @@ def half_a_log(completions, log_extra, **columns):
     return [float(len(said)) for said in words_in(completions)]
 
 
+def leaves(completions, **columns):
+    sys.exit(1)
+
+
+def leaves_alone(completions, **columns):
+    if len(completions) == 1:
+        sys.exit("alone")
+    return [float(len(said)) for said in words_in(completions)]
+
+
+class Tires:
+    """Answers the first time only."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self, completions, **columns):
+        self.calls += 1
+        if self.calls > 1:
+            raise self.error
+        return [float(len(said)) for said in words_in(completions)]
+
+
 @pytest.mark.parametrize("function, words", [
+    (leaves, "it raises for every thought: SystemExit: 1 ("),
+    (leaves_alone, "with 1 thought(s) in a call it raises, with 8 it does not: SystemExit: alone"),
     (too_few, "it returned 7 values for 8 completions"),
     (not_a_list, "it returned float; it must return a list with one value a completion"),
     (no_numbers, "it returned 'I d' for a completion; a value is a number, None"),
@@ -179,6 +207,45 @@ def test_what_is_wrong_is_said(function, words):
     assert not check.ok
     assert any(words in problem for problem in check.problems), check.problems
     assert words in str(check)
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), ValueError("tired")])
+def test_what_raises_the_second_time_is_said(error):
+    check = check_reward(Tires(error))
+    assert any(f"called again with the same thoughts, it raises: {type(error).__name__}" in p for p in check.problems)
+
+
+def one_by_one(completions, **columns):
+    for said in words_in(completions):
+        yield float(len(said))
+
+
+def mapped(completions, **columns):
+    return map(len, words_in(completions))
+
+
+def too_few_one_by_one(completions, **columns):
+    yield from [1.0] * (len(completions) - 1)
+
+
+async def yields_later(completions, **columns):
+    return (float(len(said)) for said in words_in(completions))
+
+
+@pytest.mark.parametrize("function", [one_by_one, mapped, yields_later])
+def test_values_may_come_one_by_one_as_they_may_in_a_run(function):
+    check = check_reward(function)
+    assert check.ok and len(check.values) == 8
+    thoughts = sample_thoughts()
+    part = {"function": f"{__name__}:{function.__name__}"}
+    with Judge(RewardsConfig.model_validate({"parts": {"a": part}})) as judge:
+        judge.judge([thoughts[:4], thoughts[4:]])
+    assert tuple(t.reward for t in thoughts) == check.values
+
+
+def test_too_few_of_them_are_counted():
+    assert check_reward(too_few_one_by_one).problems == (
+        "it returned 7 values for 8 completions; it must return one a completion (None where it does not apply)",)
 
 
 def test_an_example_of_a_column_is_enough():

@@ -55,7 +55,8 @@ def test_list_names_every_reward(capsys):
 @pytest.mark.parametrize("name", REWARDS)
 def test_explain_tells_all_of_a_reward(capsys, name):
     reward, out = REWARDS[name], said(capsys, "rewards", "explain", name)
-    for words in (reward.formula, reward.source, reward.inputs, reward.differs):
+    assert reward.formula and reward.source and reward.inputs
+    for words in (reward.formula, reward.source, f"reads {reward.inputs}", reward.differs):
         assert re.sub(r"\s+", " ", words)[:40] in out
     assert ("a detector" in out) >= reward.needs_detector and ("a judge (" in out) == reward.needs_judge
     import inspect
@@ -95,6 +96,13 @@ def test_check_ends_with_2_where_something_is_wrong(capsys, tmp_path):
     assert main(["rewards", "check", f"{tmp_path}/mine.py:mine"]) == 2
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "problem it returned 1 values for 8 completions" in out and "has 1 problem(s)" in out
+
+
+def test_check_says_that_a_reward_ends_its_process(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\ndef mine(completions, **columns):\n    sys.exit(1)\n")
+    assert main(["rewards", "check", f"{tmp_path}/mine.py:mine"]) == 2
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "it raises for every thought: SystemExit: 1" in out and "problem(s)" in out
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -204,6 +212,26 @@ def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images
     assert "left:0.0%;top:0.0%;width:25.0%;height:50.0%" in first
 
 
+@pytest.mark.parametrize("body, words", [
+    ("def __init__(self): raise ValueError('no weights here')", "Mine' cannot be made: ValueError: no weights here at"),
+    ("def __init__(self, path): pass", "Mine' cannot be made: TypeError: Mine.__init__() missing 1 required"),
+    ("def detect(self): return []", "Mine raises TypeError: Mine.detect() takes 1 positional argument but 2 were"),
+    ("def detect(self, pictures): return [1 / 0]", "Mine raises ZeroDivisionError: division by zero ("),
+    ("def detect(self, pictures): return {}", "Mine gives {}; it must give a list with one {class: [Detected, ...]}"),
+    ("def detect(self, pictures): return [None for _ in pictures]", "Mine gives [None"),
+    ("def detect(self, pictures): raise SystemExit(1)", "Mine raises SystemExit: 1 ("),
+])
+@pytest.mark.parametrize("rewards", [{}, {"detector_workers": {}}])
+def test_what_a_detector_of_ones_own_raises_is_a_sentence(capsys, tmp_path, stored, body, words, rewards):
+    (tmp_path / "mine.py").write_text("class Mine:\n    classes = ('circle', 'square', 'triangle', 'cross')\n"
+                                      f"    def detect(self, pictures): return []\n    {body}\n")
+    parts = {name: {**part, "retries": 0} for name, part in PARTS.items()}
+    path = recipe(tmp_path, parts=parts, detector=f"{tmp_path}/mine.py:Mine", **rewards)
+    out = said(capsys, "rewards", "try", path, "--trajectories", stored, code=2)
+    assert words in out.split("underdrawing: ")[-1] and f"{tmp_path}/mine.py:Mine" in out
+    assert "Traceback" not in out.split("underdrawing: ")[-1]
+
+
 def test_the_overrides_of_a_recipe_hold(capsys, tmp_path, stored):
     path = recipe(tmp_path)
     out = said(capsys, "rewards", "try", path, "rewards.total=2 * right", "--trajectories", stored, "--out",
@@ -278,6 +306,10 @@ def spoil(images, what):
     elif what == "missing":
         import shutil
         shutil.rmtree(images / "00003")
+    elif what == "colour":
+        (first / "metadata.jsonl").write_text(json.dumps(
+            {"tag": "colors", "prompt": "a grey circle", "include": [
+                {"class": "circle", "count": 1, "color": "grey"}]}))
     elif what == "class":
         (first / "metadata.jsonl").write_text(json.dumps(
             {"tag": "single_object", "prompt": "a tirangle", "include": [{"class": "tirangle", "count": 1}]}))
@@ -288,6 +320,7 @@ def spoil(images, what):
     ("twice", ["00000/samples", "0001.jpg and 0001.png"]),
     ("missing", ["1 of 6 prompts", "00003"]),
     ("class", ["'tirangle'", "did you mean 'triangle'?"]),
+    ("colour", ["'a grey circle'", "the colour 'grey'", "did you mean 'green'?"]),
 ])
 def test_bad_pictures_are_named(capsys, tmp_path, images, what, words):
     spoil(images, what)

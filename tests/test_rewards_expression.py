@@ -39,6 +39,46 @@ def test_none_stays_none(text):
     assert value(text, result=1.0, format=1.0) is None
 
 
+@pytest.mark.parametrize(("text", "expected"), [
+    ("format > 0 and result / format > 0.1", 0.0),  # format is 0: the division is not done
+    ("format == 0 or result / format > 0.1", 1.0),
+    ("result > 0 and format > 0 and result / format", 0.0), ("result < 0 or format or 9 ** 9 ** 9 or result", 1.0),
+    ("2 if format > 0 and result / format > 0.1 else 3", 3.0),
+])
+def test_and_and_or_stop_at_what_decides(text, expected):
+    parts = {"result": 1.0, "format": 0.0 if "9 **" not in text else 1.0}
+    assert value(text, **parts) == expected
+
+
+def test_none_behind_what_decides_is_still_none():
+    assert value("format > 0 and consistency / format > 0.1", format=0.0) is None
+    assert value("format == 0 or result / format > consistency", result=1.0, format=0.0) is None
+    assert value("result > 0 and consistency and result / format", result=1.0, format=0.0) is None
+    assert value("format > 0 and coalesce(consistency, result) / format", result=1.0, format=0.0) == 0
+
+
+def test_what_does_decide_is_worked_out():
+    for text in ("format == 0 and result / format > 0.1", "format > 0 or result / format > 0.1"):
+        with pytest.raises(ExpressionError, match="divides by zero"):
+            value(text, result=1.0, format=0.0)
+
+
+@pytest.mark.parametrize("text", ["-" * 5000 + "result", "(" * 5000 + "result" + ")" * 5000, "-" * 101 + "result",
+                                  " + ".join(["result"] * 5000), "not " * 5000 + "result",
+                                  "abs(" * 150 + "result" + ")" * 150])
+def test_a_formula_that_is_too_deep_is_said_in_a_sentence(text):
+    with pytest.raises(ExpressionError, match="^rewards.total: .*(100 terms inside each other|is no formula)") as said:
+        Expression(text, PARTS)
+    assert "\n" not in str(said.value)
+
+
+def test_a_formula_may_be_as_deep_as_is_said():
+    assert value("-" * 99 + "result", result=1.0) == -1
+    assert value("abs(" * 99 + "result" + ")" * 99, result=-1.0) == 1
+    assert value(" + ".join(["result"] * 100), result=1.0) == 100
+    assert value("group_mean(" + "-" * 98 + "result)", result=1.0) == 1
+
+
 def test_coalesce_alone_turns_none_into_a_number():
     assert value("result * (1 + coalesce(consistency, 0))", result=0.5) == 0.5
     assert value("result if format > 0 else consistency", result=0.5, format=1.0) == 0.5

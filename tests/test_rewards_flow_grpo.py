@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rewards_helpers import image, thought
 
-from rewards.geneval import evaluate
+from rewards.base import Setting
+from rewards.detectors.base import Detected
+from rewards.geneval import evaluate, geneval
+from rewards.shelf.flow_grpo import flow_grpo_geneval
 
 FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 
@@ -64,3 +70,23 @@ def test_the_graded_modes_of_our_own_pay_less_for_a_wrong_place_and_never_below_
     wrong = {"cat": seen(RIGHT), "dog": seen(BOX)}
     assert evaluate(POSITION, wrong, "graded")[0] == pytest.approx(2 / 3)
     assert evaluate({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(*[BOX] * 5)}, "graded_strict")[0] == 0
+
+
+def test_it_has_the_options_of_geneval_and_they_hold():
+    options = {name: p for name, p in inspect.signature(geneval).parameters.items() if name != "mode"}
+    assert options == dict(inspect.signature(flow_grpo_geneval).parameters)
+
+    class Dim:
+        classes = ("dog",)
+
+        def detect(self, pictures):
+            return [{"dog": [Detected(BOX, 0.2), Detected(RIGHT, 0.5)]} for _ in pictures]
+
+    def paid(tag, **options):
+        row = thought({"tag": tag, "include": [{"class": "dog", "count": 1}]},
+                      image("sketch", np.zeros((4, 4, 3), np.uint8)))
+        return flow_grpo_geneval([row], Setting.of(None, None, Dim()), **options)
+
+    # one wanted; of scores 0.2 and 0.5 one is above 0.3, none above 0.9, and both above 0.1: 1, 1 - 1 and 1 - 1
+    assert paid("single_object") == [1] and paid("counting") == [0]
+    assert paid("single_object", threshold=0.1) == [0] and paid("counting", counting_threshold=0.4) == [1]

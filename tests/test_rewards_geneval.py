@@ -10,10 +10,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rewards_helpers import image, thought
 
 from rewards.base import Setting
-from rewards.detectors.base import Detected, UnknownClass
-from rewards.geneval import RecordColumnError, evaluate, geneval, relations
+from rewards.compose import Judge
+from rewards.config import RewardsConfig
+from rewards.detectors.base import CachedDetector, Detected, UnknownClass
+from rewards.geneval import (
+    COLORS,
+    RecordColumnError,
+    check_clauses,
+    check_record,
+    evaluate,
+    geneval,
+    relations,
+)
 from rollout.errors import UserError
 from rollout.trajectory import Author, Modality, Segment, Trajectory
 
@@ -147,6 +158,61 @@ def test_bad_records_and_modes_are_named():
         evaluate({"include": [{"class": "dog", "count": 1, "position": ["left of", 3]}]}, {"dog": seen((0.9, BOX))})
     with pytest.raises(UserError, match="no mode 'loose'.*standard, strict, graded"):
         evaluate(POSITION, {}, "loose")
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"position": ["on top of", 0]}, "here asks for the relation 'on top of'.* knows left of, right of, above, below"),
+    ({"position": ["left of", 1]}, "here: 'dog' has the position .'left of', 1.; it is .relation, index of an earlier"),
+    ({"position": "left of"}, "'dog' has the position 'left of'"),
+    ({"color": "grey"}, "here asks for the colour 'grey'.*did you mean 'green'.* Known: black, blue"),
+    ({"color": "chartreuse"}, "'chartreuse'.* Known: black, blue"),
+])
+def test_what_no_picture_can_meet_is_refused(more, message):
+    record = {"include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, **more}]}
+    with pytest.raises(RecordColumnError, match=message):
+        check_record(CachedDetector(Marked()), record, "here")
+    with pytest.raises(RecordColumnError, match=message):  # without a detector, for detections that were stored
+        check_clauses(record, "here")
+    thoughts = [thought(record, image("sketch", np.ones((4, 4, 3), np.uint8)))]
+    with pytest.raises(RecordColumnError):  # and not a 0 for every row
+        geneval(thoughts, Setting.of(None, None, Marked()), mode="graded")
+
+
+def test_a_detector_may_name_colours_of_its_own():
+    class Greys(Marked):
+        colors = ("grey", "black")
+
+    record = {"include": [{"class": "dog", "count": 1, "color": "grey"}]}
+    check_record(CachedDetector(Greys()), record, "here")
+    with pytest.raises(RecordColumnError, match="Known: black, grey"):
+        check_record(CachedDetector(Greys()), {"include": [{"class": "dog", "count": 1, "color": "red"}]}, "here")
+    check_clauses({"include": [{"class": "dog", "count": 1, "color": color} for color in COLORS]}, "here")
+
+
+class Placed:
+    """A task whose prompt says "on top of"."""
+
+    name, classes = "placed", ("dog", "cat")
+
+    def prompts(self, split):
+        return [{"prompt": "a dog on top of a cat", "tag": "position", "include": [
+            {"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["on top of", 0]}]}]
+
+    def detect(self, picture):
+        return []
+
+
+@pytest.mark.parametrize("place", [{}, {"workers": {}}])
+def test_a_run_is_refused_at_its_start_unless_its_rewards_know_the_relation(place):
+    def judge(function):
+        return Judge(RewardsConfig.model_validate({"parts": {"a": {"function": function, **place}}}), Placed())
+
+    judge("t2i_r1_detector").close()  # knows more relations
+    for function in ("geneval", "flow_grpo_geneval", "improvement", "janus_pro_r1_geneval"):
+        with pytest.raises(UserError, match="'a dog on top of a cat' .train. asks for the relation 'on top of'"):
+            judge(function)
+        if place:
+            break
 
 
 # ---- the reward -------------------------------------------------------------------------------------------------

@@ -70,6 +70,10 @@ def test_the_rate_is_over_what_was_judged():
     ("\\boxed{1782}", "1, 2", 0),  # its digits are there, its parts are not
     ("\\boxed{2, 1}", "1, 2", 1), ("\\boxed{(1, 2)}", "(1,2)", 1), ("\\boxed{(2, 1)}", "(1,2)", 0),
     ("\\boxed{1,000}", "1000", 1), ("\\boxed{rats}", "star", 0),
+    ("\\boxed{\\text{red}}", "red", 1), ("\\boxed{\\text{New York}}", "New York", 1), ("\\boxed{\\text{5 cm}}", "5", 1),
+    ("\\boxed{\\text{red}, \\text{blue}}", "blue, red", 1), ("\\boxed{\\text{red and blue}}", "blue, red", 1),
+    ("\\boxed{\\text{red}, \\text{blue}}", "red", 0), ("\\boxed{\\text{b}}", "\\text{B}", 1),
+    ("\\boxed{3\\text{ cm}, 4\\text{ cm}}", "3, 4", 1), ("\\boxed{12\\text{ dogs}}", "12", 1),
 ])
 def test_the_papers_accuracy(text, gold, right):
     assert accuracy(text, [gold]) == right
@@ -109,6 +113,20 @@ def test_calls_that_failed_earn_no_curiosity():
     group = rows(("7", *failed), *[("7", say("\\boxed{7}"))] * 4)
     assert pixel_reasoner(group) == [1] * 5
     assert pixel_reasoner(group, failed_call_voids=True) == [0, 1, 1, 1, 1]
+
+
+def test_the_rate_is_over_operations_that_worked():
+    """Of ten thoughts one looked; a second one tried and failed, an eleventh has no reference."""
+    group = rows(("7", *looked(1, "7")), ("7", say(CALL), tool("Execution error: too small"), say("\\boxed{7}")),
+                 *[("7", say("\\boxed{7}"))] * 8, (None, *looked(1, "7")))
+    logged = {}
+    # rate 1/10, so 0.5 * (0.3 - 0.1) for the one that looked; with the failed call it would be 0.5 * (0.3 - 0.2)
+    assert pixel_reasoner(group, None, logged.__setitem__) == pytest.approx([1.1, *[1] * 9, None])
+    assert logged["rate"] == pytest.approx(0.1)
+    # the official release counts the failed call: 0.25 (0.3 - 0.2) / (2 * 0.2) for both
+    official = pixel_reasoner(group, None, logged.__setitem__, variant="release_official")
+    assert official[0] == pytest.approx(1.0625) and official[1] == pytest.approx(0.0625)  # voided by its failure
+    assert logged["rate"] == pytest.approx(0.2)
 
 
 def test_what_the_tool_writes_is_no_answer_and_no_call():

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from rewards_helpers import image, text, thought
 
 from rewards.shelf.vital import sample_weight, scaled_iou, vital, vital_weight, well_formed
+from rl.advantages import credit
+from rl.config import GrpoConfig
 from rollout.errors import UserError
 from rollout.trajectory import Author
+from underdrawing.recipe import RecipeError, check_recipe
 
 FRAME = np.zeros((4, 4, 3), np.uint8)
 CALL = '<think>look closer</think><tool_call>{"name": "clip", "arguments": {"start": 1, "end": 9}}</tool_call>'
@@ -79,3 +82,29 @@ def test_options_are_checked_before_anything_is_scored(options, message):
     for function in (vital, vital_weight):
         with pytest.raises(UserError, match=message):
             function([], **options)
+
+
+@pytest.mark.parametrize(("scale", "first"), [("none", 0.125), ("group", 1 / 2**0.5)])
+def test_a_factor_of_the_whole_group_is_divided_out_by_its_own_deviation(scale, first):
+    rows = [clipped("10 to 20", [10, 30]), clipped("no time", [10, 30])]  # 2.5 and 2, weight 0.5
+    for row, value, weight in zip(rows, vital(rows), vital_weight(rows), strict=True):
+        row.reward = value * weight
+    # 1.25 and 1: 0.125 from their mean, and their standard deviation is 0.25 / sqrt(2)
+    credit([rows], GrpoConfig(scale_rewards=scale))
+    trained = [index for index, s in enumerate(rows[0].segments) if s.trained]
+    assert rows[0].advantage_S[trained] == pytest.approx([first] * len(trained), rel=1e-3)
+
+
+def graded_by(total, **grpo):
+    return {"name": "mine", "policy": {}, "task": {"name": "shapes"}, "format": {"name": "strokes"}, "grpo": grpo,
+            "rewards": {"parts": {"right": {"function": "vital"}, "w": {"function": "vital_weight"}}, "total": total}}
+
+
+def test_a_recipe_that_pays_a_weight_that_is_divided_out_is_refused():
+    for scale in ("none", "batch", False):
+        check_recipe(graded_by("right * w", scale_rewards=scale), "here")
+    check_recipe(graded_by("right"), "here")  # computed and logged
+    for grpo in ({}, {"scale_rewards": "group"}):
+        with pytest.raises(RecipeError, match=r"here: rewards.parts.w \(vital_weight\) is one factor .* set "
+                                              "grpo.scale_rewards: none or batch, or take 'w' out"):
+            check_recipe(graded_by("right * w", **grpo), "here")

@@ -34,6 +34,25 @@ def test_each_step_by_hand(before, after, kind):
     assert kind_of_step(WORLD, RECORD, before, after) == kind
 
 
+class Ring:
+    """Four places in a ring, the goal at 0; one may also step between 1 and 3, both one step from the goal."""
+
+    def next_states(self, record, state):
+        return {0: [1, 3], 1: [0, 2, 3], 2: [1, 3], 3: [0, 2, 1]}[state]
+
+    def distance(self, record, state):
+        return {0: 0, 1: 1, 2: 2, 3: 1}[state]
+
+
+@pytest.mark.parametrize(("before", "after", "kind"), [
+    (2, 1, "optimal"), (1, 0, "optimal"),  # 2 to 1, 1 to 0
+    (1, 3, "other"), (3, 1, "other"),  # 1 to 1: possible, and no step nearer
+    (1, 2, "other"), (2, 0, "invalid"),
+])
+def test_a_step_that_keeps_the_distance_pays_nothing(before, after, kind):
+    assert kind_of_step(Ring(), {}, before, after) == kind
+
+
 def test_nothing_is_judged_after_an_impossible_step():
     assert kinds_of_plan(WORLD, RECORD, [(0, 1), (1, 1), (1, 2)]) == ["optimal"] * 3
     # from where it jumped to, the last step would be a good one

@@ -15,6 +15,7 @@ from evals.heldout import Heldout, PromptScore, geneval_scorer, spread_over_tags
 from evals.heldout import evaluate as evaluate_heldout
 from rewards.base import Setting
 from rewards.compose import detector_of
+from rewards.serving import check_prompts
 from rl import checkpoint
 from rl.grpo import train
 from rl.run import Run
@@ -208,10 +209,15 @@ class _HeldoutMetrics:
 
 
 def _heldout_metrics(recipe: Recipe, task: Task, rollouts: Any, setting: Setting) -> _HeldoutMetrics | None:
-    """`setting`: the judge's, whose detector is taken where it has one, so that no weights are loaded twice."""
+    """`setting`: the judge's, whose detector is taken where it has one, so that no weights are loaded twice.
+
+    Raises UserError for a held-out prompt that cannot be judged, before the first step.
+    """
     if not recipe.grpo.evaluate_every:
         return None
-    return _HeldoutMetrics(recipe, task, rollouts, setting if setting.detector else _setting(recipe, task))
+    setting = setting if setting.detector else _setting(recipe, task)
+    check_prompts(setting.detector_for("grpo.evaluate_every"), task, splits=("heldout",))
+    return _HeldoutMetrics(recipe, task, rollouts, setting)
 
 
 def local(recipe: Recipe, threads: int | None = None) -> Recipe:

@@ -59,8 +59,9 @@ class Recipe(BaseModel):
     track: TrackConfig = Field(default_factory=TrackConfig)
 
     @model_validator(mode="after")
-    def _no_constant_is_paid(self) -> Recipe:
+    def _what_is_paid_counts(self) -> Recipe:
         self.rewards.refuse_constant_format(self.format)
+        self.rewards.refuse_lost_weight(self.grpo.scale_rewards)
         return self
 
 

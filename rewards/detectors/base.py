@@ -1,10 +1,11 @@
 """What sees a picture for the rewards: objects by class, best score first. geneval.py judges what it returns.
 
 Any object with `classes` and `detect` is a detector; shapes.py, mask2former.py, grounding_dino.py and owlv2.py are the
-toolkit's own. Two abilities are optional and found by name:
+toolkit's own. Three members are optional and found by name:
 
     open_vocabulary = True          it sees whatever phrase it is asked for: `detect_phrases(pictures, phrases)`
     name_colors(pictures, objects)  colours are named afterwards, and only of the objects that somebody asks about
+    colors = ("red", "grey")        every colour that it names; without it GenEval's ten
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class CachedDetector:
         self.classes = tuple(detector.classes)
         self.open_vocabulary = bool(getattr(detector, "open_vocabulary", False))
         self.names_colors = hasattr(detector, "name_colors")
+        self.colors = tuple(getattr(detector, "colors", ()))  # empty: GenEval's
         self.looks = 0  # pictures that went through the detector
         self._seen: dict[Any, Detections] = {}
         self._colors: dict[Any, str] = {}  # by picture, class and place in its list

@@ -16,6 +16,7 @@ class TaskDetector:
     def __init__(self, task: Any) -> None:
         self.task = task
         self.classes: tuple[str, ...] = tuple(task.classes)
+        self.colors: tuple[str, ...] = tuple(getattr(task, "colors", ()))  # empty: GenEval's
 
     @staticmethod
     def of(task: Any) -> TaskDetector | None:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewards.base import Setting
-from rewards.geneval import geneval
+from rewards.geneval import COUNTING_THRESHOLD, SCORE_THRESHOLD, geneval
 from rollout.trajectory import Trajectory
 
 
 def flow_grpo_geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any = None,
                       picture: Literal["final", "first", "each"] = "final",
+                      threshold: float = SCORE_THRESHOLD, counting_threshold: float = COUNTING_THRESHOLD,
                       **columns: Any) -> list[float | dict[int, float] | None]:
-    """At most 1, unbounded below; 0 without a picture; None for a record without `include`."""
-    return geneval(trajectories, setting, log_extra, picture, mode="flow_grpo")
+    """At most 1, unbounded below; 0 without a picture; None for a record without `include`. Options are `geneval`'s."""
+    return geneval(trajectories, setting, log_extra, picture, "flow_grpo", threshold, counting_threshold)

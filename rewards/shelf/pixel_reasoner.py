@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rewards.answers import best, choice, math_agrees, parsed, references, verified
+from rewards.answers import COMPARISONS, best, math_agrees, parsed, references, verified
 from rewards.base import RewardError, groups_of, policy_text
 from rewards.shelf.asking import log_parts, one_of, totals
-from rewards.text import boxed, transcript
+from rewards.text import boxed, transcript, unwrapped
 from rewards.tool_use import ToolCall, tool_calls
 from rollout.errors import UserError
 from rollout.trajectory import Modality, Trajectory
@@ -122,8 +122,8 @@ def accuracy(text: str, golds: Sequence[str]) -> float | None:
 
 def _agrees(answer: str, gold: str) -> float | None:
     gold = boxed(gold)[-1] if boxed(gold) else gold
-    if re.fullmatch(r"\s*[A-H]\s*", gold):
-        return choice(answer, gold)
+    if re.fullmatch(r"\s*[A-H]\s*", unwrapped(gold)):
+        return COMPARISONS["choice"](answer, gold)
     theirs = _parts(gold)
     mine = _parts(answer)
     if len(theirs) == 1:
@@ -140,9 +140,10 @@ def _agrees(answer: str, gold: str) -> float | None:
 
 
 def _parts(text: str) -> list[str]:
-    if re.search(r"[()\[\]{}\\]", text):  # a tuple, an interval or a formula is one answer
-        return [text.strip()]
-    return [part.strip() for part in re.split(r",(?!\d{3}(?:\D|$))\s*|\s+and\s+", text) if part.strip()]
+    bare = unwrapped(text)
+    parts = [part.strip() for part in re.split(r",(?!\d{3}(?:\D|$))\s*|\s+and\s+", bare) if part.strip()]
+    # A tuple, an interval or a formula is one answer; one part stays as it is, where \text may hold a unit.
+    return [text.strip()] if len(parts) == 1 or re.search(r"[()\[\]{}\\]", bare) else parts
 
 
 def tidied(answer: str) -> str:
@@ -211,7 +212,7 @@ def pixel_reasoner(trajectories: Sequence[Trajectory], setting: Any = None, log_
                    **columns: Any) -> list[float | None]:
     """The shaped reward at the top of this file; None without a reference or where the rule ran out of time.
 
-    Logs rate, accuracy, curiosity and penalty.
+    Logs rate, accuracy, curiosity and penalty; the rate is over the same operations and thoughts as the formula's.
 
     Args:
         variant: paper, release_official or release_verl_tool.
@@ -227,26 +228,27 @@ def pixel_reasoner(trajectories: Sequence[Trajectory], setting: Any = None, log_
     if not 0 <= rate <= 1 or free < 0:
         raise UserError(f"pixel_reasoner: rate is {rate} and free {free}; rate is a share, 0 to 1, free at least 0")
     calls = [tool_calls(t) for t in trajectories]
+    # The official release counts every call, the paper's form those that worked.
+    operations = [len(mine) if variant == "release_official" else sum(call.ok for call in mine) for mine in calls]
     correct = [_correct(t, references(t.record, gold), variant) for t in trajectories]
     groups = [[i for i in rows if correct[i] is not None] for rows in groups_of(trajectories)]
     groups = [rows for rows in groups if rows]
     parts: list[dict[str, float] | None] = [None] * len(trajectories)
     if variant == "release_official":
-        samples = [[Sample(correct[i] or 0.0, len(calls[i]), _is_video(trajectories[i], video), _last_failed(calls[i]))
+        samples = [[Sample(correct[i] or 0.0, operations[i], _is_video(trajectories[i], video), _last_failed(calls[i]))
                     for i in rows] for rows in groups]
         for rows, group in zip(groups, shape_official(samples), strict=True):
             for i, shaped_sample in zip(rows, group.samples, strict=True):
                 parts[i] = shaped_sample
     else:
         shaping = Shaping(rate, free, alpha, beta)
-        worked = [sum(call.ok for call in mine) for mine in calls]
         for rows in groups if rate_over == "group" else [sorted(i for group in groups for i in group)]:
-            share = rate_of([worked[i] for i in rows])
+            share = rate_of([operations[i] for i in rows])
             for i in rows:
                 void = failed_call_voids and variant == "paper" and _last_failed(calls[i])
-                parts[i] = shaped(0.0 if void else correct[i] or 0.0, worked[i], share, shaping)
-    if log_metric is not None and trajectories:
-        log_metric("rate", rate_of([len(mine) for mine in calls]))
+                parts[i] = shaped(0.0 if void else correct[i] or 0.0, operations[i], share, shaping)
+    if log_metric is not None and groups:
+        log_metric("rate", rate_of([operations[i] for rows in groups for i in rows]))
     log_parts(parts, log_metric, log_extra)
     return totals(parts)
 

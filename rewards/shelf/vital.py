@@ -12,7 +12,8 @@ task are the recipe's to give (without them the IoU is paid as it is).
 
 The weight multiplies a sample's advantage. As a reward it scales its group's rewards, `vital * vital_weight`, which
 comes to the same where advantages are not divided by the group's own standard deviation (grpo.scale_rewards: none or
-batch).
+batch). With the default, group, it has no effect: the division takes the factor out, and a recipe that pays it is
+refused.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ def vital_weight(trajectories: Sequence[Trajectory], setting: Any = None, gold: 
                  accuracy: float = 1.0, format: float = 1.0, tool: float = 1.0,
                  **columns: Any) -> list[float | None]:
     """0.5 + 0.5 clamp(2 - mean R, 0, 1) over the judged members of the group, the same for all of them; None where none
-    was judged. Options are those of `vital`, and must be given alike."""
+    was judged. Options are those of `vital`, and must be given alike.
+
+    Write `vital * vital_weight` and set grpo.scale_rewards: none or batch: with group, the default, advantages are
+    divided by the group's own standard deviation, which takes a factor of the whole group out again."""
     values = vital(trajectories, gold=gold, task=task, bounds=bounds, compare=compare, accuracy=accuracy,
                    format=format, tool=tool)
     weights: list[float | None] = [None] * len(trajectories)
