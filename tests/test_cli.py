@@ -72,7 +72,7 @@ def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
     (["grpo", QUICKSTART, "--dry-run", "format.options.max_image=2"], ["format.options", "max_image"]),
     (["grpo", QUICKSTART, "--dry-run", "task.name=dogs.Dogs"], ["'a photo of a dog'", "'dog'", "detector"]),
     (["grpo", QUICKSTART, "--dry-run", "rewards.detector=good.py:bright"], ["good.py:bright"]),
-    (["sft", QUICKSTART, "run_dir=file.txt/run"], ["run_dir file.txt/run", "cannot write"]),
+    (["sft", QUICKSTART, "run_dir=file.txt/run"], ["file.txt/run: cannot be written", "run_dir"]),
     (["sft", QUICKSTART, *SMALL, "sft.data=empty"], ["empty"]),
 ])
 def test_bad_input_is_a_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, words):
