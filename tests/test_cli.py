@@ -138,11 +138,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(warm, tmp_path, command: str, steps:
                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     metrics = tmp_path / ("sft/metrics.jsonl" if command == "sft" else "metrics.jsonl")
     until = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):  # a step is done, another has begun
-        assert run.poll() is None and time.monotonic() < until, run.communicate()[1]
-        time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
-    said = run.communicate(timeout=120)[1]
+    try:
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):  # a step is done, another has begun
+            assert run.poll() is None and time.monotonic() < until, "it wrote no second step"
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=120)[1]
+    finally:
+        run.kill()
     assert run.returncode == 130, said
     assert "Stopping after this step" in said and "Traceback" not in said
     assert "saved in" in said and "To go on, give the same command with --resume" in said
