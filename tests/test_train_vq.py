@@ -175,9 +175,9 @@ def test_a_resumed_run_is_the_same_run(tmp_path, one_thread):
     for _ in range(3):
         second.advance()
     for name, tensor in whole.vq.state_dict().items():
-        # oneDNN's convolutions sum in an order that depends on where a tensor lies in memory, and Adam makes a whole
-        # step of a gradient that is next to nothing: a few weights may differ, and all but those are equal.
-        assert float((second.vq.state_dict()[name] - tensor).abs().double().mean()) < 1e-6, name
+        # oneDNN's convolutions sum in an order that depends on where a tensor lies in memory; without the
+        # optimiser's state the difference would be 0.3.
+        torch.testing.assert_close(second.vq.state_dict()[name], tensor, rtol=0, atol=5e-5)
 
 
 def test_training_lowers_the_loss():
