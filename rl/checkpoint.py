@@ -88,8 +88,9 @@ def save(root: Path, step: int, write: Callable[[Path], Any], trainer: dict[str,
         if isinstance(error, OSError | SafetensorError | UserError):
             raise CheckpointError(_cannot_write(root, step, error)) from error
         raise
-    for old in [*root.glob(".step-*.old"), *(root / f"step-{number:06d}" for number in steps(root)[:-keep])]:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(root / f".step-{step:06d}.old", ignore_errors=True)
+    for old in steps(root)[:-keep]:
+        _discard(root, old)
     return final
 
 
@@ -111,7 +112,18 @@ def rewind(root: Path, step: int) -> None:
     """Forget the checkpoints after `step`, from which a run goes on: they belong to what it will do otherwise."""
     for later in steps(root):
         if later > step:
-            shutil.rmtree(Path(root) / f"step-{later:06d}")
+            _discard(Path(root), later)
+
+
+def _discard(root: Path, step: int) -> None:
+    """Delete a finished checkpoint under another name: half deleted, it must not pass for one.
+
+    What a killed process leaves of it is swept by the next save().
+    """
+    aside = root / f".step-{step:06d}.old"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(root / f"step-{step:06d}", aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(folder: Path) -> Checkpoint:

@@ -86,6 +86,7 @@ def sweep(output_dir: Path, keep: int) -> None:
     stay = set(finished[-keep:])
     for path in output_dir.iterdir():
         if _NAME.fullmatch(path.name) and path not in stay:
+            (path / WHOLE).unlink(missing_ok=True)  # first: half deleted, it must not pass for a finished one
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -167,6 +167,31 @@ def test_killed_at_any_moment_a_folder_with_a_finished_name_is_whole(tmp_path):
     assert not list(tmp_path.glob(".step-*"))  # what the killed ones left is swept
 
 
+@pytest.mark.parametrize("delete", [lambda root: save(root, 3, keep=2), lambda root: checkpoint.rewind(root, 2)])
+def test_killed_while_it_deletes_a_checkpoint_the_rest_is_no_checkpoint(tmp_path, monkeypatch, delete):
+    for step in (1, 2):
+        save(tmp_path, step)
+    if "rewind" in delete.__code__.co_names:
+        save(tmp_path, 3, keep=3)
+    remove = shutil.rmtree
+
+    def dies(folder, ignore_errors=False):
+        if (Path(folder) / "state.json").is_file():
+            (Path(folder) / "state.json").unlink()
+            raise KeyboardInterrupt
+        remove(folder, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", dies)
+    with pytest.raises(KeyboardInterrupt):
+        delete(tmp_path)
+    monkeypatch.undo()
+    assert len(finished := checkpoint.steps(tmp_path)) == 2
+    for step in finished:
+        assert checkpoint.load(tmp_path / f"step-{step:06d}").step == step
+    save(tmp_path, 4)
+    assert not list(tmp_path.glob(".step-*"))
+
+
 RECORDS = [{"prompt": f"prompt {number}"} for number in range(7)]
 
 
