@@ -44,6 +44,12 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], tags: Sequ
     return Interval(mean_of_tags(gain_P.tolist(), tags), float(edges[0]), float(edges[1]), level)
 
 
+def refinement(scores: Sequence[PromptScore], **options: int) -> Interval:
+    """How much more the final images of one evaluation score than its first sketches."""
+    return paired_bootstrap([p.first_sketch for p in scores], [p.final_image for p in scores],
+                            [p.tag for p in scores], **options)
+
+
 def compare(before: Sequence[PromptScore], after: Sequence[PromptScore], **options: int) -> Interval:
     """The gain of the final image's score between two evaluations.
 

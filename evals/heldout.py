@@ -44,7 +44,7 @@ class Heldout:
     """A policy's held-out scores."""
 
     prompts: list[PromptScore]
-    trajectories: list[list[Trajectory]]  # by prompt
+    trajectories: list[list[Trajectory]]  # by prompt; their `rewards` are the scores of "first image" and "final image"
     metrics: dict[str, float]  # of the rollouts
 
     @property
@@ -101,6 +101,8 @@ def evaluate(rollouts: Rollouts, score: Scorer, records: Sequence[dict[str, Any]
     for place, score_T in scores.items():
         score_T[some] = score([drawn[row][place] for row in some], [owners[row] for row in some])
 
+    for row, trajectory in enumerate(t for group in result.groups for t in group):
+        trajectory.rewards = {"first image": float(scores[0][row]), "final image": float(scores[-1][row])}
     prompts, row = [], 0
     for record, group in zip(records, result.groups, strict=True):
         rows = slice(row, row := row + len(group))

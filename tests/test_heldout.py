@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evals.bootstrap import compare, paired_bootstrap
+from evals.bootstrap import compare, paired_bootstrap, refinement
 from evals.heldout import EvaluationError, PromptScore, evaluate, mean_of_tags, spread_over_tags
 from rollout.trajectory import Author, Modality, Segment, Trajectory
 from rollout.workers import FailedGroup, GenerateResult
@@ -55,6 +55,7 @@ def test_tags_weigh_the_same_and_no_picture_scores_nothing():
 def test_samples_of_a_prompt_are_averaged(tmp_path):
     heldout = evaluate(Answers({"a": [[255], [0]], "b": [[255], [255]], "c": [[0], [0]]}), score, RECORDS, 0, samples=2)
     assert [p.final_image for p in heldout.prompts] == [0.5, 1.0, 0.0]
+    assert [t.rewards["final image"] for t in heldout.trajectories[0]] == [1.0, 0.0]  # each answer's own
     heldout.save(tmp_path / "scores.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [PromptScore(**row) for row in rows] == heldout.prompts
@@ -129,3 +130,10 @@ def test_the_shapes_world_scores_its_own_demonstrations():
     assert np.mean(scorer(final, [d.record for d in demonstrations])) > 0.95
     blank = SimpleNamespace(picture=np.full_like(final[0], 255))
     assert scorer([blank.picture], [demonstrations[0].record]) == [0.0]
+
+
+def test_refinement_is_the_final_images_gain_over_the_first_sketches():
+    scores = [PromptScore(str(n), tag, final, first, 2) for n, (tag, final, first) in enumerate(
+        [("a", 1.0, 0.5), ("a", 0.5, 0.5), ("b", 0.25, 0.75)])]
+    interval = refinement(scores)  # tags: a (0.5 + 0) / 2 = 0.25, b -0.5
+    assert interval.difference == pytest.approx(-0.125) and (interval.low, interval.high) == (-0.25, 0.0)

@@ -13,8 +13,8 @@ from underdrawing.report.page import report_data
 SMALL = ["policy.tiny.hidden_size=16", "policy.tiny.num_hidden_layers=1", "policy.tiny.num_attention_heads=2",
          "policy.tiny.intermediate_size=32", "sft.demonstrations=24", "sft.max_steps=2", "sft.batch_size=8",
          "sft.logging_steps=1", "rollout.workers=0", "rollout.rows=8", "rollout.max_tokens=60", "grpo.steps=2",
-         "grpo.prompts_per_step=2", "grpo.num_generations=2", "evaluate.prompts=12", "track.wandb=disabled",
-         "track.trajectories_every=1"]
+         "grpo.prompts_per_step=2", "grpo.num_generations=2", "evaluate.prompts=12", "evaluate.samples=2",
+         "track.wandb=disabled", "track.trajectories_every=1"]
 
 
 def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +29,8 @@ def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pyte
     assert {"warm_start", "grpo", "first_sketch", "final_image", "on_policy_gap", "minutes", "report",
             "run_dir"} <= set(said)
     assert said["grpo"] == said["final_image"]
+    low, high = said["refinement_interval"]
+    assert low - 1e-4 <= said["final_image"] - said["first_sketch"] <= high + 1e-4
     assert 0 <= said["on_policy_gap"] < 1e-4
     assert Path(said["report"]).read_text().count('class="film"') >= 12
     data = report_data(tmp_path / "run")

@@ -142,18 +142,17 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
 
 
 def keep_evaluation(heldout: Heldout, folder: Path) -> None:
-    """summary.json, prompts.jsonl and some trajectories."""
+    """summary.json, prompts.jsonl and some trajectories, at most one a prompt."""
     answers = [group[0] for group in heldout.trajectories]
     stride = max(1, len(answers) // STORED_ANSWERS)
-    for trajectory, score in zip(answers, heldout.prompts, strict=True):
-        trajectory.rewards = {"first image": score.first_sketch, "final image": score.final_image}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         heldout.save(folder / "prompts.jsonl")
         save_trajectories(answers[::stride], folder / "trajectories")
         (folder / "summary.json").write_text(json.dumps({
             "score": heldout.final_image, "by_tag": heldout.tags, "first_sketch": heldout.first_sketch,
-            "final_image": heldout.final_image, "prompts": len(heldout.prompts), "metrics": heldout.as_metrics(),
+            "final_image": heldout.final_image, "prompts": len(heldout.prompts),
+            "samples": len(heldout.trajectories[0]), "metrics": heldout.as_metrics(),
         }, indent=1))
 
 
@@ -192,7 +191,7 @@ def _setting(recipe: Recipe, task: Task) -> Setting:
 
 def _evaluate(recipe: Recipe, task: Task, rollouts: Any, setting: Setting) -> Heldout:
     records = spread_over_tags(task.prompts("heldout"), recipe.evaluate.prompts)
-    return evaluate_heldout(rollouts, geneval_scorer(setting), records, recipe.evaluate.seed)
+    return evaluate_heldout(rollouts, geneval_scorer(setting), records, recipe.evaluate.seed, recipe.evaluate.samples)
 
 
 @dataclass(frozen=True)

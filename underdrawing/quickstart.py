@@ -1,7 +1,8 @@
 """`make quickstart`: warm start, GRPO, held-out scores before and after, and the report, from one recipe.
 
 Its last line is one JSON object: warm_start, grpo, first_sketch, final_image (held-out scores), on_policy_gap,
-minutes, report, run_dir. A finished stage is kept: the same command after an interruption goes on where it stopped.
+minutes, report, run_dir, and 95% intervals of the gain and of what refining adds. A finished stage is kept: the same
+command after an interruption goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = ()) -> int:
     """All stages; prints the scores and the JSON line."""
-    from underdrawing.jobs import compare_evaluations, local, run_evaluate, run_grpo, run_sft
+    from evals.bootstrap import refinement
+    from underdrawing.jobs import compare_evaluations, local, read_prompt_scores, run_evaluate, run_grpo, run_sft
     from underdrawing.recipe import dump_recipe, load_recipe
     from underdrawing.report.page import report_data, write_report
     from underdrawing.tracking import read_metrics
@@ -93,6 +95,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     say("5/5  Report")
     with clock.stage("report"):
         gain = compare_evaluations(recipe.run_dir, "warm_start", "grpo")
+        refined = refinement(read_prompt_scores(recipe.run_dir / "evaluations" / "grpo" / "prompts.jsonl"))
         report = write_report(report_data(recipe.run_dir, title=f"{recipe.name}, seed {seed}"),
                               recipe.run_dir / "report.html")
     before, after = (json.loads((recipe.run_dir / "evaluations" / label / "summary.json").read_text())
@@ -100,12 +103,14 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     gaps = [row["on_policy_gap"] for row in read_metrics(recipe.run_dir / "metrics.jsonl")
             if row.get("on_policy_gap") is not None]
     say(f"held-out score: {before['score']:.3f} after the warm start, {after['score']:.3f} after GRPO: {gain}")
-    say(f"its first sketches score {after['first_sketch']:.3f}, its final images {after['final_image']:.3f}")
+    say(f"its first sketches score {after['first_sketch']:.3f}, its final images {after['final_image']:.3f}: "
+        f"{refined}")
     say(f"report: {report}")
     print(json.dumps({
         "warm_start": round(before["score"], 4), "grpo": round(after["score"], 4),
         "first_sketch": round(after["first_sketch"], 4), "final_image": round(after["final_image"], 4),
         "gain_interval": [round(gain.low, 4), round(gain.high, 4)],
+        "refinement_interval": [round(refined.low, 4), round(refined.high, 4)],
         "on_policy_gap": gaps[0] if gaps else None, "minutes": round(clock.minutes(), 2), "report": str(report),
         "run_dir": str(recipe.run_dir), "seed": seed, "stages": clock.rounded()}))
     return 0

@@ -36,6 +36,7 @@ class EvaluateConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompts: int = Field(300, ge=1, description="held-out prompts, spread evenly over the tags")
+    samples: int = Field(1, ge=1, description="answers to each prompt, whose scores are averaged; GenEval draws 4")
     temperature: float = Field(1.0, ge=0, description="of every role")
     seed: int = Field(1234, description="of the sampling noise; the same for every evaluated policy")
 
