@@ -1,9 +1,13 @@
-"""Detection alone against all parts: the same warm start, prompts and noise, equal sampled and trained tokens.
+"""Detection alone against all parts: the same warm start, prompts and noise, equal sampled or equal trained tokens.
 
     python -m experiments.reward_parts --warm-start runs/quickstart-seed0/sft/model --out runs/reward-parts
 
-Each arm is a GRPO run of its own folder that resumes; an arm ends at the first step after `--tokens` sampled tokens.
-Writes <out>/results.json: held-out scores of both arms and the paired bootstrap interval over prompts.
+Detection alone stops at the first step after `--tokens` sampled tokens. More of its groups are without variance, hence
+skipped, so at equal sampled tokens it trains on fewer. All parts are therefore evaluated twice: at the first step after
+as many trained tokens (fewer are sampled by then), and at the first step after as many sampled ones.
+
+Each arm is a GRPO run of its own folder that resumes. Writes <out>/results.json: held-out scores, tokens, and the
+paired bootstrap intervals over prompts.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import sys
 from pathlib import Path
 
 from evals.bootstrap import compare
+from evals.heldout import PromptScore
 from rl import checkpoint
 from rollout.errors import UserError
 from underdrawing.cli import quieten
@@ -42,36 +47,50 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     quieten()
-    results: dict[str, dict[str, float]] = {}
     try:
-        for arm, overrides in ARMS.items():
-            results[arm] = run_arm(options, arm, overrides)
+        results = compare_arms(options)
     except UserError as error:
         print(f"reward_parts: {error}", file=sys.stderr)
         return error.exit_code
-    scores = [read_prompt_scores(options.out / arm / "evaluations" / "grpo" / "prompts.jsonl") for arm in ARMS]
-    gain = compare(scores[0], scores[1])
-    results["difference"] = {"all_parts_minus_detection": gain.difference, "low": gain.low, "high": gain.high}
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
     print(json.dumps(results))
     return 0
 
 
-def run_arm(options: argparse.Namespace, arm: str, of_arm: list[str]) -> dict[str, float]:
-    """Train until the token budget is spent, then evaluate."""
+def compare_arms(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Scores of detection alone, and of all parts at equal trained and at equal sampled tokens."""
+    results = {"detection": run_arm(options, "detection", "sampled", options.tokens)}
+    for kind in ("trained", "sampled"):  # trained comes first: all parts train on more of what they sample
+        results[f"all_parts_equal_{kind}"] = run_arm(options, "all_parts", kind, results["detection"][kind])
+        gain = compare(scores(options, "detection", "sampled"), scores(options, "all_parts", kind))
+        results[f"difference_equal_{kind}"] = {"all_parts_minus_detection": gain.difference, "low": gain.low,
+                                               "high": gain.high}
+    return results
+
+
+def run_arm(options: argparse.Namespace, arm: str, kind: str, tokens: float) -> dict[str, float]:
+    """Train until so many sampled or trained tokens are spent, then evaluate."""
     folder = options.out / arm
+    kept = folder / f"equal_{kind}.json"
+    if kept.is_file():
+        return dict(json.loads(kept.read_text()))
     recipe = load_recipe(options.recipe, [CONSTANT, *options.overrides, f"seed={options.seed}", f"run_dir={folder}",
-                                          *of_arm])
-    while spent(folder)["sampled"] < options.tokens:
+                                          *ARMS[arm]])
+    while spent(folder)[kind] < tokens:
         done = checkpoint.steps(folder / "checkpoints")
-        per_step = spent(folder)["sampled"] / done[-1] if done else None
-        left = 10 if per_step is None else max(1, round((options.tokens - spent(folder)["sampled"]) / per_step))
-        steps = (done[-1] if done else 0) + left
-        run_grpo(with_steps(recipe, steps), options.warm_start, resume=True)
+        per_step = spent(folder)[kind] / done[-1] if done else None
+        left = 10 if per_step is None else max(1, round((tokens - spent(folder)[kind]) / per_step))
+        run_grpo(with_steps(recipe, (done[-1] if done else 0) + left), options.warm_start, resume=True)
     newest = checkpoint.latest(folder / "checkpoints")
     assert newest is not None
-    heldout = run_evaluate(local(recipe, threads=2), newest / "weights", "grpo")
-    return {"score": heldout.final_image, "first_sketch": heldout.first_sketch, **spent(folder)}
+    heldout = run_evaluate(local(recipe, threads=2), newest / "weights", f"equal_{kind}")
+    result = {"score": heldout.final_image, "first_sketch": heldout.first_sketch, **spent(folder)}
+    kept.write_text(json.dumps(result))
+    return result
+
+
+def scores(options: argparse.Namespace, arm: str, kind: str) -> list[PromptScore]:
+    return read_prompt_scores(options.out / arm / "evaluations" / f"equal_{kind}" / "prompts.jsonl")
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
