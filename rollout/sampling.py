@@ -77,22 +77,25 @@ def sample(logits_BV: Tensor, temperature_B: Tensor, allowed_BV: Tensor | None, 
     any_greedy = bool(greedy_B.any())
     if any_greedy:
         temperature_B = torch.where(greedy_B, 1.0, temperature_B)
-    logits_BV = logits_BV.float() / temperature_B[:, None]
+    logits_BV = logits_BV.float()
+    if bool((temperature_B != 1).any()):
+        logits_BV = logits_BV / temperature_B[:, None]
     if allowed_BV is not None:
         logits_BV = torch.where(allowed_BV, logits_BV, -torch.inf)
     kept_BV = None
     if top_k or top_p < 1:
         kept_BV = _likeliest(logits_BV, top_p, top_k)
         logits_BV = logits_BV.masked_fill(~kept_BV, -torch.inf)
-    logprob_BV = torch.log_softmax(logits_BV, -1)
-    cdf_BV = logprob_BV.exp().to(torch.float64).cumsum_(-1)
+    p_BV = torch.softmax(logits_BV, -1)
+    cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)
     total_B = cdf_BV[:, -1]
     # Strictly below the total, so that the first entry above it is one with probability: never a forbidden id.
     target_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
     id_B = torch.searchsorted(cdf_BV, target_B[:, None], right=True)[:, 0].clamp_(max=cdf_BV.shape[1] - 1)
     if any_greedy:
         id_B = torch.where(greedy_B, logits_BV.argmax(-1), id_B)
-    chosen_B = logprob_BV.gather(1, id_B[:, None])[:, 0]
+    # The log of one p instead of a log-softmax of all: p was drawn, so it is no underflow, and exact to its last bit.
+    chosen_B = p_BV.gather(1, id_B[:, None])[:, 0].log()
     if any_greedy:
         chosen_B = torch.where(greedy_B, torch.nan, chosen_B)
     return Sampled(id_B, chosen_B, kept_BV)
