@@ -102,6 +102,11 @@ def steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder bears a finished checkpoint's name."""
+    return _NAME.fullmatch(folder.name) is not None and folder.is_dir()
+
+
 def latest(root: Path) -> Path | None:
     """The newest finished checkpoint; None: there is none."""
     finished = steps(root)
@@ -133,6 +138,20 @@ def load(folder: Path) -> Checkpoint:
         CheckpointError: a file is missing, cut short or altered, by name; or the folder is no checkpoint.
     """
     folder = Path(folder)
+    state = verify(folder)
+    try:
+        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{folder / 'trainer.pt'}: cannot be read ({error}){_other(folder)}") from None
+    return Checkpoint(folder, state["step"], state["cursor"], trainer, state["recipe"])
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its size and checksum, and return its state.json.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or altered, by name; or the folder is no checkpoint.
+    """
     state = _read_state(folder)
     for name, expected in state["files"].items():
         path = folder / name
@@ -144,11 +163,7 @@ def load(folder: Path) -> Checkpoint:
                                   f"altered{_other(folder)}")
         if _measure(path) != expected:
             raise CheckpointError(f"{path}: its checksum is not the one written; the file is corrupt{_other(folder)}")
-    try:
-        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{folder / 'trainer.pt'}: cannot be read ({error}){_other(folder)}") from None
-    return Checkpoint(folder, state["step"], state["cursor"], trainer, state["recipe"])
+    return state
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from rl import checkpoint
 from rollout.store import load_trajectories, save_trajectories
 from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from tests.test_recipe import ROOT, SHIPPED
@@ -119,6 +120,21 @@ def test_sft_then_evaluate_rollout_and_view(capsys, warm):
     assert main(["view", str(warm / "rollout")]) == 0
     page = (warm / "rollout/report.html").read_text()
     assert "data:image/png;base64," in page or "circle" in page or "square" in page
+
+
+def test_weights_of_a_damaged_checkpoint_are_not_evaluated(capsys, warm, tmp_path):
+    folder = checkpoint.save(tmp_path / "checkpoints", 3,
+                             lambda to: shutil.copytree(warm / "sft/model", to / "weights", dirs_exist_ok=True),
+                             trainer={}, cursor={}, recipe={})
+    command = ["evaluate", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["weights"] == str(folder / "weights")
+    weights = folder / "weights" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # still a weight like any other
+    weights.write_bytes(content)
+    for more in ([], ["--weights", folder / "weights"]):
+        assert "model.safetensors: its checksum is not the one written" in refused(capsys, *command, *more)
 
 
 def test_a_formula_that_fails_loses_no_thought(capsys, warm, tmp_path):

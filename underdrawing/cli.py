@@ -157,10 +157,12 @@ def _newest_weights(recipe: Any, given: Path | None) -> Path:
     from rl import checkpoint
     from underdrawing import build
 
-    if given is None:
-        newest = checkpoint.latest(recipe.run_dir / "checkpoints")
-        if newest is not None:
-            return newest / "weights"
+    newest = checkpoint.latest(recipe.run_dir / "checkpoints") if given is None else None
+    if newest is not None:
+        given = newest / "weights"
+    if given is not None and given.name == "weights" and checkpoint.is_checkpoint(given.parent):
+        checkpoint.verify(given.parent)  # its weights bear no checksums of their own
+        return given
     found = build.starting_weights(recipe, given)
     return found if found is not None else Path(recipe.policy.path)
 
