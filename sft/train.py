@@ -58,6 +58,8 @@ def render_all(demonstrations: Sequence[Demonstration], fmt: ThoughtFormat, poli
             # A picture that is wrong on purpose is there to be inspected and repaired, not to be imitated.
             for index in d.mistakes:
                 trajectory.segments[index + 1].trained = False
+        for index in d.needless:  # what it leads to is learned, the decision to go on is not
+            trajectory.segments[index + 1].trained = False
         trajectories.append(trajectory)
         at += count
     return trajectories

@@ -24,6 +24,7 @@ class Demonstration:
     record: Record
     parts: tuple[Part, ...]
     mistakes: tuple[int, ...] = ()  # indices in `parts` of pictures that are wrong on purpose: a loss may skip them
+    needless: tuple[int, ...] = ()  # of texts that go on where the thought could have ended: seen, never imitated
 
 
 @dataclass(frozen=True, eq=False)

@@ -148,6 +148,16 @@ def strokes(policy, mistakes=()):
     return Demonstration("a red circle", {"tag": "single_object"}, parts, mistakes)
 
 
+def test_a_needless_text_is_seen_and_what_it_leads_to_is_learned(policy):
+    fine = "<inspect> fine </inspect>"
+    parts = (Part("plan", "<ins> a red circle </ins><des> circle </des>"), Part("sketch", picture=drawn(policy, 10)),
+             Part("inspect", fine), Part("plan", "<ins> red </ins><des> circle </des>"),
+             Part("sketch", picture=drawn(policy, 10)), Part("inspect", fine))
+    shown = Demonstration("a red circle", {"tag": "single_object"}, parts, needless=(3,))
+    (trajectory,) = demonstrate(OneTask([shown]), get_format("strokes"), policy, section(), seed=0)
+    assert [s.trained for s in trajectory.segments] == [False, True, True, True, False, True, True]
+
+
 @pytest.mark.parametrize("learn_mistakes", [False, True])
 def test_a_mistake_is_seen_and_imitated_only_when_asked_for(policy, learn_mistakes):
     fmt = get_format("strokes", max_images=2)

@@ -73,6 +73,16 @@ def test_two_to_four_pictures_and_the_last_is_right(written, name):
         assert judged(shown.record, pictures(shown)[-1][1]), shown.prompt
 
 
+def test_only_the_plan_to_keep_a_right_sketch_is_needless(written):
+    for shown in written["strokes"]:
+        kept = [i for i, part in enumerate(shown.parts) if part.role == "plan" and "keep all" in part.text]
+        assert list(shown.needless) == kept
+        for i in kept:  # after a picture that is right and was called so
+            assert "fine" in shown.parts[i - 1].text and judged(shown.record, shown.parts[i - 2].picture)
+    assert 0.2 < np.mean([bool(shown.needless) for shown in written["strokes"]]) < 0.6
+    assert not any(shown.needless for name in ("subgoals", "self_critique") for shown in written[name])
+
+
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_half_of_them_have_a_mistake(written, name):
     share = np.mean([bool(shown.mistakes) for shown in written[name]])

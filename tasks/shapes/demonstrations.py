@@ -4,7 +4,7 @@ A demonstration draws what its prompt asks for in 2 to 4 pictures. In about half
 by one mistake that breaks the prompt under GenEval's rules; the text after it names the mistake, the refinement repairs
 it, and everything else of the picture stays as it was. In the others the inspection rightly finds nothing. The last
 picture is always right. `Demonstration.mistakes` says which pictures are wrong, for a loss that would rather not learn
-to draw them.
+to draw them; `Demonstration.needless` which plan goes on although the picture before it was already right.
 
 Formats (rollout/formats): strokes, subgoals, self_critique.
 """
@@ -134,6 +134,7 @@ class _Writer:
     def __init__(self) -> None:
         self.parts: list[Part] = []
         self.mistakes: list[int] = []
+        self.needless: list[int] = []
 
     def say(self, role: str, text: str) -> None:
         self.parts.append(Part(role, text))
@@ -144,7 +145,8 @@ class _Writer:
         self.parts.append(Part(role, picture=render(scene)))
 
     def finish(self, record: Record) -> Demonstration:
-        return Demonstration(record["prompt"], record, tuple(self.parts), tuple(self.mistakes))
+        return Demonstration(record["prompt"], record, tuple(self.parts), tuple(self.mistakes),
+                             tuple(self.needless))
 
 
 def _critique(owed: Record, scene: Scene, made: Slip | None) -> str:
@@ -167,7 +169,8 @@ def strokes(record: Record, rng: np.random.Generator, mistake_rate: float) -> De
     """plan, sketch, inspect, (refine, redraw, inspect)*, and again from plan where a stroke is left.
 
     The first sketch attempts the whole prompt but for one in four thoughts on several objects, which are drawn in two
-    strokes. A whole sketch that is right at once is planned and drawn a second time unchanged: "keep all".
+    strokes. A whole sketch that is right at once is planned and drawn a second time unchanged ("keep all"), which shows
+    how to copy; the plan to do so is needless, so a policy learns from the other thoughts that "fine" is the end.
     """
     scene = sample_scene_for(record, rng)
     wrong = rng.random() < mistake_rate
@@ -183,6 +186,7 @@ def strokes(record: Record, rng: np.random.Generator, mistake_rate: float) -> De
         _stroke(out, record, scene, plan("draw all", scene), rng, _how_often(rng))
     else:
         _stroke(out, record, scene, plan("draw all", scene), rng, 0)
+        out.needless.append(len(out.parts))
         _stroke(out, record, scene, plan("keep all", scene), rng, 0)
     return out.finish(record)
 
