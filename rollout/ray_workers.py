@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from policy.base import Policy
+from rollout.actor_worker import ActorWorker
 from rollout.assignment import Assignment, Call
 from rollout.config import RolloutConfig
 from rollout.errors import UserError
-from rollout.processes import ActorProcess, TraceableActor, end_actor
+from rollout.processes import ActorProcess, end_actor
 from rollout.ray_cluster import start_ray
 from rollout.requests import RolloutRequest
 from rollout.trajectory import Trajectory
-from rollout.weights import Manifest, Probe, Publication, PublicationError
+from rollout.weights import Probe, Publication, PublicationError
 from rollout.workers import (
     UNPUBLISHED,
     Each,
@@ -33,7 +34,6 @@ from rollout.workers import (
     FailedGroup,
     FinishedGroup,
     GenerateResult,
-    RolloutWorker,
     WorkerHealth,
     WorkersError,
     check_requests,
@@ -45,39 +45,6 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 600.0  # waiting for resources, building the engine, taking up weights
 SAY_AFTER_S = 10.0  # how long to wait for resources before saying so, and between sayings
 TICK_S = 1.0  # how often timeouts are looked at
-
-
-class ActorWorker(TraceableActor):
-    """A RolloutWorker with a process to itself."""
-
-    def __init__(self, name: str, threads: int) -> None:
-        import torch
-
-        super().__init__()
-        torch.set_num_threads(threads)
-        self.name = name
-
-    def build(self, spec: EngineSpec) -> None:
-        """Not in the constructor, whose errors Ray reports as text only."""
-        self.worker = RolloutWorker(self.name, spec.build())
-
-    def take(self, publication: tuple[Manifest, Sequence[Trajectory]],
-             *chunks: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        return self.worker.receive(*publication, *chunks)
-
-    def probe(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        return self.worker.probe(trajectories)
-
-    def roll(self, requests: Sequence[RolloutRequest], version: int) -> Iterator[Any]:
-        """Streams (group, its pickled trajectories), then the engine's counts.
-
-        Pickled here, because arrays that Ray unpacks are read-only and hold on to its shared memory.
-        """
-        if self.worker.receiver.version != version:
-            raise PublicationError(f"{self.name} has version {self.worker.receiver.version} of {version}")
-        for group, trajectories in self.worker.groups(requests):
-            yield group, pickle.dumps(trajectories, protocol=5)
-        yield self.worker.stats()
 
 
 @dataclass
