@@ -150,13 +150,11 @@ class Decode:
         """One query a row: two batched products in which the heads of a group are the rows, nothing repeated."""
         W, H, L, d = key_WHLd.shape
         G = self.heads // H
-        query = query_W1Qd.reshape(W * H, G, d)
+        query = query_W1Qd.reshape(W * H, G, d) * self.scale
         key, value = key_WHLd.flatten(0, 1), value_WHLd.flatten(0, 1)
-        if mask_W11L is None:
-            score = torch.bmm(query * self.scale, key.transpose(1, 2))
-        else:
-            mask = mask_W11L.expand(W, H, 1, L).reshape(W * H, 1, L)
-            score = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=self.scale)
+        score = torch.bmm(query, key.transpose(1, 2))
+        if mask_W11L is not None:
+            score.view(W, H, G, L).add_(mask_W11L)
         return torch.bmm(score.softmax(-1), value).view(W, 1, H * G, d)
 
 
