@@ -48,8 +48,8 @@ def counting(shape, count):
 
 # ---- descriptions -----------------------------------------------------------------------------------------------
 
-def test_a_scene_is_described_in_reading_order():
-    assert describe(BOTH) == "blue circle top-left , red square right"
+def test_a_scene_is_described_in_its_own_order():
+    assert describe(BOTH) == "red square right , blue circle top-left"
     assert describe(Scene(())) == "nothing" and parse_description("nothing") == []
 
 
@@ -68,8 +68,8 @@ def test_nonsense_is_no_description(text):
 
 def test_a_plan_is_read_by_its_last_description():
     text = plan("draw all", BOTH)
-    assert text == "<ins> draw all </ins> <des> blue circle top-left , red square right </des>"
-    assert parse_plan(text) == [clause_of(BLUE_CIRCLE), clause_of(RED_SQUARE)]
+    assert text == "<ins> draw all </ins> <des> red square right , blue circle top-left </des>"
+    assert parse_plan(text) == [clause_of(RED_SQUARE), clause_of(BLUE_CIRCLE)]
     assert parse_plan("<des> red circle </des> <des> blue cross </des>") == [Clause("cross", "blue")]
     assert parse_plan("<ins> draw all </ins>") is None and parse_plan("<des> draw </des>") is None
 

@@ -95,9 +95,8 @@ def clause_of(item: Object) -> Clause:
 
 
 def describe(scene: Scene | Iterable[Clause]) -> str:
-    """All objects in reading order (by place), so that one picture has one description."""
+    """All objects in the order given: a scene's is that of the record's clauses, so a plan can follow its prompt."""
     clauses = [clause_of(item) for item in scene.objects] if isinstance(scene, Scene) else list(scene)
-    clauses.sort(key=lambda clause: PLACES.index(clause.place) if clause.place else len(PLACES))
     return " , ".join(map(str, clauses)) or "nothing"
 
 

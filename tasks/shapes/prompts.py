@@ -209,7 +209,8 @@ def _related_layouts(relation: str) -> tuple[tuple[int, ...], ...]:
 
 
 def sample_scene_for(record: Record, rng: np.random.Generator) -> Scene:
-    """A scene that satisfies the record with RELATION_MARGIN, objects in the order of its clauses.
+    """A scene that satisfies the record with RELATION_MARGIN, objects in the order of its clauses: reading order too,
+    unless the record says where they stand. A plan then follows both its prompt and the codes that it is drawn with.
 
     What the record leaves open is sampled: places and colours (one colour for all objects of a clause). Jitters are
     not, for no words say them: a policy that had to guess one for each quarter of an object would tear it apart.
@@ -222,5 +223,7 @@ def sample_scene_for(record: Record, rng: np.random.Generator) -> Scene:
     relation = next((clause["position"][0] for clause in record["include"] if "position" in clause), None)
     choices = layouts(len(wanted)) if relation is None else _related_layouts(relation)
     places = choices[rng.integers(len(choices))]
+    if relation is None:
+        places = tuple(sorted(places))
     return Scene(tuple(Object(shape, color, place)
                        for (shape, color), place in zip(wanted, places, strict=True)))
