@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--policy", help="folder of warm-started weights")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--members", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=64, help="rows of our cache")
+    parser.add_argument("--rows", type=int, default=128, help="rows of our cache: all at once, as two workers of 64")
     parser.add_argument("--max-tokens", type=int, default=240)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
