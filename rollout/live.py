@@ -79,9 +79,6 @@ class Live:
         self.cursor: Cursor = fmt.cursor(vocabulary, constrain)
         self.trajectory = Trajectory(request.prompt, request.record, fmt.name, list(prompt), request.group,
                                      request.members[order[1]], request.seed)
-        beside = getattr(fmt, "beside_prompt", None)
-        if beside is not None:
-            self.trajectory.segments += beside(vocabulary)
         self.noise = noise_key(request.seed, request.group, self.trajectory.member)
         self.closed = 0  # spans that have become segments
         self.start = 0  # index of the open segment's first id among the policy's ids

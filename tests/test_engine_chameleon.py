@@ -74,6 +74,16 @@ def test_scoring_finds_the_behaviour_logprobs(policy, case, constrain):
         assert DecisionKind.CODE in scored.kind_N
 
 
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_negative_prompt_stands_once_beside_a_guided_prompt(policy, guidance):
+    fmt = get_format("self_critique", negative_prompt="wrong", scales={"negative": 0.5})
+    for trajectory in rollouts(policy, fmt, "full", guidance=guidance, rows=20).run(requests(1, 2)):
+        assert [s.role for s in trajectory.segments].count("negative") == guidance
+        image = next(s for s in trajectory.segments if s.modality is Modality.IMAGE_TOKENS)
+        seen = {context.branch: [piece.segment for piece in context.pieces] for context in image.contexts}
+        assert seen == {"full": [0], "unconditional": [], "negative": [1]} if guidance else {"full": [0]}
+
+
 @pytest.mark.parametrize("name", ["strokes", "subgoals", "self_critique"])
 def test_what_full_constraint_writes_is_well_formed(policy, name):
     fmt = get_format(name, max_tokens={"plan": 5, "inspect": 5, "refine": 5} if name == "strokes" else None)
