@@ -128,6 +128,28 @@ def test_paying_for_the_form_under_full_constraint_is_refused(tmp_path):
         load_recipe(written(tmp_path, data))
 
 
+@pytest.mark.parametrize("given, words", [
+    ({"grpo": {"evaluate_every": 5}, "rollout": {"temperature": {"sketch": 0.9}}},
+     ["rollout.temperature is 0.9 (sketch)", "evaluate.temperature 1,", "make them equal"]),
+    ({"policy": {"device": "cuda"}, "rollout": {"workers": 2}},
+     ["rollout.gpus is 0", "its 2 workers no GPU", "policy.device is cuda"]),
+])
+def test_sections_that_contradict_each_other_are_refused(tmp_path, given, words):
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(written(tmp_path, MINIMAL | given))
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_sections_that_agree_are_taken(tmp_path):
+    for given in ({"grpo": {"evaluate_every": 5}, "rollout": {"temperature": {"default": 0.9}},
+                   "evaluate": {"temperature": 0.9}},
+                  {"rollout": {"temperature": {"sketch": 0.9}}},
+                  {"policy": {"device": "cuda"}, "rollout": {"workers": 2, "gpus": 0.5}},
+                  {"policy": {"device": "cuda"}}):
+        load_recipe(written(tmp_path, MINIMAL | given))
+
+
 def test_every_key_of_every_section_says_what_it_is():
     def check(model, at: str) -> None:
         assert model.model_config.get("extra") == "forbid", f"{at} lets unknown keys pass"

@@ -37,7 +37,8 @@ class EvaluateConfig(BaseModel):
 
     prompts: int = Field(300, ge=1, description="held-out prompts, spread evenly over the tags")
     samples: int = Field(1, ge=1, description="answers to each prompt, whose scores are averaged; GenEval draws 4")
-    temperature: float = Field(1.0, ge=0, description="of every role")
+    temperature: float = Field(1.0, ge=0, description="of every role; top_p, top_k and guidance "
+                                         "are the rollout's")
     seed: int = Field(1234, description="of the sampling noise; the same for every evaluated policy")
 
 
@@ -63,6 +64,24 @@ class Recipe(BaseModel):
     def _what_is_paid_counts(self) -> Recipe:
         self.rewards.refuse_constant_format(self.format)
         self.rewards.refuse_lost_weight(self.grpo.scale_rewards)
+        return self
+
+    @model_validator(mode="after")
+    def _one_law_for_heldout_scores(self) -> Recipe:
+        """Scores during training come from the workers of the training, at their temperature."""
+        other = {role: value for role, value in self.rollout.temperature.items() if value != self.evaluate.temperature}
+        if self.grpo.evaluate_every is not None and other:
+            role, value = next(iter(other.items()))
+            raise ValueError(f"grpo.evaluate_every: rollout.temperature is {value:g} ({role}) and evaluate.temperature "
+                             f"{self.evaluate.temperature:g}, so scores during training and after it would not "
+                             f"compare; make them equal, or leave evaluate_every out and evaluate checkpoints")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_have_what_they_run_on(self) -> Recipe:
+        if self.policy.device.startswith("cuda") and self.rollout.workers and not self.rollout.gpus:
+            raise ValueError(f"rollout.gpus is 0, so Ray shows its {self.rollout.workers} workers no GPU, and "
+                             f"policy.device is {self.policy.device}; give each worker a GPU or a fraction of one")
         return self
 
 
