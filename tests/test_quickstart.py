@@ -66,3 +66,30 @@ def test_without_ray_it_rolls_out_in_this_process(tmp_path: Path, capsys: pytest
     said = capsys.readouterr()
     assert "Ray cannot be had (no Ray cluster answers" in said.err and "rolling out in this process" in said.err
     assert json.loads(said.out.strip().splitlines()[-1])["run_dir"] == str(tmp_path)
+
+
+def test_minutes_are_those_of_every_attempt_and_none_after_a_kill(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(quickstart.time, "monotonic", lambda: now[0])
+    path = tmp_path / "quickstart.json"
+
+    def attempt(seconds: float, error: type[BaseException] | None = None) -> quickstart._Clock:
+        clock = quickstart._Clock(path, "recipe")
+        with clock.stage("sft"):
+            now[0] += seconds
+            if error is not None:
+                raise error
+        return clock
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            attempt(60, KeyboardInterrupt)
+        assert not quickstart._Clock(path, "recipe").has("sft")
+    assert attempt(30).minutes() == 2.5
+    assert quickstart._Clock(path, "recipe").minutes() == 2.5
+
+    stage = quickstart._Clock(path, "recipe").stage("grpo")
+    stage.__enter__()  # and not left, as by a process that was killed
+    assert quickstart._Clock(path, "recipe").minutes() is None
+    del stage

@@ -2,7 +2,7 @@
 
 Its last line is one JSON object: warm_start, grpo, first_sketch, final_image (held-out scores), on_policy_gap,
 minutes, report, run_dir, and 95% intervals of the gain and of what refining adds. A finished stage is kept: the same
-command after an interruption goes on where it stopped.
+command after an interruption goes on where it stopped; minutes are those of all attempts, null after a kill.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -111,13 +112,15 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
         "first_sketch": round(after["first_sketch"], 4), "final_image": round(after["final_image"], 4),
         "gain_interval": [round(gain.low, 4), round(gain.high, 4)],
         "refinement_interval": [round(refined.low, 4), round(refined.high, 4)],
-        "on_policy_gap": gaps[0] if gaps else None, "minutes": round(clock.minutes(), 2), "report": str(report),
+        "on_policy_gap": gaps[0] if gaps else None, "minutes": clock.minutes(), "report": str(report),
         "run_dir": str(recipe.run_dir), "seed": seed, "stages": clock.rounded()}))
     return 0
 
 
 class _Clock:
     """Seconds of each finished stage, kept in the run's folder: it says what is done after an interruption too.
+
+    An interrupted stage's seconds count towards it. Those of a killed process are not known: then there is no total.
 
     Raises:
         UserError: the folder's stages were run by another recipe, whose figures would be passed off as this one's.
@@ -126,11 +129,16 @@ class _Clock:
     def __init__(self, path: Path, recipe: str) -> None:
         self.path = path
         self.recipe = hashlib.sha256(recipe.encode()).hexdigest()[:16]
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of finished stages
+        self.begun: dict[str, float] = {}  # of the unfinished one's earlier attempts
+        self.running: str | None = None
+        self.killed = False  # at some time a process ended without a word
         if path.exists():
             try:
                 state = json.loads(path.read_text())
                 self.seconds, made_by = dict(state["seconds"]), state["recipe"]
+                self.begun = dict(state["begun"])
+                self.killed = bool(state["killed"]) or state["running"] is not None
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it to run all stages again") from None
             if made_by != self.recipe:
@@ -141,33 +149,33 @@ class _Clock:
         temporary = self.path.with_suffix(".tmp")
         with writing(self.path, "free some space and give the same command again"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"recipe": self.recipe, "seconds": self.seconds}))
+            temporary.write_text(json.dumps({"recipe": self.recipe, "seconds": self.seconds, "begun": self.begun,
+                                             "running": self.running, "killed": self.killed}))
             temporary.replace(self.path)
 
     def has(self, stage: str) -> bool:
         return stage in self.seconds
 
-    def stage(self, name: str) -> _Stage:
-        return _Stage(self, name)
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.running = name
+        self.save()
+        started = time.monotonic()
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            self.running = None
+            seconds = self.begun.pop(name, 0.0) + time.monotonic() - started
+            (self.seconds if finished else self.begun)[name] = seconds
+            self.save()
 
-    def minutes(self) -> float:
-        return sum(self.seconds.values()) / 60
+    def minutes(self) -> float | None:
+        return None if self.killed else round(sum(self.seconds.values()) / 60, 2)
 
     def rounded(self) -> dict[str, float]:
         return {name: round(seconds, 1) for name, seconds in self.seconds.items()}
-
-
-class _Stage:
-    def __init__(self, clock: _Clock, name: str) -> None:
-        self.clock, self.name = clock, name
-
-    def __enter__(self) -> None:
-        self.began = time.monotonic()
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self.clock.seconds[self.name] = time.monotonic() - self.began
-            self.clock.save()
 
 
 if __name__ == "__main__":
