@@ -1,7 +1,7 @@
 """Rollout speed: our engine against transformers' `generate`, the same model, constraint, work and threads.
 
     python -m benchmarks.rollout                        # fresh weights, lengths scripted by demonstrations
-    python -m benchmarks.rollout --policy runs/x/sft    # warm-started weights, lengths as they come
+    python -m benchmarks.rollout --policy runs/x/sft/model    # warm-started weights, lengths as they come
 
 16 prompts x 8 members, one to four pictures each. With fresh weights a model would write no picture and never end, so
 each row follows the outline of a demonstration: where its tags, pictures and end stand is given, words and codes are

@@ -35,6 +35,15 @@ class Finding:
     advice: str = ""
 
 
+MENDS = {
+    "torch": "pip install --force-reinstall torch torchvision",
+    "GPU": "torch's CUDA build does not run on this driver: install the one for the CUDA version that nvidia-smi names, "
+           "or hide the GPU with CUDA_VISIBLE_DEVICES=",
+    "torchvision": "torch and torchvision are of different builds: pip install --force-reinstall torch torchvision, "
+                   "both from one index",
+}
+
+
 def examine(ray: bool = True) -> list[Finding]:
     """Run every check. ray=False leaves out the one that starts processes (some seconds)."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
@@ -48,7 +57,8 @@ def examine(ray: bool = True) -> list[Finding]:
         try:
             findings.append(check())
         except Exception as error:  # the report is the boundary: a broken check is a finding
-            findings.append(Finding(name, "broken", f"{type(error).__name__}: {error}", "see the message"))
+            findings.append(Finding(name, "broken", f"{type(error).__name__}: {error}",
+                                    MENDS.get(name, "a fault of this check: please report it with the message")))
     return findings
 
 
