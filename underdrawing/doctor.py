@@ -37,8 +37,8 @@ class Finding:
 
 MENDS = {
     "torch": "pip install --force-reinstall torch torchvision",
-    "GPU": "torch's CUDA build does not run on this driver: install the one for the CUDA version that nvidia-smi names, "
-           "or hide the GPU with CUDA_VISIBLE_DEVICES=",
+    "GPU": "torch's CUDA build does not run on this driver: install the one for the CUDA that nvidia-smi names, or "
+           "hide the GPU with CUDA_VISIBLE_DEVICES=",
     "torchvision": "torch and torchvision are of different builds: pip install --force-reinstall torch torchvision, "
                    "both from one index",
 }
