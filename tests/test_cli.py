@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
+from rewards.compose import Judge
 from rl import checkpoint
 from rollout.store import load_trajectories, save_trajectories
 from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from rollout.workers import LocalRollouts
 from tests.test_recipe import ROOT, SHIPPED
 from underdrawing.cli import main
 
@@ -140,8 +142,53 @@ def test_weights_of_a_damaged_checkpoint_are_not_evaluated(capsys, warm, tmp_pat
 def test_a_formula_that_fails_loses_no_thought(capsys, warm, tmp_path):
     said = refused(capsys, "rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "--weights",
                    warm / "sft/model", "--prompts", "2", "rewards.total=detect / 0")
-    assert "divides by zero" in said
+    assert "divides by zero" in said and f"2 trajectories are saved in {tmp_path / 'rollout'}, 0 of them" in said
     assert len(load_trajectories(tmp_path / "rollout")) == 2
+
+
+@pytest.mark.parametrize("finished", [0, 3, 8])
+def test_ctrl_c_in_a_rollout_stores_what_is_finished(capsys, warm, tmp_path, monkeypatch, finished: int):
+    command = ["rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "--weights",
+               str(warm / "sft/model"), "--prompts"]
+    assert main([*command, "2"]) == 0
+    stream, judge = LocalRollouts.stream, Judge.judge
+
+    def sampling(self, requests, timeout_s=None):
+        for number, group in enumerate(stream(self, requests, timeout_s)):
+            if number == finished:
+                signal.raise_signal(signal.SIGINT)
+            yield group
+
+    def judging(self, groups, step=0):
+        signal.raise_signal(signal.SIGINT)
+        return judge(self, groups, step)
+
+    monkeypatch.setattr(LocalRollouts, "stream", sampling)
+    monkeypatch.setattr(Judge, "judge", judging)
+    capsys.readouterr()
+    assert main([*command, "8"]) == 130
+    said = capsys.readouterr()
+    stored = load_trajectories(tmp_path / "rollout")
+    assert said.out == "" and f"stopped after {finished} of 8 prompts" in said.err
+    if finished:
+        assert f"{finished} trajectories are saved in {tmp_path / 'rollout'}, 0 of them judged" in said.err
+        assert len(stored) == finished and [t.group for t in stored] == sorted(t.group for t in stored)
+    else:
+        assert f"no trajectory was finished, and {tmp_path / 'rollout'} is as it was" in said.err
+        assert len(stored) == 2
+
+
+@pytest.mark.parametrize("out, words", [("thesis", "holds 'thesis.tex' and no stored trajectories"),
+                                        (".", "the current folder is there"), ("file.txt", "file.txt is a file"),
+                                        ("file.txt/stored", "file.txt is a file")])
+def test_a_rollout_deletes_nothing_and_says_so_before_it_samples(capsys, warm, tmp_path, monkeypatch, out, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.tex").write_text("mine")
+    (tmp_path / "file.txt").write_text("mine")
+    monkeypatch.setattr(LocalRollouts, "stream", lambda *arguments: pytest.fail("it sampled"))
+    assert words in refused(capsys, "rollout", QUICKSTART, *SMALL, f"run_dir={warm}", "--prompts", "2", "--out", out)
+    assert (tmp_path / "thesis/thesis.tex").read_text() == (tmp_path / "file.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command, steps, saved", [("sft", "sft.max_steps", "sft/checkpoint-*"),
