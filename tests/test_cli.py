@@ -51,6 +51,8 @@ def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, words", [
     (["grpo", "none.yaml"], ["none.yaml: no such recipe", "configs/"]),
+    (["grpo", "file.txt/x"], ["file.txt/x: no such recipe"]),
+    (["grpo", "empty"], ["empty: a recipe is a YAML text file"]),
     (["grpo", "broken.yaml"], ["broken.yaml: line 2: not YAML"]),
     (["sft", QUICKSTART, "sft.max_step=3"], ["sft.max_step: unknown key", "did you mean 'max_steps'?"]),
     (["sft", QUICKSTART, "sft.max_steps=3.5"], ["sft.max_steps", "integer"]),
