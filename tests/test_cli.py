@@ -22,6 +22,8 @@ from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from rollout.workers import LocalRollouts
 from tests.test_recipe import ROOT, SHIPPED
 from underdrawing.cli import main
+from underdrawing.jobs import run_evaluate
+from underdrawing.recipe import load_recipe
 
 QUICKSTART = str(ROOT / "configs/shapes/quickstart.yaml")
 SMALL = ["policy.tiny.hidden_size=32", "policy.tiny.num_hidden_layers=1", "policy.tiny.num_attention_heads=2",
@@ -126,7 +128,7 @@ def test_sft_then_evaluate_rollout_and_view(capsys, warm):
     assert "data:image/png;base64," in page or "circle" in page or "square" in page
 
 
-def test_weights_of_a_damaged_checkpoint_are_not_evaluated(capsys, warm, tmp_path):
+def test_weights_of_a_damaged_checkpoint_are_used_by_no_command(capsys, warm, tmp_path, monkeypatch):
     folder = checkpoint.save(tmp_path / "checkpoints", 3,
                              lambda to: shutil.copytree(warm / "sft/model", to / "weights", dirs_exist_ok=True),
                              trainer={}, cursor={}, recipe={})
@@ -137,8 +139,17 @@ def test_weights_of_a_damaged_checkpoint_are_not_evaluated(capsys, warm, tmp_pat
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # still a weight like any other
     weights.write_bytes(content)
+    words = "model.safetensors: its checksum is not the one written"
     for more in ([], ["--weights", folder / "weights"]):
-        assert "model.safetensors: its checksum is not the one written" in refused(capsys, *command, *more)
+        assert words in refused(capsys, *command, *more)
+    elsewhere = [QUICKSTART, *SMALL, f"run_dir={tmp_path / 'other'}"]
+    assert words in refused(capsys, "grpo", *elsewhere, "--weights", folder / "weights")
+    for name in ("grpo", "sft", "evaluate", "rollout"):
+        assert words in refused(capsys, name, *elsewhere, f"policy.path={folder / 'weights'}")
+    monkeypatch.chdir(folder)
+    assert words in refused(capsys, "rollout", *elsewhere, "--weights", "weights")
+    with pytest.raises(checkpoint.CheckpointError, match=words):  # as the quickstart evaluates
+        run_evaluate(load_recipe(QUICKSTART, elsewhere[1:]), folder / "weights", "grpo")
 
 
 def test_a_formula_that_fails_loses_no_thought(capsys, warm, tmp_path):
