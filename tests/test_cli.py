@@ -68,6 +68,7 @@ def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
     (["grpo", QUICKSTART, "policy.family=anolle", "--weights", "half"], ["policy.family", "anolle"]),
     (["view", "empty"], ["empty: no run here", "metrics.jsonl"]),
     (["view", "nowhere"], ["nowhere"]),
+    (["view", "cut"], ["cut/evaluations/grpo/summary.json: cannot be read", "--label grpo"]),
     (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=nowhere.py:f"], ["nowhere.py:f", "no file"]),
     (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=bad.py:f"], ["bad.py:f", "line 2"]),
     (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py:brigth"], ["good.py", "'bright'"]),
@@ -96,6 +97,8 @@ def test_bad_input_is_a_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, 
         "    def prompts(self, split):\n"
         "        return [{'tag': 'single_object', 'prompt': 'a photo of a dog', 'include': [{'class': 'dog', "
         "'count': 1}]}]\n")
+    (tmp_path / "cut/evaluations/grpo").mkdir(parents=True)
+    (tmp_path / "cut/evaluations/grpo/summary.json").write_text('{"score": 0.5, "by_')
     (tmp_path / "half").mkdir()
     (tmp_path / "half/config.json").write_text(json.dumps({"model_type": "chameleon", "vocabulary_map": {"<s>": 0}}))
     said = refused(capsys, *arguments, *([] if arguments[0] == "view" else ["track.wandb=disabled"]))
