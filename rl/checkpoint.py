@@ -4,7 +4,7 @@
         weights/       the policy's own layout (policy.save), so that any command can start from it
         probe/         the trajectories that publications are proven with
         trainer.pt     trained parameters, optimiser, schedule, version, random states (tensors and plain values only)
-        state.json     step, cursor, recipe, and size and CRC-32 of every other file
+        state.json     step, cursor, recipe, size and CRC-32 of every other file, and the CRC-32 of all this
 
 A checkpoint is written under another name, flushed to the disk and renamed, so that a folder called step-* is a
 finished one, however the process that wrote it ended. Metrics need no place here: the tracker rewinds to the step.
@@ -30,6 +30,8 @@ from rollout.errors import UserError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
+_KEYS = {"format": int, "step": int, "cursor": dict, "recipe": dict, "files": dict}
+_OWN = "crc32"  # of the rest of state.json; those written before had none
 
 
 class CheckpointError(UserError):
@@ -74,7 +76,7 @@ def save(root: Path, step: int, write: Callable[[Path], Any], trainer: dict[str,
         _write_tensors(trainer, temporary / "trainer.pt")
         files = {str(path.relative_to(temporary)): _measure(path) for path in _files(temporary)}
         state = {"format": FORMAT, "step": step, "cursor": cursor, "recipe": recipe, "files": files}
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        (temporary / "state.json").write_text(json.dumps({**state, _OWN: _checksum(state)}, indent=1))
         _flush(temporary)
         if final.exists():  # a run that was resumed from an earlier step comes past here again
             os.rename(final, root / f".step-{step:06d}.old")
@@ -175,12 +177,32 @@ def _read_state(folder: Path) -> dict[str, Any]:
                               f"checkpoints/step-* of a run") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); the file was cut or altered{_other(folder)}") from None
-    missing = {"format", "step", "cursor", "recipe", "files"} - set(state if isinstance(state, dict) else ())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}){_other(folder)}") from None
+    missing = set(_KEYS) - set(state if isinstance(state, dict) else ())
     if missing:
         raise CheckpointError(f"{path}: no key '{sorted(missing)[0]}'; the file was altered{_other(folder)}")
     if state["format"] != FORMAT:
         raise CheckpointError(f"{path}: written in format {state['format']}; this version reads {FORMAT}")
+    unknown = set(state) - set(_KEYS) - {_OWN}  # its own checksum under an altered name, say
+    if unknown:
+        raise CheckpointError(f"{path}: unknown key '{sorted(unknown)[0]}'; the file was altered{_other(folder)}")
+    if _OWN in state and state.pop(_OWN) != _checksum(state):
+        raise CheckpointError(f"{path}: its checksum is not the one written; the file is corrupt{_other(folder)}")
+    for key, kind in _KEYS.items():
+        if not isinstance(state[key], kind):
+            raise CheckpointError(f"{path}: '{key}' is no {kind.__name__}; the file was altered{_other(folder)}")
+    for name, measure in state["files"].items():
+        if not (isinstance(measure, dict) and all(isinstance(measure.get(key), int) for key in ("bytes", "crc32"))):
+            raise CheckpointError(f"{path}: 'files' tells no size and checksum of '{name}'; the file was altered"
+                                  f"{_other(folder)}")
     return state
+
+
+def _checksum(state: dict[str, Any]) -> int:
+    """CRC-32 of what state.json says, however it is laid out."""
+    plain = json.loads(json.dumps(state))  # as it is read again: keys that are numbers become words
+    return zlib.crc32(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _other(folder: Path) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -46,6 +47,9 @@ from rollout.trajectory import (
 VERSION = "1"
 _VERSION_KEY = b"underdrawing.record"
 _PNG_END = b"IEND\xaeB`\x82"
+_FILES = ("trajectories.parquet", "segments.parquet", "latents.safetensors")
+_PICTURE = re.compile(r"-?\d+--?\d+-\d+(\.\d+)?\.png")
+_PAGE = "report.html"  # `underdrawing view` makes it of the trajectories, and goes with them
 
 TRAJECTORIES = pa.schema([
     ("trajectory", pa.int32()), ("prompt", pa.string()), ("record", pa.string()), ("format", pa.string()),
@@ -75,14 +79,16 @@ def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) ->
     """Write a folder, or replace it whole.
 
     Raises:
-        StoreError: the disk is full or not writable. Nothing half-written is left, and what was there stays.
+        StoreError: the disk is full or not writable, or as check_folder. Nothing half-written is left, and what was
+            there stays.
         RecordError: a value that is no JSON, or not of the type that the record declares; names the trajectory.
     """
     folder = Path(folder)
+    check_folder(folder)
     temporary, aside = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("part", "old"))
+    for leftover in (temporary, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        for leftover in (temporary, aside):
-            shutil.rmtree(leftover, ignore_errors=True)
         (temporary / "pictures").mkdir(parents=True)
         _write(trajectories, temporary)
         _flush(temporary)
@@ -92,13 +98,61 @@ def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) ->
         _flush_one(folder.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
-        if aside.exists() and not folder.exists():
-            os.rename(aside, folder)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StoreError(f"{folder}: the trajectories cannot be written ({reason}); free some space or choose another "
                          "folder. Nothing was left half-written") from error
     finally:
+        if aside.exists() and not folder.exists():  # broken off between the two renames
+            os.rename(aside, folder)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Whether trajectories may be saved there: it is new, empty, or holds stored trajectories and nothing else.
+
+    Raises:
+        StoreError: it is a file, the current folder or one above that, or it holds what replacing it would delete.
+    """
+    folder = Path(folder)
+    try:
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise StoreError(f"{folder}: the current folder is there, and saving trajectories replaces a folder whole; "
+                             "name a new one")
+        for parent in (folder, *folder.parents):
+            if parent.exists() and not parent.is_dir():
+                raise StoreError(f"{folder}: the trajectories cannot be written ({parent} is a file); choose another "
+                                 "folder")
+        names = sorted(os.listdir(folder)) if folder.exists() else []
+        if names and not _is_stored(folder):
+            raise StoreError(f"{folder}: holds '{names[0]}' and no stored trajectories, and saving would delete what "
+                             "is there; choose another folder")
+        foreign = _foreign(folder, names)
+    except OSError as error:
+        raise StoreError(f"{folder}: the trajectories cannot be written ({error.strerror or error}); choose another "
+                         "folder") from error
+    if foreign is not None:
+        raise StoreError(f"{folder}: holds '{foreign}' beside stored trajectories, and saving would delete it; move it "
+                         "away, or choose another folder")
+
+
+def _is_stored(folder: Path) -> bool:
+    try:
+        return _VERSION_KEY in (pq.read_schema(folder / "trajectories.parquet").metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def _foreign(folder: Path, names: Sequence[str]) -> str | None:
+    """The first thing in a folder of stored trajectories that `save_trajectories` did not write."""
+    for name in names:
+        path = folder / name
+        if name == "pictures" and path.is_dir():
+            for picture in sorted(os.listdir(path)):
+                if not (_PICTURE.fullmatch(picture) and (path / picture).is_file()):
+                    return f"pictures/{picture}"
+        elif not (name in (*_FILES, _PAGE) and path.is_file()):
+            return name
+    return None
 
 
 def _write(trajectories: Sequence[Trajectory], folder: Path) -> None:

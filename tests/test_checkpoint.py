@@ -98,6 +98,48 @@ def test_keys_and_formats_are_checked(tmp_path):
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.parametrize("alter, words", [
+    ({"files": None}, "'files' is no dict"), ({"files": [1]}, "'files' is no dict"),
+    ({"files": {"trainer.pt": 3}}, "no size and checksum of 'trainer.pt'"),
+    ({"files": {"trainer.pt": {"bytes": 3}}}, "no size and checksum of 'trainer.pt'"),
+    ({"files": {"trainer.pt": {"bytes": "3", "crc32": 1}}}, "no size and checksum of 'trainer.pt'"),
+    ({"cursor": 3}, "'cursor' is no dict"), ({"step": "2"}, "'step' is no int"),
+])
+def test_a_malformed_state_is_named(tmp_path, alter, words):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    state = {**json.loads((folder / "state.json").read_text()), **alter}
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="state.json: its checksum is not the one written.*step-000001"):
+        checkpoint.verify(folder)
+    del state["crc32"]  # as they were written before
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=f"state.json: .*{words}.*step-000001"):
+        checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("old, new", [('"taken": 32', '"taken": 33'), ('"name": "run"', '"name": "ruin"'),
+                                      ('"step": 2', '"step": 3'), ('\n "crc32"', '\n "crc31"')])
+def test_no_altered_state_goes_unnoticed(tmp_path, old, new):
+    folder = save(tmp_path, 2)
+    text = (folder / "state.json").read_text()
+    assert text.count(old) == 1
+    (folder / "state.json").write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError, match="state.json: (its checksum is not the one written|unknown key 'crc31')"):
+        checkpoint.load(folder)
+
+
+def test_a_state_without_a_checksum_of_its_own_is_read(tmp_path):
+    folder = save(tmp_path, 2, recipe={"name": "run", "weights": {1: 0.1, "a": float("nan")}})
+    checkpoint.load(folder)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(dict(reversed(state.items()))))  # laid out otherwise
+    checkpoint.load(folder)
+    del state["crc32"]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert checkpoint.load(folder).cursor == CURSOR
+
+
 @pytest.mark.parametrize("limit", [100, 6000])  # within the weights, and within trainer.pt
 def test_a_full_disk_leaves_what_was_there(tmp_path, limit):
     """A limit on the size of a file makes the kernel refuse the write, as a full disk does."""

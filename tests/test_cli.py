@@ -15,11 +15,15 @@ import numpy as np
 import pytest
 import yaml
 
+from rewards.compose import Judge
 from rl import checkpoint
 from rollout.store import load_trajectories, save_trajectories
 from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from rollout.workers import LocalRollouts
 from tests.test_recipe import ROOT, SHIPPED
 from underdrawing.cli import main
+from underdrawing.jobs import run_evaluate
+from underdrawing.recipe import load_recipe
 
 QUICKSTART = str(ROOT / "configs/shapes/quickstart.yaml")
 SMALL = ["policy.tiny.hidden_size=32", "policy.tiny.num_hidden_layers=1", "policy.tiny.num_attention_heads=2",
@@ -49,6 +53,8 @@ def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, words", [
     (["grpo", "none.yaml"], ["none.yaml: no such recipe", "configs/"]),
+    (["grpo", "file.txt/x"], ["file.txt/x: no such recipe"]),
+    (["grpo", "empty"], ["empty: a recipe is a YAML text file"]),
     (["grpo", "broken.yaml"], ["broken.yaml: line 2: not YAML"]),
     (["sft", QUICKSTART, "sft.max_step=3"], ["sft.max_step: unknown key", "did you mean 'max_steps'?"]),
     (["sft", QUICKSTART, "sft.max_steps=3.5"], ["sft.max_steps", "integer"]),
@@ -62,6 +68,7 @@ def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
     (["grpo", QUICKSTART, "policy.family=anolle", "--weights", "half"], ["policy.family", "anolle"]),
     (["view", "empty"], ["empty: no run here", "metrics.jsonl"]),
     (["view", "nowhere"], ["nowhere"]),
+    (["view", "cut"], ["cut/evaluations/grpo/summary.json: cannot be read", "--label grpo"]),
     (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=nowhere.py:f"], ["nowhere.py:f", "no file"]),
     (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=bad.py:f"], ["bad.py:f", "line 2"]),
     (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py:brigth"], ["good.py", "'bright'"]),
@@ -90,6 +97,8 @@ def test_bad_input_is_a_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, 
         "    def prompts(self, split):\n"
         "        return [{'tag': 'single_object', 'prompt': 'a photo of a dog', 'include': [{'class': 'dog', "
         "'count': 1}]}]\n")
+    (tmp_path / "cut/evaluations/grpo").mkdir(parents=True)
+    (tmp_path / "cut/evaluations/grpo/summary.json").write_text('{"score": 0.5, "by_')
     (tmp_path / "half").mkdir()
     (tmp_path / "half/config.json").write_text(json.dumps({"model_type": "chameleon", "vocabulary_map": {"<s>": 0}}))
     said = refused(capsys, *arguments, *([] if arguments[0] == "view" else ["track.wandb=disabled"]))
@@ -122,7 +131,7 @@ def test_sft_then_evaluate_rollout_and_view(capsys, warm):
     assert "data:image/png;base64," in page or "circle" in page or "square" in page
 
 
-def test_weights_of_a_damaged_checkpoint_are_not_evaluated(capsys, warm, tmp_path):
+def test_weights_of_a_damaged_checkpoint_are_used_by_no_command(capsys, warm, tmp_path, monkeypatch):
     folder = checkpoint.save(tmp_path / "checkpoints", 3,
                              lambda to: shutil.copytree(warm / "sft/model", to / "weights", dirs_exist_ok=True),
                              trainer={}, cursor={}, recipe={})
@@ -133,15 +142,69 @@ def test_weights_of_a_damaged_checkpoint_are_not_evaluated(capsys, warm, tmp_pat
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1  # still a weight like any other
     weights.write_bytes(content)
+    words = "model.safetensors: its checksum is not the one written"
     for more in ([], ["--weights", folder / "weights"]):
-        assert "model.safetensors: its checksum is not the one written" in refused(capsys, *command, *more)
+        assert words in refused(capsys, *command, *more)
+    elsewhere = [QUICKSTART, *SMALL, f"run_dir={tmp_path / 'other'}"]
+    assert words in refused(capsys, "grpo", *elsewhere, "--weights", folder / "weights")
+    for name in ("grpo", "sft", "evaluate", "rollout"):
+        assert words in refused(capsys, name, *elsewhere, f"policy.path={folder / 'weights'}")
+    monkeypatch.chdir(folder)
+    assert words in refused(capsys, "rollout", *elsewhere, "--weights", "weights")
+    with pytest.raises(checkpoint.CheckpointError, match=words):  # as the quickstart evaluates
+        run_evaluate(load_recipe(QUICKSTART, elsewhere[1:]), folder / "weights", "grpo")
 
 
 def test_a_formula_that_fails_loses_no_thought(capsys, warm, tmp_path):
     said = refused(capsys, "rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "--weights",
                    warm / "sft/model", "--prompts", "2", "rewards.total=detect / 0")
-    assert "divides by zero" in said
+    assert "divides by zero" in said and f"2 trajectories are saved in {tmp_path / 'rollout'}, 0 of them" in said
     assert len(load_trajectories(tmp_path / "rollout")) == 2
+
+
+@pytest.mark.parametrize("finished", [0, 3, 8])
+def test_ctrl_c_in_a_rollout_stores_what_is_finished(capsys, warm, tmp_path, monkeypatch, finished: int):
+    command = ["rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "--weights",
+               str(warm / "sft/model"), "--prompts"]
+    assert main([*command, "2"]) == 0
+    stream, judge = LocalRollouts.stream, Judge.judge
+
+    def sampling(self, requests, timeout_s=None):
+        for number, group in enumerate(stream(self, requests, timeout_s)):
+            if number == finished:
+                signal.raise_signal(signal.SIGINT)
+            yield group
+
+    def judging(self, groups, step=0):
+        signal.raise_signal(signal.SIGINT)
+        return judge(self, groups, step)
+
+    monkeypatch.setattr(LocalRollouts, "stream", sampling)
+    monkeypatch.setattr(Judge, "judge", judging)
+    capsys.readouterr()
+    assert main([*command, "8"]) == 130
+    said = capsys.readouterr()
+    stored = load_trajectories(tmp_path / "rollout")
+    assert said.out == "" and f"stopped after {finished} of 8 prompts" in said.err
+    if finished:
+        assert f"{finished} trajectories are saved in {tmp_path / 'rollout'}, 0 of them judged" in said.err
+        assert len(stored) == finished and [t.group for t in stored] == sorted(t.group for t in stored)
+    else:
+        assert f"no trajectory was finished, and {tmp_path / 'rollout'} is as it was" in said.err
+        assert len(stored) == 2
+
+
+@pytest.mark.parametrize("out, words", [("thesis", "holds 'thesis.tex' and no stored trajectories"),
+                                        (".", "the current folder is there"), ("file.txt", "file.txt is a file"),
+                                        ("file.txt/stored", "file.txt is a file")])
+def test_a_rollout_deletes_nothing_and_says_so_before_it_samples(capsys, warm, tmp_path, monkeypatch, out, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.tex").write_text("mine")
+    (tmp_path / "file.txt").write_text("mine")
+    monkeypatch.setattr(LocalRollouts, "stream", lambda *arguments: pytest.fail("it sampled"))
+    assert words in refused(capsys, "rollout", QUICKSTART, *SMALL, f"run_dir={warm}", "--prompts", "2", "--out", out)
+    assert (tmp_path / "thesis/thesis.tex").read_text() == (tmp_path / "file.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("command, steps, saved", [("sft", "sft.max_steps", "sft/checkpoint-*"),

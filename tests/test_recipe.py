@@ -114,12 +114,23 @@ def test_every_fault_is_told_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [("", "a YAML text file"), ("none.yaml", "no such recipe"),
-                                         ("picture.yaml", "a YAML text file")])
+                                         ("picture.yaml/x", "no such recipe"), ("picture.yaml", "a YAML text file")])
 def test_a_path_that_leads_to_no_text_is_named(tmp_path, name: str, words: str):
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value) and words in str(caught.value)
+
+
+def test_a_recipe_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refuses(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = written(tmp_path, MINIMAL)
+    monkeypatch.setattr(Path, "read_text", refuses)  # root may read every file
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: cannot be read (Permission denied)")
 
 
 def test_paying_for_the_form_under_full_constraint_is_refused(tmp_path):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from evals.heldout import Heldout, PromptScore
 from rollout.errors import UserError
 from rollout.store import save_trajectories
 from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from underdrawing.jobs import compare_evaluations, keep_evaluation
 from underdrawing.report.page import ReportData, _pairs, _tagged, render, report_data, write_report
 
 
@@ -77,6 +80,58 @@ def test_alarms_that_were_raised_are_told(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run here"):
         report_data(tmp_path)
+
+
+@pytest.mark.parametrize("name, advice", [("grpo/summary.json", "evaluate those weights again with --label grpo"),
+                                          ("comparison.json", "remove it, and the report does without")])
+@pytest.mark.parametrize("text", ["", '{"score": 0.5, "by_', "[]", "null", "{}", '{"interval": 3}', '{"interval": [1]}',
+                                  '{"score": "high", "by_tag": {}, "prompts": 3, "interval": ["low", "high"]}',
+                                  '{"score": 0.5, "by_tag": [], "prompts": 3}',
+                                  '{"score": 0.5, "by_tag": {}, "prompts": Infinity}', "\xff"])
+def test_a_damaged_evaluation_is_named_with_what_to_do(tmp_path: Path, name: str, advice: str, text: str) -> None:
+    write_run(tmp_path, ["colors"])
+    path = tmp_path / "evaluations" / name
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as raised:
+        report_data(tmp_path)
+    assert str(raised.value).startswith(f"{path}: cannot be read, it may be cut or altered (")
+    assert advice in str(raised.value) and raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("samples, words", [(None, "4 held-out prompts."), (1, "4 held-out prompts."),
+                                            (3, "4 held-out prompts, 3 answers each.")])
+def test_the_report_says_how_many_answers_a_score_is_of(tmp_path: Path, samples: int | None, words: str) -> None:
+    write_run(tmp_path, ["colors"])
+    path = tmp_path / "evaluations/grpo/summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary if samples is None else summary | {"samples": samples}))
+    assert words in render(report_data(tmp_path))
+
+
+def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "evaluations"
+    for label, score in (("warm_start", 0.0), ("grpo", 1.0)):
+        scores = [PromptScore(f"prompt {i}", "colors", score, score, 1.0) for i in range(3)]
+        keep_evaluation(Heldout(scores, [[thought(i, "colors", "well")] * 2 for i in range(3)], {}), folder / label)
+    compare_evaluations(tmp_path, "warm_start", "grpo")
+    data = report_data(tmp_path)
+    assert data.after is not None and (data.after.score, data.after.samples) == (1.0, 2)
+    assert data.interval == (1.0, 1.0)
+
+    def breaks(descriptor: int) -> None:  # the text is written by then
+        raise OSError(28, "No space left on device")
+
+    files = [folder / "grpo/summary.json", folder / "comparison.json"]
+    before = [file.read_text() for file in files]
+    monkeypatch.setattr("rollout.store._flush", lambda folder: None)
+    monkeypatch.setattr("rollout.store._flush_one", lambda path: None)
+    monkeypatch.setattr(os, "fsync", breaks)
+    nothing = Heldout([PromptScore("a prompt", "colors", 0.0, 0.0, 0.0)], [[thought(0, "colors", "well")]], {})
+    for keep in (lambda: keep_evaluation(nothing, folder / "grpo"),
+                 lambda: compare_evaluations(tmp_path, "grpo", "grpo")):
+        with pytest.raises(UserError, match="No space left on device"):
+            keep()
+    assert [file.read_text() for file in files] == before
 
 
 def write_run(folder: Path, tags: list[str]) -> None:

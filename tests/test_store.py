@@ -172,6 +172,63 @@ def test_saving_again_replaces_the_folder_whole(tmp_path):
     save_trajectories([], tmp_path / "step")
     assert load_trajectories(tmp_path / "step") == []
     assert os.listdir(tmp_path) == ["step"] and os.listdir(tmp_path / "step" / "pictures") == []
+    (tmp_path / "step" / "report.html").write_text("what `underdrawing view` made of them")
+    save_trajectories([example()], tmp_path / "step")
+    assert_same(load_trajectories(tmp_path / "step"), [example()])
+    (tmp_path / "empty").mkdir()
+    save_trajectories([], tmp_path / "empty")
+
+
+@pytest.mark.parametrize("stored, name, words", [
+    (False, "thesis.tex", "holds 'thesis.tex' and no stored trajectories"),
+    (False, "trajectories.parquet", "holds 'trajectories.parquet' and no stored trajectories"),
+    (False, "pictures/0-0-1.png", "holds 'pictures' and no stored trajectories"),
+    (True, "thesis.tex", "holds 'thesis.tex' beside stored trajectories"),
+    (True, ".git/HEAD", "holds '.git' beside stored trajectories"),
+    (True, "rewards.jsonl", "holds 'rewards.jsonl' beside stored trajectories"),
+    (True, "pictures/holiday.png", "holds 'pictures/holiday.png' beside stored trajectories"),
+])
+def test_nothing_but_stored_trajectories_is_replaced(tmp_path, stored, name, words):
+    if stored:
+        saved(tmp_path)
+    path = tmp_path / "step" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(StoreError, match=words):
+        save_trajectories([example(), example()], tmp_path / "step")
+    assert path.read_text() == "mine" and os.listdir(tmp_path) == ["step"]
+    if stored:
+        assert_same(load_trajectories(tmp_path / "step"), [example()])
+
+
+@pytest.mark.parametrize("place", [".", "..", "../step", "pictures/.."])
+def test_the_folder_that_one_stands_in_is_not_replaced(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(saved(tmp_path))
+    with pytest.raises(StoreError, match="the current folder is there"):
+        save_trajectories([], place)
+    assert_same(load_trajectories(tmp_path / "step"), [example()])
+
+
+def test_a_file_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(StoreError, match="thesis.tex is a file"):
+        save_trajectories([example()], tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_broken_off_between_two_renames_what_was_there_stays(tmp_path, monkeypatch):
+    folder, rename = saved(tmp_path), os.rename
+
+    def pressed(source, target):
+        if str(source).endswith(".part"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        save_trajectories([], folder)
+    assert os.listdir(tmp_path) == ["step"]
+    assert_same(load_trajectories(folder), [example()])
 
 
 # ---- what breaks ----

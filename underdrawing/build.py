@@ -16,6 +16,7 @@ from policy.base import Policy
 from policy.registry import FAMILIES, load_policy
 from rewards.alarms import Alarms
 from rewards.compose import Judge
+from rl import checkpoint
 from rollout.errors import UserError, writing
 from rollout.formats.base import ThoughtFormat
 from rollout.ray_cluster import Cluster, start_ray
@@ -41,8 +42,15 @@ def build_format(recipe: Recipe) -> ThoughtFormat:
 
 
 def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Policy:
-    """The recipe's policy; with `weights`, a folder in the released layout in place of policy.path."""
+    """The recipe's policy; with `weights`, a folder in the released layout in place of policy.path.
+
+    Raises:
+        CheckpointError: the weights are a checkpoint's, and that is not as it was written.
+    """
     config = recipe.policy.model_copy(update={"path": str(weights)}) if weights else recipe.policy
+    folder = Path(config.path).resolve() if config.path else None
+    if folder is not None and folder.name == "weights" and checkpoint.is_checkpoint(folder.parent):
+        checkpoint.verify(folder.parent)  # its weights bear no checksums of their own
     return load_policy(config, task.words)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from rl.run import Run
 from rollout.config import RolloutConfig
 from rollout.errors import UserError, writing
 from rollout.requests import RolloutRequest
-from rollout.store import save_trajectories
+from rollout.store import check_folder, save_trajectories
+from rollout.trajectory import Trajectory
 from rollout.workers import open_rollouts
 from tasks.base import Task
 from underdrawing import build
+from underdrawing.interrupt import Interrupted
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe
 
@@ -104,6 +107,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False,
 
 def run_evaluate(recipe: Recipe, weights: Path, label: str) -> Heldout:
     """Held-out scores of some weights, kept under run_dir/evaluations/<label>."""
+    check_folder(recipe.run_dir / "evaluations" / label / "trajectories")
     task = build.build_task(recipe)
     policy = build.build_policy(recipe, task, weights)
     config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
@@ -118,26 +122,49 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str) -> Heldout:
 
 
 def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: Path) -> list[Any]:
-    """Roll out `count` prompts once each, judge them, and store the trajectories."""
+    """Roll out `count` prompts once each, judge them, and store the trajectories.
+
+    Raises:
+        StoreError: `folder` holds what saving would delete; nothing was sampled.
+        Interrupted: after Ctrl-C. It and every other UserError say what is stored: all that was finished, judged or
+            not.
+    """
+    check_folder(folder)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task, weights)
     records = task.prompts("heldout" if split == "heldout" else "train")[:count]
     with build.build_judge(recipe, task, fmt) as judge:
         rollouts = open_rollouts(policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format,
                                  recipe.rollout, task.words)
+        groups: dict[int, list[Trajectory]] = {}  # by request, as they finish
         try:
-            result = rollouts.generate([RolloutRequest(group, record["prompt"], record, (0,), recipe.seed)
-                                        for group, record in enumerate(records)])
-        finally:
-            rollouts.close()
-        if result.failed:
-            log.warning("%d of %d prompts got no answer; the first is group %d: %s", len(result.failed), len(records),
-                        result.failed[0].group, f"{result.failed[0].reason}: {result.failed[0].detail}")
-        trajectories = [t for group in result.groups for t in group]
-        try:
+            try:
+                result = rollouts.generate([RolloutRequest(group, record["prompt"], record, (0,), recipe.seed)
+                                            for group, record in enumerate(records)],
+                                           each=groups.__setitem__)
+            finally:
+                rollouts.close()
+            if result.failed:
+                log.warning("%d of %d prompts got no answer; the first is group %d: %s", len(result.failed),
+                            len(records), result.failed[0].group,
+                            f"{result.failed[0].reason}: {result.failed[0].detail}")
             judge.judge(result.groups)
-        finally:  # a formula that fails loses no thought
-            save_trajectories(trajectories, folder)
+        except BaseException as error:  # neither Ctrl-C nor a formula that fails loses a thought
+            stored = _store(groups, folder) if groups else []
+            judged = sum(t.reward is not None for t in stored)
+            told = f"{len(stored)} trajectories are saved in {folder}, {judged} of them judged" if stored \
+                else f"no trajectory was finished, and {folder} is as it was"
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(f"stopped after {len(groups)} of {len(records)} prompts; {told}") from None
+            if isinstance(error, UserError):
+                error.args = (f"{error}. {told[0].upper()}{told[1:]}",)
+            raise
+        return _store(groups, folder)
+
+
+def _store(groups: dict[int, list[Trajectory]], folder: Path) -> list[Trajectory]:
+    trajectories = [trajectory for index in sorted(groups) for trajectory in groups[index]]
+    save_trajectories(trajectories, folder)
     return trajectories
 
 
@@ -149,7 +176,7 @@ def keep_evaluation(heldout: Heldout, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         heldout.save(folder / "prompts.jsonl")
         save_trajectories(answers[::stride], folder / "trajectories")
-        (folder / "summary.json").write_text(json.dumps({
+        _write_whole(folder / "summary.json", json.dumps({
             "score": heldout.final_image, "by_tag": heldout.tags, "first_sketch": heldout.first_sketch,
             "final_image": heldout.final_image, "prompts": len(heldout.prompts),
             "samples": len(heldout.trajectories[0]), "metrics": heldout.as_metrics(),
@@ -161,9 +188,19 @@ def compare_evaluations(run_dir: Path, before: str, after: str) -> Interval:
     folder = run_dir / "evaluations"
     interval = compare(*(read_prompt_scores(folder / label / "prompts.jsonl") for label in (before, after)))
     with writing(folder):
-        (folder / "comparison.json").write_text(json.dumps({
+        _write_whole(folder / "comparison.json", json.dumps({
             "before": before, "after": after, "gain": interval.difference, "interval": [interval.low, interval.high]}))
     return interval
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Under another name, flushed to the disk and renamed."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def read_prompt_scores(path: Path) -> list[PromptScore]:

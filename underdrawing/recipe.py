@@ -100,10 +100,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(f"{path}: no such recipe; shipped ones are under configs/") from None
     except (IsADirectoryError, UnicodeDecodeError):
         raise RecipeError(f"{path}: a recipe is a YAML text file") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); give a recipe that you may read") \
+            from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}:" if where else ""

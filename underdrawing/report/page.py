@@ -9,7 +9,8 @@ import base64
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Evaluation:
     first_sketch: float | None
     final_image: float | None
     prompts: int
+    samples: int = 1  # answers to each prompt
     trajectories: Sequence[Trajectory] = ()
 
 
@@ -113,7 +115,8 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
     """Gather what a run's folder holds.
 
     Raises:
-        UserError: the folder is no run: neither metrics, evaluations nor trajectories in it.
+        UserError: the folder is no run: neither metrics, evaluations nor trajectories in it; or a file of it is cut
+            or altered, by name.
     """
     run_dir = Path(run_dir)
     metrics = read_metrics(run_dir / "metrics.jsonl")
@@ -126,10 +129,7 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
     order = {"warm_start": 0, "grpo": 2}
     loaded.sort(key=lambda e: order.get(e.label, 1))
     comparison = run_dir / "evaluations" / "comparison.json"
-    interval = None
-    if comparison.exists():
-        low, high = json.loads(comparison.read_text())["interval"]
-        interval = (low, high)
+    interval = _load_interval(comparison) if comparison.exists() else None
     recipe = run_dir / "recipe.yaml"
     sampled = [(int(folder.name), load_trajectories(folder)) for folder in stored if folder.name.isdigit()]
     return ReportData(
@@ -166,13 +166,32 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def _load_evaluation(path: Path) -> Evaluation:
-    summary = json.loads(path.read_text())
-    folder = path.parent / "trajectories"
-    return Evaluation(
-        label=path.parent.name, score=summary["score"], by_tag=summary["by_tag"],
-        first_sketch=summary.get("first_sketch"), final_image=summary.get("final_image"),
-        prompts=summary["prompts"], trajectories=load_trajectories(folder) if folder.is_dir() else [],
-    )
+    label, folder = path.parent.name, path.parent / "trajectories"
+    trajectories = load_trajectories(folder) if folder.is_dir() else []
+    with _reading(path, f"evaluate those weights again with --label {label}, or remove {path.parent}"):
+        summary = json.loads(path.read_text())
+        first, final = (None if summary.get(name) is None else float(summary[name])
+                        for name in ("first_sketch", "final_image"))
+        return Evaluation(
+            label=label, score=float(summary["score"]), first_sketch=first, final_image=final,
+            by_tag={tag: float(score) for tag, score in summary["by_tag"].items()}, prompts=int(summary["prompts"]),
+            samples=int(summary.get("samples", 1)), trajectories=trajectories)
+
+
+def _load_interval(path: Path) -> tuple[float, float]:
+    with _reading(path, "remove it, and the report does without the gain's interval"):
+        low, high = json.loads(path.read_text())["interval"]
+        return float(low), float(high)
+
+
+@contextmanager
+def _reading(path: Path, advice: str) -> Iterator[None]:
+    """Within it whatever a file holds that it should not is a UserError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: cannot be read, it may be cut or altered ({reason}); {advice}") from None
 
 
 def _pairs(before: Evaluation | None, after: Evaluation | None,
