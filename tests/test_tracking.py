@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def wandb_records(run_dir: Path) -> list[Any]:
                 at += 2**15 - at % 2**15
                 continue
             length, kind = struct.unpack("<HB", raw[at + 4:at + 7])
+            if at + 7 + length > len(raw):  # still being written
+                break
             whole += raw[at + 7:at + 7 + length]
             at += 7 + length
             if kind in (1, 4):  # whole, last
@@ -99,7 +102,13 @@ def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_pictures(tmp_
         tracker.trajectories(step, [drawn])
     tracker.close()
 
-    records = wandb_records(tmp_path)
+    deadline = time.monotonic() + 60
+    while True:  # W&B's own process writes the log's end after finish() has returned
+        records = wandb_records(tmp_path)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        assert time.monotonic() < deadline, "W&B's log has no end"
+        time.sleep(0.05)
     history = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
                for record in records if record.WhichOneof("record_type") == "history"]
     metrics = [row for row in history if "reward/mean" in row]
