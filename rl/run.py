@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from rollout.workers import Rollouts
 from underdrawing.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
+# Keys of a recipe, sections whole, that may change on resuming without the steps to come being others.
+INDIFFERENT = ("name", "run_dir", "track", "evaluate", "sft", "rewards.alarms", "grpo.save_every",
+               "grpo.keep_checkpoints", "grpo.evaluate_every")
 
 
 class Report(Protocol):
@@ -97,6 +101,10 @@ def begin(run: Run, trainer: Trainer, cursor: PromptCursor, resume: Path | None)
         cursor.load(loaded.cursor)
         trainer.load(loaded.trainer)
         done = loaded.step
+        news = changes(loaded.recipe, json.loads(json.dumps(run.recipe)))
+        if news and run.accelerator.is_main_process:
+            logger.warning("the recipe is not that of %s, and the run goes on with what it says now: %s", resume.name,
+                           "; ".join(news))
         if (resume / "probe").is_dir():
             probe = load_trajectories(resume / "probe")
 
@@ -113,6 +121,21 @@ def begin(run: Run, trainer: Trainer, cursor: PromptCursor, resume: Path | None)
 
     on_first(run.accelerator, forget)
     return done, probe
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], section: str = "") -> list[str]:
+    """`key: old -> new` for every dotted key in which two recipes differ, but for the INDIFFERENT ones."""
+    found: list[str] = []
+    for name in dict.fromkeys([*old, *new]):
+        key = f"{section}{name}"
+        before, after = old.get(name, "unset"), new.get(name, "unset")
+        if key in INDIFFERENT or before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += changes(before, after, f"{key}.")
+        else:
+            found.append(f"{key}: {before} -> {after}")
+    return found
 
 
 @contextmanager

@@ -237,6 +237,9 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Take up a state() again; a process that it does not know of takes another's random state.
 
+        Moments and the place in the schedule are the state's; rates, betas, epsilon and decay are the config's, so
+        that a run resumed with others goes on with those.
+
         Raises:
             TrainingError: the parameters are not those of this policy; the sentence names the first one.
         """
@@ -250,8 +253,16 @@ class Trainer:
                     raise TrainingError(f"parameter '{name}' is {list(saved[name].shape)} in the checkpoint and "
                                         f"{list(parameter.shape)} here. Resume with the recipe of that run")
                 parameter.copy_(saved[name])
+        options = [{key: value for key, value in group.items() if key not in ("params", "lr")}
+                   for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        # Both have just taken over what the checkpoint's recipe said.
+        self.scheduler.base_lrs = [group["initial_lr"] for group in options]
+        self.scheduler._last_lr = [base * factor(self.scheduler.last_epoch) for base, factor in
+                                   zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)]
+        for group, option, rate in zip(self.optimizer.param_groups, options, self.scheduler._last_lr, strict=True):
+            group.update(option, lr=rate)
         self.version = state["version"]
         set_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
 

@@ -160,6 +160,28 @@ def test_going_back_to_an_earlier_checkpoint_forgets_the_later_one(tmp_path, und
     assert lines(tmp_path) == undisturbed[1][:6]
 
 
+def test_a_resumed_run_says_which_keys_changed_and_goes_on_with_the_new_ones(tmp_path, caplog):
+    def recipe(**grpo):
+        return {"name": "a", "run_dir": "there", "track": {"wandb": "auto"}, "policy": {"lora": None},
+                "rewards": {"parts": {"detect": {"weight": 1}}}, "grpo": {"save_every": 1, **grpo}}
+
+    run = make(tmp_path, steps=2, lr_scheduler_type="constant")
+    run.recipe = recipe(learning_rate=0.02, beta=0.01)
+    rl.grpo.train(run)
+    assert "recipe" not in caplog.text
+    run = make(tmp_path, steps=3, lr_scheduler_type="constant", learning_rate=1e-5)
+    run.recipe = {**recipe(learning_rate=1e-5, beta=0.01, save_every=9), "name": "b", "run_dir": "here",
+                  "track": {"wandb": "disabled"}, "policy": {"lora": {"r": 4}},
+                  "rewards": {"parts": {"detect": {"weight": 1}, "length": {"weight": 2}}}}
+    rl.grpo.train(run, checkpoint.latest(tmp_path / "checkpoints"))
+    [record] = [record for record in caplog.records if "recipe" in record.message]
+    assert record.levelname == "WARNING"
+    assert record.message.endswith(
+        "not that of step-000002, and the run goes on with what it says now: policy.lora: None -> {'r': 4}; "
+        "rewards.parts.length: unset -> {'weight': 2}; grpo.learning_rate: 0.02 -> 1e-05")
+    assert [row["learning_rate"] for row in lines(tmp_path)] == [0.02, 0.02, 1e-5]
+
+
 def test_ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on(tmp_path, undisturbed):
     run = make(tmp_path, CodeJudge(s4=lambda: os.kill(os.getpid(), signal.SIGINT)))
     before = signal.getsignal(signal.SIGINT)  # a job in the background inherits one that ignores it

@@ -232,6 +232,27 @@ def test_the_schedule_warms_up_and_state_continues_it():
         assert torch.equal(value, policy.model.state_dict()[name])
 
 
+def test_a_state_goes_on_with_the_optimiser_that_the_config_asks_for():
+    policy, config, trainer = make(warmup_steps=4, lr_scheduler_type="linear", steps=10)
+    for step in range(6):
+        trainer.update(credited(policy, config, first=4 * step, version=trainer.version))
+    state = copy.deepcopy(trainer.state())
+
+    policy, config, changed = make(learning_rate=0.001, warmup_steps=2, lr_scheduler_type="linear", steps=14,
+                                   adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=1e-5, weight_decay=0.1)
+    changed.load(state)
+    # six steps are done: 8 of the 12 after the warm-up are left
+    assert changed.scheduler.get_last_lr() == pytest.approx([0.001 * 8 / 12] * 2)
+    matrices, vectors = changed.optimizer.param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    for group in (matrices, vectors):
+        assert (group["betas"], group["eps"]) == ((0.5, 0.9), 1e-5)
+        assert group["lr"] == pytest.approx(0.001 * 8 / 12)
+    metrics = changed.update(credited(policy, config, first=24, version=6))
+    assert metrics["learning_rate"] == pytest.approx(0.001 * 8 / 12)
+    assert changed.scheduler.get_last_lr() == pytest.approx([0.001 * 7 / 12] * 2)
+
+
 def test_a_state_of_another_policy_is_refused_by_the_parameters_name():
     policy, config, trainer = make()
     state = trainer.state()
