@@ -38,7 +38,8 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
         UserError: as the parts do.
     """
     config, accelerator = run.config, run.accelerator
-    trainer, cursor = Trainer(run.policy, config, accelerator), PromptCursor(run.prompts, run.seed)
+    trainer = Trainer(run.policy, config, accelerator, run.weights)
+    cursor = PromptCursor(run.prompts, run.seed)
     publisher = Publisher(run.policy, run.rollouts, accelerator, trainer.scorer)
     done, probe = begin(run, trainer, cursor, resume)
     publisher.publish(trainer.version, probe)

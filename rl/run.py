@@ -77,6 +77,7 @@ class Run:
     folder: Path  # checkpoints/ is made in it
     seed: int = 0  # of the prompts' order and of the sampling noise
     recipe: dict[str, Any] = field(default_factory=dict)  # kept in checkpoints
+    weights: Path | str | None = None  # the folder of the starting weights; None: not known
     evaluate: Callable[[int], dict[str, float]] | None = None  # heldout/* after a step
     alarms: Watch | None = None
     show_every: int = 10  # steps between trajectories for people to look at

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
 from rollout.errors import UserError
 from rollout.trajectory import DecisionKind, Trajectory
+from rollout.weights import fingerprint
 
 
 class TrainingError(UserError):
@@ -52,12 +54,14 @@ class Trainer:
         policy: only parameters that require a gradient are trained, which with adapters are the adapters alone.
         config: see GrpoConfig.
         accelerator: with gradient_accumulation_steps 1: micro-batches are accumulated here.
+        source: where the policy's weights came from, for people to read; None: not known.
 
     Attributes:
         version: of the weights; one more after every update that moved them.
     """
 
-    def __init__(self, policy: Policy, config: GrpoConfig, accelerator: Accelerator) -> None:
+    def __init__(self, policy: Policy, config: GrpoConfig, accelerator: Accelerator,
+                 source: Path | str | None = None) -> None:
         if accelerator.gradient_accumulation_steps != 1:
             raise TrainingError("accelerate's gradient_accumulation_steps must be 1; the trainer accumulates by itself "
                                 "(grpo.tokens_per_micro_batch)")
@@ -74,6 +78,7 @@ class Trainer:
                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,
                                       betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        self._start = _start(policy, source)
         policy.model.to(accelerator.device)
         if config.beta:
             with policy.reference():  # the weights as they are now, before anything wraps, moves or overwrites them
@@ -229,10 +234,11 @@ class Trainer:
 
     # ---- state ----
     def state(self) -> dict[str, Any]:
-        """Trained parameters, optimiser, schedule, version and every process's random state. All processes call it."""
+        """Trained parameters, optimiser, schedule, version, what the run started from, and every process's random
+        state. All processes call it."""
         return {"parameters": {name: p.detach() for name, p in self._trained().items()},
                 "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "version": self.version, "random": gather_object([random_state()])}
+                "version": self.version, "start": self._start, "random": gather_object([random_state()])}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a state() again; a process that it does not know of takes another's random state.
@@ -241,12 +247,15 @@ class Trainer:
         that a run resumed with others goes on with those.
 
         Raises:
-            TrainingError: the parameters are not those of this policy; the sentence names the first one.
+            TrainingError: the parameters are not those of this policy; the sentence names the first one. Or the weights
+                that the policy was built from are not those that the run started from.
         """
         trained, saved = self._trained(), state["parameters"]
         for name in sorted(trained.keys() ^ saved.keys()):
             where = "is in the checkpoint but not trained here" if name in saved else "is not in the checkpoint"
             raise TrainingError(f"parameter '{name}' {where}. Resume with the recipe of that run")
+        if "start" in state:
+            self._check_start(state["start"])
         with torch.no_grad():
             for name, parameter in trained.items():
                 if parameter.shape != saved[name].shape:
@@ -266,8 +275,37 @@ class Trainer:
         self.version = state["version"]
         set_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
 
+    def _check_start(self, saved: dict[str, str | None]) -> None:
+        """A checkpoint holds what is trained. The rest, and what a KL term compares with, are the starting weights."""
+        here = self._start
+        for kind in ("frozen", "trained"):
+            if here[kind] == saved[kind]:
+                continue
+            if kind == "trained" and not self.config.beta:
+                self._start = saved  # all of them are about to be replaced; a KL term may yet be turned on
+                continue
+            what = ("the weights that are not trained" if kind == "frozen" else
+                    "the weights that the KL term (grpo.beta) compares with")
+            elsewhere = saved["source"] not in (None, here["source"])
+            raise TrainingError(
+                f"{what} are not those of the checkpoint's run: it started from {saved['source'] or 'a policy'} "
+                f"(fingerprint {str(saved[kind])[:8]}), this one from {here['source'] or 'a policy'} "
+                f"({str(here[kind])[:8]}). Resume with the weights that it started from: "
+                + (f"--weights {saved['source']}" if elsewhere else "--weights and a folder that holds them"))
+
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+
+
+def _start(policy: Policy, source: Path | str | None) -> dict[str, str | None]:
+    """What the policy holds before it is trained: `source`, and fingerprints of its `frozen` and `trained` weights."""
+    state = policy.model.state_dict()
+    trained = {name for name, p in policy.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    # Fresh adapters are chance, and the reference is without them.
+    adapters = getattr(policy, "has_adapters", False)
+    return {"source": None if source is None else str(source),
+            "frozen": fingerprint({name: t for name, t in state.items() if name not in trained}),
+            "trained": None if adapters else fingerprint({name: t for name, t in state.items() if name in trained})}
 
 
 def loss_settings(config: GrpoConfig) -> LossSettings:

@@ -264,6 +264,44 @@ def test_a_state_of_another_policy_is_refused_by_the_parameters_name():
         trainer.load(wider)
 
 
+def test_a_run_that_started_from_other_weights_is_not_gone_on_with():
+    policy, config, _ = make(beta=0.1)
+    trainer = Trainer(policy, config, Accelerator(cpu=True), "runs/warm")
+    trainer.update(credited(policy, config))
+    torch.save(trainer.state(), buffer := io.BytesIO())
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    other = Trainer(BigramPolicy(seed=5), config, Accelerator(cpu=True), "runs/other")
+    before = weights(other.policy)
+    with pytest.raises(TrainingError, match=r"KL term .*: it started from runs/warm \(fingerprint [0-9a-f]{8}\), this "
+                                            r"one from runs/other \([0-9a-f]{8}\)\. .*: --weights runs/warm$"):
+        other.load(state)
+    assert all(torch.equal(before[name], value) for name, value in weights(other.policy).items())
+    with pytest.raises(TrainingError, match="it started from runs/warm .*this one from runs/warm .*a folder that"):
+        Trainer(BigramPolicy(seed=5), config, Accelerator(cpu=True), "runs/warm").load(state)
+    Trainer(BigramPolicy(), config, Accelerator(cpu=True), "moved/warm").load(state)  # the place is not what counts
+    other.load({name: value for name, value in state.items() if name != "start"})  # as checkpoints were before
+
+
+def test_without_a_kl_term_only_frozen_weights_must_be_those_of_the_start():
+    policy, config, trainer = make()
+    trainer.update(credited(policy, config))
+    other = make(seed=5)[2]
+    other.load(trainer.state())
+    assert other.state()["start"] == trainer.state()["start"]  # not those that it was built from: they are gone
+    with pytest.raises(TrainingError, match="KL term"):
+        make(seed=5, beta=0.1)[2].load(other.state())
+
+    def frozen(seed):
+        policy = BigramPolicy(seed)
+        policy.model.embedding.weight.requires_grad_(False)
+        return Trainer(policy, config, Accelerator(cpu=True))
+
+    frozen(0).load(frozen(0).state())
+    with pytest.raises(TrainingError, match="the weights that are not trained are not those of the checkpoint's run"):
+        frozen(5).load(frozen(0).state())
+
+
 def test_the_reference_is_the_weights_before_anything_is_loaded():
     policy, config, trainer = make(beta=0.1, learning_rate=0.1)
     trainer.update(credited(policy, config))

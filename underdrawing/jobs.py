@@ -87,7 +87,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False,
         heldout = _heldout_metrics(recipe, task, rollouts, judge.setting) if judge else None
         run = Run(policy=policy, config=recipe.grpo, accelerator=accelerator, prompts=task.prompts("train"),
                   rollouts=rollouts, judge=judge, tracker=tracker, folder=recipe.run_dir, seed=recipe.seed,
-                  recipe=recipe.model_dump(mode="json"), evaluate=heldout,
+                  recipe=recipe.model_dump(mode="json"), weights=start or recipe.policy.path, evaluate=heldout,
                   alarms=build.build_alarms(recipe) if first else None, show_every=recipe.track.trajectories_every,
                   resume_command=resume_command)
         train(run, newest if resume else None)
