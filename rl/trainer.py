@@ -26,6 +26,7 @@ from rl.batches import MicroBatch, pack, plan, scored_decisions, trainable
 from rl.config import ClipConfig, GrpoConfig
 from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
+from rl.processes import alone
 from rollout.errors import UserError
 from rollout.trajectory import DecisionKind, Trajectory
 from rollout.weights import fingerprint
@@ -38,13 +39,15 @@ class TrainingError(UserError):
 class _Scorer(nn.Module):
     """`policy.score` as a module's forward, so that what accelerate wraps sees every pass go through it."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, accelerator: Accelerator) -> None:
         super().__init__()
         self.model = policy.model
         self._score = policy.score
+        self._accelerator = accelerator
 
     def forward(self, trajectories: Sequence[Trajectory], **kwargs: Any) -> Scored:
-        return self._score(trajectories, **kwargs)
+        with alone(self._accelerator):
+            return self._score(trajectories, **kwargs)
 
 
 class Trainer:
@@ -83,12 +86,17 @@ class Trainer:
         if config.beta:
             with policy.reference():  # the weights as they are now, before anything wraps, moves or overwrites them
                 pass
-        self.scorer, self.optimizer = accelerator.prepare(_Scorer(policy), optimizer)
+        self.scorer, self.optimizer = accelerator.prepare(_Scorer(policy, accelerator), optimizer)
         # Not prepared: accelerate would step a prepared schedule once for every process.
         self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps,
                                        num_training_steps=config.steps * config.num_iterations * config.num_minibatches)
         self.settings = loss_settings(config)
         policy.model.eval()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Taken so far, in all updates."""
+        return self.scheduler.last_epoch
 
     # ---- checks ----
     def on_policy_gap(self, trajectories: Sequence[Trajectory]) -> float:
@@ -197,7 +205,9 @@ class Trainer:
             with self.accelerator.no_sync(self.scorer) if not last else nullcontext():
                 with self.accelerator.autocast():
                     scored = self.scorer(batch.trajectories, old=old[number], reference=reference[number], entropy=True)
-                loss = policy_loss(self._decisions(batch, scored, old[number]), self.settings)
+                with alone(self.accelerator):
+                    decisions = self._decisions(batch, scored, old[number])
+                loss = policy_loss(decisions, self.settings)
                 # Gradients are averaged over processes, and the loss is already a share of the whole batch's sum.
                 self.accelerator.backward(loss.loss * self.accelerator.num_processes)
             losses_2 += torch.stack([loss.loss.detach(), loss.policy]).double().cpu()
