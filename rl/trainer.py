@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from policy.base import Policy, Scored
+from policy.base import Policy, Scored, half_precision
 from rl.batches import MicroBatch, pack, plan, scored_decisions, trainable
 from rl.config import ClipConfig, GrpoConfig
 from rl.ledger import Group
@@ -77,6 +77,8 @@ class Trainer:
         parameters = list(self._trained().values())
         if not parameters:
             raise TrainingError("no parameter of the policy requires a gradient: there is nothing to train")
+        if (half := half_precision(policy.model)) is not None:
+            raise TrainingError(half)
         groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,

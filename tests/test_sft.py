@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ChameleonForConditionalGeneration
 
+from policy.chameleon.family import load
 from policy.chameleon.model import load_model
 from policy.config import LoraSection
 from rollout.errors import UserError
@@ -29,7 +30,7 @@ from sft.losses import VisualReconstruction, targets, weighted_cross_entropy
 from sft.train import check_demonstrations, demonstrate, render_all, warm_start
 from sft.trainer import InterleavedSftTrainer
 from tasks.base import Demonstration
-from tests.chameleon_helpers import WORDS, prompt_segment, small_policy
+from tests.chameleon_helpers import WORDS, prompt_segment, small_config, small_policy
 from tests.test_trainer_processes import launch
 from underdrawing.interrupt import Interrupted
 from underdrawing.tracking import Tracker, read_metrics
@@ -588,6 +589,17 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path):
     trajectories[3].segments[1].ids[0] = policy.vocabulary.size + 5
     with pytest.raises(UserError, match="written by another tokenizer"):
         warm_start(policy, trajectories, section(), tmp_path)
+
+
+def test_weights_of_16_bits_are_refused(tmp_path):
+    config = small_config().model_copy(update={"dtype": "bfloat16"})
+    policy = load(config, WORDS)
+    with pytest.raises(UserError, match="is to be trained in bfloat16, .*policy.dtype: float32, or train adapters"):
+        warm_start(policy, written(policy), section(), tmp_path)
+    assert not (tmp_path / "sft").exists()
+    adapted = load(config.model_copy(update={"lora": LoraSection(r=4, alpha=8)}), WORDS)
+    tracker = Tracker(tmp_path / "sft")
+    assert warm_start(adapted, written(adapted), section(max_steps=1), tmp_path, tracker=tracker)["loss"] > 0
 
 
 def test_nothing_to_learn_from_is_a_sentence(policy):

@@ -12,12 +12,15 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policy.chameleon.family import load
+from policy.config import LoraSection
 from rl.advantages import credit
 from rl.batches import pack, plan, trainable
 from rl.config import GrpoConfig
 from rl.trainer import Trainer, TrainingError, random_state, set_random_state
 from rollout.trajectory import StopReason
 from tests.bigram import BigramPolicy, reward, sampled_groups
+from tests.chameleon_helpers import WORDS, sampled, small_config
 
 
 def make(seed=0, **config):
@@ -193,6 +196,34 @@ def test_frozen_parameters_stay():
     policy.model.requires_grad_(False)
     with pytest.raises(TrainingError, match="nothing to train"):
         Trainer(policy, config, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_16_bits_are_not_trained(dtype):
+    policy = BigramPolicy()
+    policy.model.head.to(getattr(torch, dtype))
+    with pytest.raises(TrainingError, match=f"'head.weight' is to be trained in {dtype}, .*policy.dtype: float32, or "
+                                            "train adapters"):
+        Trainer(policy, GrpoConfig(), Accelerator(cpu=True))
+    policy.model.head.requires_grad_(False)
+    Trainer(policy, GrpoConfig(), Accelerator(cpu=True))
+
+
+def test_adapters_of_a_16_bit_policy_are_float32_and_move():
+    config = small_config(LoraSection(r=4, alpha=8.0)).model_copy(update={"dtype": "bfloat16"})
+    torch.manual_seed(0)
+    policy = load(config, WORDS)
+    trainer = Trainer(policy, GrpoConfig(learning_rate=1e-6), Accelerator(cpu=True))
+    base = {p.dtype for name, p in policy.core.named_parameters() if "lora_" not in name and "vqmodel" not in name}
+    assert base == {torch.bfloat16}
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    before = [p.detach().clone() for p in policy.parameters()]
+    group = sampled(policy, [["text", "picture"]] * 2)
+    for trajectory, advantage in zip(group, (1.0, -1.0), strict=True):
+        trajectory.reward = advantage
+        trajectory.advantage_S = np.full(len(trajectory.segments), advantage, np.float32)
+    trainer.update([group])
+    assert any(not torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True))
 
 
 def test_an_infinite_gradient_stops_the_run_and_leaves_the_weights():
