@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -65,6 +65,10 @@ class Trainer:
 
     def __init__(self, policy: Policy, config: GrpoConfig, accelerator: Accelerator,
                  source: Path | str | None = None) -> None:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # accelerate's backward is then the engine's, which steps at every micro-batch.
+            raise TrainingError("GRPO runs with DDP or FSDP (configs/accelerate), not with DeepSpeed, which would step "
+                                "at every micro-batch; the DeepSpeed preset is for `underdrawing sft`")
         if accelerator.gradient_accumulation_steps != 1:
             raise TrainingError("accelerate's gradient_accumulation_steps must be 1; the trainer accumulates by itself "
                                 "(grpo.tokens_per_micro_batch)")

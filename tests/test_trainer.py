@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -224,6 +226,12 @@ def test_adapters_of_a_16_bit_policy_are_float32_and_move():
         trajectory.advantage_S = np.full(len(trajectory.segments), advantage, np.float32)
     trainer.update([group])
     assert any(not torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True))
+
+
+def test_deepspeed_is_refused():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, gradient_accumulation_steps=1)
+    with pytest.raises(TrainingError, match="DDP or FSDP .*, not with DeepSpeed.*`underdrawing sft`"):
+        Trainer(BigramPolicy(), GrpoConfig(), accelerator)
 
 
 def test_an_infinite_gradient_stops_the_run_and_leaves_the_weights():
