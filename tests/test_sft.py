@@ -508,6 +508,35 @@ def test_two_processes_give_the_losses_and_weights_of_one_that_accumulates(tmp_p
         torch.testing.assert_close(second[name], first[name], atol=2e-5, rtol=1e-4)
 
 
+JOB = """
+import sys
+from pathlib import Path
+from tests.test_cli import QUICKSTART, SMALL
+from underdrawing import build
+from underdrawing.jobs import run_sft
+from underdrawing.recipe import load_recipe
+
+def counted(function):
+    return lambda *args, **kwargs: wrote.append(function.__name__) or function(*args, **kwargs)
+
+wrote = []
+build.write_recipe, build.build_tracker = counted(build.write_recipe), counted(build.build_tracker)
+recipe = load_recipe(QUICKSTART, [*SMALL, f"run_dir={sys.argv[1]}", "sft.max_steps=2", "sft.logging_steps=1"])
+run_sft(recipe)
+from accelerate import PartialState
+Path(sys.argv[1], f"wrote{PartialState().process_index}").write_text(" ".join(wrote))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # imports everything twice
+def test_of_several_processes_the_first_one_writes(tmp_path):
+    launch(2, JOB, str(tmp_path))
+    assert [row["step"] for row in read_metrics(tmp_path / "sft" / "metrics.jsonl")] == [1, 2]
+    assert [(tmp_path / f"wrote{rank}").read_text() for rank in (0, 1)] == ["write_recipe build_tracker", ""]
+    assert (tmp_path / "sft" / "model" / "config.json").is_file()
+
+
 # ---- bad input ----
 
 @pytest.mark.parametrize("spoil, sentence", [

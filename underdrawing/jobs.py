@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from evals.bootstrap import Interval, compare
 from evals.heldout import Heldout, PromptScore, geneval_scorer, spread_over_tags
@@ -41,7 +41,9 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
     from sft.train import check_demonstrations, demonstrate, warm_start
 
     build.seed_everything(recipe.seed)
-    build.write_recipe(recipe, refused=not resume and bool(sealed(recipe.run_dir / "sft")))
+    first = PartialState(cpu=recipe.policy.device == "cpu").is_main_process
+    if first:
+        build.write_recipe(recipe, refused=not resume and bool(sealed(recipe.run_dir / "sft")))
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task)
     if not isinstance(policy, ChameleonPolicy):
@@ -49,15 +51,17 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
                         "family 'chameleon'")
     demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
     check_demonstrations(demonstrations, fmt)
-    tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft")
-    progress = StepProgress("warm start", recipe.sft.max_steps)
-    tracker.listeners.append(progress)
+    tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft") if first else None
+    progress = StepProgress("warm start", recipe.sft.max_steps) if first else None
+    if tracker is not None:
+        tracker.listeners.append(progress)
     try:
         warm_start(policy, demonstrations, recipe.sft, recipe.run_dir, seed=recipe.seed, tracker=tracker,
                    resume=resume, resume_command=resume_command)
     finally:
-        progress.close()
-        tracker.close()
+        for part in (progress, tracker):
+            if part is not None:
+                part.close()
     return build.warm_start_folder(recipe)
 
 
