@@ -75,7 +75,8 @@ class PolicyConfig(BaseModel):
                                                "None: a tiny model with fresh weights.")
     tiny: TinySection = Field(default_factory=lambda: TinySection.model_validate({}),
                               description="The tiny model; not read when path is given.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the decoder's weights.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the decoder's weights: float32 where they are trained. Adapters are float32 anyway.")
     device: str = Field("cpu", description="torch device of the weights, such as 'cpu' or 'cuda'.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="transformers' attention in scoring and training.")

@@ -38,31 +38,39 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
         UserError: as the parts do.
     """
     config, accelerator = run.config, run.accelerator
-    trainer, cursor = Trainer(run.policy, config, accelerator), PromptCursor(run.prompts, run.seed)
+    trainer = Trainer(run.policy, config, accelerator, run.weights)
+    cursor = PromptCursor(run.prompts, run.seed)
     publisher = Publisher(run.policy, run.rollouts, accelerator, trainer.scorer)
-    done, probe = begin(run, trainer, cursor, resume)
-    publisher.publish(trainer.version, probe)
+    begun = begin(run, trainer, cursor, resume)
+    probe, owed = begun.probe, begun.owed
+    if owed is None:
+        publisher.publish(trainer.version, probe)
     on_policy = False  # until proven on the first rollouts
 
     with interruptible(logger.warning) as interruption:
-        for step in range(done + 1, config.steps + 1):
+        for step in range(begun.done + (owed is None), config.steps + 1):
             started, last = time.perf_counter(), step == config.steps
-            with keeping(run, trainer, cursor, step - 1, probe):
-                requests = ask(run, cursor)
-                ledger, metrics = on_first(accelerator, lambda: collect(run, requests, step))  # noqa: B023
-            trajectories = [trajectory for group in ledger.trained for trajectory in group]
-            if trajectories and not on_policy:
-                logger.info("on-policy gap: %.2g", trainer.on_policy_gap(trajectories))
-                on_policy = True
-            metrics |= trainer.update(ledger.trained)
+            if owed is not None:  # the checkpoint's step, which a fault kept from being finished
+                metrics, owed = owed, None
+                started -= metrics["time/step"]
+            else:
+                with keeping(run, trainer, cursor, step - 1, probe):
+                    requests = ask(run, cursor)
+                    ledger, metrics = on_first(accelerator, lambda: collect(run, requests, step))  # noqa: B023
+                    trajectories = [trajectory for group in ledger.trained for trajectory in group]
+                    if trajectories and not on_policy:
+                        logger.info("on-policy gap: %.2g", trainer.on_policy_gap(trajectories))
+                        on_policy = True
+                    metrics |= trainer.update(ledger.trained)
+                probe = probe or list(smallest(trajectories, PROBE_TRAJECTORIES))
+                metrics["time/step"] = time.perf_counter() - started
 
-            probe = probe or list(smallest(trajectories, PROBE_TRAJECTORIES))
-            metrics |= publisher.publish(trainer.version, probe).metrics()
-
-            if config.evaluate_every and (last or step % config.evaluate_every == 0):
-                metrics |= on_first(accelerator, lambda: evaluate(run, step))  # noqa: B023
-            metrics["time/step"] = time.perf_counter() - started
-            alarm = on_first(accelerator, lambda: log(run, step, metrics))  # noqa: B023
+            with keeping(run, trainer, cursor, step, probe, metrics):
+                metrics |= publisher.publish(trainer.version, probe).metrics()
+                if config.evaluate_every and (last or step % config.evaluate_every == 0):
+                    metrics |= on_first(accelerator, lambda: evaluate(run, step))  # noqa: B023
+                metrics["time/step"] = time.perf_counter() - started
+                alarm = on_first(accelerator, lambda: log(run, step, metrics))  # noqa: B023
 
             stop = (on_first(accelerator, lambda: interruption.pressed) or alarm is not None) and not last
             if stop or last or step % config.save_every == 0:

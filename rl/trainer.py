@@ -11,22 +11,25 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from policy.base import Policy, Scored
+from policy.base import Policy, Scored, half_precision
 from rl.batches import MicroBatch, pack, plan, scored_decisions, trainable
 from rl.config import ClipConfig, GrpoConfig
 from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
+from rl.processes import alone
 from rollout.errors import UserError
 from rollout.trajectory import DecisionKind, Trajectory
+from rollout.weights import fingerprint
 
 
 class TrainingError(UserError):
@@ -36,13 +39,15 @@ class TrainingError(UserError):
 class _Scorer(nn.Module):
     """`policy.score` as a module's forward, so that what accelerate wraps sees every pass go through it."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, accelerator: Accelerator) -> None:
         super().__init__()
         self.model = policy.model
         self._score = policy.score
+        self._accelerator = accelerator
 
     def forward(self, trajectories: Sequence[Trajectory], **kwargs: Any) -> Scored:
-        return self._score(trajectories, **kwargs)
+        with alone(self._accelerator):
+            return self._score(trajectories, **kwargs)
 
 
 class Trainer:
@@ -52,12 +57,18 @@ class Trainer:
         policy: only parameters that require a gradient are trained, which with adapters are the adapters alone.
         config: see GrpoConfig.
         accelerator: with gradient_accumulation_steps 1: micro-batches are accumulated here.
+        source: where the policy's weights came from, for people to read; None: not known.
 
     Attributes:
         version: of the weights; one more after every update that moved them.
     """
 
-    def __init__(self, policy: Policy, config: GrpoConfig, accelerator: Accelerator) -> None:
+    def __init__(self, policy: Policy, config: GrpoConfig, accelerator: Accelerator,
+                 source: Path | str | None = None) -> None:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # accelerate's backward is then the engine's, which steps at every micro-batch.
+            raise TrainingError("GRPO runs with DDP or FSDP (configs/accelerate), not with DeepSpeed, which would step "
+                                "at every micro-batch; the DeepSpeed preset is for `underdrawing sft`")
         if accelerator.gradient_accumulation_steps != 1:
             raise TrainingError("accelerate's gradient_accumulation_steps must be 1; the trainer accumulates by itself "
                                 "(grpo.tokens_per_micro_batch)")
@@ -70,20 +81,28 @@ class Trainer:
         parameters = list(self._trained().values())
         if not parameters:
             raise TrainingError("no parameter of the policy requires a gradient: there is nothing to train")
+        if (half := half_precision(policy.model)) is not None:
+            raise TrainingError(half)
         groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
                   {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,
                                       betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        self._start = _start(policy, source)
         policy.model.to(accelerator.device)
         if config.beta:
             with policy.reference():  # the weights as they are now, before anything wraps, moves or overwrites them
                 pass
-        self.scorer, self.optimizer = accelerator.prepare(_Scorer(policy), optimizer)
+        self.scorer, self.optimizer = accelerator.prepare(_Scorer(policy, accelerator), optimizer)
         # Not prepared: accelerate would step a prepared schedule once for every process.
         self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps,
                                        num_training_steps=config.steps * config.num_iterations * config.num_minibatches)
         self.settings = loss_settings(config)
         policy.model.eval()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Taken so far, in all updates."""
+        return self.scheduler.last_epoch
 
     # ---- checks ----
     def on_policy_gap(self, trajectories: Sequence[Trajectory]) -> float:
@@ -192,7 +211,9 @@ class Trainer:
             with self.accelerator.no_sync(self.scorer) if not last else nullcontext():
                 with self.accelerator.autocast():
                     scored = self.scorer(batch.trajectories, old=old[number], reference=reference[number], entropy=True)
-                loss = policy_loss(self._decisions(batch, scored, old[number]), self.settings)
+                with alone(self.accelerator):
+                    decisions = self._decisions(batch, scored, old[number])
+                loss = policy_loss(decisions, self.settings)
                 # Gradients are averaged over processes, and the loss is already a share of the whole batch's sum.
                 self.accelerator.backward(loss.loss * self.accelerator.num_processes)
             losses_2 += torch.stack([loss.loss.detach(), loss.policy]).double().cpu()
@@ -229,34 +250,78 @@ class Trainer:
 
     # ---- state ----
     def state(self) -> dict[str, Any]:
-        """Trained parameters, optimiser, schedule, version and every process's random state. All processes call it."""
+        """Trained parameters, optimiser, schedule, version, what the run started from, and every process's random
+        state. All processes call it."""
         return {"parameters": {name: p.detach() for name, p in self._trained().items()},
                 "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "version": self.version, "random": gather_object([random_state()])}
+                "version": self.version, "start": self._start, "random": gather_object([random_state()])}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a state() again; a process that it does not know of takes another's random state.
 
+        Moments and the place in the schedule are the state's; rates, betas, epsilon and decay are the config's, so
+        that a run resumed with others goes on with those.
+
         Raises:
-            TrainingError: the parameters are not those of this policy; the sentence names the first one.
+            TrainingError: the parameters are not those of this policy; the sentence names the first one. Or the weights
+                that the policy was built from are not those that the run started from.
         """
         trained, saved = self._trained(), state["parameters"]
         for name in sorted(trained.keys() ^ saved.keys()):
             where = "is in the checkpoint but not trained here" if name in saved else "is not in the checkpoint"
             raise TrainingError(f"parameter '{name}' {where}. Resume with the recipe of that run")
+        if "start" in state:
+            self._check_start(state["start"])
         with torch.no_grad():
             for name, parameter in trained.items():
                 if parameter.shape != saved[name].shape:
                     raise TrainingError(f"parameter '{name}' is {list(saved[name].shape)} in the checkpoint and "
                                         f"{list(parameter.shape)} here. Resume with the recipe of that run")
                 parameter.copy_(saved[name])
+        options = [{key: value for key, value in group.items() if key not in ("params", "lr")}
+                   for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        # Both have just taken over what the checkpoint's recipe said.
+        self.scheduler.base_lrs = [group["initial_lr"] for group in options]
+        self.scheduler._last_lr = [base * factor(self.scheduler.last_epoch) for base, factor in
+                                   zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)]
+        for group, option, rate in zip(self.optimizer.param_groups, options, self.scheduler._last_lr, strict=True):
+            group.update(option, lr=rate)
         self.version = state["version"]
         set_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
 
+    def _check_start(self, saved: dict[str, str | None]) -> None:
+        """A checkpoint holds what is trained. The rest, and what a KL term compares with, are the starting weights."""
+        here = self._start
+        for kind in ("frozen", "trained"):
+            if here[kind] == saved[kind]:
+                continue
+            if kind == "trained" and not self.config.beta:
+                self._start = saved  # all of them are about to be replaced; a KL term may yet be turned on
+                continue
+            what = ("the weights that are not trained" if kind == "frozen" else
+                    "the weights that the KL term (grpo.beta) compares with")
+            elsewhere = saved["source"] not in (None, here["source"])
+            raise TrainingError(
+                f"{what} are not those of the checkpoint's run: it started from {saved['source'] or 'a policy'} "
+                f"(fingerprint {str(saved[kind])[:8]}), this one from {here['source'] or 'a policy'} "
+                f"({str(here[kind])[:8]}). Resume with the weights that it started from: "
+                + (f"--weights {saved['source']}" if elsewhere else "--weights and a folder that holds them"))
+
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+
+
+def _start(policy: Policy, source: Path | str | None) -> dict[str, str | None]:
+    """What the policy holds before it is trained: `source`, and fingerprints of its `frozen` and `trained` weights."""
+    state = policy.model.state_dict()
+    trained = {name for name, p in policy.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    # Fresh adapters are chance, and the reference is without them.
+    adapters = getattr(policy, "has_adapters", False)
+    return {"source": None if source is None else str(source),
+            "frozen": fingerprint({name: t for name, t in state.items() if name not in trained}),
+            "trained": None if adapters else fingerprint({name: t for name, t in state.items() if name in trained})}
 
 
 def loss_settings(config: GrpoConfig) -> LossSettings:

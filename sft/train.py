@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig as TrlSftConfig
 
+from policy.base import half_precision
 from policy.chameleon.family import ChameleonPolicy
 from rollout.errors import UserError
 from rollout.formats.base import ThoughtFormat
@@ -94,9 +95,11 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
 
     Raises:
         Interrupted: after Ctrl-C, at the end of a step, once all is saved.
-        UserError: nothing to learn from; ids that the policy's vocabulary lacks; a checkpoint that is corrupt, or there
-            where none is to be resumed; a disk that is full or not writable.
+        UserError: 16-bit weights are to be trained; nothing to learn from; ids that the policy's vocabulary lacks; a
+            checkpoint that is corrupt, or there where none is to be resumed; a disk that is full or not writable.
     """
+    if (half := half_precision(policy.model)) is not None:
+        raise UserError(half)
     rows = _rows(policy, trajectories, config)
     output_dir = Path(run_dir) / "sft"
     with writing(output_dir):

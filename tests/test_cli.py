@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from rewards.compose import Judge
 from rl import checkpoint
@@ -205,6 +206,20 @@ def test_a_rollout_deletes_nothing_and_says_so_before_it_samples(capsys, warm, t
     monkeypatch.setattr(LocalRollouts, "stream", lambda *arguments: pytest.fail("it sampled"))
     assert words in refused(capsys, "rollout", QUICKSTART, *SMALL, f"run_dir={warm}", "--prompts", "2", "--out", out)
     assert (tmp_path / "thesis/thesis.tex").read_text() == (tmp_path / "file.txt").read_text() == "mine"
+
+
+def test_a_run_is_not_resumed_from_other_weights_than_it_started_from(capsys, warm, tmp_path):
+    command = ["grpo", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "grpo.prompts_per_step=1", "grpo.num_generations=2",
+               "rollout.max_tokens=60", "grpo.beta=0.1", "grpo.evaluate_every=null"]
+    assert main([*command, "grpo.steps=1", "--weights", str(warm / "sft/model")]) == 0
+    shutil.copytree(warm / "sft/model", tmp_path / "other")
+    tensors = load_file(tmp_path / "other/model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "other/model.safetensors", {"format": "pt"})
+    said = refused(capsys, *command, "grpo.steps=2", "--resume", "--weights", tmp_path / "other")
+    assert f"started from {warm / 'sft/model'} " in said and f"this one from {tmp_path / 'other'} " in said
+    assert f"--weights {warm / 'sft/model'}" in said
+    assert main([*command, "grpo.steps=2", "--resume", "--weights", str(warm / "sft/model")]) == 0
 
 
 @pytest.mark.parametrize("command, steps, saved", [("sft", "sft.max_steps", "sft/checkpoint-*"),

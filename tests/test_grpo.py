@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from accelerate import Accelerator
 import rl.grpo
 from rl import checkpoint
 from rl.config import GrpoConfig
-from rl.run import Run
+from rl.cursor import PromptCursor
+from rl.processes import BrokenOffError, alone
+from rl.run import Run, keeping
+from rl.trainer import Trainer, TrainingError
 from rollout.errors import UserError
 from rollout.workers import FailedGroup, GenerateResult
 from tests.bigram import BigramPolicy, reward
@@ -160,6 +164,28 @@ def test_going_back_to_an_earlier_checkpoint_forgets_the_later_one(tmp_path, und
     assert lines(tmp_path) == undisturbed[1][:6]
 
 
+def test_a_resumed_run_says_which_keys_changed_and_goes_on_with_the_new_ones(tmp_path, caplog):
+    def recipe(**grpo):
+        return {"name": "a", "run_dir": "there", "track": {"wandb": "auto"}, "policy": {"lora": None},
+                "rewards": {"parts": {"detect": {"weight": 1}}}, "grpo": {"save_every": 1, **grpo}}
+
+    run = make(tmp_path, steps=2, lr_scheduler_type="constant")
+    run.recipe = recipe(learning_rate=0.02, beta=0.01)
+    rl.grpo.train(run)
+    assert "recipe" not in caplog.text
+    run = make(tmp_path, steps=3, lr_scheduler_type="constant", learning_rate=1e-5)
+    run.recipe = {**recipe(learning_rate=1e-5, beta=0.01, save_every=9), "name": "b", "run_dir": "here",
+                  "track": {"wandb": "disabled"}, "policy": {"lora": {"r": 4}},
+                  "rewards": {"parts": {"detect": {"weight": 1}, "length": {"weight": 2}}}}
+    rl.grpo.train(run, checkpoint.latest(tmp_path / "checkpoints"))
+    [record] = [record for record in caplog.records if "recipe" in record.message]
+    assert record.levelname == "WARNING"
+    assert record.message.endswith(
+        "not that of step-000002, and the run goes on with what it says now: policy.lora: None -> {'r': 4}; "
+        "rewards.parts.length: unset -> {'weight': 2}; grpo.learning_rate: 0.02 -> 1e-05")
+    assert [row["learning_rate"] for row in lines(tmp_path)] == [0.02, 0.02, 1e-5]
+
+
 def test_ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on(tmp_path, undisturbed):
     run = make(tmp_path, CodeJudge(s4=lambda: os.kill(os.getpid(), signal.SIGINT)))
     before = signal.getsignal(signal.SIGINT)  # a job in the background inherits one that ignores it
@@ -246,7 +272,8 @@ import sys
 from pathlib import Path
 from accelerate import Accelerator
 import rl.grpo
-from tests.test_grpo import CodeJudge, make
+from rl import checkpoint
+from tests.test_grpo import CodeJudge, crash, faulty, make
 from rollout.errors import UserError
 folder = Path(sys.argv[1])
 accelerator = Accelerator(cpu=True)
@@ -257,6 +284,18 @@ try:
     rl.grpo.train(make(folder / "second", CodeJudge(s2=refuse), accelerator=accelerator))
 except UserError as error:
     (folder / f"error{accelerator.process_index}").write_text(str(error))
+third = make(folder / "third", accelerator=accelerator, save_every=100)
+try:
+    rl.grpo.train(faulty(third, "evaluate") if accelerator.is_main_process else third)
+except UserError as error:
+    (folder / f"late{accelerator.process_index}").write_text(str(error))
+rl.grpo.train(make(folder / "third", accelerator=accelerator), checkpoint.latest(folder / "third" / "checkpoints"))
+# A bug of the first process is no fault to save after: all of them go at once.
+try:
+    rl.grpo.train(make(folder / "fourth", CodeJudge(s2=crash), accelerator=accelerator))
+except Exception as error:
+    (folder / f"bug{accelerator.process_index}").write_text(f"{type(error).__name__}: {error}")
+accelerator.wait_for_everyone()
 accelerator.end_training()
 """
 
@@ -270,6 +309,94 @@ def test_a_fault_that_ends_the_run_loses_no_finished_step(tmp_path, undisturbed)
     assert checkpoint.steps(tmp_path / "checkpoints") == [4]
     rl.grpo.train(make(tmp_path, save_every=100), checkpoint.latest(tmp_path / "checkpoints"))
     assert lines(tmp_path) == undisturbed[1]
+
+
+def faulty(run, where):
+    """The run with a fault of `where` at step 4, which is evaluated."""
+    def refuse(*args):
+        raise UserError("a fault that can be mended")
+
+    adopt, evaluate, log = run.rollouts.adopt, run.evaluate, run.tracker.log
+    if where == "publish":
+        run.rollouts.adopt = lambda version: refuse() if version == 4 else adopt(version)
+    elif where == "evaluate":
+        run.evaluate = lambda step: refuse() if step == 4 else evaluate(step)
+    else:
+        def fills_the_disk(step, metrics):
+            if step == 4:
+                run.tracker._write('{"step": 4, "rew')
+                refuse()
+            log(step, metrics)
+
+        run.tracker.log = fills_the_disk
+    return run
+
+
+@pytest.mark.parametrize("where", ["publish", "evaluate", "log"])
+def test_a_fault_after_the_update_loses_neither_the_step_nor_its_line(tmp_path, undisturbed, where):
+    with pytest.raises(UserError, match=r"can be mended. The 4 finished step\(s\) are saved; .*--resume"):
+        rl.grpo.train(faulty(make(tmp_path, save_every=100), where))
+    for _ in range(2):  # and once more, where it was not mended
+        assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+        with pytest.raises(UserError, match="mended. The 4 finished"):
+            rl.grpo.train(faulty(make(tmp_path, save_every=100), where), checkpoint.latest(tmp_path / "checkpoints"))
+    trainer = rl.grpo.train(make(tmp_path), checkpoint.latest(tmp_path / "checkpoints"))
+    _, rows, weights = undisturbed
+    assert lines(tmp_path) == rows
+    assert all(torch.equal(p, weights[name]) for name, p in trainer.policy.model.named_parameters())
+    assert not list((tmp_path / "checkpoints").rglob("owed.json"))  # whatever was owed has been made good
+    for row in read_metrics(tmp_path / "metrics.jsonl"):
+        assert row["time/step"] >= row["time/update"] > 0
+
+
+def fails_at(number):
+    """Trainer._step with no finite gradient at the number-th optimiser step."""
+    step, calls = Trainer._step, []
+
+    def fails(trainer):
+        calls.append(1)
+        if len(calls) == number:
+            raise TrainingError("the gradient's norm is nan")
+        return step(trainer)
+
+    return fails
+
+
+def test_a_fault_before_the_weights_move_saves_the_step_before(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(Trainer, "_step", fails_at(2 * 4 + 1))
+    with pytest.raises(TrainingError, match=r"norm is nan. The 4 finished step\(s\) are saved"):
+        rl.grpo.train(make(tmp_path, save_every=100))
+    monkeypatch.undo()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4]
+    rl.grpo.train(make(tmp_path), checkpoint.latest(tmp_path / "checkpoints"))
+    assert lines(tmp_path) == undisturbed[1]
+
+
+def test_a_step_that_is_half_trained_is_not_saved_as_one(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(Trainer, "_step", fails_at(2 * 4 + 2))
+    with pytest.raises(TrainingError, match="Step 5 was half trained, so nothing was saved: it goes on from step-"):
+        rl.grpo.train(make(tmp_path))
+    monkeypatch.undo()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [3]
+    rl.grpo.train(make(tmp_path), checkpoint.latest(tmp_path / "checkpoints"))
+    assert lines(tmp_path) == undisturbed[1]
+
+
+def test_where_the_disk_is_full_too_the_fault_is_told_first(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="^a fault that can be mended. The 4 finished .* could not be saved: .*cannot"):
+        rl.grpo.train(faulty(make(tmp_path, save_every=100), "evaluate"))
+
+
+def test_a_fault_of_one_process_alone_asks_the_others_for_nothing(tmp_path, monkeypatch):
+    run = make(tmp_path)
+    trainer = Trainer(run.policy, run.config, run.accelerator)
+    cursor = PromptCursor(run.prompts, 0)
+    monkeypatch.setattr("rl.run.on_first", lambda *args: pytest.fail("the others are not there to answer"))
+    two = SimpleNamespace(num_processes=2, process_index=1)
+    with pytest.raises(BrokenOffError, match="TrainingError in process 1: the policy scored 3"):
+        with keeping(run, trainer, cursor, 3, []), alone(two):
+            raise TrainingError("the policy scored 3")
 
 
 @pytest.mark.timeout(600)  # importing everything twice on a busy machine
@@ -289,3 +416,8 @@ def test_two_processes_run_the_same_loop(tmp_path, undisturbed):
         assert "the judge is out. The 1 finished step(s) are saved" in said
     assert checkpoint.steps(tmp_path / "second" / "checkpoints") == [1]
     assert loaded.recipe == {"name": "bigram"}
+    for rank in (0, 1):
+        assert "can be mended. The 4 finished step(s) are saved" in (tmp_path / f"late{rank}").read_text()
+    assert lines(tmp_path / "third") == lines(tmp_path)
+    assert (tmp_path / "bug0").read_text() == "RuntimeError: power cut"
+    assert (tmp_path / "bug1").read_text() == "BrokenOffError: RuntimeError: power cut"

@@ -17,6 +17,7 @@ from rl.config import GrpoConfig
 from rl.run import Run
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
+from rollout.errors import UserError
 from rollout.formats.registry import get_format
 from rollout.trajectory import DecisionKind
 from rollout.workers import LocalRollouts
@@ -94,6 +95,20 @@ def test_real_parts_resume_as_the_same_run(tmp_path, lora, separate):
         assert torch.equal(p, q), name
         if lora:
             assert p.requires_grad == ("lora_" in name)
+
+
+def test_adapters_go_on_on_the_base_that_they_were_trained_on(tmp_path):
+    rl.grpo.train(make(tmp_path, lora=True, steps=1, beta=0))
+    last = checkpoint.latest(tmp_path / "checkpoints")
+    run = make(tmp_path, lora=True, steps=2, beta=0)
+    for name, parameter in run.policy.model.named_parameters():
+        if "lora_" in name:
+            parameter.data.fill_(0.5)  # fresh adapters are chance; those of the checkpoint take their place
+    rl.grpo.train(run, last)
+    run = make(tmp_path, lora=True, steps=3, beta=0)
+    run.policy.core.lm_head.weight.data[3, 3] += 1
+    with pytest.raises(UserError, match="not trained are not those .*--weights"):
+        rl.grpo.train(run, checkpoint.latest(tmp_path / "checkpoints"))
 
 
 TWO = """

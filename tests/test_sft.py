@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ChameleonForConditionalGeneration
 
+from policy.chameleon.family import load
 from policy.chameleon.model import load_model
 from policy.config import LoraSection
 from rollout.errors import UserError
@@ -29,7 +30,7 @@ from sft.losses import VisualReconstruction, targets, weighted_cross_entropy
 from sft.train import check_demonstrations, demonstrate, render_all, warm_start
 from sft.trainer import InterleavedSftTrainer
 from tasks.base import Demonstration
-from tests.chameleon_helpers import WORDS, prompt_segment, small_policy
+from tests.chameleon_helpers import WORDS, prompt_segment, small_config, small_policy
 from tests.test_trainer_processes import launch
 from underdrawing.interrupt import Interrupted
 from underdrawing.tracking import Tracker, read_metrics
@@ -507,6 +508,35 @@ def test_two_processes_give_the_losses_and_weights_of_one_that_accumulates(tmp_p
         torch.testing.assert_close(second[name], first[name], atol=2e-5, rtol=1e-4)
 
 
+JOB = """
+import sys
+from pathlib import Path
+from tests.test_cli import QUICKSTART, SMALL
+from underdrawing import build
+from underdrawing.jobs import run_sft
+from underdrawing.recipe import load_recipe
+
+def counted(function):
+    return lambda *args, **kwargs: wrote.append(function.__name__) or function(*args, **kwargs)
+
+wrote = []
+build.write_recipe, build.build_tracker = counted(build.write_recipe), counted(build.build_tracker)
+recipe = load_recipe(QUICKSTART, [*SMALL, f"run_dir={sys.argv[1]}", "sft.max_steps=2", "sft.logging_steps=1"])
+run_sft(recipe)
+from accelerate import PartialState
+Path(sys.argv[1], f"wrote{PartialState().process_index}").write_text(" ".join(wrote))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # imports everything twice
+def test_of_several_processes_the_first_one_writes(tmp_path):
+    launch(2, JOB, str(tmp_path))
+    assert [row["step"] for row in read_metrics(tmp_path / "sft" / "metrics.jsonl")] == [1, 2]
+    assert [(tmp_path / f"wrote{rank}").read_text() for rank in (0, 1)] == ["write_recipe build_tracker", ""]
+    assert (tmp_path / "sft" / "model" / "config.json").is_file()
+
+
 # ---- bad input ----
 
 @pytest.mark.parametrize("spoil, sentence", [
@@ -588,6 +618,17 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path):
     trajectories[3].segments[1].ids[0] = policy.vocabulary.size + 5
     with pytest.raises(UserError, match="written by another tokenizer"):
         warm_start(policy, trajectories, section(), tmp_path)
+
+
+def test_weights_of_16_bits_are_refused(tmp_path):
+    config = small_config().model_copy(update={"dtype": "bfloat16"})
+    policy = load(config, WORDS)
+    with pytest.raises(UserError, match="is to be trained in bfloat16, .*policy.dtype: float32, or train adapters"):
+        warm_start(policy, written(policy), section(), tmp_path)
+    assert not (tmp_path / "sft").exists()
+    adapted = load(config.model_copy(update={"lora": LoraSection(r=4, alpha=8)}), WORDS)
+    tracker = Tracker(tmp_path / "sft")
+    assert warm_start(adapted, written(adapted), section(max_steps=1), tmp_path, tracker=tracker)["loss"] > 0
 
 
 def test_nothing_to_learn_from_is_a_sentence(policy):

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policy.chameleon.family import load
+from policy.config import LoraSection
 from rl.advantages import credit
 from rl.batches import pack, plan, trainable
 from rl.config import GrpoConfig
 from rl.trainer import Trainer, TrainingError, random_state, set_random_state
 from rollout.trajectory import StopReason
 from tests.bigram import BigramPolicy, reward, sampled_groups
+from tests.chameleon_helpers import WORDS, sampled, small_config
 
 
 def make(seed=0, **config):
@@ -195,6 +200,40 @@ def test_frozen_parameters_stay():
         Trainer(policy, config, Accelerator(cpu=True))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_16_bits_are_not_trained(dtype):
+    policy = BigramPolicy()
+    policy.model.head.to(getattr(torch, dtype))
+    with pytest.raises(TrainingError, match=f"'head.weight' is to be trained in {dtype}, .*policy.dtype: float32, or "
+                                            "train adapters"):
+        Trainer(policy, GrpoConfig(), Accelerator(cpu=True))
+    policy.model.head.requires_grad_(False)
+    Trainer(policy, GrpoConfig(), Accelerator(cpu=True))
+
+
+def test_adapters_of_a_16_bit_policy_are_float32_and_move():
+    config = small_config(LoraSection(r=4, alpha=8.0)).model_copy(update={"dtype": "bfloat16"})
+    torch.manual_seed(0)
+    policy = load(config, WORDS)
+    trainer = Trainer(policy, GrpoConfig(learning_rate=1e-6), Accelerator(cpu=True))
+    base = {p.dtype for name, p in policy.core.named_parameters() if "lora_" not in name and "vqmodel" not in name}
+    assert base == {torch.bfloat16}
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    before = [p.detach().clone() for p in policy.parameters()]
+    group = sampled(policy, [["text", "picture"]] * 2)
+    for trajectory, advantage in zip(group, (1.0, -1.0), strict=True):
+        trajectory.reward = advantage
+        trajectory.advantage_S = np.full(len(trajectory.segments), advantage, np.float32)
+    trainer.update([group])
+    assert any(not torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True))
+
+
+def test_deepspeed_is_refused():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, gradient_accumulation_steps=1)
+    with pytest.raises(TrainingError, match="DDP or FSDP .*, not with DeepSpeed.*`underdrawing sft`"):
+        Trainer(BigramPolicy(), GrpoConfig(), accelerator)
+
+
 def test_an_infinite_gradient_stops_the_run_and_leaves_the_weights():
     policy, config, trainer = make()
     groups = credited(policy, config)
@@ -232,6 +271,27 @@ def test_the_schedule_warms_up_and_state_continues_it():
         assert torch.equal(value, policy.model.state_dict()[name])
 
 
+def test_a_state_goes_on_with_the_optimiser_that_the_config_asks_for():
+    policy, config, trainer = make(warmup_steps=4, lr_scheduler_type="linear", steps=10)
+    for step in range(6):
+        trainer.update(credited(policy, config, first=4 * step, version=trainer.version))
+    state = copy.deepcopy(trainer.state())
+
+    policy, config, changed = make(learning_rate=0.001, warmup_steps=2, lr_scheduler_type="linear", steps=14,
+                                   adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=1e-5, weight_decay=0.1)
+    changed.load(state)
+    # six steps are done: 8 of the 12 after the warm-up are left
+    assert changed.scheduler.get_last_lr() == pytest.approx([0.001 * 8 / 12] * 2)
+    matrices, vectors = changed.optimizer.param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    for group in (matrices, vectors):
+        assert (group["betas"], group["eps"]) == ((0.5, 0.9), 1e-5)
+        assert group["lr"] == pytest.approx(0.001 * 8 / 12)
+    metrics = changed.update(credited(policy, config, first=24, version=6))
+    assert metrics["learning_rate"] == pytest.approx(0.001 * 8 / 12)
+    assert changed.scheduler.get_last_lr() == pytest.approx([0.001 * 7 / 12] * 2)
+
+
 def test_a_state_of_another_policy_is_refused_by_the_parameters_name():
     policy, config, trainer = make()
     state = trainer.state()
@@ -241,6 +301,44 @@ def test_a_state_of_another_policy_is_refused_by_the_parameters_name():
     wider = {**state, "parameters": {**state["parameters"], "mix.bias": torch.zeros(3)}}
     with pytest.raises(TrainingError, match=r"'mix.bias' is \[3\] in the checkpoint and \[16\] here"):
         trainer.load(wider)
+
+
+def test_a_run_that_started_from_other_weights_is_not_gone_on_with():
+    policy, config, _ = make(beta=0.1)
+    trainer = Trainer(policy, config, Accelerator(cpu=True), "runs/warm")
+    trainer.update(credited(policy, config))
+    torch.save(trainer.state(), buffer := io.BytesIO())
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    other = Trainer(BigramPolicy(seed=5), config, Accelerator(cpu=True), "runs/other")
+    before = weights(other.policy)
+    with pytest.raises(TrainingError, match=r"KL term .*: it started from runs/warm \(fingerprint [0-9a-f]{8}\), this "
+                                            r"one from runs/other \([0-9a-f]{8}\)\. .*: --weights runs/warm$"):
+        other.load(state)
+    assert all(torch.equal(before[name], value) for name, value in weights(other.policy).items())
+    with pytest.raises(TrainingError, match="it started from runs/warm .*this one from runs/warm .*a folder that"):
+        Trainer(BigramPolicy(seed=5), config, Accelerator(cpu=True), "runs/warm").load(state)
+    Trainer(BigramPolicy(), config, Accelerator(cpu=True), "moved/warm").load(state)  # the place is not what counts
+    other.load({name: value for name, value in state.items() if name != "start"})  # as checkpoints were before
+
+
+def test_without_a_kl_term_only_frozen_weights_must_be_those_of_the_start():
+    policy, config, trainer = make()
+    trainer.update(credited(policy, config))
+    other = make(seed=5)[2]
+    other.load(trainer.state())
+    assert other.state()["start"] == trainer.state()["start"]  # not those that it was built from: they are gone
+    with pytest.raises(TrainingError, match="KL term"):
+        make(seed=5, beta=0.1)[2].load(other.state())
+
+    def frozen(seed):
+        policy = BigramPolicy(seed)
+        policy.model.embedding.weight.requires_grad_(False)
+        return Trainer(policy, config, Accelerator(cpu=True))
+
+    frozen(0).load(frozen(0).state())
+    with pytest.raises(TrainingError, match="the weights that are not trained are not those of the checkpoint's run"):
+        frozen(5).load(frozen(0).state())
 
 
 def test_the_reference_is_the_weights_before_anything_is_loaded():

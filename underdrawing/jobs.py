@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from evals.bootstrap import Interval, compare
 from evals.heldout import Heldout, PromptScore, geneval_scorer, spread_over_tags
@@ -44,7 +44,9 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
     from sft.train import check_demonstrations, demonstrate, warm_start
 
     build.seed_everything(recipe.seed)
-    build.write_recipe(recipe, refused=not resume and bool(sealed(recipe.run_dir / "sft")))
+    first = PartialState(cpu=recipe.policy.device == "cpu").is_main_process
+    if first:
+        build.write_recipe(recipe, refused=not resume and bool(sealed(recipe.run_dir / "sft")))
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task)
     if not isinstance(policy, ChameleonPolicy):
@@ -52,15 +54,17 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
                         "family 'chameleon'")
     demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
     check_demonstrations(demonstrations, fmt)
-    tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft")
-    progress = StepProgress("warm start", recipe.sft.max_steps)
-    tracker.listeners.append(progress)
+    tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft") if first else None
+    progress = StepProgress("warm start", recipe.sft.max_steps) if first else None
+    if tracker is not None:
+        tracker.listeners.append(progress)
     try:
         warm_start(policy, demonstrations, recipe.sft, recipe.run_dir, seed=recipe.seed, tracker=tracker,
                    resume=resume, resume_command=resume_command)
     finally:
-        progress.close()
-        tracker.close()
+        for part in (progress, tracker):
+            if part is not None:
+                part.close()
     return build.warm_start_folder(recipe)
 
 
@@ -90,7 +94,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False,
         heldout = _heldout_metrics(recipe, task, rollouts, judge.setting) if judge else None
         run = Run(policy=policy, config=recipe.grpo, accelerator=accelerator, prompts=task.prompts("train"),
                   rollouts=rollouts, judge=judge, tracker=tracker, folder=recipe.run_dir, seed=recipe.seed,
-                  recipe=recipe.model_dump(mode="json"), evaluate=heldout,
+                  recipe=recipe.model_dump(mode="json"), weights=start or recipe.policy.path, evaluate=heldout,
                   alarms=build.build_alarms(recipe) if first else None, show_every=recipe.track.trajectories_every,
                   resume_command=resume_command)
         train(run, newest if resume else None)
