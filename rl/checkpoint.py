@@ -3,6 +3,7 @@
     checkpoints/step-000040/
         weights/       the policy's own layout (policy.save), so that any command can start from it
         probe/         the trajectories that publications are proven with
+        owed.json      where a fault kept the step from being published, evaluated or logged: its metrics so far
         trainer.pt     trained parameters, optimiser, schedule, version, random states (tensors and plain values only)
         state.json     step, cursor, recipe, size and CRC-32 of every other file, and the CRC-32 of all this
 
