@@ -163,6 +163,15 @@ def test_a_formula_that_fails_loses_no_thought(capsys, warm, tmp_path):
     assert len(load_trajectories(tmp_path / "rollout")) == 2
 
 
+@pytest.fixture
+def heeding_ctrl_c():
+    """Python's own handler: a test run that was started in the background of a script ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("finished", [0, 3, 8])
 def test_ctrl_c_in_a_rollout_stores_what_is_finished(capsys, warm, tmp_path, monkeypatch, finished: int):
     command = ["rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "--weights",
