@@ -32,6 +32,7 @@ from rewards.detectors.base import Detections
 from rewards.detectors.coco import GENEVAL_CLASSES
 from rewards.geneval import THRESHOLDS, check_record, classes_of, colored_of, evaluate, kept
 from rollout.errors import UserError
+from rollout.files import write_whole
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PROMPTS = 553
@@ -144,7 +145,7 @@ class Results:
             if path.is_file() and path.stat().st_size:
                 self._compare(dict(settings))
                 self._read()
-            _replace(self._beside, json.dumps(dict(settings)) + "\n")
+            write_whole(self._beside, json.dumps(dict(settings)) + "\n")
         except OSError as error:
             raise EvaluationError(f"{path}: cannot write there ({error.strerror})") from None
 
@@ -208,21 +209,12 @@ class Results:
     def finish(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """The samples' rows in their order, which the file then has too."""
         rows = [self.rows[sample.name] for sample in samples]
-        _replace(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
 
 def _key(row: Mapping[str, Any]) -> str:
     return "/".join(Path(str(row["filename"])).parts[-3:])
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def judge(samples: Sequence[Sample], sees: Sees, results: Results, mode: Mode = "standard",

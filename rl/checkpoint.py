@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from rollout.errors import UserError
+from rollout.files import flush, flush_one, measure
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -75,14 +76,14 @@ def save(root: Path, step: int, write: Callable[[Path], Any], trainer: dict[str,
         (temporary / "weights").mkdir(parents=True)
         write(temporary)
         _write_tensors(trainer, temporary / "trainer.pt")
-        files = {str(path.relative_to(temporary)): _measure(path) for path in _files(temporary)}
+        files = {str(path.relative_to(temporary)): measure(path) for path in _files(temporary)}
         state = {"format": FORMAT, "step": step, "cursor": cursor, "recipe": recipe, "files": files}
         (temporary / "state.json").write_text(json.dumps({**state, _OWN: _checksum(state)}, indent=1))
-        _flush(temporary)
+        flush(temporary)
         if final.exists():  # a run that was resumed from an earlier step comes past here again
             os.rename(final, root / f".step-{step:06d}.old")
         os.rename(temporary, final)
-        _flush_folder(root)
+        flush_one(root)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         aside = root / f".step-{step:06d}.old"
@@ -164,7 +165,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if size != expected["bytes"]:
             raise CheckpointError(f"{path}: {size} bytes where {expected['bytes']} were written; the file was cut or "
                                   f"altered{_other(folder)}")
-        if _measure(path) != expected:
+        if measure(path) != expected:
             raise CheckpointError(f"{path}: its checksum is not the one written; the file is corrupt{_other(folder)}")
     return state
 
@@ -193,8 +194,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
     for key, kind in _KEYS.items():
         if not isinstance(state[key], kind):
             raise CheckpointError(f"{path}: '{key}' is no {kind.__name__}; the file was altered{_other(folder)}")
-    for name, measure in state["files"].items():
-        if not (isinstance(measure, dict) and all(isinstance(measure.get(key), int) for key in ("bytes", "crc32"))):
+    for name, written in state["files"].items():
+        if not (isinstance(written, dict) and all(isinstance(written.get(key), int) for key in ("bytes", "crc32"))):
             raise CheckpointError(f"{path}: 'files' tells no size and checksum of '{name}'; the file was altered"
                                   f"{_other(folder)}")
     return state
@@ -222,31 +223,6 @@ def _write_tensors(state: dict[str, Any], path: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _measure(path: Path) -> dict[str, int]:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return {"bytes": path.stat().st_size, "crc32": crc}
-
-
-def _flush(folder: Path) -> None:
-    """Force files and folders to the disk: after a rename the content must be there, even if the power goes."""
-    for path in _files(folder):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        _flush_folder(path)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(root: Path, step: int, error: Exception) -> str:

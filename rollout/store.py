@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from rollout.errors import UserError
+from rollout.files import flush, flush_one
 from rollout.trajectory import (
     Author,
     Context,
@@ -91,11 +92,11 @@ def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) ->
     try:
         (temporary / "pictures").mkdir(parents=True)
         _write(trajectories, temporary)
-        _flush(temporary)
+        flush(temporary)
         if folder.exists():
             os.rename(folder, aside)
         os.rename(temporary, folder)
-        _flush_one(folder.parent)
+        flush_one(folder.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -254,20 +255,6 @@ def _json(value: Any, where: str) -> str:
         return json.dumps(value, default=plain, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise RecordError(f"{where}: holds what JSON cannot say ({error})") from error
-
-
-def _flush(folder: Path) -> None:
-    """Force files and folders to the disk: after the rename the content must be there, even if the power goes."""
-    for path in [*folder.rglob("*"), folder]:
-        _flush_one(path)
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- loading ----

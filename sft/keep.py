@@ -8,10 +8,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rollout.errors import UserError
+from rollout.files import flush_one, measure, write_whole
 
 WHOLE = "whole.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -34,15 +33,9 @@ def seal(folder: Path) -> None:
     """Say that a checkpoint is whole. Its files are on the disk before whole.json is."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = _measure(path)
-    temporary = folder / f".{WHOLE}"
-    with temporary.open("w") as file:
-        file.write(json.dumps(files, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / WHOLE)
+        flush_one(path)
+        files[str(path.relative_to(folder))] = measure(path)
+    write_whole(folder / WHOLE, json.dumps(files, indent=1))
 
 
 def sealed(output_dir: Path) -> list[Path]:
@@ -74,7 +67,7 @@ def newest(output_dir: Path) -> Path | None:
         path = folder / name
         if not path.is_file():
             raise KeepError(f"{path}: missing from the checkpoint{advice}")
-        if _measure(path) != expected:
+        if measure(path) != expected:
             raise KeepError(f"{path}: not what was written ({path.stat().st_size} bytes, {expected['bytes']} were "
                             f"written); the file was cut or altered{advice}")
     return folder
@@ -101,11 +94,3 @@ def writing(path: Path) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise KeepError(f"{path}: cannot be written ({reason}); free some space or choose another run_dir, then "
                         "resume. Checkpoints written before are as they were") from error
-
-
-def _measure(path: Path) -> dict[str, int]:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return {"bytes": path.stat().st_size, "crc32": crc}

@@ -55,11 +55,9 @@ def render_all(demonstrations: Sequence[Demonstration], fmt: ThoughtFormat, poli
         count = sum(part.picture is not None for part in d.parts)
         trajectory = render(fmt, d.prompt, d.record, d.parts, policy.vocabulary, codes[at : at + count])
         trajectory.group = group
-        if not learn_mistakes:
-            # A picture that is wrong on purpose is there to be inspected and repaired, not to be imitated.
-            for index in d.mistakes:
-                trajectory.segments[index + 1].trained = False
-        for index in d.needless:  # what it leads to is learned, the decision to go on is not
+        # A picture that is wrong on purpose is there to be inspected and repaired, a needless text to be followed:
+        # neither is imitated.
+        for index in (*d.needless, *(() if learn_mistakes else d.mistakes)):
             trajectory.segments[index + 1].trained = False
         trajectories.append(trajectory)
         at += count

@@ -6,7 +6,7 @@
     rollout      -> policy, tasks
     policy, tasks -> the record only
 
-The record (rollout.errors, rollout.trajectory, rollout.formats, rollout.store) may be imported by all.
+The record (rollout.errors, rollout.trajectory, rollout.formats, rollout.store, rollout.files) may be imported by all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("underdrawing", "rl", "rewards", "rollout", "sft", "policy", "tasks", "evals")
-RECORD = ("rollout.errors", "rollout.trajectory", "rollout.formats", "rollout.store")
+RECORD = ("rollout.errors", "rollout.trajectory", "rollout.formats", "rollout.store", "rollout.files")
 TRAINERS = ("underdrawing.tracking", "underdrawing.interrupt")  # leaves that both trainers stand on
 
 # What each package may import besides itself and the record. A name covers the modules under it.

@@ -186,7 +186,7 @@ def test_a_rewind_that_cannot_be_written_leaves_the_file(tmp_path):
     tracker = Tracker(tmp_path)
     for step in (1, 2):
         tracker.log(step, {"a": 1.0})
-    (tmp_path / "metrics.jsonl.tmp").mkdir()  # what it would write first
+    (tmp_path / ".metrics.jsonl.part").mkdir()  # what it would write first
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\); free some space and"):
         tracker.rewind(2)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]

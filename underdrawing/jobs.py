@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rl.grpo import train
 from rl.run import Run
 from rollout.config import RolloutConfig
 from rollout.errors import UserError, writing
+from rollout.files import write_whole
 from rollout.requests import RolloutRequest
 from rollout.store import check_folder, save_trajectories
 from rollout.trajectory import Trajectory
@@ -180,7 +180,7 @@ def keep_evaluation(heldout: Heldout, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         heldout.save(folder / "prompts.jsonl")
         save_trajectories(answers[::stride], folder / "trajectories")
-        _write_whole(folder / "summary.json", json.dumps({
+        write_whole(folder / "summary.json", json.dumps({
             "score": heldout.final_image, "by_tag": heldout.tags, "first_sketch": heldout.first_sketch,
             "final_image": heldout.final_image, "prompts": len(heldout.prompts),
             "samples": len(heldout.trajectories[0]), "metrics": heldout.as_metrics(),
@@ -192,19 +192,9 @@ def compare_evaluations(run_dir: Path, before: str, after: str) -> Interval:
     folder = run_dir / "evaluations"
     interval = compare(*(read_prompt_scores(folder / label / "prompts.jsonl") for label in (before, after)))
     with writing(folder):
-        _write_whole(folder / "comparison.json", json.dumps({
+        write_whole(folder / "comparison.json", json.dumps({
             "before": before, "after": after, "gain": interval.difference, "interval": [interval.low, interval.high]}))
     return interval
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Under another name, flushed to the disk and renamed."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_prompt_scores(path: Path) -> list[PromptScore]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rollout.errors import UserError, writing
+from rollout.files import write_whole
 from rollout.ray_cluster import ClusterError
 from underdrawing.cli import quieten
 
@@ -146,12 +147,10 @@ class _Clock:
                                 f"--run-dir, or remove that folder")
 
     def save(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
         with writing(self.path, "free some space and give the same command again"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"recipe": self.recipe, "seconds": self.seconds, "begun": self.begun,
-                                             "running": self.running, "killed": self.killed}))
-            temporary.replace(self.path)
+            write_whole(self.path, json.dumps({"recipe": self.recipe, "seconds": self.seconds, "begun": self.begun,
+                                               "running": self.running, "killed": self.killed}))
 
     def has(self, stage: str) -> bool:
         return stage in self.seconds

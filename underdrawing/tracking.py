@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.errors import UserError, writing
+from rollout.files import write_whole
 from rollout.trajectory import Trajectory
 
 
@@ -90,14 +91,9 @@ class Tracker:
     def rewind(self, step: int) -> None:
         """Forget every line of a step >= `step`: a resumed run writes them again."""
         kept = [row for row in read_metrics(self.path) if row["step"] < step]
-        temporary = self.path.with_suffix(".jsonl.tmp")
         with writing(self.path, RESUME):
-            with temporary.open("w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in kept)
-                file.flush()
-                os.fsync(file.fileno())
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file.close()
-            os.replace(temporary, self.path)
             self._file = self.path.open("a")
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from rollout.errors import UserError, writing
+from rollout.files import write_whole
 from rollout.store import load_trajectories
 from rollout.trajectory import Author, Trajectory
 from underdrawing.report.charts import PALETTE, Series, bars, line_chart
@@ -103,11 +104,9 @@ def from_template(name: str, **values: Any) -> str:
 
 def write_page(html: str, path: Path) -> Path:
     """Whole or not at all. Raises UserError where it cannot be written."""
-    temporary = path.with_suffix(".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, html)
     return path
 
 
