@@ -1,5 +1,4 @@
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,10 +9,9 @@ from rollout.formats.registry import get_format
 from rollout.formats.render import render as render_thought
 from rollout.formats.render import tags_of
 from tasks.registry import get_task
-from tasks.shapes.demonstrations import FORMATS, slip
+from tasks.shapes.demonstrations import FORMATS
 from tasks.shapes.language import KINDS, claims, holds, parse_plan, requirement
 from tasks.shapes.prompts import HELDOUT, TAGS, compositions
-from tasks.shapes.world import Object, Scene
 
 TASK = get_task("shapes")
 COUNT = 600
@@ -156,35 +154,6 @@ def test_a_repair_changes_one_object_and_keeps_the_rest(written):
     assert seen > 100
 
 
-def test_several_mistakes_are_repaired_one_by_one(written):
-    """Of two wrong pictures in a row the second mostly is the first less the mistake that was named."""
-    repaired: list[bool] = []
-    for shown in written["strokes"]:
-        at = [i for i, part in enumerate(shown.parts) if part.picture is not None]
-        for i, following in pairwise(at):
-            if not {i, following} <= set(shown.mistakes) or shown.parts[following].role != "redraw":
-                continue
-            before, after = ({(d.cls, d.color, d.box) for d in TASK.detect(shown.parts[j].picture)}
-                             for j in (i, following))
-            named, still = (claims(shown.parts[j + 1].text).mistakes for j in (i, following))
-            repaired.append(len(before ^ after) <= 2 and named != still)
-    assert len(repaired) > 60 and 0.4 < np.mean(repaired) < 0.95
-
-
-def test_wrong_colors_are_often_another_objects():
-    scene = Scene((Object("circle", "red", 0), Object("square", "blue", 8)))
-    record = {"tag": "color_attr", "include": [{"class": "circle", "count": 1, "color": "red"},
-                                               {"class": "square", "count": 1, "color": "blue"}]}
-    rng = np.random.default_rng(0)
-    swapped = 0
-    for _ in range(200):
-        made = slip(record, scene, rng)
-        if made.mistake.kind == "color":
-            swapped += Counter(item.color for item in made.scene.objects).most_common(1)[0][1] == 2
-    # color mistakes are 0.55 of 200; half borrow, and of the five other colours drawn at random one is the other's
-    assert 40 < swapped < 90
-
-
 def test_right_pictures_show_what_their_plan_describes(written):
     for shown in written["strokes"]:
         planned = None
@@ -208,7 +177,7 @@ def test_a_stroke_trajectory_is_short(written):
     codes = vocabulary.code_ids[:16]
     lengths = [render_thought(fmt, s.prompt, s.record, s.parts, vocabulary, [codes] * len(pictures(s))).num_tokens()
                for s in written["strokes"]]
-    assert np.mean(lengths) < 130 and max(lengths) < 272
+    assert np.mean(lengths) < 130 and max(lengths) < 256
 
 
 def test_the_seed_decides():

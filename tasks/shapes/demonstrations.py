@@ -1,36 +1,33 @@
 """Thoughts that somebody wrote, in every format: what the warm start learns from.
 
 A demonstration draws what its prompt asks for in 2 to 4 pictures. In about half of them a picture is wrong on purpose,
-by one mistake or several that break the prompt under GenEval's rules; the text after it names the first, the refinement
-repairs that one, and everything else of the picture stays as it was, its other mistakes too. In the others the
-inspection rightly finds nothing. The last picture is always right. `Demonstration.mistakes` says which pictures are
-wrong, for a loss that would rather not learn to draw them; `Demonstration.needless` which plan goes on although the
-picture before it was already right.
+by one mistake that breaks the prompt under GenEval's rules; the text after it names the mistake, the refinement repairs
+it, and everything else of the picture stays as it was. In the others the inspection rightly finds nothing. The last
+picture is always right. `Demonstration.mistakes` says which pictures are wrong, for a loss that would rather not learn
+to draw them; `Demonstration.needless` which plan goes on although the picture before it was already right.
 
 Formats (rollout/formats): strokes, subgoals, self_critique.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rollout.errors import UserError, nearest
 from rollout.formats.base import Part
-from tasks.base import Demonstration, Detection, Record
+from tasks.base import Demonstration, Record
 from tasks.shapes.language import (
     Mistake,
     clause_of,
     describe,
-    holds,
     inspection,
     instruction,
     plan,
     refinement,
     requirement,
-    slots,
 )
 from tasks.shapes.prompts import TAGS, pool, sample_scene_for, satisfies
 from tasks.shapes.render import render
@@ -46,12 +43,9 @@ MISTAKES: dict[str, dict[str, float]] = {
     "position": {"place": 0.6, "shape": 0.25, "missing": 0.15},
     "color_attr": {"color": 0.55, "shape": 0.3, "missing": 0.15},
 }
-ANOTHER_MISTAKE = 0.35  # of the pictures to repair that are followed by one more, while there is room
-TOGETHER = 0.7  # of the thoughts with several wrong pictures: the first has all the mistakes, repaired one by one
-BORROWED = 0.5  # of the wrong colours: another object's, where there is one. So do image models err
+ANOTHER_MISTAKE = 0.35  # of the repairs that go wrong once more, while there is room for two pictures
 TWO_STROKES = 0.25  # of the thoughts on several objects that are drawn in two strokes
 MAX_PICTURES = 4
-NO_MASK = np.zeros((0, 0), bool)
 
 
 @dataclass(frozen=True)
@@ -79,54 +73,18 @@ def slip(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
 
 
 def _slips(record: Record, scene: Scene, rng: np.random.Generator, count: int) -> list[Slip]:
-    """`count` wrong pictures in a row. Mostly the first has as many mistakes as can be and each repair leaves the
-    others; else each repair goes wrong anew."""
-    slips = [slip(record, scene, rng) for _ in range(count)]
-    if count > 1 and rng.random() < TOGETHER:
-        together = slips[:1]
-        while len(together) < count and (worse := _worse(record, scene, together[-1].scene, rng)) is not None:
-            together.append(worse)
-        slips = (together[::-1] + slips[1:])[:count]
-    return slips
+    return [slip(record, scene, rng) for _ in range(count)]
 
 
-def _worse(record: Record, right: Scene, scene: Scene, rng: np.random.Generator) -> Slip | None:
-    """One more mistake in a wrong scene, with an object that is still as it should be. None: none was found."""
-    weights = MISTAKES[record["tag"]]
-    for _ in range(16 if scene.objects else 0):
-        kind = list(weights)[rng.choice(len(weights), p=np.fromiter(weights.values(), float))]
-        made = _SLIPS[kind](record, scene, rng)
-        if made is None or not (made.target is None or made.target in right.objects):
-            continue
-        seen = [Detection(item.shape, item.color, item.box, 1.0, NO_MASK) for item in made.scene.objects]
-        if holds(made.mistake, record, seen) and not satisfies(record, made.scene, margin=-0.1) and \
-                _read_first(record, made):
-            return made
-    return None
-
-
-def _read_first(record: Record, made: Slip) -> bool:
-    """Whether an inspection comes upon this mistake before any other, and beside what should be there instead."""
-    if made.mistake.kind == "place":
-        return True  # of two objects whose relation does not hold either may be moved
-    first = next(said for said in slots(record, made.scene).split(" , ") if said.endswith(" no"))
-    seen = "nothing" if made.mistake.kind == "missing" else str(made.mistake.object)
-    wanted = made.target.shape if made.target else "nothing"
-    return first.endswith(f"{wanted} = {seen} no")
-
-
-def _other(rng: np.random.Generator, names: Iterable[str], name: str, near: Iterable[str] = ()) -> str:
-    """Another name than `name`; half of the time one of `near`, if there is one."""
-    borrowed = sorted({*near} - {name})
-    choices = borrowed if borrowed and rng.random() < BORROWED else [n for n in names if n != name]
-    return choices[rng.integers(len(choices))]
+def _other(rng: np.random.Generator, names: tuple[str, ...], name: str) -> str:
+    names = tuple(n for n in names if n != name)
+    return names[rng.integers(len(names))]
 
 
 def _wrong_color(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
     index = int(rng.integers(len(scene.objects)))
     target = scene.objects[index]
-    near = {clause.get("color", target.color) for clause in record["include"]} | {item.color for item in scene.objects}
-    wrong = replace(target, color=_other(rng, COLORS, target.color, near))
+    wrong = replace(target, color=_other(rng, tuple(COLORS), target.color))
     return Slip(_put(scene, index, wrong), Mistake("color", clause_of(wrong)), target)
 
 
