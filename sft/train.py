@@ -126,7 +126,10 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
         with interruptible(log.warning) as interruption:
             stop = Stop(trainer.accelerator, interruption)
             trainer.add_callback(stop)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint is not None and done >= config.max_steps:
+                trainer.take(checkpoint)  # transformers would take one more step
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.detach()
     if stop.stopped:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from policy.chameleon.family import ChameleonPolicy
@@ -143,6 +144,18 @@ class InterleavedSftTrainer(SFTTrainer):
                 raise UserError(f"{checkpoint}: written with sft.visual_loss=0; it cannot go on with "
                                 f"sft.visual_loss={self.section.visual_loss}. Start anew in another run_dir")
             self.core.visual_reconstruction.load_state_dict(state["projection"])
+
+    def take(self, checkpoint: Path) -> None:
+        """The weights and the last metrics of a checkpoint that nothing is to be trained after: a run that was killed
+        between its last checkpoint and its end."""
+        if self.is_deepspeed_enabled:  # its weights are in its own engine, which only train() makes
+            raise KeepError(f"{checkpoint} is the last of its run, but the model was not saved from it; raise "
+                            "sft.max_steps to go on, or write the model with the zero_to_fp32.py in that folder")
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        logged = [row for row in self.state.log_history if "loss" in row]
+        self.last = {name: float(logged[-1][name]) for name in logged[-1] if name not in ("epoch", "step")} \
+            if logged else {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Checkpoints get no model card: a card is the author's to write."""

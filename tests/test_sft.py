@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -447,6 +448,30 @@ def test_stopped_by_ctrl_c_and_resumed_is_the_run_that_was_never_stopped(tmp_pat
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSection(r=4, alpha=8)], ids=["full", "lora"])
+def test_killed_between_the_last_checkpoint_and_the_end_trains_no_further(tmp_path, lora):
+    def run(resume=False):
+        torch.manual_seed(0)
+        policy = small_policy(lora)
+        tracker = Tracker(tmp_path / "sft")
+        last = warm_start(policy, written(policy), section(max_steps=3, logging_steps=3), tmp_path, tracker=tracker,
+                          resume=resume)
+        tracker.close()
+        return last, {name: tensor.clone() for name, tensor in policy.core.state_dict().items()}
+
+    last, weights = run()
+    told = json.loads((tmp_path / "sft" / "done.json").read_text())
+    before = lines(tmp_path)
+    (tmp_path / "sft" / "done.json").unlink()
+    shutil.rmtree(tmp_path / "sft" / "model")
+    again, taken = run(resume=True)
+    assert again == last and lines(tmp_path) == before
+    assert json.loads((tmp_path / "sft" / "done.json").read_text()) == told
+    assert (tmp_path / "sft" / "model" / "config.json").is_file()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(taken[name], tensor, atol=0, rtol=0)
 
 
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path):
