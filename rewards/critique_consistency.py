@@ -14,11 +14,6 @@ Whoever always says "fine" earns f * c/f - w * c/w = 0 a time, whatever the shar
 says "wrong" earns at most that; always being right earns 2c. This is Youden's J = sensitivity + specificity - 1
 (Cancer 3:32-35, 1950), shared out among the inspections and scaled by 2c so that no single one weighs more than 1:
 where nearly all pictures are fine there is little to learn about inspecting, and little is paid.
-
-It draws the line where an alarm is as likely as the share of wrong pictures, so that where most pictures are fine most
-alarms are false, and each has a right picture drawn again. With `balanced` off every inspection earns +1 or -1 (half of
-a right "wrong" by the mistakes it names, as above): accuracy, whose line is at even odds. Whoever always says "fine"
-then earns f - w, which the alarm on rubber stamps is there to tell.
 """
 
 from __future__ import annotations
@@ -53,7 +48,7 @@ class Inspection:
 
 def critique_consistency(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None,
                          roles: Sequence[str] = ("inspect", "critique"), named: float = 0.5, described: float = 0.0,
-                         credit: Literal["trajectory", "segments"] = "trajectory", balanced: bool = True,
+                         credit: Literal["trajectory", "segments"] = "trajectory",
                          **columns: Any) -> list[float | dict[int, float] | None]:
     """The mean over a thought's inspections of what each earns, in [-1, 1]; None where it made none.
 
@@ -66,7 +61,6 @@ def critique_consistency(trajectories: Sequence[Trajectory], setting: Setting, l
         named: share of the pay for a right "wrong" that rests on the mistakes it names.
         described: share of all pay that is the F1 of the objects it says it sees, in place of the verdict's.
         credit: "segments" gives each inspection its own pay, instead of all the mean.
-        balanced: weigh fine and wrong pictures alike, however many there are of each.
     """
     for name, share in (("named", named), ("described", described)):
         if not 0 <= share <= 1:
@@ -78,21 +72,21 @@ def critique_consistency(trajectories: Sequence[Trajectory], setting: Setting, l
         for metric, value in rates(inspections).items():
             log_metric(metric, value)
     rows: list[dict[int, float]] = [{} for _ in trajectories]
-    for inspection, paid in zip(inspections, pay(inspections, named, balanced), strict=True):
+    for inspection, paid in zip(inspections, pay(inspections, named), strict=True):
         rows[inspection.row][inspection.segment] = (1 - described) * paid + described * inspection.described
     if credit == "segments":
         return [row or None for row in rows]
     return [sum(row.values()) / len(row) if row else None for row in rows]
 
 
-def pay(inspections: Sequence[Inspection], named: float = 0.5, balanced: bool = True) -> list[float]:
-    """The formulas at the top of this file, for each inspection of a step."""
+def pay(inspections: Sequence[Inspection], named: float = 0.5) -> list[float]:
+    """The formula at the top of this file, for each inspection of a step."""
     fine = sum(i.fine for i in inspections)
     of_truth = {True: fine, False: len(inspections) - fine}
     common = min(of_truth.values())
     values = []
     for i in inspections:
-        full = common / of_truth[i.fine] if balanced else 1.0
+        full = common / of_truth[i.fine]
         share = 1.0 if i.fine else (1 - named) + named * i.named
         values.append(full * share if i.right else -full)
     return values

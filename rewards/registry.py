@@ -45,7 +45,7 @@ REWARDS: dict[str, Registered] = _by_name(
                needs_detector=True, by_geneval=True),
     Registered("critique_consistency", "rewards.critique_consistency:critique_consistency",
                "mean over inspections of +-min(f, w)/f for pictures that are fine and +-min(f, w)/w for wrong ones, "
-               "with f and w their shares in the batch, or of +-1 (balanced: false); + where the verdict is right",
+               "with f and w their shares in the batch; + where the verdict is right",
                "this project; the weights are those of Youden's J (Cancer 3:32, 1950)",
                inputs="the record in GenEval's schema; the plan, and each inspection with the picture before it; a "
                       "task that reads them (claims, requirement, holds, seen_in)",

@@ -40,17 +40,6 @@ def test_half_of_a_right_wrong_is_for_naming_the_mistake():
     assert pay(inspections((True, "fine"), (False, "wrong"), named=0.0), named=0) == [1, 1]
 
 
-def test_unbalanced_pay_is_accuracy_whatever_the_shares():
-    judged = inspections((True, "fine"), (True, "wrong"), (True, None), (False, "fine"), (False, "wrong"), named=0.5)
-    assert pay(judged, balanced=False) == [1, -1, -1, -1, 0.75]
-    # two doubtful pictures, one of them wrong, beside six fine ones: alarms at even odds are worth nothing, -1 + 1 as
-    # against 1 - 1; balanced, the wrong one weighs seven times a fine one: -1/7 + 1 as against 1/7 - 1
-    rest = [(True, "fine")] * 6
-    alarms, none = ([(True, said), (False, said), *rest] for said in ("wrong", "fine"))
-    assert sum(pay(inspections(*alarms, named=1.0), balanced=False)) == sum(pay(inspections(*none), balanced=False))
-    assert sum(pay(inspections(*alarms, named=1.0))) - sum(pay(inspections(*none))) == pytest.approx(2 - 2 / 7)
-
-
 @given(st.lists(st.booleans(), min_size=1, max_size=50), st.floats(0, 1))
 def test_no_stamp_pays_whatever_the_share_of_wrong_pictures(truths, named):
     assert sum(pay(inspections(*[(fine, "fine") for fine in truths]))) == pytest.approx(0)
