@@ -12,24 +12,20 @@ from typing import Any, Literal
 from rewards.base import Setting, policy_pictures
 from rewards.geneval import Mode, check_mode, score_pictures
 from rollout.errors import UserError
-from rollout.trajectory import Author, Trajectory
+from rollout.trajectory import Trajectory
 
 
 def improvement(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, mode: Mode = "graded",
-                credit: Literal["trajectory", "segments", "steps"] = "trajectory",
+                credit: Literal["trajectory", "segments"] = "trajectory",
                 **columns: Any) -> list[float | dict[int, float] | None]:
     """Final less first, in [-1, 1]; 0 for a thought with one picture; None without pictures or without `include`.
 
     credit "segments": every picture after the first is credited with its own score less that of the picture before
     it, so the values of a thought add up to the difference; a thought with one picture credits nothing (None).
-
-    credit "steps": so are the words that led from that picture to this one: an inspection that calls a right picture
-    wrong, and the refinement after it, answer for what they spoil. The words after the last picture are credited 0,
-    for they changed nothing.
     """
     check_mode(mode, "improvement")
-    if credit not in ("trajectory", "segments", "steps"):
-        raise UserError(f"improvement: no credit '{credit}'. Known: trajectory, segments, steps")
+    if credit not in ("trajectory", "segments"):
+        raise UserError(f"improvement: no credit '{credit}'. Known: trajectory, segments")
     drawn = [policy_pictures(t) if t.record.get("include") else [] for t in trajectories]
     if credit == "trajectory":
         drawn = [[pictures[0], pictures[-1]] if len(pictures) > 1 else pictures for pictures in drawn]
@@ -38,27 +34,15 @@ def improvement(trajectories: Sequence[Trajectory], setting: Setting, log_metric
     scored = iter([float(score) for score, _ in score_pictures(flat, records, setting, mode, "improvement")])
     rows: list[float | dict[int, float] | None] = []
     gains: list[float] = []
-    for trajectory, pictures in zip(trajectories, drawn, strict=True):
+    for pictures in drawn:
         scores = [next(scored) for _ in pictures]
         if not scores:
             rows.append(None)
             continue
         gains.append(scores[-1] - scores[0])
         steps = {pictures[i][0]: scores[i] - scores[i - 1] for i in range(1, len(scores))}
-        if credit == "steps":
-            steps = _with_words(trajectory, pictures[0][0], steps)
         rows.append(gains[-1] if credit == "trajectory" else steps or None)
     if log_metric is not None and gains:
         log_metric("better", sum(gain > 0 for gain in gains) / len(gains))
         log_metric("worse", sum(gain < 0 for gain in gains) / len(gains))
     return rows
-
-
-def _with_words(trajectory: Trajectory, first: int, steps: dict[int, float]) -> dict[int, float]:
-    """Every policy segment after the first picture, with the value of the next picture's step; 0 where none follows."""
-    credited, value = {}, 0.0
-    for index in range(len(trajectory.segments) - 1, first, -1):
-        value = steps.get(index, value)
-        if trajectory.segments[index].author is Author.POLICY:
-            credited[index] = value
-    return dict(sorted(credited.items()))

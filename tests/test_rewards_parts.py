@@ -86,16 +86,6 @@ def test_improvement_by_hand(setting):
     assert improvement(thoughts, setting, credit="segments") == [{2: 0.5, 3: 0.5}, {2: -0.5}, None, None]
 
 
-def test_words_answer_for_the_picture_that_they_led_to(setting):
-    words = [text("inspect", "<inspect> circle = nothing no : wrong </inspect>"), text("refine", "<refine> </refine>")]
-    spoilt = thought(ATTR, image("sketch", BOTH), *words, image("redraw", ONE), words[0])
-    repaired = thought(ATTR, image("sketch", ONE), *words, image("redraw", BOTH), *words, image("redraw", BOTH))
-    ended = thought(ATTR, image("sketch", ONE), words[0])
-    # by segment; 0 is the prompt and 1 the sketch, which nothing led to
-    assert improvement([spoilt, repaired, ended, thought(ATTR)], setting, credit="steps") == [
-        {2: -0.5, 3: -0.5, 4: -0.5, 5: 0.0}, {2: 0.5, 3: 0.5, 4: 0.5, 5: 0.0, 6: 0.0, 7: 0.0}, {2: 0.0}, None]
-
-
 # ---- steps --------------------------------------------------------------------------------------------------------
 
 def test_steps_by_hand():
