@@ -17,6 +17,7 @@ from trl import SFTConfig as TrlSftConfig
 from policy.base import half_precision
 from policy.chameleon.family import ChameleonPolicy
 from rollout.errors import UserError
+from rollout.files import write_whole
 from rollout.formats.base import ThoughtFormat
 from rollout.formats.render import render
 from rollout.store import load_trajectories
@@ -127,7 +128,7 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
             stop = Stop(trainer.accelerator, interruption)
             trainer.add_callback(stop)
             if checkpoint is not None and done >= config.max_steps:
-                trainer.take(checkpoint)  # transformers would take one more step
+                trainer.load_finished(checkpoint)  # transformers would take one more step
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -138,7 +139,7 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
     if trainer.accelerator.is_main_process:
         with writing(output_dir / "model"):
             policy.save(output_dir / "model")
-            (output_dir / "done.json").write_text(json.dumps({"steps": trainer.state.global_step, **trainer.last}))
+            write_whole(output_dir / "done.json", json.dumps({"steps": trainer.state.global_step, **trainer.last}))
     trainer.accelerator.wait_for_everyone()
     return trainer.last
 

@@ -145,7 +145,7 @@ class InterleavedSftTrainer(SFTTrainer):
                                 f"sft.visual_loss={self.section.visual_loss}. Start anew in another run_dir")
             self.core.visual_reconstruction.load_state_dict(state["projection"])
 
-    def take(self, checkpoint: Path) -> None:
+    def load_finished(self, checkpoint: Path) -> None:
         """The weights and the last metrics of a checkpoint that nothing is to be trained after: a run that was killed
         between its last checkpoint and its end."""
         if self.is_deepspeed_enabled:  # its weights are in its own engine, which only train() makes

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.errors import UserError
+from rollout.files import write_whole
 
 NAME = "geneval"
 OPTIONS = ("images", "detections", "prompts", "detector", "mode", "thresholds", "batch_size")
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     table.add_row("prompts with a correct image", f"{summary.prompts:.4f}", f"{summary.num_prompts} prompts")
     Console().print(table)
     told = {**summary.as_json(), **said, "rows": str(out)}
-    out.with_name(out.name + ".summary.json").write_text(json.dumps(told, indent=1) + "\n")
+    write_whole(out.with_name(out.name + ".summary.json"), json.dumps(told, indent=1) + "\n")
     print(json.dumps(told))
     return 0
 
