@@ -70,7 +70,7 @@ class InterleavedChameleon(ChameleonForConditionalGeneration):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -85,7 +85,7 @@ class InterleavedChameleon(ChameleonForConditionalGeneration):
         """
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            cache=cache, inputs_embeds=inputs_embeds,
             use_cache=False if decisions is not None else use_cache, **kwargs)
         hidden_RTD = outputs[0]
         if decisions is not None:
@@ -96,7 +96,7 @@ class InterleavedChameleon(ChameleonForConditionalGeneration):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_RTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_RTV, past_key_values=outputs.past_key_values,
+        return CausalLMOutputWithPast(loss=loss, logits=logits_RTV, cache=outputs.cache,
                                       hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def _score(self, hidden_RTD: Tensor, decisions: DecisionBatch) -> tuple[Tensor, Tensor | None]:
