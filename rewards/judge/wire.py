@@ -44,7 +44,7 @@ class Wire:
         self.config, self.process = config, os.getpid()
         self._bound = asyncio.Semaphore(config.concurrency)
         self._not_before = 0.0  # monotonic: until then the endpoint asked to be left alone
-        self._http: Any = None  # httpx.AsyncClient
+        self._http: Any = None  # httpx2.AsyncClient
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         self._thread.start()
@@ -104,15 +104,15 @@ class Wire:
 
     async def _send(self, method: str, path: str,
                     body: Mapping[str, Any] | None = None) -> tuple[int, Mapping[str, str], bytes]:
-        import httpx
+        import httpx2
 
         limit = self.config.timeout_s
         content = None if body is None else json.dumps(body).encode()  # ASCII: a lone surrogate passes as well
         if self._http is None:
             key = os.environ.get(self.config.api_key_env)
-            self._http = httpx.AsyncClient(
+            self._http = httpx2.AsyncClient(
                 headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=None,  # one limit, over all of it
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=self.config.concurrency),
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=self.config.concurrency),
                 trust_env=not _is_loopback(self.config.base_url))  # a proxy has no way to this machine's own ports
         try:
             async with asyncio.timeout(limit):
@@ -121,9 +121,9 @@ class Wire:
             return response.status_code, response.headers, response.content
         except TimeoutError:
             raise Failed("timeout", f"no whole reply within {limit:g} s") from None
-        except httpx.DecodingError as error:
+        except httpx2.DecodingError as error:
             raise Failed("malformed", f"{type(error).__name__}: {error}") from None
-        except (httpx.RequestError, httpx.InvalidURL) as error:
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
             said = str(error) or "the connection was dropped"
             raise Failed("connection", f"{type(error).__name__}: {said}") from None
 
