@@ -15,10 +15,10 @@ import time
 
 import numpy as np
 
-from rewards.compose import Judge
+from formats.registry import get_format
+from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.config import RewardsConfig
-from rollout.formats.registry import get_format
-from rollout.trajectory import Author, Modality, Segment, Trajectory
+from rewards.manager import Judge
 from tasks.registry import get_task
 
 PARTS = {"result": "geneval", "critique": "critique_consistency", "better": "improvement", "steps": "steps",

@@ -35,13 +35,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from rewards.base import Setting
-from rewards.detectors.base import Detected, Detections
+from rewards.contract import Setting
+from rewards.detectors.base import COLORS, Detected, Detections
 from rewards.detectors.coco import GENEVAL_CLASSES
 from rewards.detectors.colors import Colored, ColorNamer, crop_of
+from rewards.detectors.encoders import OpenClipConfig
 from rewards.detectors.mask2former import Mask2FormerDetector, prepared, resized_size
-from rewards.encoders import OpenClipConfig
-from rewards.geneval import COLORS, MAX_OBJECTS, colored_of, evaluate, score_pictures
+from rewards.functions.geneval import MAX_OBJECTS, colored_of, evaluate, score_pictures
 
 THRESHOLD = 0.3
 
@@ -263,15 +263,15 @@ def shapes(given: argparse.Namespace) -> dict[str, Any]:
 
 def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of a step with the judgement after the rollout, and beside it."""
+    from formats.registry import get_format
     from policy.config import PolicyConfig
     from policy.registry import load_policy
-    from rewards.compose import Judge
     from rewards.config import RewardsConfig
+    from rewards.manager import Judge
     from rollout.config import RolloutConfig
-    from rollout.engine import Engine
-    from rollout.formats.registry import get_format
+    from rollout.engine.engine import Engine
+    from rollout.pool.local import LocalRollouts
     from rollout.requests import RolloutRequest
-    from rollout.workers import LocalRollouts
     from tasks.registry import get_task
 
     cores = sorted(os.sched_getaffinity(0))

@@ -29,19 +29,19 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from formats.base import AllowedSet
+from formats.cursor import ImagesCursor
+from formats.declared import DeclaredFormat
+from formats.registry import get_format
+from formats.render import render
+from formats.strokes import GRAMMAR
 from policy.chameleon.grammar import PictureGrammar, PictureLogitsProcessor
 from policy.config import PolicyConfig
 from policy.registry import load_policy
+from record.trajectory import Trajectory, mask_of, ranges_of
 from rollout.config import RolloutConfig
-from rollout.engine import Engine
-from rollout.formats.base import AllowedSet
-from rollout.formats.cursor import ImagesCursor
-from rollout.formats.declared import DeclaredFormat
-from rollout.formats.registry import get_format
-from rollout.formats.render import render
-from rollout.formats.strokes import GRAMMAR
+from rollout.engine.engine import Engine
 from rollout.requests import RolloutRequest
-from rollout.trajectory import Trajectory, mask_of, ranges_of
 from tasks.registry import get_task
 
 MAX_IMAGES = 4

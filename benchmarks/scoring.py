@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import torch
 
-from policy.logprobs import token_logprobs
+from policy.scoring.logprobs import token_logprobs
 
 
 def arm(name: str, rows: int, tokens: int, vocabulary: int, width: int, chunk: int,

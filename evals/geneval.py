@@ -27,12 +27,12 @@ from PIL import Image, ImageOps
 
 from evals.geneval_folder import Sample, check_counts, checked_record, lines_of, object_of, some, text_of
 from evals.heldout import EvaluationError, mean_of_tags
-from rewards.base import Setting
+from rewards.contract import Setting
 from rewards.detectors.base import Detections
 from rewards.detectors.coco import GENEVAL_CLASSES
-from rewards.geneval import THRESHOLDS, check_record, classes_of, colored_of, evaluate, kept
-from rollout.errors import UserError
-from rollout.files import write_whole
+from rewards.functions.geneval import THRESHOLDS, check_record, classes_of, colored_of, evaluate, kept
+from runtime.errors import UserError
+from runtime.files import write_whole
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PROMPTS = 553

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from rewards.base import Setting, policy_pictures
-from rewards.geneval import score_pictures
-from rollout.errors import UserError
+from record.trajectory import Trajectory
+from rewards.contract import Setting, policy_pictures
+from rewards.functions.geneval import score_pictures
+from rollout.pool.contract import Rollouts
 from rollout.requests import RolloutRequest
-from rollout.trajectory import Trajectory
-from rollout.workers import Rollouts
+from runtime.errors import UserError
 
 Scorer = Callable[[Sequence[np.ndarray], Sequence[dict[str, Any]]], list[float]]
 

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from evals.bootstrap import compare
 from evals.heldout import PromptScore
-from rl import checkpoint
-from rollout.errors import UserError
+from runtime.errors import UserError
+from training import checkpoint
+from training.tracking import read_metrics
 from underdrawing.cli import quieten
 from underdrawing.jobs import local, read_prompt_scores, run_evaluate, run_grpo
 from underdrawing.recipe import Recipe, load_recipe
-from underdrawing.tracking import read_metrics
 
 # Overrides of the recipe. Parts that credit segments act through them too, so detection alone has one advantage for the
 # whole thought.

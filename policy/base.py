@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollout.formats.base import Vocabulary
-from rollout.trajectory import Context, Guidance, Trajectory
+from formats.base import Vocabulary
+from record.trajectory import Context, Guidance, Trajectory
 
 
 @dataclass
@@ -129,17 +129,3 @@ class Policy(Protocol):
     def save(self, folder: Path) -> None:
         """Write a folder that the family can be loaded from again, adapters merged in."""
         ...
-
-
-def half_precision(model: torch.nn.Module) -> str | None:
-    """A sentence where parameters that are to be trained are 16-bit; None: they are not.
-
-    A step of AdamW is about as large as the learning rate, and bfloat16 keeps 8 bits: where a weight is hundreds of
-    times larger than the step, it is what it was.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            return (f"policy.dtype: '{name}' is to be trained in {dtype}, in which small steps are rounded away and "
-                    "nothing is learned; set policy.dtype: float32, or train adapters (policy.lora), which are float32")
-    return None

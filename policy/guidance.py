@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from rollout.errors import UserError, nearest
-from rollout.trajectory import Guidance
+from record.trajectory import Guidance
+from runtime.errors import UserError, nearest
 
 BRANCHES = ("full", "unconditional", "image", "negative", "original")
 FULL = "full"

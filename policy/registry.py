@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from policy.base import Policy
 from policy.config import PolicyConfig
-from rollout.errors import UserError, nearest
+from runtime.errors import UserError, nearest
 
 # Dotted, so that asking for one family imports no other.
 FAMILIES = {"chameleon": "policy.chameleon.family.load"}

@@ -25,9 +25,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from rewards.tool_use import tool_calls
-from rollout.errors import UserError
-from rollout.trajectory import Trajectory
+from record.trajectory import Trajectory
+from rewards.functions.tool_use import tool_calls
+from runtime.errors import UserError
 
 Name = Literal["divergence", "tool_rate", "rubber_stamp", "zero_variance", "diversity", "unjudged"]
 NAMES: tuple[Name, ...] = get_args(Name)

@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rewards.base import (
+from record.trajectory import Author, Trajectory
+from rewards.contract import (
     RESERVED,
     Logs,
     RewardError,
@@ -33,15 +34,14 @@ from rewards.base import (
     check_options,
     is_broken,
 )
-from rewards.isolate import ProcessWorker
 from rewards.judge.base import JudgeLike, StandIn
 from rewards.judge.client import JudgeClient
 from rewards.judge.config import JudgeConfig
 from rewards.loader import is_own, load_reward
+from rewards.runtime.isolate import ProcessWorker
+from rewards.runtime.serving import RAISED, CallFailed, PartSpec, describe
 from rewards.samples import sample_thoughts
-from rewards.serving import RAISED, CallFailed, PartSpec, describe
-from rollout.errors import UserError
-from rollout.trajectory import Author, Trajectory
+from runtime.errors import UserError
 
 Scope = Literal["row", "group", "batch"]
 
@@ -78,7 +78,7 @@ def check_reward(function: str | Callable[..., Any], *, options: Mapping[str, An
                  completions: View = "auto", columns: Mapping[str, Any] | None = None,
                  trajectories: Sequence[Trajectory] | None = None, scope: Scope | None = None,
                  judge: JudgeConfig | None = None, timeout_s: float = 20.0) -> RewardCheck:
-    """Hold a reward to the contract (rewards/base.py).
+    """Hold a reward to the contract (rewards/contract.py).
 
     Args:
         function: as a recipe names it ("file.py:function", "package.module.function"), or the function itself.
@@ -419,7 +419,7 @@ def _stood(stack: str) -> str:
     for thread in stack.split("\n\n"):
         lines = [line.strip() for line in thread.splitlines()]
         frames = [line.removeprefix("File ") for line in lines if line.startswith("File ")]
-        calls = [n for n, frame in enumerate(frames) if frame.endswith("in call") and "base.py" in frame]
+        calls = [n for n, frame in enumerate(frames) if frame.endswith("in call") and Path(call.__code__.co_filename).name in frame]
         if calls:
             below = frames[:calls[0]]
             own = [frame for frame in below if not any(f"{place}/" in frame for place in ("site-packages", _STDLIB))]

@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rewards.alarms import AlarmsConfig
 from rewards.detectors.registry import DetectorConfig
-from rewards.expression import ALL_FUNCTIONS, Expression
+from rewards.formula.expression import ALL_FUNCTIONS, Expression
+from rewards.formula.schedule import ScheduleConfig
 from rewards.judge.config import JudgeConfig
 from rewards.loader import check_exists, is_own
 from rewards.registry import REWARDS
-from rewards.schedule import ScheduleConfig
-from rollout.errors import nearest
+from runtime.errors import nearest
 
 Scope = Literal["row", "group", "batch"]
 Place = Literal["driver", "process", "ray"]

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.base import Reward, RewardError
+from rewards.contract import Reward, RewardError
 from rewards.registry import REWARDS
-from rollout.errors import UserError, nearest
+from runtime.errors import UserError, nearest
 
 
 def is_own(spec: str) -> bool:

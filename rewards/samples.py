@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 
 
 def sample_thoughts(columns: Mapping[str, Any] | None = None) -> list[Trajectory]:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from rewards import groupwise
 from rewards.config import PartConfig, RewardsConfig, WorkersConfig
+from rewards.formula import groupwise
 from rewards.registry import REWARDS
 
 _SIGNS: dict[type, str] = {

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from record.trajectory import Trajectory
 from rl.config import GrpoConfig
 from rl.ledger import FAILED, UNJUDGED, ZERO_VARIANCE, Group, Ledger
-from rollout.trajectory import Trajectory
 
 EPSILON = 1e-4  # TRL's: added to the standard deviation that advantages are divided by
 

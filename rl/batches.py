@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from record.trajectory import Modality, StopReason, Trajectory
 from rl.config import GrpoConfig
 from rl.ledger import Group
 from rl.losses import Layout, decision_weights
-from rollout.trajectory import Modality, StopReason, Trajectory
 
 MODALITIES = list(Modality)
 CUT_SHORT = (StopReason.MAX_TOKENS, StopReason.MAX_IMAGES, StopReason.MAX_CONTEXT)

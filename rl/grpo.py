@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rewards.alarms import AlarmRaised
-from rl import checkpoint
 from rl.advantages import credit
-from rl.cursor import PromptCursor
 from rl.ledger import Ledger
-from rl.processes import on_first
+from rl.prompts import PromptCursor
 from rl.publish import Publisher, smallest
 from rl.run import Run, begin, keeping, log, put_away
 from rl.trainer import Trainer
 from rollout.requests import RolloutRequest
-from underdrawing.interrupt import Interrupted, interruptible
+from runtime.interrupt import Interrupted, interruptible
+from training import checkpoint
+from training.ranks import on_first
 
 PROBE_TRAJECTORIES = 2
 logger = logging.getLogger(__name__)

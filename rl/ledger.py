@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rollout.trajectory import Trajectory
+from record.trajectory import Trajectory
 
 Group = Sequence[Trajectory]
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollout.trajectory import DecisionKind
+from record.trajectory import DecisionKind
 
 LOSS_TYPES = ("segment", "modality", "token", "grpo", "dr_grpo", "dapo", "bnpo")
 

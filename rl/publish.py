@@ -1,5 +1,5 @@
 """From the trainer's weights to the rollout workers', proven to have arrived. The driver calls `publish` after every
-update; rollout/weights.py packs and verifies, rollout/workers.py carries.
+update; rollout/weights/wire.py packs and verifies, rollout/pool/contract.py carries.
 
 One publisher, and versions only grow: each waits until every worker has answered, within bounds. Every process calls
 `publish`, since gathering sharded weights and scoring the probe are collective; the first one alone talks to workers.
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from policy.base import Policy
-from rollout.trajectory import Trajectory
-from rollout.weights import CHUNK_BYTES, Probe, Publication, PublicationError, fingerprint, pack
+from record.trajectory import Trajectory
+from rollout.weights.probe import Probe
+from rollout.weights.wire import CHUNK_BYTES, Publication, PublicationError, fingerprint, pack
 
 PROBE_TRAJECTORIES = 2
 TOLERANCE = 1e-4  # of log-probs in float32, as that of the on-policy check
@@ -27,7 +28,7 @@ HALF_TOLERANCE = 0.1  # in 16-bit types
 
 
 class Receivers(Protocol):
-    """The side of rollout/workers.py that a publisher sees."""
+    """The side of rollout/pool/contract.py that a publisher sees."""
 
     def shares(self, policy: Policy) -> bool: ...
     def adopt(self, version: int) -> None: ...

@@ -13,16 +13,16 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 
 from policy.base import Policy
-from rl import checkpoint
+from record.store import load_trajectories, save_trajectories
+from record.trajectory import Trajectory
 from rl.config import GrpoConfig
-from rl.cursor import PromptCursor
-from rl.processes import BrokenOffError, on_first
+from rl.prompts import PromptCursor
 from rl.trainer import Trainer
-from rollout.errors import UserError
-from rollout.store import load_trajectories, save_trajectories
-from rollout.trajectory import Trajectory
-from rollout.workers import Rollouts
-from underdrawing.tracking import read_metrics
+from rollout.pool.contract import Rollouts
+from runtime.errors import UserError
+from training import checkpoint
+from training.ranks import BrokenOffError, on_first
+from training.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
 OWED = "owed.json"  # in a checkpoint: metrics of its step, where that is trained but not logged
@@ -36,14 +36,14 @@ class Report(Protocol):
 
 
 class StepsJudgement(Protocol):
-    """rewards.judgement.Judgement."""
+    """rewards.pending.Judgement."""
 
     def add(self, index: int, group: Sequence[Trajectory]) -> None: ...
     def finish(self, groups: Sequence[Sequence[Trajectory]]) -> Report: ...
 
 
 class JudgeOfGroups(Protocol):
-    """rewards.compose.Judge."""
+    """rewards.manager.Judge."""
 
     def begin(self, step: int, sizes: Sequence[int]) -> StepsJudgement: ...
 
@@ -57,7 +57,7 @@ class Watch(Protocol):
 
 
 class Writer(Protocol):
-    """underdrawing.tracking.Tracker."""
+    """training.tracking.Tracker."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> Any: ...

@@ -7,7 +7,6 @@ losses and weights of one.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,15 +20,17 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from policy.base import Policy, Scored, half_precision
+from policy.base import Policy, Scored
+from record.trajectory import DecisionKind, Trajectory
 from rl.batches import MicroBatch, pack, plan, scored_decisions, trainable
 from rl.config import ClipConfig, GrpoConfig
 from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
-from rl.processes import alone
-from rollout.errors import UserError
-from rollout.trajectory import DecisionKind, Trajectory
-from rollout.weights import fingerprint
+from rollout.weights.wire import fingerprint
+from runtime.errors import UserError
+from training.precision import half_precision
+from training.random_state import random_state, set_random_state
+from training.ranks import alone
 
 
 class TrainingError(UserError):
@@ -354,21 +355,3 @@ def _place(trajectory: Trajectory, scored: Scored, at: int) -> str:
 
 def _no_sums(device: torch.device) -> Tensor:
     return torch.zeros(len(DecisionKind), len(SUMS), dtype=torch.float64, device=device)
-
-
-def random_state() -> dict[str, Any]:
-    """Python's, numpy's and torch's generators, as plain values and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {"python": list(random.getstate()[1]), "python_gauss": random.getstate()[2],
-             "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-             "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    random.setstate((3, tuple(state["python"]), state["python_gauss"]))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -1,12 +1,18 @@
 """What a rollout is asked for: one prompt, the members of its group, and the seed of their noise.
 
-The driver makes requests, workers.py spreads them over engines, engine.py turns each into trajectories.
+The driver makes requests, pool/ spreads them over writers, and each turns its own into trajectories.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from runtime.errors import UserError
+
+
+class RolloutError(UserError):
+    """A request that cannot be served; the sentence names the prompt or the key."""
 
 
 @dataclass(frozen=True)

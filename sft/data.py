@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollout.errors import UserError
-from rollout.trajectory import Modality, Trajectory
+from record.trajectory import Modality, Trajectory
+from runtime.errors import UserError
 
 IGNORE = -100
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from rollout.errors import UserError
-from rollout.files import flush_one, measure, write_whole
+from runtime.errors import UserError
+from runtime.files import flush_one, measure, write_whole
 
 WHOLE = "whole.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

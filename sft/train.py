@@ -14,21 +14,21 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig as TrlSftConfig
 
-from policy.base import half_precision
+from formats.base import ThoughtFormat
+from formats.render import render
 from policy.chameleon.family import ChameleonPolicy
-from rollout.errors import UserError
-from rollout.files import write_whole
-from rollout.formats.base import ThoughtFormat
-from rollout.formats.render import render
-from rollout.store import load_trajectories
-from rollout.trajectory import Trajectory
+from record.store import load_trajectories
+from record.trajectory import Trajectory
+from runtime.errors import UserError
+from runtime.files import write_whole
+from runtime.interrupt import Interrupted, interruptible
 from sft.config import SftConfig
 from sft.data import Collator, Row, training_rows
 from sft.keep import newest, sealed, sweep, writing
 from sft.trainer import InterleavedSftTrainer, Mirror, Stop
 from tasks.base import Demonstration, Task
-from underdrawing.interrupt import Interrupted, interruptible
-from underdrawing.tracking import Tracker
+from training.precision import half_precision
+from training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 SEE_BATCH = 256

@@ -20,12 +20,12 @@ from trl import SFTTrainer
 
 from policy.chameleon.family import ChameleonPolicy
 from policy.chameleon.model import DecisionBatch
-from rollout.errors import UserError
+from runtime.errors import UserError
+from runtime.interrupt import Interruption
 from sft.config import SftConfig
 from sft.keep import KeepError, seal, sweep, writing
 from sft.losses import Targets, VisualReconstruction, targets, weighted_cross_entropy
-from underdrawing.interrupt import Interruption
-from underdrawing.tracking import Tracker
+from training.tracking import Tracker
 
 PROGRESS = "progress.pt"
 KEEP_CHECKPOINTS = 2

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from rollout.formats.base import Part
+from formats.base import Part
 
 Split = Literal["train", "heldout"]
 Record = dict[str, Any]  # GenEval's schema: tag, prompt, include, exclude; JSON values
@@ -18,7 +18,7 @@ Record = dict[str, Any]  # GenEval's schema: tag, prompt, include, exclude; JSON
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One thought that somebody wrote: rollout/formats/render.py makes a Trajectory of it."""
+    """One thought that somebody wrote: formats/render.py makes a Trajectory of it."""
 
     prompt: str
     record: Record

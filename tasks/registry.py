@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from rollout.errors import UserError, nearest
+from runtime.errors import UserError, nearest
 from tasks.base import Task
 
 _BUILT_IN = {"shapes": "tasks.shapes.task.ShapesTask"}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from policy.base import Scored
-from rollout.trajectory import (
+from record.trajectory import (
     Author,
     DecisionKind,
     Decisions,

@@ -11,7 +11,7 @@ from policy.base import TokenStep
 from policy.chameleon.family import ChameleonPolicy, load
 from policy.config import LoraSection, PolicyConfig, TinySection
 from policy.guidance import branch_weights
-from rollout.trajectory import (
+from record.trajectory import (
     Author,
     Context,
     DecisionKind,

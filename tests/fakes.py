@@ -1,4 +1,4 @@
-"""Small real policies and formats for tests: they keep every promise of policy/base.py and rollout/formats/base.py
+"""Small real policies and formats for tests: they keep every promise of policy/base.py and formats/base.py
 with a few hundred weights, so the engine, the trainer and the workers can be proven before a family exists.
 
 `FakePolicy` is a one-layer causal transformer with a key-value cache. With `flow=True` its pictures are latents,
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from formats.base import AllowedSet, Span
 from policy.base import Categorical, FlowStep, Gaussian, Scored, TokenStep
-from rollout.formats.base import AllowedSet, Span
-from rollout.trajectory import (
+from record.trajectory import (
     Author,
     Context,
     DecisionKind,

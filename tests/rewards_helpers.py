@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rollout.formats.base import Part
-from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from formats.base import Part
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 
 
 def text(role, words, author=Author.POLICY, ids=()):

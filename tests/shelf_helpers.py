@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.judge.base import Reply
-from rollout.trajectory import Author, Modality, Segment, Trajectory
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = np.zeros((4, 4, 3), np.uint8)

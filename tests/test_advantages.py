@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from record.trajectory import Author, Modality, Segment, Trajectory
 from rl.advantages import credit
 from rl.config import GrpoConfig
 from rl.ledger import Ledger, LedgerError
-from rollout.trajectory import Author, Modality, Segment, Trajectory
 
 NONE = GrpoConfig(scale_rewards="none")
 SEGMENT = GrpoConfig(scale_rewards="none", advantage_level="segment")

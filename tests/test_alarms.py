@@ -10,11 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 import rl.grpo
+from record.trajectory import Author, Modality, Segment
 from rewards.alarms import NAMES, AlarmRaised, Alarms, AlarmsConfig, diversity_of
-from rl import checkpoint
-from rollout.trajectory import Author, Modality, Segment
 from tests.rewards_helpers import image, text, thought
 from tests.test_grpo import CodeJudge, lines, make
+from training import checkpoint
 
 
 def after(rows, watched=(), **config):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shelf_helpers import PICTURE, conversation, say, tool
 
-from rewards.answers import (
+from rewards.contract import RewardError
+from rewards.functions.answers import (
     anls,
     answer,
     answer_of,
@@ -25,10 +26,9 @@ from rewards.answers import (
     relaxed,
     token_f1,
 )
-from rewards.base import RewardError
-from rewards.text import balanced, blocks, boxed, last_opened, policy_turns, transcript, unwrapped
-from rewards.tool_use import ToolCall, returned_pictures, tool_calls
-from rollout.errors import UserError
+from rewards.functions.text import balanced, blocks, boxed, last_opened, policy_turns, transcript, unwrapped
+from rewards.functions.tool_use import ToolCall, returned_pictures, tool_calls
+from runtime.errors import UserError
 
 # ---- comparisons ----------------------------------------------------------------------------------------------------
 

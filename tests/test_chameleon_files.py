@@ -13,7 +13,7 @@ from policy.chameleon.model import ModelFileError
 from policy.chameleon.vocabulary import VocabularyError
 from policy.config import PolicyConfig
 from policy.registry import FamilyError, load_policy
-from rollout.errors import UserError
+from runtime.errors import UserError
 from tests.chameleon_helpers import WORDS, sampled, small_config, small_policy
 
 

@@ -10,8 +10,8 @@ from policy.base import FlowStep, TokenStep
 from policy.chameleon.family import ContextOverflow, ReferenceLost
 from policy.config import LoraSection
 from policy.guidance import GuidanceError
-from rollout.errors import UserError
-from rollout.trajectory import Context, Guidance, Piece, RecordError, Trajectory, full_history, mask_of
+from record.trajectory import Context, Guidance, Piece, RecordError, Trajectory, full_history, mask_of
+from runtime.errors import UserError
 from tests.chameleon_helpers import prompt_segment, sample, sampled, small_policy, windowed
 
 PLANS = [["text", "picture", "text"], ["text"], ["picture", "text", "picture", "text"]]
@@ -27,7 +27,7 @@ def full_logits(policy, ids, positions=None):
 
 def one_piece(ids) -> tuple[Trajectory, Context]:
     """A context of given ids."""
-    from rollout.trajectory import Author, Modality, Segment
+    from record.trajectory import Author, Modality, Segment
 
     segment = Segment("prompt", Author.USER, Modality.TEXT, False, np.asarray(ids, np.int32))
     return Trajectory("", {}, "strokes", [segment]), Context("full", (Piece(0, "ids", 0),), len(ids))

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from judge_server import JudgeServer
 
-from rewards.base import RewardError, policy_text
 from rewards.check import check_reward
-from rewards.compose import Judge
 from rewards.config import RewardsConfig
+from rewards.contract import RewardError, policy_text
 from rewards.judge.base import AnswerCheck, Question
 from rewards.judge.config import JudgeConfig
+from rewards.manager import Judge
 from rewards.samples import sample_thoughts
-from rollout.errors import UserError
+from runtime.errors import UserError
 
 
 def words_in(completions):

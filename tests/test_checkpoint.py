@@ -1,4 +1,4 @@
-"""rl/checkpoint.py and rl/cursor.py: whole or not at all, and errors that name the file."""
+"""training/checkpoint.py and rl/prompts.py: whole or not at all, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl import checkpoint
-from rl.checkpoint import CheckpointError
-from rl.cursor import PromptCursor
-from rollout.errors import UserError
+from rl.prompts import PromptCursor
+from runtime.errors import UserError
+from training import checkpoint
+from training.checkpoint import CheckpointError
 
 TRAINER = {"optimizer": {"state": {0: {"exp_avg": torch.arange(5.0)}}, "param_groups": [{"lr": 0.5}]}, "version": 3}
 CURSOR = {"taken": 32, "seed": 0, "identity": "abc"}

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from rewards.compose import Judge
-from rl import checkpoint
-from rollout.store import load_trajectories, save_trajectories
-from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
-from rollout.workers import LocalRollouts
+from record.store import load_trajectories, save_trajectories
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from rewards.manager import Judge
+from rollout.pool.local import LocalRollouts
 from tests.test_recipe import ROOT, SHIPPED
+from training import checkpoint
 from underdrawing.cli import main
 from underdrawing.jobs import run_evaluate
 from underdrawing.recipe import load_recipe

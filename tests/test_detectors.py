@@ -10,21 +10,21 @@ import tiny_models
 import torch
 from PIL import Image
 
-from rewards.base import Setting
-from rewards.compose import Judge
 from rewards.config import RewardsConfig
-from rewards.detectors.base import CachedDetector, Detected, UnknownClass
+from rewards.contract import Setting
+from rewards.detectors.base import COLORS, CachedDetector, Detected, UnknownClass
 from rewards.detectors.coco import GENEVAL_CLASSES, geneval_names
 from rewards.detectors.colors import TEMPLATES, ColorNamer, crop_of
+from rewards.detectors.encoders import OpenClipConfig, OpenClipEncoder
 from rewards.detectors.grounding_dino import GroundingDinoDetector, caption_of, tokens_of
 from rewards.detectors.mask2former import Mask2FormerDetector, instances, prepared, resized_size
 from rewards.detectors.owlv2 import Owlv2Detector
 from rewards.detectors.phrases import by_phrase
 from rewards.detectors.registry import RELEASED, DetectorConfig, build_detector, detector_spec
-from rewards.encoders import OpenClipConfig, OpenClipEncoder
-from rewards.geneval import COLORS, check_record, score_pictures
-from rewards.weights import WeightsError, folder_of
-from rollout.errors import UserError
+from rewards.detectors.weights import WeightsError, folder_of
+from rewards.functions.geneval import check_record, score_pictures
+from rewards.manager import Judge
+from runtime.errors import UserError
 
 SMALL = (100, 64)  # px, a test size under which tiny pictures stay tiny
 

@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from rollout.config import RolloutConfig
-from rollout.engine import Engine, RolloutError
-from rollout.formats.base import AllowedSet
-from rollout.live import FormatContractError
-from rollout.requests import RolloutRequest
-from rollout.trajectory import (
+from formats.base import AllowedSet
+from record.trajectory import (
     Author,
     Context,
     DecisionKind,
@@ -23,6 +19,10 @@ from rollout.trajectory import (
     mask_of,
     ranges_of,
 )
+from rollout.config import RolloutConfig
+from rollout.engine.engine import Engine
+from rollout.requests import RolloutError, RolloutRequest
+from rollout.writing import FormatContractError
 from tests.fakes import FakeFormat, FakePolicy, FakeVocabulary
 
 PROMPTS = ["a red dot", "blue", "big dot left small dot", "a small red dot right", "wrong"]
@@ -195,7 +195,7 @@ def test_flow_steps_are_recorded():
 def test_a_window_is_prefilled_anew():
     rollouts = engine("window", max_images=4)
     trajectories = rollouts.run(requests(5, 4))
-    assert rollouts.stats.anew > 0
+    assert rollouts.stats.reprefills > 0
     for trajectory in trajectories:
         for index, segment in enumerate(trajectory.segments[1:], 1):
             images = [i for i in range(1, index) if trajectory.segments[i].modality is Modality.IMAGE_TOKENS]

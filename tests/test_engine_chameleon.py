@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from formats.registry import get_format
 from policy.config import PolicyConfig
 from policy.registry import load_policy
+from record.trajectory import DecisionKind, Modality, StopReason
 from rollout.config import RolloutConfig
-from rollout.engine import Engine
-from rollout.formats.registry import get_format
+from rollout.engine.engine import Engine
 from rollout.requests import RolloutRequest
-from rollout.trajectory import DecisionKind, Modality, StopReason
 
 WORDS = "draw a red blue green circle square left of right two three and photo no wrong fine missing".split()
 PROMPTS = ["a photo of a red circle", "two blue square", "a green circle left of a red square", "three circle"]

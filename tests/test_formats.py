@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.formats.base import Part, Span
-from rollout.formats.grammar import END, START
-from rollout.formats.registry import get_format, names
-from rollout.formats.render import encode, prompt_segment, render, tags_of
-from rollout.trajectory import Author, Modality, RecordError, Segment, StopReason, Trajectory, mask_of
+from formats.base import Part, Span
+from formats.grammar import END, START
+from formats.registry import get_format, names
+from formats.render import encode, prompt_segment, render, tags_of
+from record.trajectory import Author, Modality, RecordError, Segment, StopReason, Trajectory, mask_of
 from tests.vocabularies import CODES_PER_IMAGE, PieceVocabulary, WordVocabulary
 
 FORMATS = {name: get_format(name) for name in names()}

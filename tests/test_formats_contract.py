@@ -1,4 +1,4 @@
-"""Every registered format keeps the promises of rollout/formats/contract.py; so does one that a user declares."""
+"""Every registered format keeps the promises of formats/contract.py; so does one that a user declares."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from rollout.errors import UserError
-from rollout.formats.base import Part
-from rollout.formats.config import FormatConfig
-from rollout.formats.contract import check_format, spans_to_trajectory
-from rollout.formats.declared import DeclaredFormat
-from rollout.formats.grammar import END, START, Grammar, Role
-from rollout.formats.registry import get_format, names, register
-from rollout.formats.render import encode, prompt_segment, tags_of
-from rollout.trajectory import Author, Guidance, Modality, Segment, Trajectory
+from formats.base import Part
+from formats.config import FormatConfig
+from formats.contract import check_format, spans_to_trajectory
+from formats.declared import DeclaredFormat
+from formats.grammar import END, START, Grammar, Role
+from formats.registry import get_format, names, register
+from formats.render import encode, prompt_segment, tags_of
+from record.trajectory import Author, Guidance, Modality, Segment, Trajectory
+from runtime.errors import UserError
 from tests.vocabularies import PieceVocabulary, WordVocabulary
 
 TEXT, IMAGE = Modality.TEXT, Modality.IMAGE_TOKENS
@@ -78,7 +78,7 @@ def test_the_contract_holds_over_a_byte_level_tokenizer(name, byte_level):
 
 
 def test_formats_and_the_store_import_no_model():
-    program = ("import sys, rollout.formats.contract, rollout.formats.config, rollout.store; print("
+    program = ("import sys, formats.contract, formats.config, record.store; print("
                "[m for m in ('torch', 'ray', 'transformers', 'trl', 'policy', 'rl', 'tasks') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
 
@@ -121,8 +121,8 @@ def test_registering_and_misspelling():
     for call, message in (
             (lambda: get_format("stroke"), "no 'stroke'; did you mean 'strokes'"),
             (lambda: get_format("strokes", max_image=2), "no 'max_image'; did you mean 'max_images'"),
-            (lambda: get_format("rollout.formats.nowhere.f"), "cannot be imported"),
-            (lambda: get_format("rollout.formats.strokes.stroke"), "did you mean 'strokes'"),
+            (lambda: get_format("formats.nowhere.f"), "cannot be imported"),
+            (lambda: get_format("formats.strokes.stroke"), "did you mean 'strokes'"),
             (lambda: get_format("builtins.dict"), "no ThoughtFormat"),
             (lambda: get_format("think", images=2), "has no 'images'; did you mean 'max_tokens'"),
             (lambda: register("strokes", think), "registered already"),
@@ -243,9 +243,9 @@ def test_a_negative_prompt_is_a_segment_that_only_its_branch_sees():
 
 
 def test_guidance_names_are_those_that_the_policy_combines():
+    from formats.declared import BRANCHES
     from policy.guidance import BRANCHES as COMBINED
     from policy.guidance import KINDS, branch_weights
-    from rollout.formats.declared import BRANCHES
     assert set(BRANCHES) == set(KINDS) and {b for names in BRANCHES.values() for b in names} <= set(COMBINED)
     for name in ("subgoals", "self_critique"):
         fmt = get_format(name)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rewards_helpers import image, thought
 
-from rewards.compose import Judge
 from rewards.config import RewardsConfig
+from rewards.manager import Judge
 
 FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 

@@ -17,18 +17,18 @@ import torch
 from accelerate import Accelerator
 
 import rl.grpo
-from rl import checkpoint
 from rl.config import GrpoConfig
-from rl.cursor import PromptCursor
-from rl.processes import BrokenOffError, alone
+from rl.prompts import PromptCursor
 from rl.run import Run, keeping
 from rl.trainer import Trainer, TrainingError
-from rollout.errors import UserError
-from rollout.workers import FailedGroup, GenerateResult
+from rollout.pool.contract import FailedGroup, GenerateResult
+from runtime.errors import UserError
+from runtime.interrupt import Interrupted
 from tests.bigram import BigramPolicy, reward
 from tests.test_trainer_processes import launch
-from underdrawing.interrupt import Interrupted
-from underdrawing.tracking import Tracker, read_metrics
+from training import checkpoint
+from training.ranks import BrokenOffError, alone
+from training.tracking import Tracker, read_metrics
 
 PROMPTS = [{"prompt": f"prompt {number}"} for number in range(7)]
 CONFIG = dict(steps=8, prompts_per_step=3, num_generations=4, learning_rate=0.02, save_every=3, evaluate_every=4,
@@ -239,7 +239,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import rl.grpo
-from rl import checkpoint
+from training import checkpoint
 from tests.test_grpo import make
 folder = Path(sys.argv[1])
 rl.grpo.train(make(folder), checkpoint.latest(folder / "checkpoints"))
@@ -272,9 +272,9 @@ import sys
 from pathlib import Path
 from accelerate import Accelerator
 import rl.grpo
-from rl import checkpoint
+from training import checkpoint
 from tests.test_grpo import CodeJudge, crash, faulty, make
-from rollout.errors import UserError
+from runtime.errors import UserError
 folder = Path(sys.argv[1])
 accelerator = Accelerator(cpu=True)
 rl.grpo.train(make(folder, accelerator=accelerator))

@@ -10,20 +10,20 @@ import torch
 from accelerate import Accelerator
 
 import rl.grpo
+from formats.registry import get_format
 from policy.config import LoraSection, PolicyConfig, TinySection
 from policy.registry import load_policy
-from rl import checkpoint
+from record.trajectory import DecisionKind
 from rl.config import GrpoConfig
 from rl.run import Run
 from rollout.config import RolloutConfig
-from rollout.engine import Engine
-from rollout.errors import UserError
-from rollout.formats.registry import get_format
-from rollout.trajectory import DecisionKind
-from rollout.workers import LocalRollouts
+from rollout.engine.engine import Engine
+from rollout.pool.local import LocalRollouts
+from runtime.errors import UserError
 from tests.test_grpo import AtOnce, Judged, lines
 from tests.test_trainer_processes import launch
-from underdrawing.tracking import Tracker
+from training import checkpoint
+from training.tracking import Tracker
 
 WORDS = "a red blue circle square left of the and fine wrong".split()
 PROMPTS = [{"prompt": f"a {color} {shape}"} for color in ("red", "blue") for shape in ("circle", "square")]

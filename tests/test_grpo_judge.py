@@ -10,8 +10,8 @@ import pytest
 from judge_server import Answer, JudgeServer
 
 import rl.grpo
-from rewards.compose import Judge
 from rewards.config import RewardsConfig
+from rewards.manager import Judge
 from tests.test_grpo import lines, make
 
 STEPS, PROMPTS, MEMBERS = 5, 3, 4

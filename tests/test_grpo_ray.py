@@ -8,17 +8,18 @@ import signal
 import pytest
 
 import rl.grpo
+from formats.config import FormatConfig
 from policy.config import LoraSection, PolicyConfig, TinySection
-from rewards.compose import Judge
 from rewards.config import RewardsConfig
+from rewards.manager import Judge
 from rollout.config import RolloutConfig
-from rollout.formats.config import FormatConfig
-from rollout.ray_cluster import start_ray
-from rollout.ray_workers import RayRollouts
-from rollout.workers import LocalRollouts, engine_spec
+from rollout.pool.local import LocalRollouts
+from rollout.pool.ray_rollouts import RayRollouts
+from rollout.spec import engine_spec
+from runtime.ray_cluster import start_ray
 from tests.test_grpo import lines
 from tests.test_grpo_chameleon import WORDS, CodeJudge, make
-from underdrawing.tracking import read_metrics
+from training.tracking import read_metrics
 
 TINY = TinySection(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 POLICY = PolicyConfig(tiny=TINY, lora=LoraSection(r=4, alpha=8.0))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from formats.registry import get_format
 from policy.guidance import GuidanceError, branch_weights, combine
-from rollout.formats.registry import get_format
-from rollout.trajectory import Author, Guidance, Modality, Segment, Trajectory
+from record.trajectory import Author, Guidance, Modality, Segment, Trajectory
 
 FIXTURE = Path(os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")) / "chameleon_tiny.pt"
 

@@ -10,8 +10,8 @@ import pytest
 
 from evals.bootstrap import compare, paired_bootstrap, refinement
 from evals.heldout import EvaluationError, PromptScore, evaluate, mean_of_tags, spread_over_tags
-from rollout.trajectory import Author, Modality, Segment, Trajectory
-from rollout.workers import FailedGroup, GenerateResult
+from record.trajectory import Author, Modality, Segment, Trajectory
+from rollout.pool.contract import FailedGroup, GenerateResult
 
 RECORDS = [{"prompt": "a", "tag": "color", "include": []}, {"prompt": "b", "tag": "color", "include": []},
            {"prompt": "c", "tag": "counting", "include": []}]
@@ -119,7 +119,7 @@ def test_the_shapes_world_scores_its_own_demonstrations():
     """The scorer that evaluations use, on rendered scenes: a demonstration ends right, by GenEval's own rules."""
     pytest.importorskip("tasks.shapes")
     from evals.heldout import geneval_scorer
-    from rewards.base import Setting
+    from rewards.contract import Setting
     from rewards.detectors.shapes import TaskDetector
     from tasks.registry import get_task
 

@@ -1,13 +1,4 @@
-"""The import lines of the house: one way, few, and cheap.
-
-    underdrawing -> everything          the shell: recipes, commands, report
-    rl           -> rewards, rollout, policy, tasks      evals -> rewards, rollout, policy, tasks
-    rewards      -> policy, tasks, the start of Ray      sft   -> policy, tasks
-    rollout      -> policy, tasks
-    policy, tasks -> the record only
-
-The record (rollout.errors, rollout.trajectory, rollout.formats, rollout.store, rollout.files) may be imported by all.
-"""
+"""The import lines of the house: down the list of packages, never up, never in a circle, and cheap."""
 
 from __future__ import annotations
 
@@ -15,28 +6,15 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("underdrawing", "rl", "rewards", "rollout", "sft", "policy", "tasks", "evals")
-RECORD = ("rollout.errors", "rollout.trajectory", "rollout.formats", "rollout.store", "rollout.files")
-TRAINERS = ("underdrawing.tracking", "underdrawing.interrupt")  # leaves that both trainers stand on
-
-# What each package may import besides itself and the record. A name covers the modules under it.
-MAY_IMPORT = {
-    "underdrawing": PACKAGES,
-    "rl": ("rewards", "rollout", "policy", "tasks", *TRAINERS),
-    "evals": ("rewards", "rollout", "policy", "tasks"),
-    "sft": ("policy", "tasks", *TRAINERS),
-    "rewards": ("policy", "tasks", "rollout.ray_cluster", "rollout.processes"),  # one Ray for all workers
-    "rollout": ("policy", "tasks"),
-    "policy": (),
-    "tasks": (),
-}
-# Scripts that make something which is then committed: nothing imports them.
-SCRIPTS = {"policy.chameleon.train_vq": ("tasks",)}
+# The house (docs/architecture.md), from the top down: a package imports itself and what stands below it.
+PACKAGES = ("underdrawing", "rl", "sft", "evals", "training", "rewards", "rollout", "tasks", "policy", "formats", "record",
+            "runtime")
 HEAVY = ("torch", "transformers", "ray", "trl", "peft", "accelerate", "wandb", "deepspeed")
 
 
@@ -71,6 +49,10 @@ def covers(allowed: tuple[str, ...], name: str) -> bool:
     return any(name == one or name.startswith(one + ".") for one in allowed)
 
 
+def ours(name: str) -> bool:
+    return name.split(".")[0] in PACKAGES
+
+
 def fresh(code: str, **environment: str) -> str:
     """Run code in a fresh interpreter at the repository's root; its output."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -80,30 +62,49 @@ def fresh(code: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module: str):
+def test_imports_point_down(module: str):
     package = module.split(".")[0]
-    allowed = (package, *RECORD, *MAY_IMPORT[package], *SCRIPTS.get(module, ()))
+    below = PACKAGES[PACKAGES.index(package):]
     for name in imports(MODULES[module]):
-        if name.split(".")[0] in PACKAGES:
-            assert covers(allowed, name), f"{module} imports {name}; {package} may import {allowed[1:]}"
+        assert not ours(name) or name.split(".")[0] in below, f"{module} imports {name}, which stands above {package}"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if covers(RECORD, m)])
-def test_the_record_imports_nothing_of_ours_but_itself(module: str):
-    for name in imports(MODULES[module]):
-        if name.split(".")[0] in PACKAGES:
-            assert covers(RECORD, name), f"{module} imports {name}"
-        assert name.split(".")[0] not in ("ray", "transformers", "trl"), f"{module} imports {name}"
+def test_no_circle_of_modules():
+    assert_no_circle({module: {name for name in imports(path) if name in MODULES} for module, path in MODULES.items()})
 
 
-def test_nobody_imports_what_drives():
-    # rl and sft stand at the top, beside each other; only the shell starts them. Scripts are run, never imported.
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_circle_of_folders(package: str):
+    """A package's folders are rooms too: what stands in one imports another's one way only."""
+    def room(module: str) -> str:
+        parts = module.split(".")
+        return ".".join(parts[:2]) if (ROOT.joinpath(*parts[:2])).is_dir() else module
+
+    graph: dict[str, set[str]] = {}
     for module, path in MODULES.items():
-        package = module.split(".")[0]
-        for name in imports(path):
-            if name.split(".")[0] in ("rl", "sft"):
-                assert package in ("underdrawing", name.split(".")[0]), f"{module} imports {name}"
-            assert not covers(tuple(SCRIPTS), name), f"{module} imports the script {name}"
+        if module.split(".")[0] == package:
+            inside = {room(name) for name in imports(path) if name in MODULES and name.split(".")[0] == package}
+            graph.setdefault(room(module), set()).update(inside - {room(module)})
+    assert_no_circle(graph)
+
+
+def assert_no_circle(graph: dict[str, set[str]]) -> None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_a_circle_is_seen():
+    with pytest.raises(pytest.fail.Exception, match="b imports a imports b|a imports b imports a"):
+        assert_no_circle({"a": {"b"}, "b": {"a"}})
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] in ("record", "runtime", "formats")])
+def test_the_ground_floor_imports_no_framework(module: str):
+    for name in imports(MODULES[module]):
+        light = ("torch", "transformers", "trl") if module == "runtime.ray_cluster" or "actor" in module else HEAVY
+        assert name.split(".")[0] not in light, f"{module} imports {name}"
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.split(".")[0] == "tasks"])
@@ -112,22 +113,24 @@ def test_tasks_import_no_model(module: str):
         assert name.split(".")[0] not in ("policy", *HEAVY), f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("package", ["rollout", "rl"])
-def test_the_top_of_rollout_and_rl_is_empty(package: str):
-    assert (ROOT / package / "__init__.py").read_text() == ""
+@pytest.mark.parametrize("package", [p for p in PACKAGES if p != "underdrawing"])
+def test_the_top_of_a_package_is_empty(package: str):
+    for path in (ROOT / package).rglob("__init__.py"):
+        body = ast.parse(path.read_text()).body
+        assert all(isinstance(node, ast.Expr) for node in body), f"{path.relative_to(ROOT)}: only a docstring may stand here"
 
 
 def test_the_record_losses_and_advantages_start_neither_ray_nor_transformers():
-    pure = ["rollout.errors", "rollout.trajectory", "rollout.store", "rl.losses", "rl.advantages",
-            *(m for m in MODULES if covers(("rollout.formats",), m))]
+    pure = ["runtime.errors", "record.trajectory", "record.store", "rl.losses", "rl.advantages",
+            *(m for m in MODULES if covers(("formats",), m))]
     out = fresh(f"import sys, importlib\nfor m in {pure}: importlib.import_module(m)\n"
                 "print([m for m in ('ray', 'transformers', 'trl') if m in sys.modules])")
     assert out.strip() == "[]"
 
 
 def test_the_record_and_the_tasks_load_no_torch():
-    light = ["rollout.errors", "rollout.trajectory", "rollout.store",
-             *(m for m in MODULES if covers(("rollout.formats", "tasks"), m))]
+    light = ["runtime.errors", "record.trajectory", "record.store",
+             *(m for m in MODULES if covers(("formats", "tasks"), m))]
     out = fresh(f"import sys, importlib\nfor m in {light}: importlib.import_module(m)\n"
                 f"print([m for m in {HEAVY} if m in sys.modules])")
     assert out.strip() == "[]"

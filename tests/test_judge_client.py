@@ -27,7 +27,7 @@ from rewards.judge import verdicts
 from rewards.judge.base import AnswerCheck, Comparison, Question
 from rewards.judge.client import JudgeClient, JudgeDown, wiscore
 from rewards.judge.config import JudgeConfig
-from rollout.errors import UserError
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 QUICK = dict(model="judge", timeout_s=20, retries=2, backoff_s=0.01)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards_helpers import image, text, thought
 
-from rewards.length import (
+from record.trajectory import Author
+from rewards.functions.length import (
     group_length,
     length_penalty,
     overlong_penalty,
@@ -16,8 +17,7 @@ from rewards.length import (
     repetition_penalty,
     soft_overlong,
 )
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from runtime.errors import UserError
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)
 

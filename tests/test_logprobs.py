@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.logprobs import token_logprobs
-from rollout.trajectory import mask_of, ranges_of
+from policy.scoring.logprobs import token_logprobs
+from record.trajectory import mask_of, ranges_of
 
 
 def plain(hidden, weight, target, temperature, allowed, sets):
@@ -70,7 +70,7 @@ def test_frozen_head_asks_for_no_gradient():
 
 
 def test_no_chunk_is_larger_than_asked(monkeypatch):
-    import policy.logprobs as module
+    import policy.scoring.logprobs as module
 
     seen = []
     made = module._logits

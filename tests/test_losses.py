@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from record.trajectory import DecisionKind
 from rl.losses import (
     LOSS_TYPES,
     SUMS,
@@ -21,7 +22,6 @@ from rl.losses import (
     policy_loss,
     summarise,
 )
-from rollout.trajectory import DecisionKind
 
 WORD, CODE = DecisionKind.WORD, DecisionKind.CODE
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards_helpers import image, text, thought
 
-from rewards.base import RewardError
-from rewards.overlap import (
+from record.trajectory import Author
+from rewards.contract import RewardError
+from rewards.functions.overlap import (
     box_iou,
     box_iou_reward,
     boxes_in,
@@ -20,8 +21,7 @@ from rewards.overlap import (
     temporal_iou,
     temporal_iou_reward,
 )
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from runtime.errors import UserError
 
 coordinate = st.floats(-1000, 1000)
 boxes = st.tuples(coordinate, coordinate, coordinate, coordinate)

@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.publish import Publisher, smallest
+from rollout.pool.local import LocalRollouts
 from rollout.requests import RolloutRequest
-from rollout.weights import Probe, Publication, PublicationError, WeightReceiver, fingerprint, pack
-from rollout.workers import UNPUBLISHED, LocalRollouts
+from rollout.weights.probe import Probe
+from rollout.weights.receive import UNPUBLISHED, WeightReceiver
+from rollout.weights.wire import Publication, PublicationError, fingerprint, pack
 from tests.worker_factories import deaf_engine, engine, frozen_engine, nudge
 
 ROLLOUT = {"rows": 8, "max_tokens": 24}
@@ -215,10 +217,10 @@ def test_a_delta_to_another_base_is_refused():
 
 
 def test_of_a_policy_with_adapters_only_those_travel():
+    from formats.config import FormatConfig
     from policy.config import LoraSection
     from rollout.config import RolloutConfig
-    from rollout.engine import Engine
-    from rollout.formats.config import FormatConfig
+    from rollout.engine.engine import Engine
     from tests.chameleon_helpers import small_policy
 
     torch.manual_seed(0)
@@ -267,8 +269,8 @@ from accelerate import Accelerator
 from rl.config import GrpoConfig
 from rl.publish import Publisher
 from rl.trainer import Trainer
-from rollout.weights import PublicationError
-from rollout.workers import LocalRollouts
+from rollout.weights.wire import PublicationError
+from rollout.pool.local import LocalRollouts
 from tests.test_publish import ROLLOUT, requests, same
 from tests.worker_factories import deaf_engine, engine, nudge
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rollout.errors import UserError
+from runtime.errors import UserError
 from underdrawing.recipe import Recipe, RecipeError, check_recipe, dump_recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from evals.heldout import Heldout, PromptScore
-from rollout.errors import UserError
-from rollout.store import save_trajectories
-from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from record.store import save_trajectories
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from runtime.errors import UserError
 from underdrawing.jobs import compare_evaluations, keep_evaluation
 from underdrawing.report.page import ReportData, _pairs, _tagged, render, report_data, write_report
 
@@ -123,8 +123,8 @@ def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
 
     files = [folder / "grpo/summary.json", folder / "comparison.json"]
     before = [file.read_text() for file in files]
-    monkeypatch.setattr("rollout.store.flush", lambda folder: None)
-    monkeypatch.setattr("rollout.store.flush_one", lambda path: None)
+    monkeypatch.setattr("record.store.flush", lambda folder: None)
+    monkeypatch.setattr("record.store.flush_one", lambda path: None)
     monkeypatch.setattr(os, "fsync", breaks)
     nothing = Heldout([PromptScore("a prompt", "colors", 0.0, 0.0, 0.0)], [[thought(0, "colors", "well")]], {})
     for keep in (lambda: keep_evaluation(nothing, folder / "grpo"),

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from rewards_helpers import text, thought
 
-from rewards import groupwise
-from rewards.compose import Judge
 from rewards.config import RewardsConfig
-from rewards.expression import Expression, ExpressionError
-from rewards.schedule import ScheduleConfig
+from rewards.formula import groupwise
+from rewards.formula.expression import Expression, ExpressionError
+from rewards.formula.schedule import ScheduleConfig
+from rewards.manager import Judge
 from rewards.tree import lines
 
 PARTS = ("a", "b")

@@ -15,9 +15,9 @@ from judge_server import Answer, JudgeServer
 from PIL import Image
 from rewards_helpers import from_parts, text, thought
 
-from rewards.compose import Judge
+from record.store import save_trajectories
+from rewards.manager import Judge
 from rewards.registry import REWARDS
-from rollout.store import save_trajectories
 from tasks.registry import get_task
 from underdrawing import build
 from underdrawing.cli import main

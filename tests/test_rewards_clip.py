@@ -14,11 +14,11 @@ from PIL import Image
 from rewards_helpers import image, text, thought
 from safetensors.torch import load_file, save_file
 
-from rewards.clip_similarity import clip_similarity
-from rewards.preference import hps, pickscore
-from rewards.weights import WeightsError
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from record.trajectory import Author
+from rewards.detectors.weights import WeightsError
+from rewards.functions.clip_similarity import clip_similarity
+from rewards.functions.preference import hps, pickscore
+from runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

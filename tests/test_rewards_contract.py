@@ -14,16 +14,8 @@ import tiny_models
 from grid_world import GridWorld, draw
 from rewards_helpers import from_parts, image, text, thought
 
-from rewards.base import RewardError, Setting, TrainerState, call, lightened
-from rewards.compose import Judge
-from rewards.config import RewardsConfig
-from rewards.detectors.shapes import TaskDetector
-from rewards.judge.base import Reply
-from rewards.loader import load_reward
-from rewards.registry import REWARDS
-from rollout.errors import UserError
-from rollout.formats.registry import get_format
-from rollout.trajectory import (
+from formats.registry import get_format
+from record.trajectory import (
     Author,
     DecisionKind,
     Decisions,
@@ -32,6 +24,14 @@ from rollout.trajectory import (
     Modality,
     Segment,
 )
+from rewards.config import RewardsConfig
+from rewards.contract import RewardError, Setting, TrainerState, call, lightened
+from rewards.detectors.shapes import TaskDetector
+from rewards.judge.base import Reply
+from rewards.loader import load_reward
+from rewards.manager import Judge
+from rewards.registry import REWARDS
+from runtime.errors import UserError
 from tasks.registry import get_task
 
 NAMES = sorted(REWARDS)
@@ -216,7 +216,7 @@ def wait(completions): time.sleep(600)
 
 
 def test_importing_rewards_loads_neither_ray_nor_transformers():
-    modules = "rewards.compose, rewards.config, rewards.loader, rewards.ray_worker, rewards.detectors.shapes"
+    modules = "rewards.manager, rewards.config, rewards.loader, rewards.runtime.ray_worker, rewards.detectors.shapes"
     code = f"import sys, {modules}; print([m for m in ('ray', 'transformers', 'torch', 'trl') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

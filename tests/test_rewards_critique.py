@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards_helpers import from_parts, image, text, thought
 
-from rewards.base import Logs, RewardError, Setting
-from rewards.critique_consistency import Inspection, critique_consistency, pay, rates
+from rewards.contract import Logs, RewardError, Setting
 from rewards.detectors.shapes import TaskDetector
-from rollout.errors import UserError
+from rewards.functions.critique_consistency import Inspection, critique_consistency, pay, rates
+from runtime.errors import UserError
 from tasks.registry import get_task
 from tasks.shapes.render import render
 from tasks.shapes.world import Object, Scene

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.expression import Expression, ExpressionError
+from rewards.formula.expression import Expression, ExpressionError
 
 PARTS = ("result", "consistency", "format")
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from rewards_helpers import image, thought
 
-from rewards.base import Setting
+from rewards.contract import Setting
 from rewards.detectors.base import Detected
-from rewards.geneval import evaluate, geneval
-from rewards.shelf.flow_grpo import flow_grpo_geneval
+from rewards.functions.geneval import evaluate, geneval
+from rewards.published.flow_grpo import flow_grpo_geneval
 
 FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 

@@ -12,21 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards_helpers import image, thought
 
-from rewards.base import Setting
-from rewards.compose import Judge
+from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.config import RewardsConfig
-from rewards.detectors.base import CachedDetector, Detected, UnknownClass
-from rewards.geneval import (
-    COLORS,
-    RecordColumnError,
-    check_clauses,
-    check_record,
-    evaluate,
-    geneval,
-    relations,
-)
-from rollout.errors import UserError
-from rollout.trajectory import Author, Modality, Segment, Trajectory
+from rewards.contract import Setting
+from rewards.detectors.base import COLORS, CachedDetector, Detected, UnknownClass
+from rewards.functions.geneval import RecordColumnError, check_clauses, check_record, evaluate, geneval, relations
+from rewards.manager import Judge
+from runtime.errors import UserError
 
 FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 

@@ -10,15 +10,15 @@ import pytest
 from pydantic import ValidationError
 from rewards_helpers import image, text, thought
 
-from rewards.base import RewardError, RewardFailed
-from rewards.compose import Judge
+from formats.config import FormatConfig
 from rewards.config import RewardsConfig
+from rewards.contract import RewardError, RewardFailed
 from rewards.detectors.base import UnknownClass
-from rewards.expression import ExpressionError
-from rewards.isolate import ProcessWorker
+from rewards.formula.expression import ExpressionError
 from rewards.loader import load_reward
-from rewards.serving import CallFailed, PartSpec
-from rollout.formats.config import FormatConfig
+from rewards.manager import Judge
+from rewards.runtime.isolate import ProcessWorker
+from rewards.runtime.serving import CallFailed, PartSpec
 from tasks.registry import get_task
 from tasks.shapes.render import render
 from tasks.shapes.world import Object, Scene
@@ -399,7 +399,7 @@ def test_a_part_leaves_when_its_driver_is_gone(own):
 def test_closing_ends_a_call_in_another_thread(own):
     import threading
 
-    from rewards.base import TrainerState
+    from rewards.contract import TrainerState
     reward = ProcessWorker(PartSpec("mine", own("import time\ndef score(completions): time.sleep(600)")))
     reward.start()
     raised = []

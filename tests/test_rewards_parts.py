@@ -7,15 +7,15 @@ import pytest
 from PIL import Image
 from rewards_helpers import image, text, thought
 
-from rewards.base import Logs, Setting, columns, completion, policy_ids, policy_text
+from formats.registry import get_format
+from record.trajectory import Author, StopReason
+from rewards.contract import Logs, Setting, columns, completion, policy_ids, policy_text
 from rewards.detectors.shapes import TaskDetector
-from rewards.format import format_reward
-from rewards.geneval import geneval
-from rewards.improvement import improvement
-from rewards.steps import steps
-from rollout.errors import UserError
-from rollout.formats.registry import get_format
-from rollout.trajectory import Author, StopReason
+from rewards.functions.format import format_reward
+from rewards.functions.geneval import geneval
+from rewards.functions.improvement import improvement
+from rewards.functions.steps import steps
+from runtime.errors import UserError
 from tasks.registry import get_task
 from tasks.shapes.render import render
 from tasks.shapes.world import PLACES, Object, Scene

@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 from rewards_helpers import text, thought
 
-from rewards.base import TrainerState
-from rewards.compose import Judge
 from rewards.config import RewardsConfig
-from rewards.ray_worker import RayWorker
-from rewards.serving import CallFailed, PartSpec
-from rollout.ray_cluster import start_ray
+from rewards.contract import TrainerState
+from rewards.manager import Judge
+from rewards.runtime.ray_worker import RayWorker
+from rewards.runtime.serving import CallFailed, PartSpec
+from runtime.ray_cluster import start_ray
 
 CODE = """
 def devices(completions):

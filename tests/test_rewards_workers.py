@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rewards_helpers import image, text, thought
 
-from rewards.base import RewardError, RewardFailed, TrainerState
-from rewards.compose import Judge
+from formats.registry import get_format
 from rewards.config import RewardsConfig
-from rewards.isolate import ProcessWorker
-from rewards.ray_worker import RayWorker
-from rewards.serving import CallFailed, PartSpec
-from rewards.workers import Stretch, plan
-from rollout.formats.registry import get_format
-from rollout.ray_cluster import start_ray
+from rewards.contract import RewardError, RewardFailed, TrainerState
+from rewards.manager import Judge
+from rewards.runtime.isolate import ProcessWorker
+from rewards.runtime.ray_worker import RayWorker
+from rewards.runtime.serving import CallFailed, PartSpec
+from rewards.runtime.workers import Stretch, plan
+from runtime.ray_cluster import start_ray
 from tasks.registry import get_task
 
 CODE = """

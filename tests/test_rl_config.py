@@ -8,10 +8,10 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from record.trajectory import DecisionKind
 from rl.config import GrpoConfig
 from rl.losses import ClipRange
 from rl.trainer import loss_settings
-from rollout.trajectory import DecisionKind
 
 
 def test_clip_ranges_by_kind():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from policy.rows import context_ids, rows_of
-from rollout.trajectory import Author, Context, Modality, Piece, RecordError, Segment, Trajectory, full_history
+from policy.scoring.rows import context_ids, rows_of
+from record.trajectory import Author, Context, Modality, Piece, RecordError, Segment, Trajectory, full_history
 
 
 def trajectory(*lengths: int) -> Trajectory:

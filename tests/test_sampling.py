@@ -1,4 +1,4 @@
-"""The law and the noise: what rollout/sampling.py draws is allowed, distributed as it says, and a function of names."""
+"""rollout/engine/sampling.py: what it draws is allowed, distributed as it says, and a function of names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout.formats.base import AllowedSet
-from rollout.sampling import Laws, gaussian, hash64, noise_key, sample, uniforms
-from rollout.trajectory import ranges_of
+from formats.base import AllowedSet
+from record.trajectory import ranges_of
+from rollout.engine.sampling import DeviceMasks, gaussian, hash64, noise_key, sample, uniforms
+from rollout.sampling_table import SamplingTable
 
 V = 12
 
@@ -112,17 +113,27 @@ def test_gaussian_is_repeatable_and_standard():
     assert abs(float(many.mean())) < 0.04 and abs(float(many.std()) - 1) < 0.03
 
 
-def test_laws_keep_one_mask_for_each_set_and_one_number_for_each_law():
+def test_the_table_keeps_one_mask_for_each_set_and_one_number_for_each_set_and_role():
     words, codes = AllowedSet("words", ranges_of([1, 2, 5])), AllowedSet("codes", ranges_of([6, 7]))
-    laws = Laws(V, {"default": 1.0, "sketch": 0.5})
-    first = laws.number(words, "plan")
-    assert laws.number(words, "plan") == first
-    second, third = laws.number(words, "sketch"), laws.number(codes, "sketch")
-    assert len({first, second, third}) == 3 and len(laws.mask_MV) == 2
-    assert laws.temperature_L.tolist() == [1.0, 0.5, 0.5]
-    assert laws.mask_MV[laws.mask_L[third]].nonzero().flatten().tolist() == [6, 7]
-    fitting = laws.without(words, 5)
-    assert fitting.ranges.tolist() == [[1, 3]] and laws.without(words, 5) is fitting
-    assert laws.without(codes, 5) is codes
-    assert not laws.entries[first].whole
-    assert laws.entries[laws.number(AllowedSet("any", np.array([[0, V]], np.int32)), "plan")].whole
+    table = SamplingTable(V, {"default": 1.0, "sketch": 0.5})
+    masks = DeviceMasks(table)
+    first = table.number(words, "plan")
+    assert table.number(words, "plan") == first
+    assert masks.of(np.array([first])).nonzero()[:, 1].tolist() == [1, 2, 5]
+    second, third = table.number(words, "sketch"), table.number(codes, "sketch")
+    assert len({first, second, third}) == 3 and len(table.masks) == 2
+    assert table.temperature_L.tolist() == [1.0, 0.5, 0.5]
+    assert masks.of(np.array([third, first])).nonzero().tolist() == [[0, 6], [0, 7], [1, 1], [1, 2], [1, 5]]
+    assert not table.entries[first].whole
+    assert table.entries[table.number(AllowedSet("any", np.array([[0, V]], np.int32)), "plan")].whole
+
+
+def test_a_set_without_an_id_is_kept_by_set_and_id():
+    words, codes = AllowedSet("words", ranges_of([1, 2, 5])), AllowedSet("codes", ranges_of([6, 7]))
+    table = SamplingTable(V, {"default": 1.0})
+    without_5 = table.without(words, 5)
+    assert without_5.ranges.tolist() == [[1, 3]] and table.without(words, 5) is without_5
+    assert table.without(words, 1).ranges.tolist() == [[2, 3], [5, 6]]  # another id of the same set
+    assert table.without(words, 5) is without_5
+    assert table.without(codes, 5) is codes
+    assert table.without(AllowedSet("marker", ranges_of([3])), 3).ranges.tolist() == []

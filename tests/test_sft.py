@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ChameleonForConditionalGeneration
 
+from formats.base import Part
+from formats.registry import get_format
 from policy.chameleon.family import load
 from policy.chameleon.model import load_model
 from policy.config import LoraSection
-from rollout.errors import UserError
-from rollout.formats.base import Part
-from rollout.formats.registry import get_format
-from rollout.store import save_trajectories
-from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from record.store import save_trajectories
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from runtime.errors import UserError
+from runtime.interrupt import Interrupted
 from sft.config import SftConfig
 from sft.data import IGNORE, Collator, lines_of, training_rows
 from sft.keep import newest, seal, sealed
@@ -33,8 +34,7 @@ from sft.trainer import InterleavedSftTrainer
 from tasks.base import Demonstration
 from tests.chameleon_helpers import WORDS, prompt_segment, small_config, small_policy
 from tests.test_trainer_processes import launch
-from underdrawing.interrupt import Interrupted
-from underdrawing.tracking import Tracker, read_metrics
+from training.tracking import Tracker, read_metrics
 
 FAST = {"demonstrations": 1, "batch_size": 4, "warmup_steps": 0, "learning_rate": 3e-3, "logging_steps": 2,
         "save_steps": 100}
@@ -509,7 +509,7 @@ from accelerate import PartialState
 from sft.train import warm_start
 from tests.chameleon_helpers import small_policy
 from tests.test_sft import section, written
-from underdrawing.tracking import Tracker
+from training.tracking import Tracker
 
 folder, accumulate = Path(sys.argv[1]), int(sys.argv[2])
 policy = small_policy()

@@ -3,11 +3,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rewards.geneval import evaluate
-from rollout.errors import UserError
-from rollout.formats.registry import get_format
-from rollout.formats.render import render as render_thought
-from rollout.formats.render import tags_of
+from formats.registry import get_format
+from formats.render import render as render_thought
+from formats.render import tags_of
+from rewards.functions.geneval import evaluate
+from runtime.errors import UserError
 from tasks.registry import get_task
 from tasks.shapes.demonstrations import FORMATS
 from tasks.shapes.language import KINDS, claims, holds, parse_plan, requirement

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewards.geneval import evaluate
-from rewards.geneval import relations as judged_relations
-from rollout.errors import UserError
+from rewards.functions.geneval import evaluate
+from rewards.functions.geneval import relations as judged_relations
+from runtime.errors import UserError
 from tasks.registry import get_task
 from tasks.shapes.prompts import (
     HELDOUT,

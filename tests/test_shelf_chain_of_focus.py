@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from shelf_helpers import PICTURE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
 
-from rewards.shelf.chain_of_focus import advantages, chain_of_focus, chain_of_focus_base, replaced
-from rollout.errors import UserError
+from rewards.published.chain_of_focus import advantages, chain_of_focus, chain_of_focus_base, replaced
+from runtime.errors import UserError
 
 RECORD = {"question": "?", "ground_truth": "red"}
 THINK, CALL = "<think>a</think>", "<tool_call>{}</tool_call>"

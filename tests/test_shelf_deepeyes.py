@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from shelf_helpers import PICTURE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
 
-from rewards.base import RewardError, Setting
-from rewards.shelf.deepeyes import MATH_WEIGHTS, Reading, Weights, deepeyes, read_release, score
-from rewards.shelf.deepeyes_v2 import deepeyes_v2
-from rollout.errors import UserError
+from rewards.contract import RewardError, Setting
+from rewards.published.deepeyes import MATH_WEIGHTS, Reading, Weights, deepeyes, read_release, score
+from rewards.published.deepeyes_v2 import deepeyes_v2
+from runtime.errors import UserError
 
 RECORD = {"question": "What colour is the kite?", "ground_truth": "red"}
 THINK, CALL, ANSWER = "<think>hm</think>", "<tool_call>{}</tool_call>", "<answer>red</answer>"

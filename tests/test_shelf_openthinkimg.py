@@ -7,7 +7,8 @@ import json
 import pytest
 from rewards_helpers import text, thought
 
-from rewards.shelf.openthinkimg import (
+from record.trajectory import Author
+from rewards.published.openthinkimg import (
     accuracy_release,
     answer_in,
     format_release,
@@ -15,8 +16,7 @@ from rewards.shelf.openthinkimg import (
     openthinkimg,
     well_formed,
 )
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from runtime.errors import UserError
 
 
 def turn(*actions, thought="look"):

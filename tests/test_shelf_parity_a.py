@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from shelf_helpers import ScriptedJudge, differences, from_record, judged_by, records, say, tool, verdict
 
-from rewards.answers import same_reading
-from rewards.shelf import chain_of_focus, deepeyes, deepeyes_v2, pixel_reasoner, thyme, vtool_r1
-from rewards.text import transcript
-from rollout.errors import UserError
+from rewards.functions.answers import same_reading
+from rewards.functions.text import transcript
+from rewards.published import chain_of_focus, deepeyes, deepeyes_v2, pixel_reasoner, thyme, vtool_r1
+from runtime.errors import UserError
 
 pytestmark = pytest.mark.parity
 

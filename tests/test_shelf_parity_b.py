@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from rewards_helpers import text, thought
 
-from rewards.base import Setting
+from record.trajectory import Author
+from rewards.contract import Setting
+from rewards.functions.overlap import ndcg
+from rewards.functions.text import transcript
 from rewards.judge.base import Reply
-from rewards.overlap import ndcg
-from rewards.shelf import openthinkimg, vista, visual_arft, vrag
-from rewards.text import transcript
-from rollout.trajectory import Author
+from rewards.published import openthinkimg, vista, visual_arft, vrag
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = (ROOT / os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")).resolve() / "rewards"

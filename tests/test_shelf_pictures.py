@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from rewards_helpers import image, text, thought
 
-from rewards.base import RewardError, Setting
+from record.trajectory import Author
+from rewards.contract import RewardError, Setting
 from rewards.detectors.base import Detected, UnknownClass
 from rewards.detectors.shapes import TaskDetector
-from rewards.geneval import geneval
-from rewards.shelf import got_r1 as got
-from rewards.shelf import janus_pro_r1 as janus
-from rewards.shelf import t2i_r1 as t2i
-from rewards.shelf.flow_grpo import flow_grpo_geneval
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from rewards.functions.geneval import geneval
+from rewards.published import got_r1 as got
+from rewards.published import janus_pro_r1 as janus
+from rewards.published import t2i_r1 as t2i
+from rewards.published.flow_grpo import flow_grpo_geneval
+from runtime.errors import UserError
 from tasks.registry import get_task
 from tasks.shapes.render import render
 from tasks.shapes.world import PLACES, Object, Scene

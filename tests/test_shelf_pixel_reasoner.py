@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from shelf_helpers import PICTURE, conversation, say, tool
 
-from rewards.base import RewardError
-from rewards.shelf.pixel_reasoner import (
+from rewards.contract import RewardError
+from rewards.published.pixel_reasoner import (
     Sample,
     Shaping,
     accuracy,
@@ -18,7 +18,7 @@ from rewards.shelf.pixel_reasoner import (
     shaped,
     shaped_official,
 )
-from rollout.errors import UserError
+from runtime.errors import UserError
 
 CALL = "<tool_call>{}</tool_call>"
 

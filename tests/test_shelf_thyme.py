@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from shelf_helpers import PICTURE, ScriptedJudge, conversation, judged_by, say, tool
 
-from rewards.shelf.asking import flag_in
-from rewards.shelf.thyme import Reading, by_rule, read, score, score_release, thyme
-from rollout.errors import UserError
+from rewards.published.asking import flag_in
+from rewards.published.thyme import Reading, by_rule, read, score, score_release, thyme
+from runtime.errors import UserError
 
 RECORD = {"question": "How many kites?", "ground_truth": "red"}
 FORM = "<think>so it is red</think>\n<answer>red</answer>"

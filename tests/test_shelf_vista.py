@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from rewards_helpers import image, text, thought
 
-from rewards.base import RewardError, Setting
+from record.trajectory import Author
+from rewards.contract import RewardError, Setting
 from rewards.judge.base import Reply
-from rewards.shelf.vista import (
+from rewards.published.vista import (
     final_answer_release,
     read_tools,
     read_tools_release,
@@ -18,8 +19,7 @@ from rewards.shelf.vista import (
     tool_gain,
     vista,
 )
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from runtime.errors import UserError
 
 CHART = np.zeros((4, 4, 3), np.uint8)
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from rewards_helpers import image, text, thought
 
-from rewards.base import RewardError
-from rewards.sentences import SentenceEncoder
-from rewards.shelf.visual_arft import accuracy, f1_release, kind_of, score_release, visual_arft, well_formed
-from rewards.weights import WeightsError
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from record.trajectory import Author
+from rewards.contract import RewardError
+from rewards.detectors.weights import WeightsError
+from rewards.functions.sentences import SentenceEncoder
+from rewards.published.visual_arft import accuracy, f1_release, kind_of, score_release, visual_arft, well_formed
+from runtime.errors import UserError
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)
 CODE = "<code>\n```python\nimg = cv2.rotate(img, 1)\n```\n</code>"

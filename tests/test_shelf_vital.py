@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards_helpers import image, text, thought
 
-from rewards.shelf.vital import sample_weight, scaled_iou, vital, vital_weight, well_formed
+from record.trajectory import Author
+from rewards.published.vital import sample_weight, scaled_iou, vital, vital_weight, well_formed
 from rl.advantages import credit
 from rl.config import GrpoConfig
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from runtime.errors import UserError
 from underdrawing.recipe import RecipeError, check_recipe
 
 FRAME = np.zeros((4, 4, 3), np.uint8)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards_helpers import image, text, thought
 
-from rewards.base import RewardError, Setting
-from rewards.shelf.vprl import kind_of_step, kinds_of_plan, vprl
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from record.trajectory import Author
+from rewards.contract import RewardError, Setting
+from rewards.published.vprl import kind_of_step, kinds_of_plan, vprl
+from runtime.errors import UserError
 
 # The short way to G is along the top; the wall parts the start from the cell below.
 GRID = ["S..",

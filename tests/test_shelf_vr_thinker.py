@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rewards_helpers import image, text, thought
 
-from rewards.base import RewardError
-from rewards.shelf.vr_thinker import accuracy, exploration, gain, judgement, vr_thinker, well_formed
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from record.trajectory import Author
+from rewards.contract import RewardError
+from rewards.published.vr_thinker import accuracy, exploration, gain, judgement, vr_thinker, well_formed
+from runtime.errors import UserError
 
 FRAMES = np.zeros((4, 4, 3), np.uint8)
 GOLD = {"OA": 2, "TA": 2, "MQ": 0}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from rewards_helpers import image, text, thought
 
-from rewards.base import RewardError, Setting
-from rewards.shelf.vrag import Reading, page_name, read, read_release, reference_names, score, vrag
-from rollout.errors import UserError
-from rollout.trajectory import Author
+from record.trajectory import Author
+from rewards.contract import RewardError, Setting
+from rewards.published.vrag import Reading, page_name, read, read_release, reference_names, score, vrag
+from runtime.errors import UserError
 
 PAGE = np.zeros((4, 4, 3), np.uint8)
 RECORD = {"question": "Where is the kite?", "ground_truth": "on the shelf", "file_name": "drum.pdf",

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shelf_helpers import PICTURE, ScriptedJudge, conversation, judged_by, say, tool
 
-from rewards.shelf.vtool_r1 import (
+from rewards.published.vtool_r1 import (
     answer_repaired,
     answer_v1,
     answer_v2,
@@ -17,7 +17,7 @@ from rewards.shelf.vtool_r1 import (
     vtool_r1,
     vtool_r1_similarity,
 )
-from rollout.errors import UserError
+from runtime.errors import UserError
 
 
 @pytest.mark.parametrize(("text", "v1", "v2", "repaired"), [

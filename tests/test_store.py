@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from rollout.store import StoreError, load_trajectories, save_trajectories
-from rollout.trajectory import (
+from record.store import StoreError, load_trajectories, save_trajectories
+from record.trajectory import (
     Author,
     Context,
     Decisions,
@@ -160,7 +160,7 @@ def test_it_is_readable_without_our_code(tmp_path):
 def test_the_documented_columns_are_those_that_are_written():
     from pathlib import Path
 
-    from rollout.store import SEGMENTS, TRAJECTORIES
+    from record.store import SEGMENTS, TRAJECTORIES
     page = (Path(__file__).parent.parent / "docs" / "record.md").read_text()
     for schema in (TRAJECTORIES, SEGMENTS):
         for name in schema.names:

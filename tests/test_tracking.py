@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rollout.errors import UserError
-from rollout.trajectory import Author, Modality, Segment, StopReason, Trajectory
-from underdrawing.tracking import TrackConfig, Tracker, filmstrip, read_metrics, wandb_login
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from runtime.errors import UserError
+from training.tracking import TrackConfig, Tracker, filmstrip, read_metrics, wandb_login
 
 
 def test_metrics_are_lines_of_json_and_no_number_is_null(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy.chameleon.train_vq import (
+from experiments.train_vq import (
     Codebook,
     Training,
     TrainVQConfig,
@@ -24,7 +24,7 @@ from policy.chameleon.train_vq import (
     stray,
 )
 from policy.chameleon.vq import SHAPES_WEIGHTS, load_shapes_vq, load_vq
-from rollout.errors import UserError
+from runtime.errors import UserError
 from tasks.shapes.render import render
 from tasks.shapes.world import CANVAS, COLORS, JITTERS, MAX_OBJECTS, SHAPES, Object, Scene, sample_scene
 

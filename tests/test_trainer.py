@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from policy.chameleon.family import load
 from policy.config import LoraSection
+from record.trajectory import StopReason
 from rl.advantages import credit
 from rl.batches import pack, plan, trainable
 from rl.config import GrpoConfig
-from rl.trainer import Trainer, TrainingError, random_state, set_random_state
-from rollout.trajectory import StopReason
+from rl.trainer import Trainer, TrainingError
 from tests.bigram import BigramPolicy, reward, sampled_groups
 from tests.chameleon_helpers import WORDS, sampled, small_config
+from training.random_state import random_state, set_random_state
 
 
 def make(seed=0, **config):

@@ -12,10 +12,10 @@ import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import nanstd
 
+from record.trajectory import Author, DecisionKind, Modality, Segment, Trajectory
 from rl.advantages import credit
 from rl.config import GrpoConfig
 from rl.losses import ClipRange, Layout, LossSettings, ScoredDecisions, decision_weights, policy_loss, summarise
-from rollout.trajectory import Author, DecisionKind, Modality, Segment, Trajectory
 
 ROWS, LENGTH, MAX_COMPLETION_LENGTH = 5, 9, 32
 

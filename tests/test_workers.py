@@ -17,23 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.publish import Publisher
-from rollout import ray_cluster
-from rollout.assignment import Assignment, Call
 from rollout.config import RolloutConfig
-from rollout.errors import UserError
-from rollout.ray_cluster import ClusterError, start_ray
-from rollout.ray_workers import RayRollouts
+from rollout.open import open_rollouts
+from rollout.pool.assignment import Assignment, Call
+from rollout.pool.contract import FailedGroup, FinishedGroup, WorkersError
+from rollout.pool.local import LocalRollouts
+from rollout.pool.ray_rollouts import RayRollouts
 from rollout.requests import RolloutRequest
-from rollout.weights import PublicationError
-from rollout.workers import (
-    EngineSpec,
-    FailedGroup,
-    FinishedGroup,
-    LocalRollouts,
-    WorkersError,
-    engine_spec,
-    open_rollouts,
-)
+from rollout.spec import EngineSpec, engine_spec
+from rollout.weights.wire import PublicationError
+from runtime import ray_cluster
+from runtime.errors import UserError
+from runtime.ray_cluster import ClusterError, start_ray
 from tests.worker_factories import engine, nudge
 
 ROLLOUT = {"rows": 4, "max_tokens": 24}
@@ -127,7 +122,7 @@ def test_groups_are_told_apart():
 
 
 def test_without_workers_the_trainers_policy_samples():
-    from rollout.formats.config import FormatConfig
+    from formats.config import FormatConfig
 
     policy = engine(ROLLOUT).policy
     rollouts = open_rollouts(policy, None, FormatConfig(), RolloutConfig(workers=0))
@@ -308,9 +303,9 @@ def test_a_cluster_that_is_too_small_is_named(cluster):
 def test_an_actor_without_a_place_is_waited_for_aloud_and_not_for_ever(cluster, pool, monkeypatch, caplog):
     import ray
 
-    import rollout.ray_workers
+    import rollout.pool.ray_rollouts
 
-    monkeypatch.setattr(rollout.ray_workers, "SAY_AFTER_S", 1.0)
+    monkeypatch.setattr(rollout.pool.ray_rollouts, "SAY_AFTER_S", 1.0)
     spec = EngineSpec({"rollout": ROLLOUT}, "tests.worker_factories.engine")
     cpus = int(ray.cluster_resources()["CPU"])  # the pool holds two of them
     with pytest.raises(WorkersError, match="silent for 4 s while starting: Ray gave it no process"):
@@ -320,7 +315,7 @@ def test_an_actor_without_a_place_is_waited_for_aloud_and_not_for_ever(cluster, 
 
 @pytest.mark.slow
 def test_a_real_policy_writes_the_same_in_an_actor(cluster):
-    from rollout.formats.config import FormatConfig
+    from formats.config import FormatConfig
     from tests.chameleon_helpers import WORDS, small_config
 
     config = RolloutConfig(workers=1, rows=8, max_tokens=80)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from rollout.config import RolloutConfig
-from rollout.engine import Engine
-from rollout.errors import UserError
+from rollout.engine.engine import Engine
+from runtime.errors import UserError
 from tests.fakes import FakeFormat, FakePolicy
 
 

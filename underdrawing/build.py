@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from formats.base import ThoughtFormat
 from policy.base import Policy
 from policy.registry import FAMILIES, load_policy
 from rewards.alarms import Alarms
-from rewards.compose import Judge
-from rl import checkpoint
-from rollout.errors import UserError, writing
-from rollout.formats.base import ThoughtFormat
-from rollout.ray_cluster import Cluster, start_ray
+from rewards.manager import Judge
+from runtime.errors import UserError, writing
+from runtime.ray_cluster import Cluster, start_ray
 from tasks.base import Task
 from tasks.registry import get_task
+from training import checkpoint
+from training.tracking import Tracker
 from underdrawing.recipe import Recipe, dump_recipe
-from underdrawing.tracking import Tracker
 
 
 def seed_everything(seed: int) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rollout.errors import UserError
+from runtime.errors import UserError
 
+OUR_PACKAGES = ("underdrawing", "rl", "sft", "evals", "training", "rewards", "rollout", "tasks", "policy", "formats",
+                "record", "runtime")
 RECIPE_HELP = "a YAML recipe; shipped ones are under configs/"
 
 
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def quieten() -> None:
     """Our own messages at INFO, the libraries' at WARNING; their bars and banners off."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
-    for name in ("underdrawing", "rl", "rollout", "rewards", "sft", "policy", "tasks", "evals"):
+    for name in OUR_PACKAGES:
         logging.getLogger(name).setLevel(logging.INFO)
     for name, value in (("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TOKENIZERS_PARALLELISM", "false"),
                         ("TRANSFORMERS_VERBOSITY", "error"), ("DS_ACCELERATOR", "" if _has_gpu() else "cpu")):
@@ -154,7 +156,7 @@ def _grpo(options: argparse.Namespace) -> int:
 
 
 def _newest_weights(recipe: Any, given: Path | None) -> Path:
-    from rl import checkpoint
+    from training import checkpoint
     from underdrawing import build
 
     newest = checkpoint.latest(recipe.run_dir / "checkpoints") if given is None else None
@@ -211,7 +213,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> int:
-    from rollout.store import load_trajectories
+    from record.store import load_trajectories
     from underdrawing.report.page import ReportData, report_data, write_report
 
     folder: Path = options.folder

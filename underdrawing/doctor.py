@@ -18,7 +18,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from rollout.ray_cluster import ClusterError, start_ray
+from runtime.ray_cluster import ClusterError, start_ray
 
 State = Literal["ok", "warning", "broken"]
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "accelerate", "deepspeed", "ray", "wandb",
@@ -140,7 +140,7 @@ def _torchvision() -> Finding:
 
 
 def _wandb() -> Finding:
-    from underdrawing.tracking import wandb_login
+    from training.tracking import wandb_login
 
     if wandb_login():
         return Finding("W&B", "ok", "a login was found; runs are mirrored online")

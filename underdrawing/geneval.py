@@ -11,8 +11,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rollout.errors import UserError
-from rollout.files import write_whole
+from runtime.errors import UserError
+from runtime.files import write_whole
 
 NAME = "geneval"
 OPTIONS = ("images", "detections", "prompts", "detector", "mode", "thresholds", "batch_size")
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
     from evals import geneval
     from evals.geneval_folder import read_folder
-    from rewards.geneval import THRESHOLDS
+    from rewards.functions.geneval import THRESHOLDS
     from underdrawing.progress import StepProgress
 
     if options.overrides or options.dry_run or options.weights is not None or options.label is not None:
@@ -112,9 +112,9 @@ def run(options: argparse.Namespace) -> int:
 def _detector(text: str | None, samples: Any) -> tuple[Any, Any]:
     """What the detector is, for the settings kept beside the rows, and how it sees."""
     from evals.geneval import by_detector
-    from rewards.base import Setting
+    from rewards.contract import Setting
     from rewards.detectors.registry import DetectorConfig, detector_spec
-    from rewards.serving import SettingSpec
+    from rewards.runtime.serving import SettingSpec
 
     spec = detector_spec(text if text is not None else "mask2former")
     detector = SettingSpec(detector=spec).detector_or_none()

@@ -13,22 +13,22 @@ from accelerate import Accelerator, PartialState
 from evals.bootstrap import Interval, compare
 from evals.heldout import Heldout, PromptScore, geneval_scorer, spread_over_tags
 from evals.heldout import evaluate as evaluate_heldout
-from rewards.base import Setting
-from rewards.compose import detector_of
-from rewards.serving import check_prompts
-from rl import checkpoint
+from record.store import check_folder, save_trajectories
+from record.trajectory import Trajectory
+from rewards.contract import Setting
+from rewards.manager import detector_of
+from rewards.runtime.serving import check_prompts
 from rl.grpo import train
 from rl.run import Run
 from rollout.config import RolloutConfig
-from rollout.errors import UserError, writing
-from rollout.files import write_whole
+from rollout.open import open_rollouts
 from rollout.requests import RolloutRequest
-from rollout.store import check_folder, save_trajectories
-from rollout.trajectory import Trajectory
-from rollout.workers import open_rollouts
+from runtime.errors import UserError, writing
+from runtime.files import write_whole
+from runtime.interrupt import Interrupted
 from tasks.base import Task
+from training import checkpoint
 from underdrawing import build
-from underdrawing.interrupt import Interrupted
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rollout.errors import UserError, writing
-from rollout.files import write_whole
-from rollout.ray_cluster import ClusterError
+from runtime.errors import UserError, writing
+from runtime.files import write_whole
+from runtime.ray_cluster import ClusterError
 from underdrawing.cli import quieten
 
 STATE = "quickstart.json"
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = ()) -> int:
     """All stages; prints the scores and the JSON line."""
     from evals.bootstrap import refinement
+    from training.tracking import read_metrics
     from underdrawing.jobs import compare_evaluations, local, read_prompt_scores, run_evaluate, run_grpo, run_sft
     from underdrawing.recipe import dump_recipe, load_recipe
     from underdrawing.report.page import report_data, write_report
-    from underdrawing.tracking import read_metrics
 
     recipe = load_recipe(path, [*overrides, f"seed={seed}", f"policy.tiny.seed={seed}"])
     recipe = recipe.model_copy(update={"run_dir": run_dir or Path(f"{recipe.run_dir}-seed{seed}")})
@@ -83,7 +83,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
             except ClusterError as error:
                 say(f"Ray cannot be had ({error}); rolling out in this process instead")
                 run_grpo(local(recipe, threads=2), warm, resume=True, resume_command=AGAIN)
-    from rl import checkpoint
+    from training import checkpoint
 
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
     if newest is None:

@@ -15,15 +15,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from formats.config import FormatConfig
 from policy.config import PolicyConfig
 from rewards.config import RewardsConfig
 from rl.config import GrpoConfig
 from rollout.config import RolloutConfig
-from rollout.errors import UserError, nearest
-from rollout.formats.config import FormatConfig
+from runtime.errors import UserError, nearest
 from sft.config import SftConfig
 from tasks.config import TaskConfig
-from underdrawing.tracking import TrackConfig
+from training.tracking import TrackConfig
 
 
 class RecipeError(UserError):

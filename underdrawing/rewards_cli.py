@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rollout.errors import UserError
+from runtime.errors import UserError
 
 SCOPES = {"row": "its own thought", "group": "its group", "batch": "the step"}
 
@@ -123,7 +123,7 @@ def explain(options: argparse.Namespace) -> int:
 
 def option_rows(function: Any) -> list[tuple[str, str, str]]:
     """(option, default, what it may be) of the arguments that a recipe can set."""
-    from rewards.base import RESERVED
+    from rewards.contract import RESERVED
 
     try:
         parameters = inspect.signature(function).parameters
@@ -153,8 +153,8 @@ def _may_be(hint: Any) -> str:
 # ---- check ------------------------------------------------------------------------------------------------------
 
 def check(options: argparse.Namespace) -> int:
+    from record.store import load_trajectories
     from rewards.check import check_reward
-    from rollout.store import load_trajectories
 
     trajectories = load_trajectories(options.trajectories) if options.trajectories else None
     found = check_reward(options.reward, options=_pairs(options.option, "--option"), factory=options.factory,

@@ -15,15 +15,15 @@ from typing import Any
 
 from evals.geneval import load_picture
 from evals.geneval_folder import read_folder
-from rewards.base import policy_pictures
-from rewards.compose import Judge, JudgeReport, detector_of
+from record.store import load_trajectories
+from record.trajectory import Author, Modality, Segment, Trajectory
+from rewards.contract import policy_pictures
 from rewards.detectors.base import CachedDetector
-from rewards.geneval import THRESHOLDS, classes_of, colored_of, evaluate, kept
+from rewards.functions.geneval import THRESHOLDS, classes_of, colored_of, evaluate, kept
 from rewards.loader import is_own
+from rewards.manager import Judge, JudgeReport, detector_of
 from rewards.registry import REWARDS
-from rollout.errors import UserError, writing
-from rollout.store import load_trajectories
-from rollout.trajectory import Author, Modality, Segment, Trajectory
+from runtime.errors import UserError, writing
 from underdrawing import build
 from underdrawing.recipe import Recipe
 from underdrawing.report.page import Seen

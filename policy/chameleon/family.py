@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from policy.base import Categorical, FlowStep, Scored, TokenStep
-from policy.chameleon.cache import RowCache
-from policy.chameleon.decode import Decode
 from policy.chameleon.model import InterleavedChameleon, load_model, save_model
 from policy.chameleon.replay import plan
 from policy.chameleon.tiny import tiny_model
 from policy.chameleon.vocabulary import ChameleonVocabulary, load_tokenizer
 from policy.config import LoraSection, PolicyConfig
+from policy.decoding.cache import RowCache
+from policy.decoding.decode import Decode
 from policy.guidance import combine
-from policy.rows import context_ids, piece_ids
-from rollout.errors import UserError, nearest
-from rollout.trajectory import Context, Guidance, Piece, Trajectory
+from policy.scoring.rows import context_ids, piece_ids
+from record.trajectory import Context, Guidance, Piece, Trajectory
+from runtime.errors import UserError, nearest
 
 
 class ContextOverflow(UserError):

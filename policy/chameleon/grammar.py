@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from rollout.formats.base import Vocabulary
+from formats.base import Vocabulary
 
 
 class PictureGrammar:

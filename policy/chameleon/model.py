@@ -25,8 +25,8 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration, Pre
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from policy.chameleon.vq import ChameleonVQ
-from policy.logprobs import token_logprobs
-from rollout.errors import UserError
+from policy.scoring.logprobs import token_logprobs
+from runtime.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from policy.chameleon.model import DecisionBatch
 from policy.guidance import FULL, branch_weights
-from policy.rows import Row, rows_of
-from rollout.trajectory import DecisionKind, RecordError, Trajectory
+from policy.scoring.rows import Row, rows_of
+from record.trajectory import DecisionKind, RecordError, Trajectory
 
 
 @dataclass(frozen=True)

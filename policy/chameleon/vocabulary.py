@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from rollout.errors import UserError
+from runtime.errors import UserError
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 BOI, EOI = "<racm3:break>", "<eoss>"

@@ -35,7 +35,7 @@ from transformers.models.chameleon.modeling_chameleon import (
     ChameleonVQVAEEncoderResnetBlock,
 )
 
-from rollout.errors import UserError, nearest
+from runtime.errors import UserError, nearest
 
 CHECKPOINT_PREFIX = "model.vqmodel."  # where a released Chameleon checkpoint keeps the tokenizer
 SHAPES_WEIGHTS = Path(__file__).with_name("weights") / "shapes_vq.safetensors"

@@ -17,7 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rollout.errors import UserError, nearest
+from runtime.errors import UserError, nearest
+
+# GenEval's ten colors, in its order.
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 
 class UnknownClass(UserError):

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rewards.detectors.base import Detected
-from rewards.encoders import OpenClipConfig, OpenClipEncoder
-from rewards.geneval import COLORS
+from rewards.detectors.base import COLORS, Detected
+from rewards.detectors.encoders import OpenClipConfig, OpenClipEncoder
 
 TEMPLATES = ("a photo of a {color} {cls}", "a photo of a {color}-colored {cls}", "a photo of a {color} object")
 BACKGROUND = (0x99, 0x99, 0x99)

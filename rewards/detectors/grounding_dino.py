@@ -16,7 +16,7 @@ import torch
 
 from rewards.detectors.base import Detections
 from rewards.detectors.phrases import PhraseDetector, by_phrase
-from rollout.errors import UserError
+from runtime.errors import UserError
 
 
 class GroundingDinoDetector(PhraseDetector):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from rewards.detectors.base import Detected, Detections
 from rewards.detectors.coco import geneval_names
-from rewards.weights import WeightsError, device_of, folder_of
+from rewards.detectors.weights import WeightsError, device_of, folder_of
 
 TEST_SIZE = (1333, 800)  # px: the longest side at most, the shortest side at most; whichever binds first
 DIVISOR = 32  # px: the network's input is padded to a multiple of it, right and below

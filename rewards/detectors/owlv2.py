@@ -12,7 +12,7 @@ import numpy as np
 
 from rewards.detectors.base import Detections
 from rewards.detectors.phrases import PhraseDetector, by_phrase
-from rollout.errors import UserError
+from runtime.errors import UserError
 
 
 class Owlv2Detector(PhraseDetector):

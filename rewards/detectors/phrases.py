@@ -14,8 +14,8 @@ from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
 from rewards.detectors.base import Detected, Detections
 from rewards.detectors.mask2former import same_size
-from rewards.weights import WeightsError, device_of, folder_of
-from rollout.errors import UserError
+from rewards.detectors.weights import WeightsError, device_of, folder_of
+from runtime.errors import UserError
 
 
 class PhraseDetector:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rollout.errors import UserError, nearest
+from runtime.errors import UserError, nearest
 
 # Where each backend is; its constructor's arguments are the keys that it takes.
 BACKENDS = {
@@ -113,7 +113,7 @@ def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> A
     if config.backend == "shapes" or config.colors is None:
         return detector
     from rewards.detectors.colors import Colored, ColorNamer
-    from rewards.encoders import OpenClipConfig
+    from rewards.detectors.encoders import OpenClipConfig
 
     try:
         colors = OpenClipConfig.model_validate({"device": config.device, "download": config.download, **config.colors})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.judge.base import Reply
-from rollout.errors import UserError
+from runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from rewards.judge.base import CAUSES, TRIED_AGAIN, AnswerCheck, Comparison, Que
 from rewards.judge.cache import ReplyCache, request_key
 from rewards.judge.config import JudgeConfig
 from rewards.judge.wire import Failed, Wire, body_of, short
-from rollout.errors import UserError, nearest
+from runtime.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

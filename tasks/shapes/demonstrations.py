@@ -6,7 +6,7 @@ it, and everything else of the picture stays as it was. In the others the inspec
 picture is always right. `Demonstration.mistakes` says which pictures are wrong, for a loss that would rather not learn
 to draw them; `Demonstration.needless` which plan goes on although the picture before it was already right.
 
-Formats (rollout/formats): strokes, subgoals, self_critique.
+Formats (formats): strokes, subgoals, self_critique.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rollout.errors import UserError, nearest
-from rollout.formats.base import Part
+from formats.base import Part
+from runtime.errors import UserError, nearest
 from tasks.base import Demonstration, Record
 from tasks.shapes.language import (
     Mistake,

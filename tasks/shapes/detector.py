@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from skimage.measure import label
 
-from rollout.errors import UserError
+from runtime.errors import UserError
 from tasks.base import Detection
 from tasks.shapes.render import MASKS
 from tasks.shapes.world import CANVAS, COLORS, GROUND, OBJECT, SHAPES

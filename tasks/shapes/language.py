@@ -20,8 +20,8 @@ stand next to each other long before it compares words with codes, or with words
 those that break a prompt under GenEval's rules: color, shape, place (the relation that was asked for does not hold; the
 object named is the one to move), missing, extra. "missing" names what the plan wanted.
 
-The reading half serves rewards/critique_consistency.py: `claims`, `requirement`, `holds`. It reads what a policy wrote,
-so it takes any text and says None where there is no sense in it.
+The reading half serves rewards/functions/critique_consistency.py: `claims`, `requirement`, `holds`. It reads what a
+policy wrote, so it takes any text and says None where there is no sense in it.
 """
 
 from __future__ import annotations

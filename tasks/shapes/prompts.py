@@ -175,7 +175,8 @@ def related(box: tuple[float, ...], relation: str, other: tuple[float, ...], mar
 def satisfies(record: Record, scene: Scene, margin: float = 0.0) -> bool:
     """Whether a scene, perfectly seen, is what the record asks for under GenEval's rules.
 
-    margin > 0 is stricter about relations, < 0 more lenient; rewards/geneval.py judges pictures by the rules proper.
+    margin > 0 is stricter about relations, < 0 more lenient; rewards/functions/geneval.py has the rules
+    proper.
     The rules look at the best-scored objects of a class; seen perfectly all are equally good, so all must comply.
     """
     counts = Counter(item.shape for item in scene.objects)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rollout.errors import UserError, nearest
+from runtime.errors import UserError, nearest
 from tasks.base import Demonstration, Detection, Record, Split
 from tasks.shapes import demonstrations, detector, language, prompts
 from tasks.shapes.language import Claim, Clause, Mistake
@@ -47,7 +47,7 @@ class ShapesTask:
     def detect(self, picture: np.ndarray) -> list[Detection]:
         return detector.detect(picture)
 
-    # What rewards/critique_consistency.py asks of a task whose inspections can be read.
+    # What rewards/functions/critique_consistency.py asks of a task whose inspections can be read.
 
     def claims(self, text: str) -> Claim:
         return language.claims(text)

@@ -19,12 +19,12 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from rollout.errors import UserError, writing
-from rollout.files import write_whole
-from rollout.store import load_trajectories
-from rollout.trajectory import Author, Trajectory
+from record.store import load_trajectories
+from record.trajectory import Author, Trajectory
+from runtime.errors import UserError, writing
+from runtime.files import write_whole
+from training.tracking import read_metrics
 from underdrawing.report.charts import PALETTE, Series, bars, line_chart
-from underdrawing.tracking import read_metrics
 
 # Curves in the order of what one looks at first: (title, patterns of metric names, y range).
 CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (

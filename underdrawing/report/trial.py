@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewards.base import policy_pictures
+from record.trajectory import Trajectory
+from rewards.contract import policy_pictures
 from rewards.detectors.base import Detections
-from rollout.trajectory import Trajectory
 from underdrawing.report.charts import PALETTE
 from underdrawing.report.page import Film, Frame, Seen, SeenBox, data_uri, film_of, from_template, write_page
 

@@ -1,0 +1,123 @@
+"""What a way of thinking must offer: the engine, the parser, the loss and the report ask only this.
+
+A ThoughtFormat is declared once and used five times: to render demonstrations, to constrain decoding, to parse
+and check, to mask the loss, and to lay out the report. This file imports none of our packages but the record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from record.trajectory import Author, Context, Guidance, Modality, Trajectory
+
+
+class Vocabulary(Protocol):
+    """A policy's ids. `piece` is the text of one id alone: concatenated pieces contain every tag verbatim."""
+
+    size: int
+    bos: int | None
+    eos: int
+    pad: int
+    boi: int
+    eoi: int
+    sep: int | None  # Anole's end-of-turn token after the prompt; None where the family has none
+    code_ids: np.ndarray  # int32 [K]: id of visual code k
+    codes_per_image: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int] | np.ndarray) -> str: ...
+    def piece(self, id: int) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class AllowedSet:
+    """Ids that may come next. Interned by the cursor's grammar: the engine keeps one mask per object."""
+
+    name: str
+    ranges: np.ndarray  # int32 [R, 2]
+
+
+@dataclass
+class Span:
+    """A stretch of the policy's ids that the cursor recognised as one segment (half-open, from the turn's start)."""
+
+    role: str  # of an image it may change while the turn goes on: what follows may tell which picture it was
+    modality: Modality
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Where a trajectory departs from its format, and what would be right."""
+
+    segment: int | None  # index into Trajectory.segments; None: the trajectory as a whole
+    message: str  # names the role or tag, and what would be right
+
+
+@dataclass(frozen=True)
+class Part:
+    """One segment of a demonstration before it has ids: text with its tags, or a picture's ids with markers."""
+
+    role: str
+    text: str = ""
+    picture: np.ndarray | None = None
+
+
+class Cursor(Protocol):
+    """One row's place in the grammar. It is told every id and says what may come next.
+
+    The engine asks `forced` first: an id there is appended without being a decision. Otherwise it samples from
+    `allowed` at the temperature of `role`. `spans` grows as segments close; `open_span` is the one being written.
+    """
+
+    def forced(self) -> int | None: ...
+    def allowed(self) -> AllowedSet: ...
+    def advance(self, id: int) -> None: ...
+
+    @property
+    def role(self) -> str: ...  # whose law holds for the next id: a role's name, or "between"
+    @property
+    def in_image(self) -> bool: ...  # the next id is a visual code (or the forced EOI)
+    @property
+    def stopped(self) -> bool: ...  # the end-of-turn token was taken, or nothing may follow
+    @property
+    def images(self) -> int: ...  # images begun so far
+    @property
+    def spans(self) -> list[Span]: ...  # closed segments; the last one is closed by stop()
+    def stop(self) -> None: ...  # closes the open span, wherever it is
+
+
+@runtime_checkable
+class ThoughtFormat(Protocol):
+    """Besides what is listed here a format may offer `beside_prompt(vocabulary) -> list[Segment]`: untrained user
+    segments that stand after the prompt's and that only some guidance branches see (a negative prompt)."""
+
+    name: str
+    max_images: int
+
+    def prompt_ids(self, prompt: str, vocabulary: Vocabulary) -> list[int]:
+        """The prompt segment exactly as the policy sees it (BOS, instruction, separator)."""
+        ...
+
+    def cursor(self, vocabulary: Vocabulary, constrain: str = "images") -> Cursor:
+        """A fresh cursor after the prompt. constrain: "images" (the default) or "full"."""
+        ...
+
+    def author(self, role: str) -> Author: ...
+    def trained(self, role: str) -> bool: ...
+
+    def contexts(self, trajectory: Trajectory, segment: int) -> tuple[Context, ...]:
+        """What segment `segment` is conditioned on: "full" first, then guidance branches. Pure."""
+        ...
+
+    def guidance(self, trajectory: Trajectory, segment: int) -> Guidance | None:
+        """How this segment's branches combine when guidance is on."""
+        ...
+
+    def violations(self, trajectory: Trajectory) -> list[Violation]:
+        """Empty if and only if the trajectory is a well-formed sentence of this format."""
+        ...

@@ -1,0 +1,37 @@
+"""The recipe's section `format`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from formats.base import ThoughtFormat
+from formats.registry import get_format
+from runtime.errors import UserError
+
+
+class FormatConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field("strokes", description="The way of thinking: strokes, subgoals, self_critique, a registered "
+                                             "name, or the dotted path of a factory.")
+    max_images: int | None = Field(None, ge=1, description="At most so many images a trajectory; none: the format's "
+                                                           "own limit.")
+    constrain: Literal["images", "full"] = Field(
+        "images", description="images: a picture is exactly its codes, words are free, so that well-formed tags are "
+                              "learned and can be rewarded. full: only well-formed thoughts can be sampled.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Handed to the format: max_tokens by role, "
+                                    "instruction, guidance, scales, negative_prompt, or what your own takes.")
+
+    def build(self) -> ThoughtFormat:
+        """The format. Raises UserError naming the wrong key."""
+        if self.max_images is not None and "max_images" in self.options:
+            raise UserError("format.max_images and format.options.max_images are both set; keep the first")
+        limits = {} if self.max_images is None else {"max_images": self.max_images}
+        return get_format(self.name, **{**limits, **self.options})
+
+    @property
+    def form_is_constant(self) -> bool:
+        """Every thought that ends by itself is well formed, so that a reward for the form pays a constant."""
+        return self.constrain == "full"

@@ -1,0 +1,240 @@
+"""One row's place in the grammar while it is written: segments recognised as they form, images exact.
+
+`ImagesCursor` is the default constraint: words are free, an image is exactly N codes between its markers. Text is
+read piece by piece, so that a tag may be one token or several. What fits no role becomes a segment of role "other".
+constrained.py adds the full constraint on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from formats.base import AllowedSet, Span
+from formats.grammar import BETWEEN, END, OTHER, START, Role
+from formats.lexicon import Lexicon
+from record.trajectory import Modality
+
+_SEEK, _BODY, _FREE, _PLAIN = range(4)
+# _SEEK: between segments, an opening tag may come; _BODY: inside a tagged role, a certain tag is awaited;
+# _FREE: text outside any role, which an opening tag ends; _PLAIN: untagged text, which only an image or the end ends
+
+
+class ImagesCursor:
+    """formats.base.Cursor. A text segment stays open, and takes in blanks and the end-of-turn token, until
+    the next one begins. An image closes with its end marker; where it may have had either of two roles, its span is
+    renamed in place once what follows has told them apart.
+    """
+
+    def __init__(self, lexicon: Lexicon) -> None:
+        grammar, vocabulary = lexicon.grammar, lexicon.vocabulary
+        self._lexicon, self._grammar = lexicon, grammar
+        self._boi, self._eoi, self._eos = vocabulary.boi, vocabulary.eoi, vocabulary.eos
+        self._codes_per_image = vocabulary.codes_per_image
+        self._opens_with_image = all(grammar.by_name[name].is_image for name in grammar.follow[START])
+        self._openings = tuple(grammar.openings)
+        self.spans: list[Span] = []
+        self.in_image = False
+        self.stopped = False
+        self.images = 0
+        self._length = 0
+        self._left = 0  # codes that the open image still needs
+        self._places: tuple[str, ...] = (START,)  # the roles that the last recognised segment may have
+        self._span: tuple[str, Modality, int] | None = None  # role, modality and start of the open segment
+        self._unsure: Span | None = None  # the last image, while it may have any of the roles `_places`
+        self._seek()
+
+    # ---- what may come next ----
+
+    def forced(self) -> int | None:
+        if self.in_image:
+            return self._eoi if self._left == 0 else None
+        if self._length == 0 and self._opens_with_image:
+            return self._boi
+        return None
+
+    def allowed(self) -> AllowedSet:
+        if self.in_image:
+            return self._lexicon.codes
+        return self._lexicon.text if self.images < self._grammar.max_images else self._lexicon.words
+
+    @property
+    def open_span(self) -> Span | None:
+        """The segment being written, as far as it is recognised."""
+        if self._span is None:
+            return None
+        role, modality, start = self._span
+        return Span(role, modality, start, self._length)
+
+    # ---- what came ----
+
+    def advance(self, id: int) -> None:
+        index = self._length
+        self._length = index + 1
+        if self.in_image:
+            self._left -= 1
+            if self._left < 0:  # that was the end marker
+                self.in_image = False
+                self._close(index + 1)
+                self._unsure = self.spans[-1] if len(self._places) > 1 else None
+                self._seek()
+        elif self.stopped:
+            raise ValueError("the turn has ended: nothing may follow its end")
+        elif id == self._boi:
+            self._begin_image(index)
+        elif id == self._eos:
+            self._finish(index, ended=True)
+            self.stopped = True
+        else:
+            self._read(id, index)
+
+    def stop(self) -> None:
+        """Close the open segment, wherever it is: a limit was reached."""
+        if not self.stopped:
+            self._finish(self._length, ended=False)
+            self.stopped = True
+
+    # ---- segments ----
+
+    def _seek(self, floor: int = 0) -> None:
+        self._mode = _SEEK
+        self._floor = floor  # the next segment may not begin before: that id completed a tag
+        self._pending: int | None = None  # where text that is not yet recognised begins
+        self._pending_blank = True
+        self._partial, self._partial_start = "", 0  # the end of what was read, if a tag may have begun there
+        free = self._free_follower()
+        self.role = free if free is not None and not self._openings else BETWEEN
+
+    def _free_follower(self) -> str | None:
+        grammar = self._grammar
+        return next((name for name in grammar.followers(self._places)
+                     if name != END and grammar.by_name[name].is_free), None)
+
+    def _close(self, stop: int) -> None:
+        if self._span is not None:
+            role, modality, start = self._span
+            if stop > start:
+                self.spans.append(Span(role, modality, start, stop))
+            self._span = None
+
+    def _resolve(self, following: Iterable[str]) -> None:
+        """Settle which role the last image had, now that one of `following` comes after it."""
+        if self._unsure is not None:
+            follow = self._grammar.follow
+            role = next((place for place in self._places if any(name in follow[place] for name in following)),
+                        self._places[0])
+            self._unsure.role, self._places, self._unsure = role, (role,), None
+
+    def _open_text(self, role: Role | None, start: int) -> None:
+        """Begin a text segment: a role's, or (None) one that its opening tag did not announce."""
+        start = max(start, self._floor)
+        if role is None:
+            name = self._free_follower() or OTHER
+        else:
+            name = role.name
+        self._close(start)
+        self._resolve([name] if name != OTHER else [r.name for r in self._grammar.roles if not r.is_image])
+        if name != OTHER:
+            self._places = (name,)
+        self._span = (name, Modality.TEXT, start)
+        self.role = name
+        if role is not None:
+            self._mode = _BODY
+            self._awaited = [tag for pair in role.tags for tag in pair][:0:-1]  # all but the first, last one first
+        else:
+            self._mode = _FREE if self._openings and name == OTHER else _PLAIN
+        self._pending = None
+
+    def _begin_image(self, index: int) -> None:
+        self._settle(index)
+        grammar = self._grammar
+        names = [name for name in grammar.followers(self._places) if name != END and grammar.by_name[name].is_image]
+        names = grammar.affordable(names, self.images) or names
+        names = names or [role.name for role in grammar.roles if role.is_image][:1] or [OTHER]
+        self._close(index)
+        self._resolve(names)
+        self._places = tuple(names) if names != [OTHER] else self._places
+        modality = grammar.by_name[names[0]].modality if names != [OTHER] else Modality.IMAGE_TOKENS
+        self._span = (names[0], modality, index)
+        self.role = names[0]
+        self.images += 1
+        self.in_image = True
+        self._left = self._codes_per_image
+
+    def _settle(self, index: int) -> None:
+        """An image begins at `index`: give a role to what was not recognised before it."""
+        if self._mode == _SEEK and self._pending is not None:
+            lingering = self._span is not None and self._span[1] is Modality.TEXT
+            if not (self._pending_blank and lingering):
+                self._open_text(None, self._pending)
+
+    def _finish(self, index: int, ended: bool) -> None:
+        """The turn ends: with the end-of-turn token at `index`, or before it where a limit was met."""
+        stop = index + 1 if ended else index
+        if self._mode == _SEEK and self._pending is not None and not self._pending_blank:
+            self._open_text(None, self._pending)
+        if self._span is None:  # after a picture, or at the very start
+            start = index if self._pending is None else self._pending
+            self._resolve([END] if ended else [])
+            self._span = (END if ended else OTHER, Modality.TEXT, start)
+        self._close(stop)
+        self.in_image = False
+
+    # ---- text ----
+
+    def _read(self, id: int, index: int) -> None:
+        if self._mode == _PLAIN:
+            return
+        piece, at, blank = self._lexicon.look(id)
+        if self._partial:
+            self._scan(self._partial + piece, self._partial_start, index)
+        elif at < 0:
+            if self._mode == _SEEK:
+                self._wait(index, blank)
+        else:
+            if self._mode == _SEEK:
+                self._wait(index, not piece[:at].strip())
+            self._scan(piece[at:], index, index)
+
+    def _wait(self, index: int, blank: bool) -> None:
+        """Text between segments: a blank waits for what comes, anything else opens an unannounced segment."""
+        if self._pending is None:
+            self._pending = index
+        if not blank:
+            self._open_text(None, self._pending)
+
+    def _scan(self, text: str, start: int, index: int) -> None:
+        """Look for the tags that may come at the front of `text`, whose first character stands in id `start`."""
+        tag_starts = self._grammar.tag_starts
+        while text:
+            tags = (self._awaited[-1],) if self._mode == _BODY else () if self._mode == _PLAIN else self._openings
+            hit = next((tag for tag in tags if text.startswith(tag)), None)
+            if hit is not None:
+                text = text[len(hit):]
+                self._complete(hit, start, index)
+                if self._mode == _SEEK and text.strip() and text.lstrip()[0] not in tag_starts:
+                    self._wait(index, blank=False)
+                skip = 0
+            elif any(tag.startswith(text) for tag in tags):
+                self._partial, self._partial_start = text, start
+                if self._mode == _SEEK:
+                    self._pending_blank = False
+                    self._pending = start if self._pending is None else self._pending
+                return
+            else:
+                if self._mode == _SEEK:
+                    self._wait(index if self._pending is None else self._pending, blank=False)
+                skip = 1
+            at = min((i for i in (text.find(c, skip) for c in tag_starts) if i >= 0), default=-1)
+            if at < 0:
+                break
+            # A tag's first character occurs only there, so a later one stands in the id just read.
+            text, start = text[at:], index
+        self._partial = ""
+
+    def _complete(self, tag: str, start: int, index: int) -> None:
+        if self._mode == _BODY:
+            self._awaited.pop()
+            if not self._awaited:
+                self._seek(floor=index + 1)
+        else:
+            self._open_text(self._grammar.openings[tag], start if self._pending is None else self._pending)

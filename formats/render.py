@@ -1,0 +1,74 @@
+"""Demonstrations to trajectories: the parts that somebody wrote, as the ids that the policy would have sampled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from formats.base import Part, ThoughtFormat, Vocabulary
+from formats.grammar import END, PROMPT
+from record.trajectory import Author, Modality, RecordError, Segment, StopReason, Trajectory
+
+
+def tags_of(fmt: ThoughtFormat) -> list[str]:
+    """The format's tags, in the order of declaration; a small tokenizer makes one token of each."""
+    grammar = getattr(fmt, "grammar", None)
+    return list(grammar.tags) if grammar is not None else list(getattr(fmt, "tags", ()))
+
+
+def prompt_segment(fmt: ThoughtFormat, prompt: str, vocabulary: Vocabulary) -> Segment:
+    """What the user said, as the policy sees it; nothing in it is trained."""
+    ids = np.asarray(fmt.prompt_ids(prompt, vocabulary), np.int32)
+    return Segment(PROMPT, Author.USER, Modality.TEXT, False, ids, prompt)
+
+
+def encode(fmt: ThoughtFormat, text: str, vocabulary: Vocabulary) -> list[int]:
+    """Ids of a text whose tags are spelt canonically: each by itself, never merged with its neighbours."""
+    tags = tags_of(fmt)
+    parts = re.split("(" + "|".join(map(re.escape, tags)) + ")", text) if tags else [text]
+    return [int(id) for part in parts if part for id in vocabulary.encode(part)]
+
+
+def render(fmt: ThoughtFormat, prompt: str, record: dict[str, Any], parts: Sequence[Part], vocabulary: Vocabulary,
+           codes: Sequence[np.ndarray]) -> Trajectory:
+    """A demonstration as a trajectory that nobody sampled: no decisions, stop reason "demonstration".
+
+    Args:
+        parts: the segments in order; text with its tags, or a picture.
+        codes: one for each picture in order, what `policy.see` gives: ids of its codes, int32 [codes_per_image].
+
+    Raises:
+        RecordError: pictures and codes do not match, or the parts are no sentence of the format. Names the part.
+    """
+    pictures = [i for i, part in enumerate(parts) if part.picture is not None]
+    if len(pictures) != len(codes):
+        raise RecordError(f"demonstration '{prompt}': {len(pictures)} pictures but codes of {len(codes)}; "
+                          "give one array of codes a picture")
+    segments = [prompt_segment(fmt, prompt, vocabulary)]
+    known = {int(i) for i in vocabulary.code_ids}
+    image = iter(codes)
+    for number, part in enumerate(parts):
+        if part.picture is not None:
+            body = [int(i) for i in next(image)]
+            if len(body) != vocabulary.codes_per_image or not known.issuperset(body):
+                raise RecordError(f"demonstration '{prompt}': part {number} ({part.role}) has {len(body)} ids; "
+                                  f"a picture is {vocabulary.codes_per_image} ids, each of a visual code")
+            ids, modality = [vocabulary.boi, *body, vocabulary.eoi], Modality.IMAGE_TOKENS
+        else:
+            ids, modality = encode(fmt, part.text, vocabulary), Modality.TEXT
+        segments.append(Segment(part.role, fmt.author(part.role), modality, fmt.trained(part.role),
+                                np.asarray(ids, np.int32), part.text, picture=part.picture))
+    last = segments[-1]
+    if last.author is Author.POLICY and last.modality is Modality.TEXT:
+        last.ids = np.append(last.ids, np.int32(vocabulary.eos))
+    else:
+        segments.append(Segment(END, Author.POLICY, Modality.TEXT, fmt.trained(END),
+                                np.asarray([vocabulary.eos], np.int32)))
+    trajectory = Trajectory(prompt, record, fmt.name, segments, stop=StopReason.DEMONSTRATION)
+    wrong = fmt.violations(trajectory)
+    if wrong:
+        raise RecordError(f"demonstration '{prompt}': segment {wrong[0].segment}: {wrong[0].message}")
+    return trajectory

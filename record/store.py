@@ -1,0 +1,386 @@
+"""Trajectories on disk, without loss and readable without our code (docs/record.md describes every column).
+
+    folder/
+        trajectories.parquet    one row a trajectory
+        segments.parquet        one row a segment: ids, decisions, laws and contexts as lists
+        pictures/*.png          named by the column `picture`
+        latents.safetensors     latents and denoising steps, named "<trajectory>-<segment>.<array>"
+
+A folder is written under another name, flushed to the disk and renamed, so that one that exists is a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from record.trajectory import (
+    Author,
+    Context,
+    Decisions,
+    FlowSteps,
+    Guidance,
+    Law,
+    Modality,
+    Piece,
+    RecordError,
+    Segment,
+    StopReason,
+    Trajectory,
+)
+from runtime.errors import UserError
+from runtime.files import flush, flush_one
+
+VERSION = "1"
+_VERSION_KEY = b"underdrawing.record"
+_PNG_END = b"IEND\xaeB`\x82"
+_FILES = ("trajectories.parquet", "segments.parquet", "latents.safetensors")
+_PICTURE = re.compile(r"-?\d+--?\d+-\d+(\.\d+)?\.png")
+_PAGE = "report.html"  # `underdrawing view` makes it of the trajectories, and goes with them
+
+TRAJECTORIES = pa.schema([
+    ("trajectory", pa.int32()), ("prompt", pa.string()), ("record", pa.string()), ("format", pa.string()),
+    ("group", pa.int64()), ("member", pa.int64()), ("seed", pa.int64()), ("stop", pa.string()),
+    ("segments", pa.int32()), ("reward", pa.float64()), ("rewards", pa.string()), ("segment_rewards", pa.string()),
+    ("advantage", pa.list_(pa.float32())), ("info", pa.string()),
+], metadata={_VERSION_KEY: VERSION})
+
+SEGMENTS = pa.schema([
+    ("trajectory", pa.int32()), ("segment", pa.int32()), ("role", pa.string()), ("author", pa.string()),
+    ("modality", pa.string()), ("trained", pa.bool_()), ("text", pa.string()), ("ids", pa.list_(pa.int32())),
+    ("version", pa.int64()), ("picture", pa.string()), ("height", pa.int32()), ("width", pa.int32()),
+    ("kind", pa.list_(pa.int8())), ("position", pa.list_(pa.int32())), ("logprob", pa.list_(pa.float32())),
+    ("temperature", pa.list_(pa.float32())), ("allowed", pa.list_(pa.int32())),
+    ("sets", pa.list_(pa.list_(pa.int32()))), ("guidance", pa.string()), ("contexts", pa.string()),
+    ("latent", pa.bool_()), ("flow", pa.bool_()),
+], metadata={_VERSION_KEY: VERSION})
+
+
+class StoreError(UserError):
+    """Trajectories that cannot be written."""
+
+
+# ---- saving ----
+
+def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) -> None:
+    """Write a folder, or replace it whole.
+
+    Raises:
+        StoreError: the disk is full or not writable, or as check_folder. Nothing half-written is left, and what was
+            there stays.
+        RecordError: a value that is no JSON, or not of the type that the record declares; names the trajectory.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    temporary, aside = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("part", "old"))
+    for leftover in (temporary, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        (temporary / "pictures").mkdir(parents=True)
+        _write(trajectories, temporary)
+        flush(temporary)
+        if folder.exists():
+            os.rename(folder, aside)
+        os.rename(temporary, folder)
+        flush_one(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise StoreError(f"{folder}: the trajectories cannot be written ({reason}); free some space or choose another "
+                         "folder. Nothing was left half-written") from error
+    finally:
+        if aside.exists() and not folder.exists():  # broken off between the two renames
+            os.rename(aside, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Whether trajectories may be saved there: it is new, empty, or holds stored trajectories and nothing else.
+
+    Raises:
+        StoreError: it is a file, the current folder or one above that, or it holds what replacing it would delete.
+    """
+    folder = Path(folder)
+    try:
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise StoreError(f"{folder}: the current folder is there, and saving trajectories replaces a folder whole; "
+                             "name a new one")
+        for parent in (folder, *folder.parents):
+            if parent.exists() and not parent.is_dir():
+                raise StoreError(f"{folder}: the trajectories cannot be written ({parent} is a file); choose another "
+                                 "folder")
+        names = sorted(os.listdir(folder)) if folder.exists() else []
+        if names and not _is_stored(folder):
+            raise StoreError(f"{folder}: holds '{names[0]}' and no stored trajectories, and saving would delete what "
+                             "is there; choose another folder")
+        foreign = _foreign(folder, names)
+    except OSError as error:
+        raise StoreError(f"{folder}: the trajectories cannot be written ({error.strerror or error}); choose another "
+                         "folder") from error
+    if foreign is not None:
+        raise StoreError(f"{folder}: holds '{foreign}' beside stored trajectories, and saving would delete it; move it "
+                         "away, or choose another folder")
+
+
+def _is_stored(folder: Path) -> bool:
+    try:
+        return _VERSION_KEY in (pq.read_schema(folder / "trajectories.parquet").metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def _foreign(folder: Path, names: Sequence[str]) -> str | None:
+    """The first thing in a folder of stored trajectories that `save_trajectories` did not write."""
+    for name in names:
+        path = folder / name
+        if name == "pictures" and path.is_dir():
+            for picture in sorted(os.listdir(path)):
+                if not (_PICTURE.fullmatch(picture) and (path / picture).is_file()):
+                    return f"pictures/{picture}"
+        elif not (name in (*_FILES, _PAGE) and path.is_file()):
+            return name
+    return None
+
+
+def _write(trajectories: Sequence[Trajectory], folder: Path) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    rows: list[dict[str, Any]] = []
+    segment_rows: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    for number, trajectory in enumerate(trajectories):
+        where = f"trajectory {number} ({trajectory.key})"
+        rows.append(_row(number, trajectory, where))
+        for index, segment in enumerate(trajectory.segments):
+            row = _segment_row(number, index, segment, f"{where}, segment {index} ({segment.role})", arrays)
+            if segment.picture is not None:
+                name = f"{trajectory.key}-{index}"  # a demonstration's key may occur more than once
+                name = f"{name}.{number}" if name in taken else name
+                taken.add(name)
+                row["picture"] = f"pictures/{name}.png"
+                with open(folder / row["picture"], "wb") as file:
+                    Image.fromarray(segment.picture).save(file, "PNG", compress_level=3)
+            segment_rows.append(row)
+    for name, table, schema in (("trajectories", rows, TRAJECTORIES), ("segments", segment_rows, SEGMENTS)):
+        try:
+            columns = pa.Table.from_pylist(table, schema)
+        except (pa.ArrowException, OverflowError, TypeError) as error:
+            raise RecordError(f"{name}: a value does not have the type that the record declares ({error})") from error
+        pq.write_table(columns, folder / f"{name}.parquet", write_page_checksum=True)
+    if arrays:
+        save_file(arrays, folder / "latents.safetensors")
+
+
+def _row(number: int, trajectory: Trajectory, where: str) -> dict[str, Any]:
+    return {
+        "trajectory": number, "prompt": trajectory.prompt, "record": _json(trajectory.record, f"{where}: record"),
+        "format": trajectory.format, "group": trajectory.group, "member": trajectory.member, "seed": trajectory.seed,
+        "stop": trajectory.stop.value, "segments": len(trajectory.segments), "reward": trajectory.reward,
+        "rewards": _json(trajectory.rewards, f"{where}: rewards"),
+        "segment_rewards": _json(trajectory.segment_rewards, f"{where}: segment_rewards"),
+        "advantage": _list(trajectory.advantage_S, np.float32, f"{where}: advantage_S"),
+        "info": _json(trajectory.info, f"{where}: info"),
+    }
+
+
+def _segment_row(number: int, index: int, segment: Segment, where: str,
+                 arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "trajectory": number, "segment": index, "role": segment.role, "author": segment.author.value,
+        "modality": segment.modality.value, "trained": bool(segment.trained), "text": segment.text,
+        "ids": _list(segment.ids, np.int32, f"{where}: ids"), "version": segment.version,
+        "contexts": _json([_context(c) for c in segment.contexts], f"{where}: contexts"),
+        "latent": segment.latent is not None, "flow": segment.flow is not None,
+    }
+    if segment.picture is not None:
+        if segment.picture.shape[2] != 3 or not segment.picture.size:
+            raise RecordError(f"{where}: a picture is uint8 [height, width, 3], not {list(segment.picture.shape)}")
+        row["height"], row["width"] = segment.picture.shape[:2]
+    if segment.decisions is not None:
+        made, law = segment.decisions, segment.decisions.law
+        row |= {
+            "kind": _list(made.kind_N, np.int8, f"{where}: kind_N"),
+            "position": _list(made.position_N, np.int32, f"{where}: position_N"),
+            "logprob": _list(made.logprob_N, np.float32, f"{where}: logprob_N"),
+            "temperature": _list(law.temperature_N, np.float32, f"{where}: temperature_N"),
+            "allowed": _list(law.allowed_N, np.int32, f"{where}: allowed_N"),
+            "sets": [_list(np.asarray(ranges).reshape(-1), np.int32, f"{where}: sets") for ranges in law.sets],
+        }
+        if law.guidance is not None:
+            row["guidance"] = _json({"kind": law.guidance.kind, "scales": law.guidance.scales}, f"{where}: guidance")
+    if segment.latent is not None:
+        arrays[f"{number}-{index}.latent"] = np.ascontiguousarray(segment.latent)
+    if segment.flow is not None:
+        for part in fields(FlowSteps):
+            arrays[f"{number}-{index}.{part.name}"] = np.ascontiguousarray(getattr(segment.flow, part.name))
+    return row
+
+
+def _context(context: Context) -> dict[str, Any]:
+    pieces = [[p.segment, p.form, p.start, None if p.keep is None else list(p.keep)] for p in context.pieces]
+    return {"branch": context.branch, "start": context.start, "pieces": pieces}
+
+
+def _list(array: np.ndarray | None, dtype: type, where: str) -> np.ndarray | None:
+    """The array in the record's own type; refused where that would change a value."""
+    if array is None:
+        return None
+    array = np.asarray(array)
+    cast: np.ndarray = array.astype(dtype)
+    if array.ndim != 1 or (array.dtype != cast.dtype and not np.array_equal(cast, array, equal_nan=True)):
+        raise RecordError(f"{where}: {array.dtype} {list(array.shape)} cannot be kept as {np.dtype(dtype)} [N]")
+    return cast
+
+
+def _json(value: Any, where: str) -> str:
+    def plain(item: Any) -> Any:
+        if isinstance(item, np.generic):
+            return item.item()
+        raise TypeError(f"a {type(item).__name__}")
+
+    try:
+        return json.dumps(value, default=plain, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{where}: holds what JSON cannot say ({error})") from error
+
+
+# ---- loading ----
+
+def load_trajectories(folder: str | Path) -> list[Trajectory]:
+    """What `save_trajectories` wrote, in the same order.
+
+    Raises:
+        RecordError: a file is missing, truncated or altered, or the files do not belong together; names the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RecordError(f"{folder}: there are no trajectories here; expected a folder with trajectories.parquet")
+    rows = _read(folder / "trajectories.parquet", TRAJECTORIES)
+    segments = _read(folder / "segments.parquet", SEGMENTS)
+    arrays = _arrays(folder, any(segments["latent"]) or any(segments["flow"]))
+    of: list[list[int]] = [[] for _ in rows["trajectory"]]
+    for position, (number, index) in enumerate(zip(segments["trajectory"], segments["segment"], strict=True)):
+        if not 0 <= number < len(of) or index != len(of[number]):
+            raise RecordError(f"{folder / 'segments.parquet'}: row {position} is segment {index} of trajectory "
+                              f"{number}, which does not follow the row before it")
+        of[number].append(position)
+    made = []
+    for number, positions in enumerate(of):
+        if len(positions) != rows["segments"][number]:
+            raise RecordError(f"{folder / 'segments.parquet'}: {len(positions)} segments of trajectory {number}; "
+                              f"trajectories.parquet says {rows['segments'][number]}")
+        row = {name: column[number] for name, column in rows.items()}
+        parts = [{name: column[position] for name, column in segments.items()} for position in positions]
+        try:
+            made.append(_trajectory(row, [_segment(part, folder, arrays) for part in parts]))
+        except (ValueError, KeyError, TypeError, IndexError) as error:  # JSON, enum names, shapes
+            raise RecordError(f"{folder}: trajectory {number} cannot be read ({error})") from error
+    return made
+
+
+def _read(path: Path, schema: pa.Schema) -> dict[str, list[Any]]:
+    """Columns by name; lists as numpy arrays of the declared type, None where there is none."""
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except FileNotFoundError as error:
+        raise RecordError(f"{path}: missing; the folder is not whole") from error
+    except (pa.ArrowException, OSError) as error:
+        raise RecordError(f"{path}: cannot be read, it may be truncated or altered ({error})") from error
+    version = (table.schema.metadata or {}).get(_VERSION_KEY, b"none").decode()
+    if version != VERSION:
+        raise RecordError(f"{path}: written as version {version} of the record; this one reads {VERSION}")
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise RecordError(f"{path}: the column '{missing[0]}' is missing")
+    return {field.name: list(_column(table.column(field.name), field.type)) for field in schema}
+
+
+def _column(column: pa.ChunkedArray, kind: pa.DataType) -> Iterator[Any]:
+    if not pa.types.is_list(kind):
+        yield from column.to_pylist()
+        return
+    for chunk in column.chunks:
+        chunk = chunk.cast(kind)
+        valid, offsets, values = chunk.is_valid().to_pylist(), chunk.offsets.to_pylist(), chunk.values
+        items = list(_column(pa.chunked_array([values]), kind.value_type)) if pa.types.is_list(kind.value_type) \
+            else values.to_numpy(zero_copy_only=False)
+        for row, present in enumerate(valid):
+            piece = items[offsets[row]:offsets[row + 1]]
+            yield None if not present else piece if isinstance(piece, list) else piece.copy()
+
+
+def _arrays(folder: Path, needed: bool) -> dict[str, np.ndarray]:
+    path = folder / "latents.safetensors"
+    if not needed:
+        return {}
+    if not path.is_file():
+        raise RecordError(f"{path}: missing; the folder is not whole")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RecordError(f"{path}: cannot be read, it may be truncated or altered ({error})") from error
+
+
+def _trajectory(row: dict[str, Any], segments: list[Segment]) -> Trajectory:
+    credited = {part: {int(index): value for index, value in by.items()}
+                for part, by in json.loads(row["segment_rewards"]).items()}
+    return Trajectory(
+        prompt=row["prompt"], record=json.loads(row["record"]), format=row["format"], segments=segments,
+        group=row["group"], member=row["member"], seed=row["seed"], stop=StopReason(row["stop"]),
+        rewards=json.loads(row["rewards"]), segment_rewards=credited, reward=row["reward"],
+        advantage_S=row["advantage"], info=json.loads(row["info"]))
+
+
+def _segment(row: dict[str, Any], folder: Path, arrays: dict[str, np.ndarray]) -> Segment:
+    name = f"{row['trajectory']}-{row['segment']}"
+
+    def stored(part: str) -> np.ndarray:
+        if f"{name}.{part}" not in arrays:
+            raise RecordError(f"{folder / 'latents.safetensors'}: '{name}.{part}' is missing")
+        return arrays[f"{name}.{part}"]
+
+    decisions = None
+    if row["kind"] is not None:
+        guidance = None if row["guidance"] is None else Guidance(**json.loads(row["guidance"]))
+        sets = tuple(ranges.reshape(-1, 2) for ranges in row["sets"])
+        decisions = Decisions(row["kind"], row["position"], row["logprob"],
+                              Law(row["temperature"], row["allowed"], sets, guidance))
+    contexts = tuple(
+        Context(c["branch"], tuple(Piece(segment, form, start, None if keep is None else (keep[0], keep[1]))
+                                   for segment, form, start, keep in c["pieces"]), c["start"])
+        for c in json.loads(row["contexts"]))
+    return Segment(
+        role=row["role"], author=Author(row["author"]), modality=Modality(row["modality"]), trained=row["trained"],
+        ids=row["ids"], text=row["text"], decisions=decisions,
+        flow=FlowSteps(**{part.name: stored(part.name) for part in fields(FlowSteps)}) if row["flow"] else None,
+        picture=None if row["picture"] is None else _picture(folder / row["picture"], row["height"], row["width"]),
+        latent=stored("latent") if row["latent"] else None, contexts=contexts, version=row["version"])
+
+
+def _picture(path: Path, height: int, width: int) -> np.ndarray:
+    try:
+        data = path.read_bytes()
+        if not data.endswith(_PNG_END):
+            raise ValueError("its end is missing")
+        Image.open(BytesIO(data)).verify()  # the checksums of its chunks, which decoding skips
+        picture = np.array(Image.open(BytesIO(data)))
+    except FileNotFoundError as error:
+        raise RecordError(f"{path}: missing; the folder is not whole") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
+        raise RecordError(f"{path}: the picture cannot be read, it may be truncated ({error})") from error
+    if picture.shape != (height, width, 3) or picture.dtype != np.uint8:
+        raise RecordError(f"{path}: {picture.dtype} {list(picture.shape)}; expected uint8 [{height}, {width}, 3]")
+    return picture

@@ -1,0 +1,217 @@
+"""The record: a prompt and an ordered list of segments, written once and read by everybody downstream.
+
+Demonstrations (sft), rollouts, rewards, the trainer and the report all hold this type. It is made of numpy
+arrays, so that it travels between processes and imports neither torch, Ray nor transformers.
+
+Letters: T ids of a segment, N decisions of a segment, R id ranges, S segments of a trajectory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import UserError
+
+
+class RecordError(UserError):
+    """A trajectory that breaks the record's own rules."""
+
+
+class Author(StrEnum):
+    POLICY = "policy"
+    ENVIRONMENT = "environment"
+    USER = "user"
+
+
+class Modality(StrEnum):
+    TEXT = "text"
+    IMAGE_TOKENS = "image_tokens"
+    IMAGE_LATENT = "image_latent"
+    VIDEO_FRAMES = "video_frames"
+
+
+class DecisionKind(IntEnum):
+    """What was chosen: the loss looks up clip range and weight by it."""
+
+    WORD = 0
+    CODE = 1
+    FLOW = 2
+
+
+class StopReason(StrEnum):
+    END = "end"  # the policy sampled its end-of-turn token, or the format had nothing left to follow
+    MAX_TOKENS = "max_tokens"
+    MAX_IMAGES = "max_images"
+    MAX_CONTEXT = "max_context"  # the next segment would not have fitted; it was not begun
+    DEMONSTRATION = "demonstration"  # written, not sampled
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One segment as it was seen by a later one."""
+
+    segment: int  # index into Trajectory.segments
+    form: str  # "ids", "latent", "vit" or "frames"
+    start: int  # position id of its first token
+    keep: tuple[int, int] | None = None  # half-open range of its ids or frames; None: all of it
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a segment's decisions were conditioned on, under one guidance branch."""
+
+    branch: str  # "full" is the conditional one; others are named by the guidance that needs them
+    pieces: tuple[Piece, ...]
+    start: int  # position id of the segment's own first token under this branch
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the branches' logits (or velocities) were combined: policy/guidance.py defines each kind."""
+
+    kind: str
+    scales: dict[str, float]
+
+
+@dataclass
+class Law:
+    """What the decisions of one segment were sampled from, so that scoring can renormalise over the same thing.
+
+    `sets[allowed_N[n]]` are the half-open id ranges [R, 2] among which decision n was chosen; -1 is the whole
+    vocabulary. Temperature 0 has no density: such decisions are greedy and never trained.
+    """
+
+    temperature_N: np.ndarray  # float32
+    allowed_N: np.ndarray  # int32
+    sets: tuple[np.ndarray, ...]  # each int32 [R, 2], sorted and disjoint
+    guidance: Guidance | None = None  # None: unguided. Applies to CODE and FLOW decisions; words are never guided
+
+    @property
+    def greedy_N(self) -> np.ndarray:
+        return self.temperature_N == 0
+
+
+@dataclass
+class Decisions:
+    """The policy's choices in one segment, in the order in which they were made."""
+
+    kind_N: np.ndarray  # int8, DecisionKind
+    position_N: np.ndarray  # int32: index into Segment.ids, or the denoising step
+    logprob_N: np.ndarray  # float32, behaviour log-prob under the law; NaN where greedy
+    law: Law
+
+    def __len__(self) -> int:
+        return len(self.kind_N)
+
+
+@dataclass
+class FlowSteps:
+    """The stochastic denoising steps of one image, each a decision."""
+
+    time_N: np.ndarray  # float32
+    time_next_N: np.ndarray  # float32
+    x_N: np.ndarray  # float32 [N, ...]
+    x_next_N: np.ndarray  # float32 [N, ...]
+    mean_N: np.ndarray  # float32 [N, ...] of the behaviour policy
+    sigma_N: np.ndarray  # float32, standard deviation of the step
+
+
+@dataclass
+class Segment:
+    """A stretch by one author in one role.
+
+    `ids` holds the tokens exactly as they stand in the context, forced ones included: a text segment with its
+    tags, an image with its markers ([BOI, code..., EOI]). `decisions` is None for what nobody sampled.
+    """
+
+    role: str
+    author: Author
+    modality: Modality
+    trained: bool
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))  # int32 [T]
+    text: str = ""  # what a reader sees; decoded from ids once, by whoever wrote the segment
+    decisions: Decisions | None = None
+    flow: FlowSteps | None = None
+    picture: np.ndarray | None = None  # uint8 [height, width, 3]
+    latent: np.ndarray | None = None  # float32, where a sampled posterior latent re-enters the context
+    contexts: tuple[Context, ...] = ()  # the first one is "full"; empty for segments that nobody sampled
+    version: int = 0  # of the weights that sampled it
+
+    def __post_init__(self) -> None:
+        if self.picture is not None and (self.picture.dtype != np.uint8 or self.picture.ndim != 3):
+            raise RecordError(f"segment '{self.role}': a picture is uint8 [height, width, 3], not "
+                              f"{self.picture.dtype} {list(self.picture.shape)}")
+        if self.decisions is not None and self.flow is None and len(self.decisions):
+            last = int(self.decisions.position_N.max())
+            if last >= len(self.ids):
+                raise RecordError(f"segment '{self.role}': a decision at position {last} of {len(self.ids)} ids")
+
+
+@dataclass
+class Trajectory:
+    """One thought: the prompt, the segments, and what was made of it afterwards."""
+
+    prompt: str
+    record: dict[str, Any]  # the task's columns for this prompt, JSON values (GenEval's tag, include, exclude ...)
+    format: str
+    segments: list[Segment]
+    group: int = 0  # members of one group share the prompt
+    member: int = 0
+    seed: int = 0
+    stop: StopReason = StopReason.END
+    rewards: dict[str, float | None] = field(default_factory=dict)  # by part; None: not judged
+    segment_rewards: dict[str, dict[int, float | None]] = field(default_factory=dict)  # parts that credit segments
+    reward: float | None = None  # the recipe's expression over the parts; None: unjudged, trains nothing
+    advantage_S: np.ndarray | None = None  # float32, one a segment; None until credited
+    info: dict[str, Any] = field(default_factory=dict)  # JSON values that nothing computes with
+
+    @property
+    def key(self) -> str:
+        return f"{self.group}-{self.member}"
+
+    def pictures(self) -> list[np.ndarray]:
+        """The pictures that the policy drew, in order."""
+        return [s.picture for s in self.segments if s.author is Author.POLICY and s.picture is not None]
+
+    def occurrence(self, segment: int) -> int:
+        """How many earlier segments have the same role (and modality)."""
+        this = self.segments[segment]
+        return sum(s.role == this.role and s.modality == this.modality for s in self.segments[:segment])
+
+    def num_tokens(self) -> int:
+        return sum(len(s.ids) for s in self.segments)
+
+    def num_decisions(self) -> int:
+        return sum(len(s.decisions) for s in self.segments if s.decisions is not None)
+
+
+def full_history(trajectory: Trajectory, segment: int) -> Context:
+    """The plain causal context: every earlier segment as ids, at consecutive positions."""
+    pieces, start = [], 0
+    for index in range(segment):
+        pieces.append(Piece(index, "ids", start))
+        start += len(trajectory.segments[index].ids)
+    return Context("full", tuple(pieces), start)
+
+
+def ranges_of(ids: np.ndarray | list[int]) -> np.ndarray:
+    """Sorted disjoint half-open ranges [R, 2] that hold exactly `ids`."""
+    unique = np.unique(np.asarray(ids, np.int64))
+    if not len(unique):
+        return np.empty((0, 2), np.int32)
+    breaks = np.flatnonzero(np.diff(unique) != 1)
+    starts = unique[np.concatenate([[0], breaks + 1])]
+    stops = unique[np.concatenate([breaks, [len(unique) - 1]])] + 1
+    return np.stack([starts, stops], 1).astype(np.int32)
+
+
+def mask_of(ranges: np.ndarray, size: int) -> np.ndarray:
+    """Boolean mask [size], True inside the ranges."""
+    mask = np.zeros(size, bool)
+    for start, stop in ranges:
+        mask[start:stop] = True
+    return mask

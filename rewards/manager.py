@@ -1,0 +1,230 @@
+"""The judge: runs every part over a step's groups, combines them by the recipe's formula, fills the trajectories.
+
+The toolkit's quick parts run in one thread of the driver, beside the rollout; all others in workers of their own, in
+processes or Ray actors (workers.py). A part that fails is called again, then its rows are None, counted and shown; past
+the recipe's limit the run stops. judgement.py is one step of it. A part's UserError (a wrong length, a class that the
+detector lacks) flies.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from formats.base import ThoughtFormat
+from record.trajectory import Trajectory
+from rewards.config import PartConfig, RewardsConfig, WorkersConfig
+from rewards.contract import RewardFailed, Setting, TrainerState, Value
+from rewards.detectors.base import CachedDetector, Detector
+from rewards.pending import Group, Judgement, JudgeReport, PartOutcome, report_of
+from rewards.registry import REWARDS
+from rewards.runtime.served_detector import ServedDetector
+from rewards.runtime.serving import CallFailed, DetectorSpec, PartSpec, SettingSpec, check_prompts
+from rewards.runtime.workers import Fault, Lane, Part, Worker, workers_of
+from runtime.ray_cluster import Cluster, start_ray
+
+__all__ = ["Fault", "Judge", "JudgeReport", "detector_of"]
+logger = logging.getLogger(__name__)
+
+
+class Judge:
+    """Scores groups of trajectories. Use as a context manager, or close it: it may own processes."""
+
+    def __init__(self, config: RewardsConfig, task: Any = None, fmt: ThoughtFormat | None = None,
+                 detector: Detector | None = None, max_steps: int = 0) -> None:
+        """Load every part and start the workers of those that have some.
+
+        Raises:
+            UserError: a part that cannot be loaded, a detector that is missing or lacks a class of the task's prompts,
+                a judge's endpoint that is down.
+        """
+        self.config, self.max_steps = config, max_steps
+        self.expression = config.expression()
+        self._spec = SettingSpec(task, fmt, detector if detector is not None else config.detector, config.judge)
+        self.parts: dict[str, Part] = {}
+        self._served: ServedDetector | None = None
+        self._cluster: Cluster | None = None
+        self._driver = Lane("driver")
+        self.setting = Setting()  # until it is built
+        self._bad_steps: dict[str, int] = dict.fromkeys(config.parts, 0)  # in a row, over half of the rows failed
+        self._bare_steps = 0  # in a row, no trajectory had a reward
+        try:
+            if config.ray_cpus is not None:
+                self._cluster = start_ray(config.ray_cpus)
+            self.setting = self._setting(task)
+            self._check_judge()
+            self.parts = {name: self._part(name, part) for name, part in config.parts.items()}
+            self._start([(name, worker) for name, part in self.parts.items() for worker in part.workers])
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the parts' workers. Idempotent."""
+        self._driver.close()
+        for part in self.parts.values():
+            part.close()
+        if self._served is not None:
+            self._served.close()
+        client: Any = self.setting.judge
+        if hasattr(client, "close"):
+            client.close()
+        if self._cluster is not None:
+            self._cluster.stop()
+
+    # ---- judging ----
+
+    def judge(self, groups: Sequence[Group], step: int = 0) -> JudgeReport:
+        """Fill `rewards`, `segment_rewards` and `reward` of every trajectory.
+
+        A part's row of {segment: value} becomes `segment_rewards[part]`, and its mean stands in the formula; of a
+        watched part it is kept in `info["rewards"][part]["segments"]`, where no advantage reads it. What parts log by
+        row is kept in `info["rewards"][part]`.
+
+        Raises:
+            RewardFailed: a part failed, or nothing was judged, for `none_limit` steps in a row.
+            UserError: a part breaks the contract, or the formula divides by zero.
+        """
+        return self.begin(step, [len(group) for group in groups]).finish(groups)
+
+    def begin(self, step: int, sizes: Sequence[int]) -> Judgement:
+        """Begin a step in which groups of these sizes are being sampled; they are judged as they come in."""
+        if self.setting.detector is not None:
+            self.setting.detector.clear()
+        return Judgement(list(self.parts.values()), TrainerState(step, self.max_steps), sizes, self._complete,
+                         self.close)
+
+    def _complete(self, groups: Sequence[Group], outcomes: dict[str, PartOutcome], step: int) -> JudgeReport:
+        trajectories = [trajectory for group in groups for trajectory in group]
+        if not trajectories:
+            return JudgeReport({}, [], 0, 0)
+        for trajectory in trajectories:
+            self._fill(trajectory, outcomes)
+        schedules = {name: schedule.value(step) for name, schedule in self.config.schedules.items()}
+        self._pay(groups, trajectories, schedules)
+        report = report_of(trajectories, outcomes)
+        report.metrics |= {f"reward/schedule/{name}": value for name, value in schedules.items()}
+        for sentence in report.sentences():
+            logger.warning(sentence)
+        for fault in report.faults:
+            if fault.stack and fault.rows:
+                logger.warning("reward part '%s' stood at:\n%s", fault.part, fault.stack)
+        self._check_limits(trajectories, outcomes, step)
+        return report
+
+    def _fill(self, trajectory: Trajectory, outcomes: Mapping[str, PartOutcome]) -> None:
+        values = {name: outcome.values[id(trajectory)] for name, outcome in outcomes.items()}
+        trajectory.rewards = {name: _mean(value) for name, value in values.items()}
+        trajectory.segment_rewards, logged = {}, {}
+        for name, value in values.items():
+            row = dict(outcomes[name].columns[id(trajectory)])
+            if isinstance(value, dict):
+                if self.config.parts[name].watch:
+                    row["segments"] = {str(segment): credit for segment, credit in value.items()}
+                else:
+                    trajectory.segment_rewards[name] = dict(value)
+            if row:
+                logged[name] = row
+        trajectory.info["rewards"] = logged
+
+    def _pay(self, groups: Sequence[Group], trajectories: Sequence[Trajectory], schedules: dict[str, float]) -> None:
+        rows, at = [], 0
+        for group in groups:
+            rows.append(list(range(at, at + len(group))))
+            at += len(group)
+        rewards = self.expression.rows([{**t.rewards, **schedules} for t in trajectories], rows,
+                                       [t.key for t in trajectories])
+        for trajectory, reward in zip(trajectories, rewards, strict=True):
+            trajectory.reward = reward
+
+    def _check_limits(self, trajectories: Sequence[Trajectory], outcomes: Mapping[str, PartOutcome],
+                      step: int) -> None:
+        limit = self.config.none_limit
+        for name, outcome in outcomes.items():
+            failed = outcome.failed_rows * 2 > len(trajectories)
+            self._bad_steps[name] = self._bad_steps[name] + 1 if failed else 0
+            if self._bad_steps[name] >= limit:
+                raise RewardFailed(f"reward part '{name}' ({self.config.parts[name].function}) failed in {limit} "
+                                   f"step(s) in a row, up to step {step}: {_first_message(outcome)}. Mend it, or raise "
+                                   f"rewards.none_limit")
+        self._bare_steps = 0 if any(t.reward is not None for t in trajectories) else self._bare_steps + 1
+        if self._bare_steps >= limit:
+            empty = [name for name in self.expression.names if name in outcomes
+                     and all(value is None for value in outcomes[name].values.values())]
+            what = " and ".join(f"'{name}'" for name in empty) or "some part of every one"
+            raise RewardFailed(f"no trajectory had a reward in {limit} step(s) in a row, up to step {step}: {what} "
+                               f"gave None for all. If that is meant, write coalesce(part, 0) into rewards.total")
+
+    # ---- building ----
+
+    def _setting(self, task: Any) -> Setting:
+        """What the parts in the driver share. The detector is looked for only where one of them needs it."""
+        needing = [REWARDS[part.function] for part in self.config.parts.values() if part.place == "driver"
+                   and part.function in REWARDS and REWARDS[part.function].needs_detector]
+        if not needing:
+            return self._spec.build(detector=self._spec.detector is None)  # the task's own costs nothing
+        if self.config.detector_workers is None:
+            setting = self._spec.build()
+        else:
+            workers = workers_of(DetectorSpec(self._spec), self.config.detector_workers,
+                                 self.config.detector_timeout_s, PartConfig.model_fields["load_timeout_s"].default)
+            self._served = ServedDetector(workers, self.config.detector_workers.batch_size)
+            self._start([("detector", worker) for worker in workers])
+            self._served.introduce()
+            setting = self._spec.build(detector=False)
+            setting.detector = CachedDetector(self._served)
+        check_prompts(setting.detector_for(needing[0].name), task, any(reward.by_geneval for reward in needing))
+        return setting
+
+    def _check_judge(self) -> None:
+        """Raises UserError where the endpoint is down."""
+        if self.config.judge is not None and self.config.judge.check_at_start:
+            check = getattr(self.setting.judge, "check", None)
+            if check is not None:
+                check()
+
+    def _part(self, name: str, part: PartConfig) -> Part:
+        own = part.function in REWARDS
+        spec = PartSpec(name, part.function, part.options, part.factory, part.completions,
+                        self._spec if own else None, self.config.judge)
+        if part.place == "driver":
+            return Part(name, part, self._driver, spec.load(self.setting if own else None))
+        workers = workers_of(spec, part.workers or WorkersConfig(), part.timeout_s, part.load_timeout_s)
+        return Part(name, part, Lane(name, workers), None, workers)
+
+    def _start(self, workers: Sequence[tuple[str, Worker]]) -> None:
+        """Start all workers at once: each imports its function, which can take long."""
+        if not workers:
+            return
+        with ThreadPoolExecutor(len(workers)) as pool:
+            starting = [(name, pool.submit(worker.start)) for name, worker in workers]
+        for name, future in starting:
+            try:
+                future.result()
+            except CallFailed as failure:
+                where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
+                raise RewardFailed(f"rewards.{where}: {failure.message}\n{failure.stack}".rstrip()) from None
+
+
+def detector_of(config: RewardsConfig, task: Any) -> Detector | None:
+    """The recipe's detector, else the task's own. Raises UserError where it cannot be made."""
+    return SettingSpec(task=task, detector=config.detector).detector_or_none()
+
+
+def _mean(value: Value) -> float | None:
+    return math.fsum(value.values()) / len(value) if isinstance(value, dict) else value
+
+
+def _first_message(outcome: PartOutcome) -> str:
+    """Of the last fault that says what happened."""
+    told = [fault for fault in outcome.faults if fault.kind != "given up"] or outcome.faults
+    return told[-1].message

@@ -1,0 +1,64 @@
+"""Which prompts come next: a seeded permutation an epoch, and a place in it that a checkpoint can hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import UserError
+
+
+class PromptCursor:
+    """Draws records without repeating one before all others were drawn.
+
+    Args:
+        records: the task's training prompts.
+        seed: of the permutations; epoch e's depends on (seed, e) alone.
+
+    Attributes:
+        taken: records drawn so far, which numbers groups through the whole run.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], seed: int) -> None:
+        if not records:
+            raise UserError("the task has no training prompts")
+        self.records, self.seed, self.taken = records, seed, 0
+        self.identity = identity(records)
+        self._epoch, self._order = -1, np.empty(0, int)
+
+    def take(self, count: int) -> list[tuple[int, dict[str, Any]]]:
+        """The next `count` records, each with its group's number."""
+        drawn = [(group, self.records[self._at(group)]) for group in range(self.taken, self.taken + count)]
+        self.taken += count
+        return drawn
+
+    def _at(self, group: int) -> int:
+        epoch, place = divmod(group, len(self.records))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
+        return int(self._order[place])
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self.taken, "seed": self.seed, "identity": self.identity}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises UserError when the state was taken of other prompts or another seed: it would not be the same run."""
+        if state["identity"] != self.identity:
+            raise UserError("the checkpoint's training prompts are not these: the task, its split or its version "
+                            "changed since. Resume with the recipe of that run")
+        if state["seed"] != self.seed:
+            raise UserError(f"the checkpoint's run has seed {state['seed']}, not {self.seed}. Resume with the recipe "
+                            f"of that run")
+        self.taken = int(state["taken"])
+
+
+def identity(records: Sequence[dict[str, Any]]) -> str:
+    """A fingerprint of the records and of their order."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,372 @@
+"""The engine's loop: one call's queue, and what every row does in a tick. engine.py makes one of these a call.
+
+Every tick, each active row takes one id, by force of the grammar or by sampling; segments that this closes or begins
+are settled; finished rows are refilled or closed up; then one `policy.step` feeds all rows their ids. Rows in an image
+latent take a denoising step instead.
+
+Letters: A rows for trajectories, B active now, L ids that a trajectory may hold, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from formats.render import prompt_segment
+from policy.base import FlowStep, Gaussian
+from record.trajectory import Author, Modality, Segment, StopReason, ranges_of
+from rollout.engine.active import ActiveSequence, Need
+from rollout.engine.flow import FlowPolicy, advance, begin, stack
+from rollout.engine.sampling import DeviceMasks, sample, uniforms
+from rollout.engine.slots import Rows
+from rollout.engine.state import EngineState
+from rollout.requests import RolloutError, RolloutRequest
+from rollout.sampling_table import SamplingTable
+from rollout.writing import FORCED, SampledIds
+
+
+class Batch(Rows):
+    """The queue, and the ticks that empty it."""
+
+    def __init__(self, engine: EngineState, requests: Sequence[RolloutRequest]):
+        self.fmt, self.config, self.vocabulary = engine.fmt, engine.config, engine.policy.vocabulary
+        self.max_length, self.version = engine.policy.max_length, engine.version
+        self.requests = list(requests)
+        self.prompts = [self._prompt(request) for request in self.requests]
+        self.queue = deque((r, m) for r, request in enumerate(self.requests) for m in range(len(request.members)))
+        self.kept_prompt: tuple[int, Tensor] | None = None  # request whose prompt the spare row holds, and its logits
+        self.image_ids = self.vocabulary.codes_per_image + 2
+        longest = max((len(prompt[0].ids) for prompt in self.prompts), default=0) + self.config.max_tokens
+        if engine.environment is not None or isinstance(engine.policy, FlowPolicy):  # contexts hold more than ids
+            longest = self.max_length
+        self.capacity = min(engine.active_rows, len(self.queue))
+        super().__init__(engine, self.capacity, min(longest, self.max_length))
+        self.table = SamplingTable(self.vocabulary.size, self.config.temperature)
+        self.masks = DeviceMasks(self.table, self.device)
+
+    def _prompt(self, request: RolloutRequest) -> list[Segment]:
+        """The prompt's segment, and those that guidance sees beside it (a negative prompt)."""
+        segment = prompt_segment(self.fmt, request.prompt, self.vocabulary)
+        ids = segment.ids
+        if len(ids) >= self.max_length:
+            shown = request.prompt if len(request.prompt) <= 60 else request.prompt[:57] + "..."
+            raise RolloutError(f"prompt '{shown}' (group {request.group}) has {len(ids)} ids, but the policy's context "
+                               f"holds {self.max_length}, the answer included; shorten the prompt")
+        beside = getattr(self.fmt, "beside_prompt", None)
+        return [segment, *(beside(self.vocabulary) if beside and self.config.guidance else [])]
+
+    # ---- the loop ----
+
+    def ticks(self) -> Iterator[list[ActiveSequence]]:
+        """Work until everything is written; yields finished trajectories. inference_mode never spans a yield."""
+        try:
+            while True:
+                began = time.perf_counter()
+                if self.version != self.engine.version:
+                    raise RuntimeError("new weights were published while rows of the old version were live; publish "
+                                       "between calls of the engine")
+                with torch.inference_mode():
+                    more = self._tick()
+                    done = self.drawn(all_of_them=not more)
+                self.stats.seconds += time.perf_counter() - began
+                if done:
+                    yield done
+                if not more:
+                    return
+        finally:
+            self.cache = None
+
+    def _tick(self) -> bool:
+        """One id for every active row. False when nothing is left to do."""
+        self.ready, self.reprefill, self.more = set(), [], []
+        if not self.sequences:
+            self._refill([])
+            self.ready.clear()
+            if not self.sequences:
+                return False
+        finished: set[int] = set()
+        self._choose(finished)
+        self._denoise(finished)
+        self._refill(sorted(finished))
+        self.prefill_again()
+        self.step()
+        self.append()
+        return bool(self.sequences)
+
+    def _choose(self, finished: set[int]) -> None:
+        """Take the next id of every row that is in ids, and tell its cursor."""
+        sequences, table, config = self.sequences, self.table, self.config
+        B = len(sequences)
+        number_list = [FORCED] * B
+        forced_list = [0] * B
+        tight = (self.room_A[:B] < self.image_ids).tolist() if self.room_A[:B].min() < self.image_ids else None
+        boi = self.vocabulary.boi
+        number = table.number
+        skip: set[int] = set()
+        for i, sequence in enumerate(sequences):
+            if sequence.denoising is not None:
+                skip.add(i)
+                continue
+            cursor = sequence.cursor
+            forced = cursor.forced()
+            if forced is not None:
+                if tight and tight[i] and forced == boi:
+                    self._stop(i, sequence, self._limit(i, sequence))
+                    finished.add(i)
+                    skip.add(i)
+                    continue
+                forced_list[i] = forced
+                continue
+            allowed = cursor.allowed()
+            if tight and tight[i] and not cursor.in_image:
+                fitting = table.without(allowed, boi)
+                if not len(fitting.ranges):
+                    self._stop(i, sequence, self._limit(i, sequence))
+                    finished.add(i)
+                    skip.add(i)
+                    continue
+                if fitting is not allowed:
+                    sequence.limit = self._limit(i, sequence)
+                    allowed = fitting
+            number_list[i] = number(allowed, cursor.role)
+
+        number_B = np.array(number_list, np.int32)
+        id_B = np.array(forced_list, np.int64)
+        logprob_B = np.zeros(B, np.float32)
+        chosen_B = number_B != FORCED
+        if chosen_B.any():
+            # Rows that choose nothing are sampled under some law too, and the result dropped: cheaper than a gather.
+            some_B = np.where(chosen_B, number_B, number_B.max())
+            sampled = sample(self.logits_AV[:B], torch.from_numpy(table.temperature_L[some_B]).to(self.device),
+                             self.masks.of(some_B),
+                             torch.from_numpy(uniforms(self.noise_A[:B], self.chosen_A[:B])).to(self.device),
+                             config.top_p, config.top_k)
+            id_B = np.where(chosen_B, sampled.id_B.cpu().numpy(), id_B)
+            logprob_B = np.where(chosen_B, sampled.logprob_B.cpu().numpy(), 0)
+            if sampled.kept_BV is not None:
+                self._note_cuts(sampled.kept_BV, number_B)
+        rows = np.arange(B)
+        if skip:
+            rows = np.delete(rows, sorted(skip))
+        at = self.count_A[rows]
+        self.ids_AL[rows, at] = id_B[rows]
+        self.logprob_AL[rows, at] = logprob_B[rows]
+        self.number_AL[rows, at] = number_B[rows]
+        self.count_A[rows] += 1
+        self.chosen_A[:B] += chosen_B
+        self.room_A[rows] -= 1
+        ids = id_B.tolist()
+        for i in rows.tolist():
+            sequence, id = sequences[i], ids[i]
+            cursor = sequence.cursor
+            cursor.advance(id)
+            if id == boi or cursor.stopped or len(cursor.spans) > sequence.closed:
+                self._boundary(i, sequence, id, finished)
+        for i in np.flatnonzero(self.room_A[:B] <= 0).tolist():
+            if i not in finished and sequences[i].denoising is None:
+                self._stop(i, sequences[i], self._limit(i, sequences[i]))
+                finished.add(i)
+
+    def _note_cuts(self, kept_BV: Tensor, number_B: np.ndarray) -> None:
+        """Remember what top-p or top-k left of each row's allowed set, where that is less."""
+        kept = kept_BV.cpu().numpy()
+        allowed = np.array([mask_V.sum() for mask_V in self.table.masks])
+        for i in np.flatnonzero(number_B != FORCED).tolist():
+            if kept[i].sum() < allowed[self.table.mask_L[number_B[i]]]:
+                self.sequences[i].cuts[int(self.count_A[i])] = ranges_of(np.flatnonzero(kept[i]))
+
+    # ---- segments ----
+
+    def _boundary(self, i: int, sequence: ActiveSequence, id: int, finished: set[int]) -> None:
+        """After an id that closed a segment, began an image, or ended the turn."""
+        closed = self._close(i, sequence)
+        cursor = sequence.cursor
+        written = int(self.count_A[i])
+        if self.engine.environment is not None and closed and sequence.start == written:
+            last, may_resume = closed[-1], not cursor.stopped or hasattr(cursor, "observe")
+            if last.modality is Modality.TEXT and last.author is Author.POLICY and may_resume:
+                self._ask(sequence)
+        if cursor.stopped:
+            self._stop(i, sequence, self._end(sequence, id))
+            finished.add(i)
+            return
+        modality = Modality.TEXT
+        if id == self.vocabulary.boi:
+            span = getattr(cursor, "open_span", None)
+            modality = Modality.IMAGE_TOKENS if span is None else span.modality
+        start = sequence.start
+        need = sequence.begin(modality, self.config.guidance)
+        self._count_room(i, sequence)
+        if self.room_A[i] <= 0:
+            if need is Need.MORE:  # what the environment said does not fit
+                sequence.drop_environment()
+            self._stop(i, sequence, self._limit(i, sequence))
+            finished.add(i)
+            return
+        if modality is Modality.IMAGE_LATENT:
+            self._begin_latent(i, sequence)
+        if need is Need.REPREFILL:
+            if (self.number_AL[i, start:written] != FORCED).any():
+                raise sequence.contradiction(cursor.role)
+            self.reprefill.append(i)
+        elif need is Need.MORE:
+            if written > start:
+                raise sequence.contradiction(cursor.role)
+            self.more.append(i)
+        if sequence.guidance is not None:
+            self.prefill_branches(i, sequence)
+
+    def _close(self, i: int, sequence: ActiveSequence) -> list[Segment]:
+        count = int(self.count_A[i])
+        sampled = SampledIds(self.ids_AL[i, :count], self.logprob_AL[i, :count], self.number_AL[i, :count])
+        closed = sequence.close(sampled, self.table, self.version)
+        for segment in closed:
+            if segment.modality in (Modality.IMAGE_TOKENS, Modality.IMAGE_LATENT):
+                self.undrawn.append((sequence, segment))
+                sequence.undrawn += 1
+        return closed
+
+    def _ask(self, sequence: ActiveSequence) -> None:
+        if sequence.undrawn:
+            self.draw()
+        assert self.engine.environment is not None
+        segment = self.engine.environment(sequence.trajectory)
+        if segment is None:
+            return
+        sequence.environment(segment)
+        observe = getattr(sequence.cursor, "observe", None)
+        if observe is not None:
+            observe(segment)
+
+    def _end(self, sequence: ActiveSequence, id: int) -> StopReason:
+        if sequence.limit is not None:
+            return sequence.limit
+        full = sequence.cursor.images >= self.fmt.max_images
+        return StopReason.MAX_IMAGES if full and id != self.vocabulary.eos else StopReason.END
+
+    def _limit(self, i: int, sequence: ActiveSequence) -> StopReason:
+        """Which limit is the nearer one."""
+        tokens = self.config.max_tokens - int(self.count_A[i])
+        return StopReason.MAX_TOKENS if tokens <= self.room_A[i] else StopReason.MAX_CONTEXT
+
+    def _count_room(self, i: int, sequence: ActiveSequence) -> None:
+        written = int(self.count_A[i])
+        self.room_A[i] = min(self.config.max_tokens - written, self.max_length - sequence.position(written))
+
+    def _stop(self, i: int, sequence: ActiveSequence, reason: StopReason) -> None:
+        sequence.cursor.stop()
+        self._close(i, sequence)
+        trajectory = sequence.finish(reason)
+        self.wait(sequence)
+        self.stats.trajectories += 1
+        self.stats.tokens += int(self.count_A[i])
+        self.stats.decisions += trajectory.num_decisions()
+        if int(self.count_A[i]) != sequence.start:
+            raise RuntimeError(f"format '{self.fmt.name}': {int(self.count_A[i]) - sequence.start} ids at the end belong "
+                               f"to no segment")
+
+    # ---- rows ----
+
+    def _refill(self, holes: list[int]) -> None:
+        """Give finished rows to the queue; where it is empty, close ranks."""
+        holes = [*holes, *range(len(self.sequences), self.capacity)] if self.queue else holes
+        self.stats.refills += min(len(self.queue), len(holes)) if self.stats.ticks else 0
+        fresh: dict[int, list[int]] = {}  # request -> rows
+        for i in list(holes):
+            if not self.queue:
+                break
+            r, m = self.queue.popleft()
+            sequence = ActiveSequence(self.requests[r], (r, m), self.fmt, self.vocabulary, self.prompts[r],
+                                      self.engine.constrain)
+            if i < len(self.sequences):
+                self.sequences[i] = sequence
+            else:
+                self.sequences.append(sequence)
+            fresh.setdefault(r, []).append(i)
+            holes.remove(i)
+            self.count_A[i] = self.chosen_A[i] = 0
+            self.noise_A[i] = sequence.noise
+            sequence.begin(Modality.TEXT, False)
+            sequence.provided()
+            self._count_room(i, sequence)
+        if fresh:
+            self._fill_prompts(fresh)
+        for i in reversed([i for i in holes if i < len(self.sequences)]):
+            last = len(self.sequences) - 1
+            if i != last:
+                self.move(last, i)
+            self.sequences.pop()
+
+    def _fill_prompts(self, fresh: dict[int, list[int]]) -> None:
+        """Compute each new group's prompt once and copy it; keep the last one while members of it are queued."""
+        new = [r for r in fresh if self.kept_prompt is None or self.kept_prompt[0] != r]
+        for r in set(fresh) - set(new):
+            assert self.kept_prompt is not None
+            self.policy.copy(self.cache, self.spare, fresh[r])
+            self.logits_AV[fresh[r]] = self.kept_prompt[1]
+        if new:
+            first = [fresh[r][0] for r in new]
+            self.logits_AV[first] = self.policy.prefill(
+                self.cache, first, [(self.sequences[i].trajectory, self.sequences[i].full) for i in first])
+            self.stats.prompts += len(new)
+        for r in new:
+            source, *others = fresh[r]
+            if others:
+                self.policy.copy(self.cache, source, others)
+                self.logits_AV[others] = self.logits_AV[source].clone()
+            if self.queue and self.queue[0][0] == r:
+                self.policy.copy(self.cache, source, [self.spare])
+                self.kept_prompt = (r, self.logits_AV[source].clone())
+        self.ready.update(i for rows in fresh.values() for i in rows)
+
+    # ---- latents and pictures ----
+
+    def _begin_latent(self, i: int, sequence: ActiveSequence) -> None:
+        if not isinstance(self.policy, FlowPolicy):
+            raise RolloutError(f"format '{self.fmt.name}' wants an image latent, but the policy family "
+                               f"'{self.policy.family}' has no flow_times and latent_shape")
+        sequence.denoising = begin(sequence.noise, int(self.chosen_A[i]), self.policy.latent_shape, self.device)
+
+    def _denoise(self, finished: set[int]) -> None:
+        """One denoising step of every row in a latent (those that lack their context wait for it)."""
+        waiting = {*self.reprefill, *self.more, *finished}
+        rows = [i for i, sequence in enumerate(self.sequences) if sequence.denoising is not None and i not in waiting]
+        if not rows:
+            return
+        assert isinstance(self.policy, FlowPolicy)
+        times = self.policy.flow_times
+        flows = [flow for i in rows if (flow := self.sequences[i].denoising) is not None]
+        branch_rows = [row for i in rows for row in self.branch_rows(i)]
+        of = [*range(len(rows)), *(n for n, i in enumerate(rows) for _ in self.branch_rows(i))]
+        x_B, time_B, next_B = stack(flows, times, self.device)
+        answer = self.policy.step(self.cache, rows + branch_rows, FlowStep(x_B[of], time_B[of], next_B[of]))
+        assert isinstance(answer, Gaussian)
+        mean_B = answer.mean_B[:len(rows)]
+        guided = [n for n, i in enumerate(rows) if self.sequences[i].guidance is not None]
+        if guided:  # the mean is affine in the velocity, so what combines the one combines the other
+            mean_B = mean_B.clone()
+            mean_B[guided] = self.guide([rows[n] for n in guided], mean_B[guided], answer.mean_B[len(rows):])
+        for n, i in enumerate(rows):
+            self.chosen_A[i] += advance(flows[n], mean_B[n], float(answer.sigma_B[n]), times, self.sequences[i].noise,
+                                        int(self.chosen_A[i]))
+            if flows[n].step == len(times) - 1:
+                self._end_latent(i, finished)
+
+    def _end_latent(self, i: int, finished: set[int]) -> None:
+        """The closing marker is forced and enters the cache with the latent, as the next context says."""
+        sequence = self.sequences[i]
+        self.ready.add(i)
+        while (id := sequence.cursor.forced()) is not None:
+            at = self.count_A[i]
+            self.ids_AL[i, at], self.number_AL[i, at] = id, FORCED
+            self.count_A[i] += 1
+            self.room_A[i] -= 1
+            sequence.cursor.advance(id)
+            if sequence.cursor.stopped or len(sequence.cursor.spans) > sequence.closed:
+                self._boundary(i, sequence, id, finished)
+                break

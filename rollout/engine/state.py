@@ -1,0 +1,84 @@
+"""What an engine is between and during its calls: policy, format, settings, cache. Its loop (loop.py) works on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from formats.base import ThoughtFormat
+from policy.base import Policy
+from record.trajectory import Segment, Trajectory
+from rollout.config import RolloutConfig
+from rollout.requests import RolloutError
+
+Environment = Callable[[Trajectory], Segment | None]
+
+
+@dataclass
+class EngineStats:
+    """What the last `run` or `stream` did. Tokens are ids after the prompt, the environment's left out."""
+
+    trajectories: int = 0
+    tokens: int = 0
+    decisions: int = 0
+    pictures: int = 0
+    ticks: int = 0
+    row_ticks: int = 0  # rows stepped, summed over ticks: guidance branches left out
+    branch_ticks: int = 0
+    prompts: int = 0  # prefilled; the other members of a group are copies
+    refills: int = 0  # rows that took another trajectory
+    reprefills: int = 0  # rows prefilled because a context did not extend the cache
+    seconds: float = 0.0
+    draw_seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def mean_rows(self) -> float:
+        return self.row_ticks / self.ticks if self.ticks else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        values = {**asdict(self), "tokens_per_s": self.tokens_per_s, "mean_rows": self.mean_rows}
+        return {f"rollout/{name}": float(value) for name, value in values.items()}
+
+
+class EngineState:
+    """One policy in one format, and the cache that its rows live in.
+
+    `version` is stamped on every segment. Publish new weights between calls, never while `stream` is being read:
+    rows that hold keys and values of the old weights are live then, and the engine refuses to go on.
+
+    Args:
+        constrain: what decoding is constrained to ("images", or "full": the whole grammar).
+        environment: asked with the trajectory so far whenever a text segment of the policy closes; returns an
+            untrained segment to add (a tool's answer), or None. A cursor that has a method `observe` is told, and may
+            then go on after the end of a turn; others are not asked there.
+
+    Raises:
+        RolloutError: too few rows for one trajectory and its guidance branches.
+    """
+
+    def __init__(self, policy: Policy, fmt: ThoughtFormat, config: RolloutConfig, constrain: str = "images",
+                 environment: Environment | None = None, version: int = 0):
+        self.policy, self.fmt, self.config = policy, fmt, config
+        self.constrain, self.environment, self.version = constrain, environment, version
+        self.stats = EngineStats()
+        self.branches = config.branches if config.guidance else 0
+        self.active_rows = config.rows // (1 + self.branches)
+        if self.active_rows < 1:
+            raise RolloutError(f"rollout.rows: {config.rows} rows cannot hold one trajectory and its "
+                               f"{self.branches} guidance branches; give at least {1 + self.branches}")
+        self._cache: Any = None
+        self._cache_length = 0
+
+    def cache(self, length: int) -> Any:
+        """The cache, kept from run to run; allocated anew when rows must be longer than ever before."""
+        if self._cache is None or self._cache_length < length:
+            self._cache = None  # free the old one first
+            rows = self.active_rows * (1 + self.branches) + 1
+            self._cache = self.policy.allocate(rows, length)
+            self._cache_length = length
+        return self._cache

@@ -1,0 +1,24 @@
+"""From a recipe's sections to the pool that writes its trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from policy.base import Policy
+from rollout.config import RolloutConfig
+from rollout.engine.engine import Engine
+from rollout.pool.contract import Rollouts
+from rollout.pool.local import LocalRollouts
+from rollout.spec import engine_spec
+
+
+def open_rollouts(policy: Policy, policy_config: Any, format_config: Any, config: RolloutConfig,
+                  words: Sequence[str] = ()) -> Rollouts:
+    """The pool that the recipe asks for: actors that load a policy of their own, or, with `workers: 0`, an engine in
+    this process that samples with `policy` itself."""
+    if config.workers == 0:
+        return LocalRollouts(Engine(policy, format_config.build(), config, format_config.constrain))
+    from rollout.pool.ray_rollouts import RayRollouts
+
+    return RayRollouts(engine_spec(policy_config, format_config, config, words), config)

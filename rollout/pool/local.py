@@ -1,0 +1,79 @@
+"""The writer in this process: for debugging, and for `rollout.workers: 0`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from policy.base import Policy
+from record.trajectory import Trajectory
+from rollout.engine.engine import Engine
+from rollout.pool.contract import (
+    Each,
+    FinishedGroup,
+    GenerateResult,
+    WorkerHealth,
+    check_requests,
+    rollout_metrics,
+)
+from rollout.requests import RolloutRequest
+from rollout.weights.probe import Probe
+from rollout.weights.wire import Publication
+from rollout.writer import RolloutWorker
+
+
+class LocalRollouts:
+    """The engine in this process: for debugging, and for `workers: 0`. Errors fly; nothing is retried.
+
+    Args:
+        engine: whose policy may be the trainer's own; then publishing only counts versions.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._worker = RolloutWorker("the worker in this process", engine)
+
+    @property
+    def version(self) -> int:
+        return self._worker.receiver.version
+
+    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None,
+                 each: Each | None = None) -> GenerateResult:
+        began = time.perf_counter()
+        finished: list[FinishedGroup] = []
+        for done in self.stream(requests, timeout_s):
+            finished.append(done)
+            if each is not None:
+                each(done.index, done.group)
+        finished.sort(key=lambda done: done.index)
+        seconds = time.perf_counter() - began
+        return GenerateResult([done.group for done in finished], [],
+                              rollout_metrics([self._worker.stats()] if requests else [], seconds, len(finished)))
+
+    def stream(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None) -> Iterator[FinishedGroup]:
+        check_requests(requests)
+        index = {request.group: i for i, request in enumerate(requests)}
+        for group, trajectories in self._worker.groups(requests) if requests else ():
+            yield FinishedGroup(index[group], trajectories)
+
+    def publish(self, publication: Publication, probe: Probe | None = None) -> float:
+        trajectories = probe.trajectories if probe is not None else ()
+        before_N, after_N = self._worker.receive(publication.manifest, trajectories, *publication.chunks)
+        return probe.check(self._worker.name, before_N, after_N) if probe is not None and after_N is not None else 0.0
+
+    def shares(self, policy: Policy) -> bool:
+        return self._worker.engine.policy is policy
+
+    def adopt(self, version: int) -> None:
+        self._worker.receiver.version = self._worker.engine.version = version
+
+    def probe(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        return [self._worker.probe(trajectories)]
+
+    def health(self) -> list[WorkerHealth]:
+        return [WorkerHealth(self._worker.name, "idle", self.version, os.getpid())]
+
+    def close(self) -> None:
+        """Nothing is held but memory."""

@@ -1,0 +1,235 @@
+"""A run's state on disk: weights, optimiser, random states, data cursor, version, recipe; whole or not at all.
+
+    checkpoints/step-000040/
+        weights/       the policy's own layout (policy.save), so that any command can start from it
+        probe/         the trajectories that publications are proven with
+        owed.json      where a fault kept the step from being published, evaluated or logged: its metrics so far
+        trainer.pt     trained parameters, optimiser, schedule, version, random states (tensors and plain values only)
+        state.json     step, cursor, recipe, size and CRC-32 of every other file, and the CRC-32 of all this
+
+A checkpoint is written under another name, flushed to the disk and renamed, so that a folder called step-* is a
+finished one, however the process that wrote it ended. Metrics need no place here: the tracker rewinds to the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from runtime.errors import UserError
+from runtime.files import flush, flush_one, measure
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})")
+_KEYS = {"format": int, "step": int, "cursor": dict, "recipe": dict, "files": dict}
+_OWN = "crc32"  # of the rest of state.json; those written before had none
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or not be trusted."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a finished checkpoint holds."""
+
+    folder: Path
+    step: int  # the last finished step
+    cursor: dict[str, Any]
+    trainer: dict[str, Any]
+    recipe: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights"
+
+
+def save(root: Path, step: int, write: Callable[[Path], Any], trainer: dict[str, Any], cursor: dict[str, Any],
+         recipe: dict[str, Any], keep: int = 2) -> Path:
+    """Write checkpoints/step-<step> under `root` and delete all but the newest `keep`.
+
+    Args:
+        root: the run's folder `checkpoints`.
+        write: writes weights/ and whatever else into the folder that it is given.
+        trainer: Trainer.state().
+
+    Raises:
+        CheckpointError: the disk is full or not writable. Nothing half-written is left, and earlier checkpoints are as
+            they were.
+    """
+    root = Path(root)
+    final, temporary = root / f"step-{step:06d}", root / f".step-{step:06d}.part"
+    try:
+        for leftover in root.glob(".step-*"):
+            shutil.rmtree(leftover)
+        (temporary / "weights").mkdir(parents=True)
+        write(temporary)
+        _write_tensors(trainer, temporary / "trainer.pt")
+        files = {str(path.relative_to(temporary)): measure(path) for path in _files(temporary)}
+        state = {"format": FORMAT, "step": step, "cursor": cursor, "recipe": recipe, "files": files}
+        (temporary / "state.json").write_text(json.dumps({**state, _OWN: _checksum(state)}, indent=1))
+        flush(temporary)
+        if final.exists():  # a run that was resumed from an earlier step comes past here again
+            os.rename(final, root / f".step-{step:06d}.old")
+        os.rename(temporary, final)
+        flush_one(root)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        aside = root / f".step-{step:06d}.old"
+        if aside.exists() and not final.exists():
+            os.rename(aside, final)
+        if isinstance(error, OSError | SafetensorError | UserError):
+            raise CheckpointError(_cannot_write(root, step, error)) from error
+        raise
+    shutil.rmtree(root / f".step-{step:06d}.old", ignore_errors=True)
+    for old in steps(root)[:-keep]:
+        _discard(root, old)
+    return final
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the finished checkpoints, ascending."""
+    if not Path(root).is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in Path(root).iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder bears a finished checkpoint's name."""
+    return _NAME.fullmatch(folder.name) is not None and folder.is_dir()
+
+
+def latest(root: Path) -> Path | None:
+    """The newest finished checkpoint; None: there is none."""
+    finished = steps(root)
+    return Path(root) / f"step-{finished[-1]:06d}" if finished else None
+
+
+def rewind(root: Path, step: int) -> None:
+    """Forget the checkpoints after `step`, from which a run goes on: they belong to what it will do otherwise."""
+    for later in steps(root):
+        if later > step:
+            _discard(Path(root), later)
+
+
+def _discard(root: Path, step: int) -> None:
+    """Delete a finished checkpoint under another name: half deleted, it must not pass for one.
+
+    What a killed process leaves of it is swept by the next save().
+    """
+    aside = root / f".step-{step:06d}.old"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(root / f"step-{step:06d}", aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint after checking every file of it against its size and checksum.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or altered, by name; or the folder is no checkpoint.
+    """
+    folder = Path(folder)
+    state = verify(folder)
+    try:
+        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{folder / 'trainer.pt'}: cannot be read ({error}){_other(folder)}") from None
+    return Checkpoint(folder, state["step"], state["cursor"], trainer, state["recipe"])
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its size and checksum, and return its state.json.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or altered, by name; or the folder is no checkpoint.
+    """
+    state = _read_state(folder)
+    for name, expected in state["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete{_other(folder)}")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{path}: {size} bytes where {expected['bytes']} were written; the file was cut or "
+                                  f"altered{_other(folder)}")
+        if measure(path) != expected:
+            raise CheckpointError(f"{path}: its checksum is not the one written; the file is corrupt{_other(folder)}")
+    return state
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{folder}: no checkpoint: it has no state.json. A checkpoint is a folder "
+                              f"checkpoints/step-* of a run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); the file was cut or altered{_other(folder)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}){_other(folder)}") from None
+    missing = set(_KEYS) - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise CheckpointError(f"{path}: no key '{sorted(missing)[0]}'; the file was altered{_other(folder)}")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path}: written in format {state['format']}; this version reads {FORMAT}")
+    unknown = set(state) - set(_KEYS) - {_OWN}  # its own checksum under an altered name, say
+    if unknown:
+        raise CheckpointError(f"{path}: unknown key '{sorted(unknown)[0]}'; the file was altered{_other(folder)}")
+    if _OWN in state and state.pop(_OWN) != _checksum(state):
+        raise CheckpointError(f"{path}: its checksum is not the one written; the file is corrupt{_other(folder)}")
+    for key, kind in _KEYS.items():
+        if not isinstance(state[key], kind):
+            raise CheckpointError(f"{path}: '{key}' is no {kind.__name__}; the file was altered{_other(folder)}")
+    for name, written in state["files"].items():
+        if not (isinstance(written, dict) and all(isinstance(written.get(key), int) for key in ("bytes", "crc32"))):
+            raise CheckpointError(f"{path}: 'files' tells no size and checksum of '{name}'; the file was altered"
+                                  f"{_other(folder)}")
+    return state
+
+
+def _checksum(state: dict[str, Any]) -> int:
+    """CRC-32 of what state.json says, however it is laid out."""
+    plain = json.loads(json.dumps(state))  # as it is read again: keys that are numbers become words
+    return zlib.crc32(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _other(folder: Path) -> str:
+    """Where else to go: the newest earlier checkpoint."""
+    match = _NAME.fullmatch(folder.name)
+    earlier = [number for number in steps(folder.parent) if match and number < int(match[1])]
+    return f". The one before is {folder.parent / f'step-{earlier[-1]:06d}'}" if earlier else ""
+
+
+def _write_tensors(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # as torch reports a full disk
+        raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _cannot_write(root: Path, step: int, error: Exception) -> str:
+    try:
+        free = f" {shutil.disk_usage(root).free / 2**20:.0f} MiB are free there."
+    except OSError:
+        free = ""
+    kept = latest(root)
+    safe = f"The last checkpoint is whole: {kept}" if kept else "There is no earlier checkpoint"
+    return f"{root}: the checkpoint of step {step} cannot be written ({error}).{free} {safe}"
