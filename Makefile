@@ -30,7 +30,8 @@ quickstart: install
 	$(BIN)/python -m underdrawing.quickstart --seed $(SEED)
 
 lint: install
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 
 test: lint
@@ -46,7 +47,7 @@ install-newest:
 
 test-newest: install-newest
 	.venv-newest/bin/python -m underdrawing doctor --no-ray || true
-	.venv-newest/bin/ruff check .
+	.venv-newest/bin/ruff check --quiet .
 	.venv-newest/bin/mypy
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile
 

@@ -21,16 +21,24 @@ from rewards.config import RewardsConfig
 from rewards.manager import Judge
 from tasks.registry import get_task
 
-PARTS = {"result": "geneval", "critique": "critique_consistency", "better": "improvement", "steps": "steps",
-         "form": "format"}
+PARTS = {
+    "result": "geneval",
+    "critique": "critique_consistency",
+    "better": "improvement",
+    "steps": "steps",
+    "form": "format",
+}
 TOTAL = "result * (1 + 0.5 * coalesce(critique, 0)) + 0.2 * better + 0.1 * steps + 0.1 * form"
 
 
 def thoughts(groups: int, members: int, pictures: int = 3) -> list[list[Trajectory]]:
     """Demonstrations with noisy pictures, each thought with exactly so many of them."""
     task, rng = get_task("shapes"), np.random.default_rng(0)
-    demos = [d for d in task.demonstrations("strokes", 40 * groups * members, 0)
-             if sum(p.picture is not None for p in d.parts) == pictures][:groups * members]
+    demos = [
+        d
+        for d in task.demonstrations("strokes", 40 * groups * members, 0)
+        if sum(p.picture is not None for p in d.parts) == pictures
+    ][: groups * members]
     made = []
     for index, demo in enumerate(demos):
         segments = []
@@ -42,7 +50,7 @@ def thoughts(groups: int, members: int, pictures: int = 3) -> list[list[Trajecto
             modality = Modality.TEXT if picture is None else Modality.IMAGE_TOKENS
             segments.append(Segment(part.role, Author.POLICY, modality, True, ids, part.text, picture=picture))
         made.append(Trajectory(demo.prompt, demo.record, "strokes", segments, index // members, index % members))
-    return [made[i:i + members] for i in range(0, len(made), members)]
+    return [made[i : i + members] for i in range(0, len(made), members)]
 
 
 def main() -> None:
@@ -61,10 +69,17 @@ def main() -> None:
     assert report is not None
     rows = sum(len(group) for group in groups)
     pictures = sum(len(t.pictures()) for group in groups for t in group)
-    print(json.dumps({
-        "trajectories": rows, "pictures": pictures, "seconds": round(statistics.median(seconds), 3),
-        **{name: round(value, 3) for name, value in report.metrics.items() if name.startswith("time/")},
-        "reward_mean": round(report.metrics["reward/mean"], 3)}))
+    print(
+        json.dumps(
+            {
+                "trajectories": rows,
+                "pictures": pictures,
+                "seconds": round(statistics.median(seconds), 3),
+                **{name: round(value, 3) for name, value in report.metrics.items() if name.startswith("time/")},
+                "reward_mean": round(report.metrics["reward/mean"], 3),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

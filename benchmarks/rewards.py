@@ -48,6 +48,7 @@ THRESHOLD = 0.3
 
 # ---- the models ---------------------------------------------------------------------------------------------------
 
+
 def write_mask2former(folder: Path, labels: Sequence[str], width: int, seed: int = 0) -> Path:
     """A random Mask2Former in the released layout: Swin backbone, 100 queries, `width` channels in its first stage."""
     from transformers import (
@@ -58,16 +59,34 @@ def write_mask2former(folder: Path, labels: Sequence[str], width: int, seed: int
     )
 
     torch.manual_seed(seed)
-    backbone = SwinConfig(image_size=224, patch_size=4, embed_dim=width, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8],
-                          window_size=7, out_features=["stage1", "stage2", "stage3", "stage4"])
+    backbone = SwinConfig(
+        image_size=224,
+        patch_size=4,
+        embed_dim=width,
+        depths=[1, 1, 2, 1],
+        num_heads=[1, 2, 4, 8],
+        window_size=7,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
     config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=64, mask_feature_size=64, hidden_dim=64, encoder_feedforward_dim=128,
-        dim_feedforward=128, encoder_layers=1, decoder_layers=2, num_attention_heads=4, num_queries=100,
-        id2label=dict(enumerate(labels)), label2id={name: index for index, name in enumerate(labels)})
+        backbone_config=backbone,
+        feature_size=64,
+        mask_feature_size=64,
+        hidden_dim=64,
+        encoder_feedforward_dim=128,
+        dim_feedforward=128,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=4,
+        num_queries=100,
+        id2label=dict(enumerate(labels)),
+        label2id={name: index for index, name in enumerate(labels)},
+    )
     model = Mask2FormerForUniversalSegmentation(config).eval()
     with torch.no_grad():  # masks with edges, rather than everywhere about a half
-        dict(model.named_parameters())[
-            "model.transformer_module.decoder.mask_predictor.mask_embedder.2.0.weight"].mul_(60)
+        dict(model.named_parameters())["model.transformer_module.decoder.mask_predictor.mask_embedder.2.0.weight"].mul_(
+            60
+        )
     model.save_pretrained(folder)
     Mask2FormerImageProcessor(size={"shortest_edge": 800, "longest_edge": 1333}).save_pretrained(folder)
     return folder
@@ -93,22 +112,30 @@ def write_open_clip(folder: Path, width: int, seed: int = 0) -> Path:
     from safetensors.torch import save_file
 
     torch.manual_seed(seed)
-    towers: dict[str, Any] = {"embed_dim": width, "vision_cfg": {"image_size": 224, "layers": 4, "width": width,
-                                                                 "patch_size": 16, "head_width": 64},
-                              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": width, "heads": 2,
-                                           "layers": 4}}
+    towers: dict[str, Any] = {
+        "embed_dim": width,
+        "vision_cfg": {"image_size": 224, "layers": 4, "width": width, "patch_size": 16, "head_width": 64},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": width, "heads": 2, "layers": 4},
+    }
     folder.mkdir(parents=True)
     save_file(open_clip.CLIP(**towers, quick_gelu=True).state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**towers, "quick_gelu": True},
-                                                              "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {**towers, "quick_gelu": True}, "preprocess_cfg": {}})
+    )
     return folder
 
 
 def drawn(count: int, side: int, seed: int = 0) -> list[np.ndarray]:
     """Blocks of random colours with soft edges: pictures on which a random network is not of one mind."""
     rng = np.random.default_rng(seed)
-    return [np.asarray(Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
-        (side, side), Image.Resampling.BICUBIC)) for _ in range(count)]
+    return [
+        np.asarray(
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+                (side, side), Image.Resampling.BICUBIC
+            )
+        )
+        for _ in range(count)
+    ]
 
 
 def asked(found: Sequence[Detections], seed: int = 0) -> list[dict[str, Any]]:
@@ -121,12 +148,14 @@ def asked(found: Sequence[Detections], seed: int = 0) -> list[dict[str, Any]]:
         clause: dict[str, Any] = {"class": name, "count": 1}
         if index % 2:
             clause["color"] = COLORS[rng.integers(len(COLORS))]
-        records.append({"tag": "colors" if index % 2 else "single_object", "prompt": f"a photo of a {name}",
-                        "include": [clause]})
+        records.append(
+            {"tag": "colors" if index % 2 else "single_object", "prompt": f"a photo of a {name}", "include": [clause]}
+        )
     return records
 
 
 # ---- the peer: one picture at a time ------------------------------------------------------------------------------
+
 
 class OneAtATime:
     """GenEval's way, from its description: forward, all pairs' masks, per-class lists, colours by a DataLoader."""
@@ -144,8 +173,9 @@ class OneAtATime:
         pixels = prepared([picture], detector.mean, detector.std, detector.test_size, detector.device)
         output = detector.model(pixel_values=pixels)
         resized = resized_size(height, width, detector.test_size)
-        masks = F.interpolate(output.masks_queries_logits, size=pixels.shape[-2:], mode="bilinear",
-                              align_corners=False)[0, :, :resized[0], :resized[1]]
+        masks = F.interpolate(
+            output.masks_queries_logits, size=pixels.shape[-2:], mode="bilinear", align_corners=False
+        )[0, :, : resized[0], : resized[1]]
         masks = F.interpolate(masks[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
         scores = output.class_queries_logits[0].softmax(-1)[:, :-1]
         best, pair = scores.flatten().topk(100, sorted=False)
@@ -165,13 +195,16 @@ class OneAtATime:
             mine = mine[total[mine].argsort(descending=True)]
             for index in mine[total[mine] > THRESHOLD][:MAX_OBJECTS].tolist():
                 x0, y0, x1, y1 = boxes[index].tolist()
-                found.setdefault(name, []).append(Detected((x0, y0, x1, y1), float(total[index]), None,
-                                                           everything[index]))
+                found.setdefault(name, []).append(
+                    Detected((x0, y0, x1, y1), float(total[index]), None, everything[index])
+                )
         for name, count in colored_of(record).items():
             objects = found.get(name, [])[:count]
             if objects:
-                found[name] = [Detected(o.box, o.score, color, o.mask)
-                               for o, color in zip(objects, self.colors(picture, objects, name), strict=True)]
+                found[name] = [
+                    Detected(o.box, o.score, color, o.mask)
+                    for o, color in zip(objects, self.colors(picture, objects, name), strict=True)
+                ]
         return evaluate(record, found)
 
     def colors(self, picture: np.ndarray, objects: Sequence[Detected], name: str) -> list[str]:
@@ -198,6 +231,7 @@ class Crops(Dataset[torch.Tensor]):
 
 # ---- the parts ----------------------------------------------------------------------------------------------------
 
+
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     answer = run()
@@ -207,9 +241,13 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
 def scoring(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Pictures a second of both sides on the same pictures and records."""
     pictures = drawn(given.pictures, given.side)
-    detector = Mask2FormerDetector(str(write_mask2former(folder / "mask2former", GENEVAL_CLASSES, given.width)),
-                                   device="cpu", batch_size=given.batch_size, min_score=THRESHOLD,
-                                   test_size=given.test_size)
+    detector = Mask2FormerDetector(
+        str(write_mask2former(folder / "mask2former", GENEVAL_CLASSES, given.width)),
+        device="cpu",
+        batch_size=given.batch_size,
+        min_score=THRESHOLD,
+        test_size=given.test_size,
+    )
     objects = make_sure(detector, pictures[:4], given.objects)
     namer = ColorNamer(OpenClipConfig(path=str(write_open_clip(folder / "open_clip", 192)), device="cpu"))
     records = asked(detector.detect(pictures))
@@ -220,8 +258,11 @@ def scoring(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def ours() -> list[Any]:
         return score_pictures(pictures, records, Setting.of(None, None, Colored(detector, namer)), "standard")
 
-    arms = {"ours": ours, "script": lambda: OneAtATime(detector, namer, 4)(pictures, records),
-            "no_workers": lambda: OneAtATime(detector, namer, 0)(pictures, records)}
+    arms = {
+        "ours": ours,
+        "script": lambda: OneAtATime(detector, namer, 4)(pictures, records),
+        "no_workers": lambda: OneAtATime(detector, namer, 0)(pictures, records),
+    }
     taken: dict[str, list[float]] = {name: [] for name in arms}
     verdicts: dict[str, Any] = {}
     for number in range(given.rounds + 1):  # the first round warms up
@@ -233,15 +274,22 @@ def scoring(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not same:
         raise SystemExit("the arms do not agree on the verdicts, so their speeds say nothing")
     speed = {name: len(pictures) / statistics.median(spent) for name, spent in taken.items()}
-    print(f"scoring: {len(pictures)} pictures of {given.side} px, {objects:.1f} objects a picture above {THRESHOLD}, "
-          f"{torch.get_num_threads()} threads, verdicts equal")
+    print(
+        f"scoring: {len(pictures)} pictures of {given.side} px, {objects:.1f} objects a picture above {THRESHOLD}, "
+        f"{torch.get_num_threads()} threads, verdicts equal"
+    )
     print(f"  ours, batches of {given.batch_size:<3}           {speed['ours']:8.2f} pictures/s")
     print(f"  one at a time, 4 workers    {speed['script']:8.2f} pictures/s")
     print(f"  one at a time, no workers   {speed['no_workers']:8.2f} pictures/s")
-    return {"ours": round(speed["ours"], 3), "peer": round(speed["script"], 3),
-            "ratio": round(speed["ours"] / speed["script"], 2), "unit": "pictures/s",
-            "peer_without_workers": round(speed["no_workers"], 3),
-            "ratio_without_workers": round(speed["ours"] / speed["no_workers"], 2), "objects": round(objects, 1)}
+    return {
+        "ours": round(speed["ours"], 3),
+        "peer": round(speed["script"], 3),
+        "ratio": round(speed["ours"] / speed["script"], 2),
+        "unit": "pictures/s",
+        "peer_without_workers": round(speed["no_workers"], 3),
+        "ratio_without_workers": round(speed["ours"] / speed["no_workers"], 2),
+        "objects": round(objects, 1),
+    }
 
 
 def shapes(given: argparse.Namespace) -> dict[str, Any]:
@@ -251,12 +299,15 @@ def shapes(given: argparse.Namespace) -> dict[str, Any]:
     from tasks.shapes.world import sample_scene
 
     rng = np.random.default_rng(0)
-    pictures = [np.clip(render(sample_scene(rng, 1 + index % 4)) + rng.normal(0, 12, (32, 32, 3)), 0, 255).astype(
-        np.uint8) for index in range(given.scenes)]
+    pictures = [
+        np.clip(render(sample_scene(rng, 1 + index % 4)) + rng.normal(0, 12, (32, 32, 3)), 0, 255).astype(np.uint8)
+        for index in range(given.scenes)
+    ]
     detector = shapes_detector()
     detector.detect(pictures[:1])
-    speed = len(pictures) / statistics.median(seconds(lambda: detector.detect(pictures))[0]
-                                              for _ in range(given.rounds or 1))
+    speed = len(pictures) / statistics.median(
+        seconds(lambda: detector.detect(pictures))[0] for _ in range(given.rounds or 1)
+    )
     print(f"shapes: {speed:.0f} pictures/s over {len(pictures)} noisy scenes")
     return {"shapes_pictures_per_s": round(speed, 1)}
 
@@ -281,22 +332,43 @@ def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     task = get_task("shapes")
-    policy = load_policy(PolicyConfig.model_validate({
-        "family": "chameleon", "tiny": {"hidden_size": given.policy_width, "num_hidden_layers": given.policy_layers,
-                                        "num_attention_heads": 4, "intermediate_size": 3 * given.policy_width}}),
-        task.words)
-    rollouts = LocalRollouts(Engine(policy, get_format("strokes", max_images=4),
-                                    RolloutConfig(rows=given.rows, max_tokens=240), "full"))
+    policy = load_policy(
+        PolicyConfig.model_validate(
+            {
+                "family": "chameleon",
+                "tiny": {
+                    "hidden_size": given.policy_width,
+                    "num_hidden_layers": given.policy_layers,
+                    "num_attention_heads": 4,
+                    "intermediate_size": 3 * given.policy_width,
+                },
+            }
+        ),
+        task.words,
+    )
+    rollouts = LocalRollouts(
+        Engine(policy, get_format("strokes", max_images=4), RolloutConfig(rows=given.rows, max_tokens=240), "full")
+    )
     records = task.prompts("train")
     folder_of_detector = write_mask2former(folder / "shapes_mask2former", task.classes, 24)
-    config = RewardsConfig.model_validate({
-        "parts": {"graded": {"function": "geneval", "options": {"mode": "graded", "picture": "each"}}},
-        "detector": {"backend": "mask2former", "path": str(folder_of_detector), "device": "cpu", "batch_size": 8,
-                     "test_size": [given.overlap_side, given.overlap_side],
-                     "colors": {"path": str(write_open_clip(folder / "shapes_open_clip", 128))}},
-        "detector_workers": {"kind": "process", "count": 1, "batch_size": 16}})
-    requests = [RolloutRequest(number, records[number]["prompt"], records[number], tuple(range(given.members)), 0)
-                for number in range(given.prompts)]
+    config = RewardsConfig.model_validate(
+        {
+            "parts": {"graded": {"function": "geneval", "options": {"mode": "graded", "picture": "each"}}},
+            "detector": {
+                "backend": "mask2former",
+                "path": str(folder_of_detector),
+                "device": "cpu",
+                "batch_size": 8,
+                "test_size": [given.overlap_side, given.overlap_side],
+                "colors": {"path": str(write_open_clip(folder / "shapes_open_clip", 128))},
+            },
+            "detector_workers": {"kind": "process", "count": 1, "batch_size": 16},
+        }
+    )
+    requests = [
+        RolloutRequest(number, records[number]["prompt"], records[number], tuple(range(given.members)), 0)
+        for number in range(given.prompts)
+    ]
     sizes = [given.members] * given.prompts
     before = children()
     with Judge(config, task, get_format("strokes", max_images=4)) as judge:
@@ -325,20 +397,26 @@ def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rolled, judged = (statistics.median(column) for column in zip(*apart, strict=True))
     step, waited = (statistics.median(column) for column in zip(*together, strict=True))
     hidden = (rolled + judged - step) / judged
-    print(f"overlap: rollout {rolled:.2f} s, judgement {judged:.2f} s ({judged / (rolled + judged):.0%} of the step); "
-          f"beside it the step takes {step:.2f} s, of which rewards take {max(step - rolled, 0) / step:.0%} (the "
-          f"last of them {waited:.2f} s after the rollout); "
-          f"{hidden:.0%} hidden")
-    return {"rollout_s": round(rolled, 2), "judgement_s": round(judged, 2), "step_overlapped_s": round(step, 2),
-            "waited_s": round(waited, 2),
-            "reward_share_apart": round(judged / (rolled + judged), 3),
-            "reward_share_overlapped": round(max(step - rolled, 0) / step, 3), "hidden": round(hidden, 3)}
+    print(
+        f"overlap: rollout {rolled:.2f} s, judgement {judged:.2f} s ({judged / (rolled + judged):.0%} of the step); "
+        f"beside it the step takes {step:.2f} s, of which rewards take {max(step - rolled, 0) / step:.0%} (the "
+        f"last of them {waited:.2f} s after the rollout); "
+        f"{hidden:.0%} hidden"
+    )
+    return {
+        "rollout_s": round(rolled, 2),
+        "judgement_s": round(judged, 2),
+        "step_overlapped_s": round(step, 2),
+        "waited_s": round(waited, 2),
+        "reward_share_apart": round(judged / (rolled + judged), 3),
+        "reward_share_overlapped": round(max(step - rolled, 0) / step, 3),
+        "hidden": round(hidden, 3),
+    }
 
 
 def children() -> set[int]:
     """Processes that this one has started."""
-    return {int(pid) for task in Path("/proc/self/task").iterdir()
-            for pid in (task / "children").read_text().split()}
+    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 def main() -> None:
@@ -355,8 +433,12 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=2)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--overlap-side", type=int, default=96, help="overlap: px that the detector resizes to")
-    parser.add_argument("--policy-width", type=int, default=512, help="overlap: of the policy; a rollout that is "
-                                                                      "shorter than its judgement cannot hide it")
+    parser.add_argument(
+        "--policy-width",
+        type=int,
+        default=512,
+        help="overlap: of the policy; a rollout that is shorter than its judgement cannot hide it",
+    )
     parser.add_argument("--policy-layers", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: all cores)")

@@ -59,8 +59,11 @@ class Outlines:
         blank = np.full(vocabulary.codes_per_image, vocabulary.code_ids[0])
         tags = [vocabulary.encode(tag)[0] for tag in GRAMMAR.tags]
         special = {vocabulary.boi, vocabulary.eoi, vocabulary.eos, vocabulary.pad, vocabulary.bos, *tags}
-        words = [id for id in range(vocabulary.size)
-                 if id not in special and id not in set(vocabulary.code_ids.tolist()) and vocabulary.piece(id).strip()]
+        words = [
+            id
+            for id in range(vocabulary.size)
+            if id not in special and id not in set(vocabulary.code_ids.tolist()) and vocabulary.piece(id).strip()
+        ]
         self.sets = [AllowedSet("words", ranges_of(words)), AllowedSet("codes", ranges_of(vocabulary.code_ids))]
         alone = {id: len(self.sets) + k for k, id in enumerate([vocabulary.boi, vocabulary.eoi, vocabulary.eos, *tags])}
         self.sets += [AllowedSet(vocabulary.piece(id), ranges_of([id])) for id in alone]
@@ -73,8 +76,7 @@ class Outlines:
             self.kinds.append([1 if id in codes else alone.get(id, 0) for id in ids])
         self.masks_KV = torch.from_numpy(np.stack([mask_of(s.ranges, vocabulary.size) for s in self.sets]))
         longest = max(map(len, self.kinds))
-        self.kinds_WT = torch.tensor([kinds + [alone[vocabulary.eos]] * (longest - len(kinds))
-                                      for kinds in self.kinds])
+        self.kinds_WT = torch.tensor([kinds + [alone[vocabulary.eos]] * (longest - len(kinds)) for kinds in self.kinds])
 
     @property
     def tokens(self) -> int:
@@ -136,11 +138,14 @@ class Work:
         self.policy: Any = load_policy(PolicyConfig(family="chameleon", path=options.policy), task.words)
         rows = options.prompts * options.members
         self.outlines = None if options.policy else Outlines(self.policy, task.demonstrations("strokes", rows, 0))
-        records = task.prompts("train")[:options.prompts]
-        self.requests = [RolloutRequest(g, record["prompt"], record, tuple(range(options.members)), 0)
-                         for g, record in enumerate(records)]
-        self.format: Any = (get_format("strokes", max_images=MAX_IMAGES) if self.outlines is None
-                            else OutlinedFormat(self.outlines))
+        records = task.prompts("train")[: options.prompts]
+        self.requests = [
+            RolloutRequest(g, record["prompt"], record, tuple(range(options.members)), 0)
+            for g, record in enumerate(records)
+        ]
+        self.format: Any = (
+            get_format("strokes", max_images=MAX_IMAGES) if self.outlines is None else OutlinedFormat(self.outlines)
+        )
         self.max_tokens = options.max_tokens if self.outlines is None else self.outlines.kinds_WT.shape[1]
 
     def ours(self, rows: int) -> tuple[int, float, list[Trajectory]]:
@@ -155,12 +160,13 @@ class Work:
 
     def peer(self, rows: int, cache: str) -> tuple[int, float, list[Tensor]]:
         vocabulary, sequences, tokens = self.policy.vocabulary, [], 0
-        prompts = [self.format.prompt_ids(request.prompt, vocabulary) for request in self.requests
-                   for _ in request.members]
+        prompts = [
+            self.format.prompt_ids(request.prompt, vocabulary) for request in self.requests for _ in request.members
+        ]
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), vocabulary.pad)
         for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt):] = torch.tensor(prompt)
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         shown = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         began = time.perf_counter()
         for start in range(0, len(prompts), rows):
@@ -171,10 +177,21 @@ class Work:
                 # A picture is not begun where it would pass max_tokens: the same limit as ours.
                 grammar = PictureGrammar.of(vocabulary, longest + self.max_tokens)
                 processors = [PictureLogitsProcessor(grammar), AtMostImages(vocabulary.boi, MAX_IMAGES)]
-            sequences.append(self.policy.core.generate(
-                input_ids=ids[part], attention_mask=shown[part], logits_processor=LogitsProcessorList(processors),
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=self.max_tokens,
-                eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad, cache_implementation=cache)[:, longest:])
+            sequences.append(
+                self.policy.core.generate(
+                    input_ids=ids[part],
+                    attention_mask=shown[part],
+                    logits_processor=LogitsProcessorList(processors),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=self.max_tokens,
+                    eos_token_id=vocabulary.eos,
+                    pad_token_id=vocabulary.pad,
+                    cache_implementation=cache,
+                )[:, longest:]
+            )
         seconds = time.perf_counter() - began
         for batch in sequences:
             ended = (batch == vocabulary.eos).cumsum(1)
@@ -212,17 +229,32 @@ def main() -> None:
                     assert tokens == work.outlines.tokens, f"{name} wrote {tokens} of {work.outlines.tokens} tokens"
                 continue
             best[name] = max(best.get(name, 0.0), tokens / seconds)
-            print(f"round {number}: {name}: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s "
-                  f"({busy:.2f} s of processor time)", flush=True)
+            print(
+                f"round {number}: {name}: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s "
+                f"({busy:.2f} s of processor time)",
+                flush=True,
+            )
             if name == "ours" and number == options.rounds:
                 images = np.bincount([len(t.pictures()) for t in written], minlength=MAX_IMAGES + 1)
                 lengths = sorted(t.num_tokens() - len(t.segments[0].ids) for t in written)
-                print(f"{total} trajectories of {lengths[0]} to {lengths[-1]} tokens (median {lengths[total // 2]}); "
-                      f"with 0 to {MAX_IMAGES} pictures: {images.tolist()}")
+                print(
+                    f"{total} trajectories of {lengths[0]} to {lengths[-1]} tokens (median {lengths[total // 2]}); "
+                    f"with 0 to {MAX_IMAGES} pictures: {images.tolist()}"
+                )
     ours = best.pop("ours")
     peer = max(best, key=lambda name: best[name])
-    print(json.dumps({"ours": round(ours), "peer": round(best[peer]), "ratio": round(ours / best[peer], 2),
-                      "unit": "tokens/s", "peer_arm": peer, "threads": options.threads}))
+    print(
+        json.dumps(
+            {
+                "ours": round(ours),
+                "peer": round(best[peer]),
+                "ratio": round(ours / best[peer], 2),
+                "unit": "tokens/s",
+                "peer_arm": peer,
+                "threads": options.threads,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

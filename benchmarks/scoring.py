@@ -25,8 +25,9 @@ import torch
 from policy.scoring.logprobs import token_logprobs
 
 
-def arm(name: str, rows: int, tokens: int, vocabulary: int, width: int, chunk: int,
-        backward: bool = False) -> dict[str, Any]:
+def arm(
+    name: str, rows: int, tokens: int, vocabulary: int, width: int, chunk: int, backward: bool = False
+) -> dict[str, Any]:
     """Score once. Some of the numbers are returned, so that two processes can compare them."""
     generator = torch.Generator().manual_seed(0)
     count = rows * tokens
@@ -65,8 +66,10 @@ def _run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         command.append("--backward")
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        sys.exit(f"the arm '{name}' ended with {done.returncode}; the plain arm needs about "
-                 f"{_plain_bytes(options) * options.rows / 2**30:.0f} GiB: give fewer --rows or --tokens")
+        sys.exit(
+            f"the arm '{name}' ended with {done.returncode}; the plain arm needs about "
+            f"{_plain_bytes(options) * options.rows / 2**30:.0f} GiB: give fewer --rows or --tokens"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -92,22 +95,36 @@ def main() -> None:
     asked, free = options.rows, psutil.virtual_memory().available - 2**30
     options.rows = min(asked, free // _plain_bytes(options))
     if options.rows < 1:
-        sys.exit(f"not even one row of the plain arm fits into the {free / 2**30:.1f} GiB that are free: give fewer "
-                 "--tokens")
+        sys.exit(
+            f"not even one row of the plain arm fits into the {free / 2**30:.1f} GiB that are free: give fewer --tokens"
+        )
     if options.rows < asked:
         print(f"the plain arm does not fit into {free / 2**30:.1f} GiB: {options.rows} rows instead of {asked}")
     print(f"{options.rows} rows of {options.tokens} ids, {options.vocabulary} entries, width {options.width}")
     arms = {name: _run(name, options) for name in ("ours", "plain")}
     for name, result in arms.items():
         print(f"{name:>6}: {result['mib']:8.0f} MiB beyond the inputs, {result['seconds']:6.1f} s")
-    gaps = {key: float(np.abs(np.array(arms["ours"][key]) - np.array(arms["plain"][key])).max())
-            for key in ("logprob", "hidden_grad", "weight_grad") if key in arms["ours"]}
+    gaps = {
+        key: float(np.abs(np.array(arms["ours"][key]) - np.array(arms["plain"][key])).max())
+        for key in ("logprob", "hidden_grad", "weight_grad")
+        if key in arms["ours"]
+    }
     print("largest differences: " + ", ".join(f"{key} {gap:.1e}" for key, gap in gaps.items()))
     if gaps["logprob"] > 1e-5:
         sys.exit(f"the arms' log-probs differ by {gaps['logprob']:.1e}, more than 1e-5")
     ours, peer = arms["ours"]["mib"], arms["plain"]["mib"]
-    print(json.dumps({"ours": round(ours, 1), "peer": round(peer, 1), "ratio": round(peer / ours, 1), "unit": "MiB",
-                      "rows": options.rows, "largest_difference": gaps["logprob"]}))
+    print(
+        json.dumps(
+            {
+                "ours": round(ours, 1),
+                "peer": round(peer, 1),
+                "ratio": round(peer / ours, 1),
+                "unit": "MiB",
+                "rows": options.rows,
+                "largest_difference": gaps["logprob"],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

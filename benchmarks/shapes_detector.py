@@ -55,8 +55,9 @@ def peer(picture: np.ndarray) -> Read:
     return sorted((shape, color, PLACES[place_of((x, y, x + OBJECT, y + OBJECT))]) for _, shape, color, x, y in kept)
 
 
-def measure(read: Callable[[np.ndarray], Read], pictures: Sequence[np.ndarray],
-            scenes: Sequence[Scene]) -> tuple[float, float]:
+def measure(
+    read: Callable[[np.ndarray], Read], pictures: Sequence[np.ndarray], scenes: Sequence[Scene]
+) -> tuple[float, float]:
     """(share read right, pictures a second)."""
     start = time.perf_counter()
     found = [read(picture) for picture in pictures]
@@ -68,7 +69,7 @@ def round_trip(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     from policy.chameleon.vq import load_shapes_vq  # torch is needed only here
 
     tokenizer = load_shapes_vq()
-    chunks = [pictures[start:start + 64] for start in range(0, len(pictures), 64)]
+    chunks = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
     return [picture for chunk in chunks for picture in tokenizer.draw(tokenizer.see(chunk))]
 
 
@@ -93,9 +94,21 @@ def main() -> None:
     print(f"{'after the tokenizer, read right':34}{tripped:10.4f}{peer_tripped:16.4f}")
     print(f"{f'after the tokenizer, score > {SURE}':34}{sure:10.4f}{'-':>16}")
     print(f"{'pictures a second':34}{speed:10.0f}{peer_speed:16.0f}")
-    print(json.dumps({"ours": round(speed, 1), "peer": round(peer_speed, 1), "ratio": round(speed / peer_speed, 2),
-                      "unit": "pictures/s", "rendered": exact, "round_trip": tripped, "round_trip_sure": sure,
-                      "peer_rendered": peer_exact, "peer_round_trip": peer_tripped}))
+    print(
+        json.dumps(
+            {
+                "ours": round(speed, 1),
+                "peer": round(peer_speed, 1),
+                "ratio": round(speed / peer_speed, 2),
+                "unit": "pictures/s",
+                "rendered": exact,
+                "round_trip": tripped,
+                "round_trip_sure": sure,
+                "peer_rendered": peer_exact,
+                "peer_round_trip": peer_tripped,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

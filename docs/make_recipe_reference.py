@@ -50,9 +50,11 @@ def _section(path: str, model: type[BaseModel]) -> list[str]:
 def _table(title: str, model: type[BaseModel], path: str, skip_sections: bool = False) -> str:
     summary = " ".join((model.__doc__ or "").split("\n\n")[0].split())
     summary = f"{summary}\n\n" if summary and path else ""
-    rows = [f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field.description or '')} |"
-            for name, field in model.model_fields.items()
-            if not (skip_sections and _models_in(field.annotation))]
+    rows = [
+        f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field.description or '')} |"
+        for name, field in model.model_fields.items()
+        if not (skip_sections and _models_in(field.annotation))
+    ]
     return f"## {title}\n\n{summary}| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 

@@ -29,8 +29,14 @@ def page() -> str:
 
 def _entry(reward: Registered) -> str:
     needs = " and ".join(["a detector"] * reward.needs_detector + ["a judge"] * reward.needs_judge)
-    facts = [("Pays", reward.formula), ("Source", reward.source), ("Reads", reward.inputs),
-             ("Variants", reward.differs), ("Needs", needs), ("A value depends on", SCOPES[reward.scope])]
+    facts = [
+        ("Pays", reward.formula),
+        ("Source", reward.source),
+        ("Reads", reward.inputs),
+        ("Variants", reward.differs),
+        ("Needs", needs),
+        ("A value depends on", SCOPES[reward.scope]),
+    ]
     lines = [f"## `{reward.name}`", "", *[f"- **{name}**: {_text(text)}" for name, text in facts if text]]
     options = option_rows(reward.load())
     if options:

@@ -23,8 +23,14 @@ class Interval:
         return f"{self.difference:+.3f} ({self.level:.0%} interval {self.low:+.3f} to {self.high:+.3f})"
 
 
-def paired_bootstrap(before: Sequence[float], after: Sequence[float], tags: Sequence[str], resamples: int = 10_000,
-                     level: float = 0.95, seed: int = 0) -> Interval:
+def paired_bootstrap(
+    before: Sequence[float],
+    after: Sequence[float],
+    tags: Sequence[str],
+    resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
     """Percentile interval of mean-of-tags(after) - mean-of-tags(before) over prompts (Efron, 1979).
 
     Prompts are drawn with replacement within each tag, since the tags are the benchmark's and not a sample; a prompt
@@ -33,8 +39,10 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], tags: Sequ
     Raises EvaluationError for sequences of different lengths, or none.
     """
     if not len(before) == len(after) == len(tags) or not len(tags):
-        raise EvaluationError(f"a paired comparison needs the same prompts twice, not {len(before)} and {len(after)} "
-                              f"scores of {len(tags)} tags")
+        raise EvaluationError(
+            f"a paired comparison needs the same prompts twice, not {len(before)} and {len(after)} "
+            f"scores of {len(tags)} tags"
+        )
     gain_P, tags_P = np.asarray(after, float) - np.asarray(before, float), np.asarray(tags)
     rng, means = np.random.default_rng(seed), []
     for tag in np.unique(tags_P):
@@ -46,8 +54,9 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], tags: Sequ
 
 def refinement(scores: Sequence[PromptScore], **options: int) -> Interval:
     """How much more the final images of one evaluation score than its first sketches."""
-    return paired_bootstrap([p.first_sketch for p in scores], [p.final_image for p in scores],
-                            [p.tag for p in scores], **options)
+    return paired_bootstrap(
+        [p.first_sketch for p in scores], [p.final_image for p in scores], [p.tag for p in scores], **options
+    )
 
 
 def compare(before: Sequence[PromptScore], after: Sequence[PromptScore], **options: int) -> Interval:
@@ -57,7 +66,10 @@ def compare(before: Sequence[PromptScore], after: Sequence[PromptScore], **optio
     """
     for one, other in zip(before, after, strict=False):
         if one.prompt != other.prompt:
-            raise EvaluationError(f"a paired comparison needs the same prompts twice: '{one.prompt}' stands where the "
-                                  f"other evaluation has '{other.prompt}'")
-    return paired_bootstrap([p.final_image for p in before], [p.final_image for p in after], [p.tag for p in after],
-                            **options)
+            raise EvaluationError(
+                f"a paired comparison needs the same prompts twice: '{one.prompt}' stands where the "
+                f"other evaluation has '{other.prompt}'"
+            )
+    return paired_bootstrap(
+        [p.final_image for p in before], [p.final_image for p in after], [p.tag for p in after], **options
+    )

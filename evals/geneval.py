@@ -54,14 +54,17 @@ def by_detector(setting: Setting, samples: Sequence[Sample]) -> Sees:
     """
     detector = setting.detector_for("evaluate geneval")
     for sample in samples:
-        check_record(detector, sample.record, f"{sample.name.split('/')[0]}/metadata.jsonl "
-                                              f"('{sample.record['prompt']}')")
+        check_record(
+            detector, sample.record, f"{sample.name.split('/')[0]}/metadata.jsonl ('{sample.record['prompt']}')"
+        )
 
     def sees(batch: Sequence[Sample]) -> list[Detections]:
         detector.clear()
-        return detector.detect([load_picture(sample) for sample in batch],
-                               [classes_of(sample.record) for sample in batch],
-                               [colored_of(sample.record) for sample in batch])
+        return detector.detect(
+            [load_picture(sample) for sample in batch],
+            [classes_of(sample.record) for sample in batch],
+            [colored_of(sample.record) for sample in batch],
+        )
 
     return sees
 
@@ -108,21 +111,29 @@ def by_detections(path: Path, samples: Sequence[Sample] | None) -> tuple[list[Sa
     if missing:
         raise EvaluationError(f"{path}: {len(missing)} of {len(chosen)} pictures have no row: {some(missing)}")
     check_counts(Counter(sample.name.split("/")[0] for sample in chosen), str(path))
-    return ([replace(sample, detections=found[sample.name]) for sample in chosen],
-            lambda batch: [found[sample.name] for sample in batch])
+    return (
+        [replace(sample, detections=found[sample.name]) for sample in chosen],
+        lambda batch: [found[sample.name] for sample in batch],
+    )
 
 
 def _boxes(detections: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, items in detections.items():
         for item in items if isinstance(items, list) else (None,):
-            if not isinstance(item, dict) or not isinstance(item.get("score"), int | float) or \
-                    not isinstance(item.get("box"), list) or len(item["box"]) != 4:
-                raise EvaluationError(f"{where}: detections of '{name}' are not a list of {{box [x0, y0, x1, y1], "
-                                      f"score, color?}}")
+            if (
+                not isinstance(item, dict)
+                or not isinstance(item.get("score"), int | float)
+                or not isinstance(item.get("box"), list)
+                or len(item["box"]) != 4
+            ):
+                raise EvaluationError(
+                    f"{where}: detections of '{name}' are not a list of {{box [x0, y0, x1, y1], score, color?}}"
+                )
     return dict(detections)
 
 
 # ---- the results --------------------------------------------------------------------------------------------------
+
 
 class Results:
     """The file of rows: what is finished in it, and how more is added."""
@@ -152,20 +163,26 @@ class Results:
     def _compare(self, settings: dict[str, Any]) -> None:
         now = json.dumps(settings)
         if not self._beside.is_file():
-            raise EvaluationError(f"{self.path}: what its rows were made with stands in {self._beside.name}, which is "
-                                  f"missing; if it was {now}, write that there, else give another --out")
+            raise EvaluationError(
+                f"{self.path}: what its rows were made with stands in {self._beside.name}, which is "
+                f"missing; if it was {now}, write that there, else give another --out"
+            )
         try:
             made = object_of(text_of(self._beside), str(self._beside))
         except EvaluationError as error:
-            raise EvaluationError(f"{error}; it says what the rows of {self.path.name} were made with. If that was "
-                                  f"{now}, write that there, else give another --out") from None
+            raise EvaluationError(
+                f"{error}; it says what the rows of {self.path.name} were made with. If that was "
+                f"{now}, write that there, else give another --out"
+            ) from None
         if made != settings:
-            raise EvaluationError(f"{self.path}: its rows were made with {json.dumps(made)}, and now it is {now}; give "
-                                  f"another --out, or remove it")
+            raise EvaluationError(
+                f"{self.path}: its rows were made with {json.dumps(made)}, and now it is {now}; give "
+                f"another --out, or remove it"
+            )
 
     def _read(self) -> None:
         raw = self.path.read_bytes()
-        whole = raw[:raw.rfind(b"\n") + 1]
+        whole = raw[: raw.rfind(b"\n") + 1]
         for where, row in lines_of(self.path, whole):
             if not isinstance(row.get("filename"), str) or not isinstance(row.get("correct"), bool):
                 raise EvaluationError(f"{where}: no result row; give another --out")
@@ -180,9 +197,11 @@ class Results:
         """
         gone = Counter(name.split("/")[0] for name in self.rows.keys() - {sample.name for sample in samples})
         if gone:
-            raise EvaluationError(f"{self.path}: has {sum(gone.values())} rows of pictures that are gone: "
-                                  f"{some([f'{name} ({count})' for name, count in sorted(gone.items())])}; put them "
-                                  f"back, take their lines out of it, or give another --out")
+            raise EvaluationError(
+                f"{self.path}: has {sum(gone.values())} rows of pictures that are gone: "
+                f"{some([f'{name} ({count})' for name, count in sorted(gone.items())])}; put them "
+                f"back, take their lines out of it, or give another --out"
+            )
         open_ones, other = [], []
         for sample in samples:
             row = self.rows.get(sample.name)
@@ -194,8 +213,13 @@ class Results:
             else:  # the folder may have moved
                 self.rows[sample.name] = {**row, "filename": _filename(sample, images)}
         if other:
-            logger.warning("%s: %d of its %d rows are of other pictures or records, which are judged anew: %s",
-                           self.path, len(other), len(self.rows), some(other))
+            logger.warning(
+                "%s: %d of its %d rows are of other pictures or records, which are judged anew: %s",
+                self.path,
+                len(other),
+                len(self.rows),
+                some(other),
+            )
         return open_ones
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -217,9 +241,16 @@ def _key(row: Mapping[str, Any]) -> str:
     return "/".join(Path(str(row["filename"])).parts[-3:])
 
 
-def judge(samples: Sequence[Sample], sees: Sees, results: Results, mode: Mode = "standard",
-          thresholds: tuple[float, float] = THRESHOLDS, batch_size: int = 32, images: Path | None = None,
-          progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
+def judge(
+    samples: Sequence[Sample],
+    sees: Sees,
+    results: Results,
+    mode: Mode = "standard",
+    thresholds: tuple[float, float] = THRESHOLDS,
+    batch_size: int = 32,
+    images: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
     """Judge what has no row yet, batch by batch, and give all rows in the samples' order.
 
     Args:
@@ -230,15 +261,18 @@ def judge(samples: Sequence[Sample], sees: Sees, results: Results, mode: Mode = 
             Or there are rows of pictures that are gone.
         UserError: what the detector cannot do.
     """
+
     def rows_of(batch: Sequence[Sample]) -> list[dict[str, Any]]:
         # Before they are looked at: a picture that is drawn anew in between is judged anew by the next call.
         identities = [_identity(sample) for sample in batch]
-        return [_row(sample, identity, objects, mode, thresholds, images)
-                for sample, identity, objects in zip(batch, identities, sees(batch), strict=True)]
+        return [
+            _row(sample, identity, objects, mode, thresholds, images)
+            for sample, identity, objects in zip(batch, identities, sees(batch), strict=True)
+        ]
 
     open_ones = results.still_open(samples, images)
     for start in range(0, len(open_ones), batch_size):
-        batch = open_ones[start:start + batch_size]
+        batch = open_ones[start : start + batch_size]
         try:
             results.append(rows_of(batch))
         except EvaluationError:
@@ -266,22 +300,42 @@ def _identity(sample: Sample) -> dict[str, str]:
             raise EvaluationError(f"{sample.path}: cannot be read ({error.strerror})") from None
     if sample.detections is not None:
         digest.update(json.dumps(sample.detections, sort_keys=True).encode())
-    return {"tag": sample.record["tag"], "prompt": sample.record["prompt"], "metadata": json.dumps(sample.record),
-            "sha256": digest.hexdigest()}
+    return {
+        "tag": sample.record["tag"],
+        "prompt": sample.record["prompt"],
+        "metadata": json.dumps(sample.record),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _filename(sample: Sample, images: Path | None) -> str:
     return str(images / sample.name) if images is not None else sample.name
 
 
-def _row(sample: Sample, identity: Mapping[str, str], found: Mapping[str, Any], mode: Mode,
-         thresholds: tuple[float, float], images: Path | None) -> dict[str, Any]:
+def _row(
+    sample: Sample,
+    identity: Mapping[str, str],
+    found: Mapping[str, Any],
+    mode: Mode,
+    thresholds: tuple[float, float],
+    images: Path | None,
+) -> dict[str, Any]:
     correct, reason = evaluate(sample.record, found, mode, thresholds)
-    details = {name: [[*map(float, o.box), float(o.score)] for o in objects]
-               for name, objects in kept(sample.record, found, thresholds).items() if objects}
-    return {"filename": _filename(sample, images), "tag": identity["tag"], "prompt": identity["prompt"],
-            "correct": bool(correct), "reason": reason, "metadata": identity["metadata"],
-            "details": json.dumps(details), "sha256": identity["sha256"]}
+    details = {
+        name: [[*map(float, o.box), float(o.score)] for o in objects]
+        for name, objects in kept(sample.record, found, thresholds).items()
+        if objects
+    }
+    return {
+        "filename": _filename(sample, images),
+        "tag": identity["tag"],
+        "prompt": identity["prompt"],
+        "correct": bool(correct),
+        "reason": reason,
+        "metadata": identity["metadata"],
+        "details": json.dumps(details),
+        "sha256": identity["sha256"],
+    }
 
 
 @dataclass(frozen=True)
@@ -302,17 +356,24 @@ class Summary:
         return self.prompts_expected is not None and self.num_prompts < self.prompts_expected
 
     def as_json(self) -> dict[str, Any]:
-        return {"overall": self.overall, "tags": self.tags, "images": self.images, "prompts": self.prompts,
-                "num_images": self.num_images, "num_prompts": self.num_prompts,
-                "prompts_expected": self.prompts_expected}
+        return {
+            "overall": self.overall,
+            "tags": self.tags,
+            "images": self.images,
+            "prompts": self.prompts,
+            "num_images": self.num_images,
+            "num_prompts": self.num_prompts,
+            "prompts_expected": self.prompts_expected,
+        }
 
 
 def prompts_of_benchmark(samples: Sequence[Sample]) -> int | None:
     """How many prompts the benchmark has, where all records are of its tags and classes; None for a set of another
     kind."""
     clauses = [clause for sample in samples for clause in sample.record["include"]]
-    own = all(sample.record["tag"] in TAGS for sample in samples) and \
-        all(clause["class"] in GENEVAL_CLASSES for clause in clauses)
+    own = all(sample.record["tag"] in TAGS for sample in samples) and all(
+        clause["class"] in GENEVAL_CLASSES for clause in clauses
+    )
     return PROMPTS if own else None
 
 
@@ -322,19 +383,30 @@ def summarise(rows: Sequence[Mapping[str, Any]], prompts_expected: int | None = 
         raise EvaluationError("there are no pictures to sum up")
     names = [tag for tag in TAGS if any(row["tag"] == tag for row in rows)]
     names += sorted({row["tag"] for row in rows} - set(TAGS))
-    counts = {tag: (sum(bool(row["correct"]) for row in rows if row["tag"] == tag),
-                    sum(row["tag"] == tag for row in rows)) for tag in names}
+    counts = {
+        tag: (sum(bool(row["correct"]) for row in rows if row["tag"] == tag), sum(row["tag"] == tag for row in rows))
+        for tag in names
+    }
     solved: dict[str, bool] = {}
     for row in rows:  # a prompt is its record, as in the released summary
         solved[row["metadata"]] = solved.get(row["metadata"], False) or bool(row["correct"])
     correct = [float(bool(row["correct"])) for row in rows]
-    return Summary(mean_of_tags(correct, [row["tag"] for row in rows]),
-                   {tag: hits / total for tag, (hits, total) in counts.items()}, sum(correct) / len(rows),
-                   sum(solved.values()) / len(solved), counts, len(rows), len(solved), prompts_expected)
+    return Summary(
+        mean_of_tags(correct, [row["tag"] for row in rows]),
+        {tag: hits / total for tag, (hits, total) in counts.items()},
+        sum(correct) / len(rows),
+        sum(solved.values()) / len(solved),
+        counts,
+        len(rows),
+        len(solved),
+        prompts_expected,
+    )
 
 
 def check_thresholds(thresholds: Sequence[float]) -> tuple[float, float]:
     if len(thresholds) != 2 or not all(0 <= score < 1 for score in thresholds):
-        raise UserError(f"--thresholds: {' '.join(map(str, thresholds))}; two scores from 0 to below 1, of an object "
-                        f"and of one that is counted")
+        raise UserError(
+            f"--thresholds: {' '.join(map(str, thresholds))}; two scores from 0 to below 1, of an object "
+            f"and of one that is counted"
+        )
     return thresholds[0], thresholds[1]

@@ -1,7 +1,7 @@
 """GenEval's layout on disk: every prompt's record and pictures, or the one thing that is wrong with them.
 
-    DIR/00000/metadata.jsonl        one record: tag, prompt, include, exclude
-    DIR/00000/samples/0000.png      the pictures of that prompt; 0001.png, ...
+DIR/00000/metadata.jsonl        one record: tag, prompt, include, exclude
+DIR/00000/samples/0000.png      the pictures of that prompt; 0001.png, ...
 """
 
 from __future__ import annotations
@@ -42,24 +42,30 @@ def read_folder(images: Path, prompts: Path | None = None) -> list[Sample]:
         raise EvaluationError(f"{images}: no such folder of pictures")
     folders = _numbered("prompt", {path: path.name for path in images.iterdir() if path.is_dir()})
     if not folders:
-        raise EvaluationError(f"{images}: no numbered folders there; GenEval's layout is 00000/metadata.jsonl and "
-                              f"00000/samples/0000.png")
+        raise EvaluationError(
+            f"{images}: no numbered folders there; GenEval's layout is 00000/metadata.jsonl and 00000/samples/0000.png"
+        )
     asked = _prompt_list(prompts) if prompts is not None else None
     expected = len(asked) if asked is not None else max(folders) + 1
     missing = [number for number in range(expected) if number not in folders]
     if missing:
-        raise EvaluationError(f"{images}: {len(missing)} of {expected} prompts have no folder: "
-                              f"{some([f'{number:05}' for number in missing])}")
+        raise EvaluationError(
+            f"{images}: {len(missing)} of {expected} prompts have no folder: "
+            f"{some([f'{number:05}' for number in missing])}"
+        )
     surplus = [number for number in folders if number >= expected]
     if surplus:
-        raise EvaluationError(f"{images}: folder {some([folders[n].name for n in surplus])} has no prompt: {prompts} "
-                              f"has {expected}")
+        raise EvaluationError(
+            f"{images}: folder {some([folders[n].name for n in surplus])} has no prompt: {prompts} has {expected}"
+        )
     samples, counts = [], {}
     for number, folder in folders.items():
         record = _record(folder / "metadata.jsonl")
         if asked is not None and any(record.get(key) != asked[number].get(key) for key in ("prompt", "include")):
-            raise EvaluationError(f"{folder / 'metadata.jsonl'}: is about '{record['prompt']}', but line {number + 1} "
-                                  f"of {prompts} is '{asked[number].get('prompt')}'")
+            raise EvaluationError(
+                f"{folder / 'metadata.jsonl'}: is about '{record['prompt']}', but line {number + 1} "
+                f"of {prompts} is '{asked[number].get('prompt')}'"
+            )
         files = _files(folder / "samples")
         counts[folder.name] = len(files)
         samples += [Sample(f"{folder.name}/samples/{path.name}", record, path) for path in files]
@@ -72,8 +78,9 @@ def check_counts(counts: Mapping[str, int], where: str) -> None:
     most = max(counts.values(), default=0)
     fewer = [f"{name} ({count})" for name, count in counts.items() if count < most]
     if fewer:
-        raise EvaluationError(f"{where}: {len(fewer)} of {len(counts)} prompts have fewer than {most} pictures in "
-                              f"samples/: {some(fewer)}")
+        raise EvaluationError(
+            f"{where}: {len(fewer)} of {len(counts)} prompts have fewer than {most} pictures in samples/: {some(fewer)}"
+        )
 
 
 def _prompt_list(path: Path) -> list[dict[str, Any]]:
@@ -99,18 +106,29 @@ def checked_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise EvaluationError(f"{where}: exclude is {record['exclude']!r}; it is a list of clauses")
     for key in ("include", "exclude"):
         for clause in record.get(key) or ():
-            if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str) or \
-                    not isinstance(clause.get("count"), int) or clause["count"] < 1 or \
-                    not isinstance(clause.get("color"), str | None):
-                raise EvaluationError(f"{where}: {key} has {clause!r}; a clause is {{class, count from 1, color?, "
-                                      f"position?}}")
+            if (
+                not isinstance(clause, Mapping)
+                or not isinstance(clause.get("class"), str)
+                or not isinstance(clause.get("count"), int)
+                or clause["count"] < 1
+                or not isinstance(clause.get("color"), str | None)
+            ):
+                raise EvaluationError(
+                    f"{where}: {key} has {clause!r}; a clause is {{class, count from 1, color?, position?}}"
+                )
     for place, clause in enumerate(record["include"]):
         position = clause.get("position")
-        if position is not None and (not isinstance(position, list) or len(position) != 2
-                                     or position[0] not in RELATIONS or not isinstance(position[1], int)
-                                     or position[1] not in range(place)):
-            raise EvaluationError(f"{where}: '{clause['class']}' has the position {position!r}; it is [relation, index "
-                                  f"of an earlier clause], and relations are {', '.join(RELATIONS)}")
+        if position is not None and (
+            not isinstance(position, list)
+            or len(position) != 2
+            or position[0] not in RELATIONS
+            or not isinstance(position[1], int)
+            or position[1] not in range(place)
+        ):
+            raise EvaluationError(
+                f"{where}: '{clause['class']}' has the position {position!r}; it is [relation, index "
+                f"of an earlier clause], and relations are {', '.join(RELATIONS)}"
+            )
     return dict(record)
 
 
@@ -120,8 +138,10 @@ def _files(folder: Path) -> list[Path]:
     files = _numbered("sample", {path: path.stem for path in there if path.suffix.lower() in SUFFIXES})
     missing = [f"{number:04}" for number in range(max(files, default=0)) if number not in files]
     if missing:
-        raise EvaluationError(f"{folder}: has {files[max(files)].name}, but not {some(missing)}; a prompt's "
-                              f"samples are numbered from 0000 without a gap")
+        raise EvaluationError(
+            f"{folder}: has {files[max(files)].name}, but not {some(missing)}; a prompt's "
+            f"samples are numbered from 0000 without a gap"
+        )
     return list(files.values())
 
 
@@ -132,12 +152,14 @@ def _numbered(what: str, names: Mapping[Path, str]) -> dict[int, Path]:
         if name.isdecimal():
             other = by_number.setdefault(int(name), path)
             if other != path:
-                raise EvaluationError(f"{path.parent}: {other.name} and {path.name} are both {what} {int(name)}; "
-                                      f"keep one")
+                raise EvaluationError(
+                    f"{path.parent}: {other.name} and {path.name} are both {what} {int(name)}; keep one"
+                )
     return dict(sorted(by_number.items()))
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
+
 
 def text_of(path: Path) -> str:
     try:

@@ -59,23 +59,29 @@ class Heldout:
     @property
     def tags(self) -> dict[str, float]:
         """The final image's score by tag."""
-        return {tag: float(np.mean([p.final_image for p in self.prompts if p.tag == tag]))
-                for tag in sorted({p.tag for p in self.prompts})}
+        return {
+            tag: float(np.mean([p.final_image for p in self.prompts if p.tag == tag]))
+            for tag in sorted({p.tag for p in self.prompts})
+        }
 
     def as_metrics(self) -> dict[str, float]:
         """heldout/score (the final image's), heldout/first_sketch, heldout/final_image, heldout/<tag>, ..."""
-        return {"heldout/score": self.final_image, "heldout/final_image": self.final_image,
-                "heldout/first_sketch": self.first_sketch,
-                "heldout/pictures": float(np.mean([p.pictures for p in self.prompts])),
-                **{f"heldout/tag/{tag}": score for tag, score in self.tags.items()}}
+        return {
+            "heldout/score": self.final_image,
+            "heldout/final_image": self.final_image,
+            "heldout/first_sketch": self.first_sketch,
+            "heldout/pictures": float(np.mean([p.pictures for p in self.prompts])),
+            **{f"heldout/tag/{tag}": score for tag, score in self.tags.items()},
+        }
 
     def save(self, path: Path) -> None:
         """Scores by prompt, one JSON object a line."""
         Path(path).write_text("".join(json.dumps(asdict(prompt)) + "\n" for prompt in self.prompts))
 
 
-def evaluate(rollouts: Rollouts, score: Scorer, records: Sequence[dict[str, Any]], seed: int,
-             samples: int = 1) -> Heldout:
+def evaluate(
+    rollouts: Rollouts, score: Scorer, records: Sequence[dict[str, Any]], seed: int, samples: int = 1
+) -> Heldout:
     """Answer every record `samples` times and score the first and the last picture of each answer.
 
     Args:
@@ -87,13 +93,17 @@ def evaluate(rollouts: Rollouts, score: Scorer, records: Sequence[dict[str, Any]
     """
     if not records:
         raise EvaluationError("there are no held-out prompts to evaluate on")
-    requests = [RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed)
-                for number, record in enumerate(records)]
+    requests = [
+        RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed)
+        for number, record in enumerate(records)
+    ]
     result = rollouts.generate(requests)
     if result.failed:
         first = result.failed[0]
-        raise EvaluationError(f"{len(result.failed)} of {len(records)} held-out prompts got no answer; the first is "
-                              f"'{records[first.index]['prompt']}' ({first.reason}: {first.detail})")
+        raise EvaluationError(
+            f"{len(result.failed)} of {len(records)} held-out prompts got no answer; the first is "
+            f"'{records[first.index]['prompt']}' ({first.reason}: {first.detail})"
+        )
     drawn = [[picture for _, picture in policy_pictures(t)] for group in result.groups for t in group]
     owners = [records[group[0].group] for group in result.groups for _ in group]
     some = [row for row, pictures in enumerate(drawn) if pictures]
@@ -106,8 +116,15 @@ def evaluate(rollouts: Rollouts, score: Scorer, records: Sequence[dict[str, Any]
     prompts, row = [], 0
     for record, group in zip(records, result.groups, strict=True):
         rows = slice(row, row := row + len(group))
-        prompts.append(PromptScore(record["prompt"], record["tag"], float(scores[-1][rows].mean()),
-                                   float(scores[0][rows].mean()), float(np.mean([len(p) for p in drawn[rows]]))))
+        prompts.append(
+            PromptScore(
+                record["prompt"],
+                record["tag"],
+                float(scores[-1][rows].mean()),
+                float(scores[0][rows].mean()),
+                float(np.mean([len(p) for p in drawn[rows]])),
+            )
+        )
     return Heldout(prompts, result.groups, result.metrics)
 
 
@@ -119,6 +136,7 @@ def mean_of_tags(values: Sequence[float], tags: Sequence[str]) -> float:
 
 def geneval_scorer(setting: Setting) -> Scorer:
     """GenEval's released rules: 1 where the picture shows what the record asks for, else 0."""
+
     def score(pictures: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[float]:
         return [float(correct) for correct, _ in score_pictures(pictures, records, setting, "standard")]
 
@@ -138,8 +156,9 @@ def spread_over_tags(records: Sequence[dict[str, Any]], count: int) -> list[dict
     share = dict.fromkeys(by_tag, 0)
     while sum(share.values()) < count:
         open_tags = [tag for tag in by_tag if share[tag] < len(by_tag[tag])]
-        for tag in open_tags[:count - sum(share.values())]:
+        for tag in open_tags[: count - sum(share.values())]:
             share[tag] += 1
-    chosen = [by_tag[tag][index * len(by_tag[tag]) // wanted]
-              for tag, wanted in share.items() for index in range(wanted)]
+    chosen = [
+        by_tag[tag][index * len(by_tag[tag]) // wanted] for tag, wanted in share.items() for index in range(wanted)
+    ]
     return [records[number] for number in sorted(chosen)]

@@ -63,8 +63,11 @@ def compare_arms(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     for kind in ("trained", "sampled"):  # trained comes first: all parts train on more of what they sample
         results[f"all_parts_equal_{kind}"] = run_arm(options, "all_parts", kind, results["detection"][kind])
         gain = compare(scores(options, "detection", "sampled"), scores(options, "all_parts", kind))
-        results[f"difference_equal_{kind}"] = {"all_parts_minus_detection": gain.difference, "low": gain.low,
-                                               "high": gain.high}
+        results[f"difference_equal_{kind}"] = {
+            "all_parts_minus_detection": gain.difference,
+            "low": gain.low,
+            "high": gain.high,
+        }
     return results
 
 
@@ -74,8 +77,9 @@ def run_arm(options: argparse.Namespace, arm: str, kind: str, tokens: float) -> 
     kept = folder / f"equal_{kind}.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text()))
-    recipe = load_recipe(options.recipe, [CONSTANT, *options.overrides, f"seed={options.seed}", f"run_dir={folder}",
-                                          *ARMS[arm]])
+    recipe = load_recipe(
+        options.recipe, [CONSTANT, *options.overrides, f"seed={options.seed}", f"run_dir={folder}", *ARMS[arm]]
+    )
     while spent(folder)[kind] < tokens:
         done = checkpoint.steps(folder / "checkpoints")
         per_step = spent(folder)[kind] / done[-1] if done else None
@@ -100,8 +104,10 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
 def spent(folder: Path) -> dict[str, float]:
     """Tokens that the arm's logged steps sampled and trained on."""
     rows = read_metrics(folder / "metrics.jsonl")
-    return {"sampled": sum(row.get("rollout/tokens") or 0.0 for row in rows),
-            "trained": sum(row.get("trained/tokens") or 0.0 for row in rows)}
+    return {
+        "sampled": sum(row.get("rollout/tokens") or 0.0 for row in rows),
+        "trained": sum(row.get("trained/tokens") or 0.0 for row in rows),
+    }
 
 
 if __name__ == "__main__":

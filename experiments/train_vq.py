@@ -39,9 +39,14 @@ from tasks.shapes.render import MASKS, render
 from tasks.shapes.world import CANVAS, COLORS, GROUND, MAX_OBJECTS, OBJECT, PATCH, Scene, sample_scene
 
 SHAPES_VQ = {
-    "embed_dim": 16, "num_embeddings": 512, "latent_channels": 16, "resolution": CANVAS, "base_channels": 32,
+    "embed_dim": 16,
+    "num_embeddings": 512,
+    "latent_channels": 16,
+    "resolution": CANVAS,
+    "base_channels": 32,
     "channel_multiplier": [1, 1, 1, 1],  # three halvings: 8 px a code
-    "num_res_blocks": 0, "attn_type": "none",  # little context: a patch's code should not depend on its neighbours
+    "num_res_blocks": 0,
+    "attn_type": "none",  # little context: a patch's code should not depend on its neighbours
 }
 
 
@@ -185,8 +190,13 @@ def read_right(picture: np.ndarray, scene: Scene) -> bool:
     seen = [found for found in detect(picture) if found.score > FAINT]
     left = list(seen)
     for item in scene.objects:
-        near = [found for found in left if (found.cls, found.color) == (item.shape, item.color) and found.score > SURE
-                and np.abs(np.subtract(found.box, item.box)).max() <= 1]
+        near = [
+            found
+            for found in left
+            if (found.cls, found.color) == (item.shape, item.color)
+            and found.score > SURE
+            and np.abs(np.subtract(found.box, item.box)).max() <= 1
+        ]
         if not near:
             return False
         left.remove(near[0])
@@ -294,8 +304,9 @@ class Training:
             self.codebook.update(latent_MD.detach(), codes_M, config.decay, embedding)
         picture_loss = reconstruction_loss(vq.decoder(vq.post_quant_conv(passed)), pixels, config.foreground)
         spread = (latent_MD - mean_GD[identity_M]).square().sum(1).mean()
-        loss = (picture_loss + config.commitment * commitment + config.consistency * spread
-                + config.agreement * agreement)
+        loss = (
+            picture_loss + config.commitment * commitment + config.consistency * spread + config.agreement * agreement
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
@@ -306,15 +317,22 @@ class Training:
             self.codebook.restart(*self._latents(256, strays=False), embedding)
         self.seconds += time.monotonic() - began
         return {
-            "loss/picture": picture_loss.item(), "loss/commitment": commitment.item(), "loss/spread": spread.item(),
-            "loss/agreement": agreement.item(), "latent_variance": latent_MD.detach().var(0).sum().item(),
+            "loss/picture": picture_loss.item(),
+            "loss/commitment": commitment.item(),
+            "loss/spread": spread.item(),
+            "loss/agreement": agreement.item(),
+            "latent_variance": latent_MD.detach().var(0).sum().item(),
         }
 
     def save(self, path: Path) -> None:
         state = {
-            "vq": self.vq.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-            "seconds": self.seconds, "generator": self.generator.get_state(),
-            "rng": json.dumps(self.rng.bit_generator.state), "config": self.config.model_dump(),
+            "vq": self.vq.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "generator": self.generator.get_state(),
+            "rng": json.dumps(self.rng.bit_generator.state),
+            "config": self.config.model_dump(),
             "codebook": vars(self.codebook) if self.codebook else None,
         }
         partial = path.with_name(path.name + ".partial")

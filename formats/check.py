@@ -33,7 +33,7 @@ def bodies(role: Role, text: str) -> dict[str, str]:
         start += len(opening)
         stop = text.find(closing, start)
         position = len(text) if stop < 0 else stop + len(closing)
-        found[opening.strip("<>")] = text[start:stop if stop >= 0 else None].strip()
+        found[opening.strip("<>")] = text[start : stop if stop >= 0 else None].strip()
     return found
 
 
@@ -92,8 +92,11 @@ class _Check:
                 self._read_image(item, segment, images)
         for index, size in sizes.items():
             if size != max(sizes.values()):
-                self.add(index, f"the picture of '{self.trajectory.segments[index].role}' has {size} ids; "
-                                f"the others have {max(sizes.values())}")
+                self.add(
+                    index,
+                    f"the picture of '{self.trajectory.segments[index].role}' has {size} ids; "
+                    f"the others have {max(sizes.values())}",
+                )
         self._read_end(last)
 
     def _items(self) -> Iterator[_Run | int]:
@@ -117,8 +120,10 @@ class _Check:
     def _read_image(self, index: int, segment: Segment, images: int) -> None:
         role = self.grammar.by_name.get(segment.role)
         if role is None or not role.is_image:
-            self.add(index, f"a picture in the role '{segment.role}', which is none of a picture; "
-                            f"expected {self._expected()}")
+            self.add(
+                index,
+                f"a picture in the role '{segment.role}', which is none of a picture; expected {self._expected()}",
+            )
             return
         if segment.role not in self.grammar.follow[self.place]:
             self.add(index, f"a picture ({segment.role}) follows '{self.place}'; expected {self._expected()}")
@@ -140,8 +145,11 @@ class _Check:
             elif segment.role != END and not segment.text.strip():
                 self.add(index, f"'{segment.role}' is empty; expected {self._expected()}")
         if len(self.found) == before and [role for _, role in named] != read:
-            self.add(run.indices[0], f"recorded as {', '.join(role for _, role in named) or 'nothing'}; the text reads "
-                                     f"{', '.join(read) or 'nothing'}")
+            self.add(
+                run.indices[0],
+                f"recorded as {', '.join(role for _, role in named) or 'nothing'}; the text reads "
+                f"{', '.join(read) or 'nothing'}",
+            )
 
     def _read_text(self, run: _Run) -> list[str]:
         """Read a run from its start; returns the roles that it holds."""
@@ -152,8 +160,14 @@ class _Check:
             if position >= len(text):
                 return read
             opening = next((tag for tag in self.grammar.openings if text.startswith(tag, position)), None)
-            free = next((name for name in self.grammar.follow[self.place]
-                         if name != END and self.grammar.by_name[name].is_free), None)
+            free = next(
+                (
+                    name
+                    for name in self.grammar.follow[self.place]
+                    if name != END and self.grammar.by_name[name].is_free
+                ),
+                None,
+            )
             if opening is not None:
                 role = self.grammar.openings[opening]
                 here = run.segment_at(position + len(opening) - 1)
@@ -170,12 +184,16 @@ class _Check:
                     self.add(run.segment_at(stray.start()), f"stray {stray[0]} inside '{free}', which has no tags")
                 return read
             else:
-                rest = next((m.start() for m in self.tag.finditer(text, position + 1)
-                             if m[0] in self.grammar.openings), len(text))
+                rest = next(
+                    (m.start() for m in self.tag.finditer(text, position + 1) if m[0] in self.grammar.openings),
+                    len(text),
+                )
                 excerpt = text[position:rest].strip()
                 excerpt = excerpt if len(excerpt) <= 40 else excerpt[:37] + "..."
-                self.add(run.segment_at(position), f"'{excerpt}' stands outside any role ({OTHER}); "
-                                                   f"expected {self._expected()}")
+                self.add(
+                    run.segment_at(position),
+                    f"'{excerpt}' stands outside any role ({OTHER}); expected {self._expected()}",
+                )
                 position = rest
 
     def _read_bodies(self, run: _Run, role: Role, here: int, position: int) -> int:
@@ -197,7 +215,7 @@ class _Check:
                     break
                 self.add(run.segment_at(tag.start()), f"stray {tag[0]} inside '{role.name}'; expected {closing}")
                 position = tag.end()
-            if not text[body:tag.start()].strip():
+            if not text[body : tag.start()].strip():
                 self.add(here, f"'{role.name}': nothing stands between {opening} and {closing}")
             position = tag.end()
         return position

@@ -14,15 +14,24 @@ from runtime.errors import UserError
 class FormatConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field("strokes", description="The way of thinking: strokes, subgoals, self_critique, a registered "
-                                             "name, or the dotted path of a factory.")
-    max_images: int | None = Field(None, ge=1, description="At most so many images a trajectory; none: the format's "
-                                                           "own limit.")
+    name: str = Field(
+        "strokes",
+        description="The way of thinking: strokes, subgoals, self_critique, a registered "
+        "name, or the dotted path of a factory.",
+    )
+    max_images: int | None = Field(
+        None, ge=1, description="At most so many images a trajectory; none: the format's own limit."
+    )
     constrain: Literal["images", "full"] = Field(
-        "images", description="images: a picture is exactly its codes, words are free, so that well-formed tags are "
-                              "learned and can be rewarded. full: only well-formed thoughts can be sampled.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Handed to the format: max_tokens by role, "
-                                    "instruction, guidance, scales, negative_prompt, or what your own takes.")
+        "images",
+        description="images: a picture is exactly its codes, words are free, so that well-formed tags are "
+        "learned and can be rewarded. full: only well-formed thoughts can be sampled.",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Handed to the format: max_tokens by role, "
+        "instruction, guidance, scales, negative_prompt, or what your own takes.",
+    )
 
     def build(self) -> ThoughtFormat:
         """The format. Raises UserError naming the wrong key."""

@@ -84,8 +84,7 @@ class Automaton:
             self._path(close, closing, after)
             rest.body, rest.free, rest.closing = rest, ("body", self.lexicon.body), self._seal(close)
             self._seal(rest)
-            first = Node(body=rest, free=("visible", self.lexicon.visible), limit=role.max_tokens,
-                         closing=rest.closing)
+            first = Node(body=rest, free=("visible", self.lexicon.visible), limit=role.max_tokens, closing=rest.closing)
             self._bodies[key] = self._seal(first)
         return self._bodies[key]
 

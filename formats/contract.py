@@ -14,8 +14,15 @@ from formats.render import render, tags_of
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory, mask_of
 
 
-def check_format(fmt: ThoughtFormat, vocabulary: Vocabulary, demonstrations: Sequence[Sequence[Part]], *,
-                 walks: int = 20, limit: int = 400, seed: int = 0) -> None:
+def check_format(
+    fmt: ThoughtFormat,
+    vocabulary: Vocabulary,
+    demonstrations: Sequence[Sequence[Part]],
+    *,
+    walks: int = 20,
+    limit: int = 400,
+    seed: int = 0,
+) -> None:
     """Check a format's promises by demonstrations and by random walks under each constraint.
 
     Args:
@@ -35,12 +42,18 @@ def check_format(fmt: ThoughtFormat, vocabulary: Vocabulary, demonstrations: Seq
             _check_walk(fmt, vocabulary, constrain, limit, rng)
 
 
-def spans_to_trajectory(fmt: ThoughtFormat, vocabulary: Vocabulary, ids: Sequence[int], spans: Sequence[Span],
-                        stop: StopReason = StopReason.END, prompt: str = "") -> Trajectory:
+def spans_to_trajectory(
+    fmt: ThoughtFormat,
+    vocabulary: Vocabulary,
+    ids: Sequence[int],
+    spans: Sequence[Span],
+    stop: StopReason = StopReason.END,
+    prompt: str = "",
+) -> Trajectory:
     """The record of ids that a cursor has divided, without decisions or pictures; the prompt has no ids."""
     segments = [Segment("prompt", Author.USER, Modality.TEXT, False, text=prompt)]
     for span in spans:
-        ids_T = np.asarray(ids[span.start:span.stop], np.int32)
+        ids_T = np.asarray(ids[span.start : span.stop], np.int32)
         text = vocabulary.decode(ids_T) if span.modality is Modality.TEXT else ""
         segments.append(Segment(span.role, fmt.author(span.role), span.modality, fmt.trained(span.role), ids_T, text))
     return Trajectory(prompt, {}, fmt.name, segments, stop=stop)
@@ -57,7 +70,7 @@ def _check_demonstration(fmt: ThoughtFormat, vocabulary: Vocabulary, parts: Sequ
     picture = np.resize(vocabulary.code_ids, vocabulary.codes_per_image)
     trajectory = render(fmt, "", {}, parts, vocabulary, [picture for part in parts if part.picture is not None])
     turn = trajectory.segments[1:]
-    assert [s.role for s in turn[:len(parts)]] == [part.role for part in parts], f"{fmt.name}: rendering changed roles"
+    assert [s.role for s in turn[: len(parts)]] == [part.role for part in parts], f"{fmt.name}: rendering changed roles"
     cursor = fmt.cursor(vocabulary)
     ids = [int(id) for segment in turn for id in segment.ids]
     for id in ids:
@@ -88,8 +101,9 @@ def _check_contexts(fmt: ThoughtFormat, trajectory: Trajectory, index: int) -> N
         assert fmt.guidance(trajectory, index) is not None, f"{fmt.name}: guidance branches but no guidance"
 
 
-def _check_walk(fmt: ThoughtFormat, vocabulary: Vocabulary, constrain: str, limit: int,
-                rng: np.random.Generator) -> None:
+def _check_walk(
+    fmt: ThoughtFormat, vocabulary: Vocabulary, constrain: str, limit: int, rng: np.random.Generator
+) -> None:
     cursor, ids = fmt.cursor(vocabulary, constrain), list[int]()
     codes = {int(id) for id in vocabulary.code_ids}
     left = 0  # codes that the open picture still needs, as the format's promise has it

@@ -106,8 +106,9 @@ class ImagesCursor:
 
     def _free_follower(self) -> str | None:
         grammar = self._grammar
-        return next((name for name in grammar.followers(self._places)
-                     if name != END and grammar.by_name[name].is_free), None)
+        return next(
+            (name for name in grammar.followers(self._places) if name != END and grammar.by_name[name].is_free), None
+        )
 
     def _close(self, stop: int) -> None:
         if self._span is not None:
@@ -120,8 +121,9 @@ class ImagesCursor:
         """Settle which role the last image had, now that one of `following` comes after it."""
         if self._unsure is not None:
             follow = self._grammar.follow
-            role = next((place for place in self._places if any(name in follow[place] for name in following)),
-                        self._places[0])
+            role = next(
+                (place for place in self._places if any(name in follow[place] for name in following)), self._places[0]
+            )
             self._unsure.role, self._places, self._unsure = role, (role,), None
 
     def _open_text(self, role: Role | None, start: int) -> None:
@@ -209,7 +211,7 @@ class ImagesCursor:
             tags = (self._awaited[-1],) if self._mode == _BODY else () if self._mode == _PLAIN else self._openings
             hit = next((tag for tag in tags if text.startswith(tag)), None)
             if hit is not None:
-                text = text[len(hit):]
+                text = text[len(hit) :]
                 self._complete(hit, start, index)
                 if self._mode == _SEEK and text.strip() and text.lstrip()[0] not in tag_starts:
                     self._wait(index, blank=False)

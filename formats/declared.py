@@ -46,10 +46,17 @@ class DeclaredFormat:
         UserError: naming the option and what would be right.
     """
 
-    def __init__(self, grammar: Grammar, *, max_images: int | None = None,
-                 max_tokens: Mapping[str, int] | None = None, instruction: str = "",
-                 guidance: Sequence[str] = (), scales: Mapping[str, float] | None = None,
-                 negative_prompt: str = "") -> None:
+    def __init__(
+        self,
+        grammar: Grammar,
+        *,
+        max_images: int | None = None,
+        max_tokens: Mapping[str, int] | None = None,
+        instruction: str = "",
+        guidance: Sequence[str] = (),
+        scales: Mapping[str, float] | None = None,
+        negative_prompt: str = "",
+    ) -> None:
         self.grammar = grammar.with_limits(max_images, max_tokens)
         self.name = grammar.name
         self.max_images = self.grammar.max_images
@@ -59,8 +66,10 @@ class DeclaredFormat:
         self.negative_prompt = negative_prompt
         for role in self.grammar.roles:
             if role.author is not Author.POLICY:
-                raise UserError(f"format '{self.name}': role '{role.name}' is written by the {role.author}; "
-                                "a declared format decodes what the policy writes")
+                raise UserError(
+                    f"format '{self.name}': role '{role.name}' is written by the {role.author}; "
+                    "a declared format decodes what the policy writes"
+                )
         for kind in self.guidance_kinds:
             if kind not in BRANCHES:
                 raise UserError(f"format '{self.name}': no guidance '{kind}'; {nearest(kind, BRANCHES)}")
@@ -68,8 +77,10 @@ class DeclaredFormat:
             if name not in SCALES:
                 raise UserError(f"format '{self.name}': no guidance scale '{name}'; {nearest(name, SCALES)}")
         if self.scales["negative"] and not negative_prompt:
-            raise UserError(f"format '{self.name}': scales.negative is {self.scales['negative']} but "
-                            "negative_prompt is empty; give a prompt or set the scale to 0")
+            raise UserError(
+                f"format '{self.name}': scales.negative is {self.scales['negative']} but "
+                "negative_prompt is empty; give a prompt or set the scale to 0"
+            )
         self._lexicons: dict[int, tuple[Lexicon, Automaton]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,15 +137,21 @@ class DeclaredFormat:
                 raise RecordError(f"format '{self.name}': id {id} at position {position} follows the end of the turn")
             if cursor.in_image and (id != forced if forced is not None else id not in codes):
                 right = f"the end marker {forced}" if forced is not None else "a visual code"
-                raise RecordError(f"format '{self.name}': id {id} at position {position} inside the picture of "
-                                  f"'{cursor.role}'; expected {right}")
+                raise RecordError(
+                    f"format '{self.name}': id {id} at position {position} inside the picture of "
+                    f"'{cursor.role}'; expected {right}"
+                )
             if not cursor.in_image and (id in codes or id == vocabulary.eoi):
-                raise RecordError(f"format '{self.name}': id {id} at position {position} belongs inside a picture; "
-                                  f"expected the begin marker {vocabulary.boi} before it")
+                raise RecordError(
+                    f"format '{self.name}': id {id} at position {position} belongs inside a picture; "
+                    f"expected the begin marker {vocabulary.boi} before it"
+                )
             cursor.advance(id)
         if cursor.in_image:
-            raise RecordError(f"format '{self.name}': the picture of '{cursor.role}' is cut off at position "
-                              f"{len(ids)}; it has {vocabulary.codes_per_image} codes and an end marker")
+            raise RecordError(
+                f"format '{self.name}': the picture of '{cursor.role}' is cut off at position "
+                f"{len(ids)}; it has {vocabulary.codes_per_image} codes and an end marker"
+            )
         cursor.stop()
         return cursor.spans
 
@@ -185,8 +202,14 @@ class DeclaredFormat:
             "negative": [i for i in before if trajectory.segments[i].role == NEGATIVE],
             "original": [i for i in before if trajectory.segments[i].role == PROMPT],
         }
-        return (full, *(_context(branch, trajectory, kept[branch]) for branch in BRANCHES[guidance.kind]
-                        if guidance.scales.get(branch, 1.0) or branch in SUBTRAHENDS.get(guidance.kind, ())))
+        return (
+            full,
+            *(
+                _context(branch, trajectory, kept[branch])
+                for branch in BRANCHES[guidance.kind]
+                if guidance.scales.get(branch, 1.0) or branch in SUBTRAHENDS.get(guidance.kind, ())
+            ),
+        )
 
     # ---- the report ----
 

@@ -78,28 +78,40 @@ class Grammar:
                     raise UserError(f"format '{self.name}': no role '{other}'; {nearest(other, names)}")
             if END in followers and name == START:
                 raise UserError(f"format '{self.name}': a turn cannot end before it has begun")
-            if name != START and self.by_name[name].is_free and any(
-                    f != END and not self.by_name[f].is_image for f in followers):
-                raise UserError(f"format '{self.name}': text may not follow the untagged text '{name}', "
-                                "for nothing marks the border; give a role tags")
+            if (
+                name != START
+                and self.by_name[name].is_free
+                and any(f != END and not self.by_name[f].is_image for f in followers)
+            ):
+                raise UserError(
+                    f"format '{self.name}': text may not follow the untagged text '{name}', "
+                    "for nothing marks the border; give a role tags"
+                )
             if sum(f != END and self.by_name[f].is_free for f in followers) > 1:
-                raise UserError(f"format '{self.name}': two untagged text roles may follow '{name}'; "
-                                "nothing tells them apart")
+                raise UserError(
+                    f"format '{self.name}': two untagged text roles may follow '{name}'; nothing tells them apart"
+                )
         tags = self.tags
         for tag in tags:
             if len(tag) < 2 or tag != tag.strip() or tags.count(tag) > 1:
-                raise UserError(f"format '{self.name}': the tag '{tag}' is shorter than two characters, padded or "
-                                "used twice")
+                raise UserError(
+                    f"format '{self.name}': the tag '{tag}' is shorter than two characters, padded or used twice"
+                )
             if any(other != tag and other.startswith(tag) for other in tags) or any(
-                    character in self.tag_starts for character in tag[1:]):
-                raise UserError(f"format '{self.name}': the tag '{tag}' begins another tag, or a tag's first character "
-                                "occurs inside it; such tags cannot be told apart as they are written")
+                character in self.tag_starts for character in tag[1:]
+            ):
+                raise UserError(
+                    f"format '{self.name}': the tag '{tag}' begins another tag, or a tag's first character "
+                    "occurs inside it; such tags cannot be told apart as they are written"
+                )
         for name in [START, *names]:
             if math.isinf(self.images_needed[name]):
                 raise UserError(f"format '{self.name}': no way leads from '{name}' to the end")
         if self.images_needed[START] > self.max_images:
-            raise UserError(f"format '{self.name}': needs at least {self.images_needed[START]:.0f} images, "
-                            f"max_images is {self.max_images}")
+            raise UserError(
+                f"format '{self.name}': needs at least {self.images_needed[START]:.0f} images, "
+                f"max_images is {self.max_images}"
+            )
 
     @cached_property
     def by_name(self) -> dict[str, Role]:

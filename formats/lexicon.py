@@ -51,16 +51,22 @@ class Lexicon:
         ids = tuple(int(i) for i in self.vocabulary.encode(tag))
         if not ids or "".join(map(self.vocabulary.piece, ids)).strip() != tag:
             spelt = "".join(map(self.vocabulary.piece, ids))
-            raise UserError(f"format '{self.grammar.name}': the vocabulary spells the tag '{tag}' as '{spelt}'; "
-                            "add the tag to the tokenizer")
+            raise UserError(
+                f"format '{self.grammar.name}': the vocabulary spells the tag '{tag}' as '{spelt}'; "
+                "add the tag to the tokenizer"
+            )
         return ids
 
     @cached_property
     def body(self) -> list[int]:
         """Ids of which a fully constrained body is made: neither special nor able to begin a tag."""
         vocabulary = self.vocabulary
-        special = {int(i) for i in vocabulary.code_ids} | {vocabulary.boi, vocabulary.eoi, vocabulary.eos,
-                                                          vocabulary.pad}
+        special = {int(i) for i in vocabulary.code_ids} | {
+            vocabulary.boi,
+            vocabulary.eoi,
+            vocabulary.eos,
+            vocabulary.pad,
+        }
         special |= {i for i in (vocabulary.bos, vocabulary.sep) if i is not None}
         ids = []
         for id in range(vocabulary.size):
@@ -74,8 +80,7 @@ class Lexicon:
     def visible(self) -> list[int]:
         """Those of `body` that surely show something: with one of them a body is not blank."""
         # A replacement character stands for part of a multi-byte character, which may turn out to be a space.
-        ids = [id for id in self.body
-               if any(not c.isspace() and c != "\ufffd" for c in self.look(id)[0])]
+        ids = [id for id in self.body if any(not c.isspace() and c != "\ufffd" for c in self.look(id)[0])]
         if not ids:
             raise UserError(f"format '{self.grammar.name}': the vocabulary has no word that a body could begin with")
         return ids

@@ -45,8 +45,10 @@ def get_format(name: str, **options: Any) -> ThoughtFormat:
             raise UserError(f"format.options: '{name}' has no '{option}'; {nearest(option, known)}")
     fmt = factory(**options)
     if not isinstance(fmt, ThoughtFormat):
-        raise UserError(f"format.name: '{name}' gave a {type(fmt).__name__}, which is no ThoughtFormat "
-                        "(formats/base.py lists what it must offer)")
+        raise UserError(
+            f"format.name: '{name}' gave a {type(fmt).__name__}, which is no ThoughtFormat "
+            "(formats/base.py lists what it must offer)"
+        )
     return fmt
 
 

@@ -32,8 +32,14 @@ def encode(fmt: ThoughtFormat, text: str, vocabulary: Vocabulary) -> list[int]:
     return [int(id) for part in parts if part for id in vocabulary.encode(part)]
 
 
-def render(fmt: ThoughtFormat, prompt: str, record: dict[str, Any], parts: Sequence[Part], vocabulary: Vocabulary,
-           codes: Sequence[np.ndarray]) -> Trajectory:
+def render(
+    fmt: ThoughtFormat,
+    prompt: str,
+    record: dict[str, Any],
+    parts: Sequence[Part],
+    vocabulary: Vocabulary,
+    codes: Sequence[np.ndarray],
+) -> Trajectory:
     """A demonstration as a trajectory that nobody sampled: no decisions, stop reason "demonstration".
 
     Args:
@@ -45,8 +51,10 @@ def render(fmt: ThoughtFormat, prompt: str, record: dict[str, Any], parts: Seque
     """
     pictures = [i for i, part in enumerate(parts) if part.picture is not None]
     if len(pictures) != len(codes):
-        raise RecordError(f"demonstration '{prompt}': {len(pictures)} pictures but codes of {len(codes)}; "
-                          "give one array of codes a picture")
+        raise RecordError(
+            f"demonstration '{prompt}': {len(pictures)} pictures but codes of {len(codes)}; "
+            "give one array of codes a picture"
+        )
     segments = [prompt_segment(fmt, prompt, vocabulary)]
     known = {int(i) for i in vocabulary.code_ids}
     image = iter(codes)
@@ -54,19 +62,31 @@ def render(fmt: ThoughtFormat, prompt: str, record: dict[str, Any], parts: Seque
         if part.picture is not None:
             body = [int(i) for i in next(image)]
             if len(body) != vocabulary.codes_per_image or not known.issuperset(body):
-                raise RecordError(f"demonstration '{prompt}': part {number} ({part.role}) has {len(body)} ids; "
-                                  f"a picture is {vocabulary.codes_per_image} ids, each of a visual code")
+                raise RecordError(
+                    f"demonstration '{prompt}': part {number} ({part.role}) has {len(body)} ids; "
+                    f"a picture is {vocabulary.codes_per_image} ids, each of a visual code"
+                )
             ids, modality = [vocabulary.boi, *body, vocabulary.eoi], Modality.IMAGE_TOKENS
         else:
             ids, modality = encode(fmt, part.text, vocabulary), Modality.TEXT
-        segments.append(Segment(part.role, fmt.author(part.role), modality, fmt.trained(part.role),
-                                np.asarray(ids, np.int32), part.text, picture=part.picture))
+        segments.append(
+            Segment(
+                part.role,
+                fmt.author(part.role),
+                modality,
+                fmt.trained(part.role),
+                np.asarray(ids, np.int32),
+                part.text,
+                picture=part.picture,
+            )
+        )
     last = segments[-1]
     if last.author is Author.POLICY and last.modality is Modality.TEXT:
         last.ids = np.append(last.ids, np.int32(vocabulary.eos))
     else:
-        segments.append(Segment(END, Author.POLICY, Modality.TEXT, fmt.trained(END),
-                                np.asarray([vocabulary.eos], np.int32)))
+        segments.append(
+            Segment(END, Author.POLICY, Modality.TEXT, fmt.trained(END), np.asarray([vocabulary.eos], np.int32))
+        )
     trajectory = Trajectory(prompt, record, fmt.name, segments, stop=StopReason.DEMONSTRATION)
     wrong = fmt.violations(trajectory)
     if wrong:

@@ -116,8 +116,13 @@ class Policy(Protocol):
         """Combine the branches' logits [.., V] or velocities."""
         ...
 
-    def score(self, trajectories: Sequence[Trajectory], old: Scored | None = None,
-              reference: Scored | None = None, entropy: bool = False) -> Scored:
+    def score(
+        self,
+        trajectories: Sequence[Trajectory],
+        old: Scored | None = None,
+        reference: Scored | None = None,
+        entropy: bool = False,
+    ) -> Scored:
         """Replay the recorded contexts and laws with gradient. `old` None: ratios against the behaviour log-probs.
         Ratios of the same weights are 1."""
         ...

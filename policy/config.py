@@ -23,8 +23,10 @@ class LoraSection(BaseModel):
     @model_validator(mode="after")
     def _head_is_frozen(self) -> LoraSection:
         if "lm_head" in self.target_modules:
-            raise ValueError("target_modules: 'lm_head' cannot have adapters (scoring reads its weight in chunks); "
-                             "name layers of the decoder, such as 'q_proj'")
+            raise ValueError(
+                "target_modules: 'lm_head' cannot have adapters (scoring reads its weight in chunks); "
+                "name layers of the decoder, such as 'q_proj'"
+            )
         return self
 
 
@@ -44,7 +46,7 @@ class TinySection(BaseModel):
     vq: str | dict[str, Any] = Field(
         default="shapes",
         description="Visual tokenizer: 'shapes' (the committed weights of the shapes world), a path to a .safetensors "
-                    "file with its .json, or a mapping of ChameleonVQVAEConfig's keys for random weights.",
+        "file with its .json, or a mapping of ChameleonVQVAEConfig's keys for random weights.",
     )
     words: list[str] = Field(default=[], description="Words of the text tokenizer beyond those of the task.")
     tags: list[str] = Field(
@@ -56,11 +58,15 @@ class TinySection(BaseModel):
     @model_validator(mode="after")
     def _divisible(self) -> TinySection:
         if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of 2 x num_attention_heads "
-                             f"({self.num_attention_heads}): rotary embeddings need an even head width")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of 2 x num_attention_heads "
+                f"({self.num_attention_heads}): rotary embeddings need an even head width"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
         return self
 
 
@@ -69,17 +75,25 @@ class PolicyConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    family: str = Field("chameleon", description="A known family, or the dotted path of a function "
-                                                 "(PolicyConfig, words) -> Policy.")
-    path: str | None = Field(None, description="Folder with config.json, model.safetensors and tokenizer files. "
-                                               "None: a tiny model with fresh weights.")
-    tiny: TinySection = Field(default_factory=lambda: TinySection.model_validate({}),
-                              description="The tiny model; not read when path is given.")
+    family: str = Field(
+        "chameleon", description="A known family, or the dotted path of a function (PolicyConfig, words) -> Policy."
+    )
+    path: str | None = Field(
+        None,
+        description="Folder with config.json, model.safetensors and tokenizer files. "
+        "None: a tiny model with fresh weights.",
+    )
+    tiny: TinySection = Field(
+        default_factory=lambda: TinySection.model_validate({}),
+        description="The tiny model; not read when path is given.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Of the decoder's weights: float32 where they are trained. Adapters are float32 anyway.")
+        "float32", description="Of the decoder's weights: float32 where they are trained. Adapters are float32 anyway."
+    )
     device: str = Field("cpu", description="torch device of the weights, such as 'cpu' or 'cuda'.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="transformers' attention in scoring and training.")
+        "sdpa", description="transformers' attention in scoring and training."
+    )
     lora: LoraSection | None = Field(None, description="Train adapters only. None: all weights of the decoder.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     score_chunk: int = Field(256, ge=1, description="Decisions whose logits scoring holds at a time.")

@@ -42,8 +42,13 @@ def _obj(full: float, image: float, negative: float, original: float) -> dict[st
 
 
 def _full(full: float, image: float, negative: float, original: float) -> dict[str, float]:
-    return {"full": full, "image": image - full, "negative": -negative, "original": original,
-            "unconditional": 1 - image + negative - original}
+    return {
+        "full": full,
+        "image": image - full,
+        "negative": -negative,
+        "original": original,
+        "unconditional": 1 - image + negative - original,
+    }
 
 
 def _cfg(full: float, image: float, negative: float, original: float) -> dict[str, float]:
@@ -51,7 +56,10 @@ def _cfg(full: float, image: float, negative: float, original: float) -> dict[st
 
 
 KINDS: dict[str, Callable[[float, float, float, float], dict[str, float]]] = {
-    "normal": _normal, "obj": _obj, "full": _full, "cfg": _cfg,
+    "normal": _normal,
+    "obj": _obj,
+    "full": _full,
+    "cfg": _cfg,
 }
 
 
@@ -79,8 +87,9 @@ def combine(branches: Mapping[str, Tensor], guidance: Guidance | None) -> Tensor
     for branch, weight in branch_weights(guidance).items():
         if branch not in branches:
             kind = guidance.kind if guidance else "none"
-            raise GuidanceError(f"guidance '{kind}' needs the branch '{branch}'; the segment's contexts have: "
-                                f"{', '.join(branches)}")
+            raise GuidanceError(
+                f"guidance '{kind}' needs the branch '{branch}'; the segment's contexts have: {', '.join(branches)}"
+            )
         total = branches[branch] * weight if total is None else total.add(branches[branch], alpha=weight)
     assert total is not None  # the weights of every kind sum to 1 or more, so one of them is not 0
     return total

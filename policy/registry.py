@@ -27,8 +27,9 @@ def load_policy(config: PolicyConfig, words: Sequence[str] = ()) -> Policy:
 
 def _loader(family: str) -> Callable[[PolicyConfig, Sequence[str]], Policy]:
     if family not in FAMILIES and "." not in family:
-        raise FamilyError(f"policy.family: no '{family}'; {nearest(family, FAMILIES)} "
-                          "(or the dotted path of a function)")
+        raise FamilyError(
+            f"policy.family: no '{family}'; {nearest(family, FAMILIES)} (or the dotted path of a function)"
+        )
     module_name, _, name = FAMILIES.get(family, family).rpartition(".")
     try:
         return getattr(importlib.import_module(module_name), name)

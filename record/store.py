@@ -52,22 +52,53 @@ _FILES = ("trajectories.parquet", "segments.parquet", "latents.safetensors")
 _PICTURE = re.compile(r"-?\d+--?\d+-\d+(\.\d+)?\.png")
 _PAGE = "report.html"  # `underdrawing view` makes it of the trajectories, and goes with them
 
-TRAJECTORIES = pa.schema([
-    ("trajectory", pa.int32()), ("prompt", pa.string()), ("record", pa.string()), ("format", pa.string()),
-    ("group", pa.int64()), ("member", pa.int64()), ("seed", pa.int64()), ("stop", pa.string()),
-    ("segments", pa.int32()), ("reward", pa.float64()), ("rewards", pa.string()), ("segment_rewards", pa.string()),
-    ("advantage", pa.list_(pa.float32())), ("info", pa.string()),
-], metadata={_VERSION_KEY: VERSION})
+TRAJECTORIES = pa.schema(
+    [
+        ("trajectory", pa.int32()),
+        ("prompt", pa.string()),
+        ("record", pa.string()),
+        ("format", pa.string()),
+        ("group", pa.int64()),
+        ("member", pa.int64()),
+        ("seed", pa.int64()),
+        ("stop", pa.string()),
+        ("segments", pa.int32()),
+        ("reward", pa.float64()),
+        ("rewards", pa.string()),
+        ("segment_rewards", pa.string()),
+        ("advantage", pa.list_(pa.float32())),
+        ("info", pa.string()),
+    ],
+    metadata={_VERSION_KEY: VERSION},
+)
 
-SEGMENTS = pa.schema([
-    ("trajectory", pa.int32()), ("segment", pa.int32()), ("role", pa.string()), ("author", pa.string()),
-    ("modality", pa.string()), ("trained", pa.bool_()), ("text", pa.string()), ("ids", pa.list_(pa.int32())),
-    ("version", pa.int64()), ("picture", pa.string()), ("height", pa.int32()), ("width", pa.int32()),
-    ("kind", pa.list_(pa.int8())), ("position", pa.list_(pa.int32())), ("logprob", pa.list_(pa.float32())),
-    ("temperature", pa.list_(pa.float32())), ("allowed", pa.list_(pa.int32())),
-    ("sets", pa.list_(pa.list_(pa.int32()))), ("guidance", pa.string()), ("contexts", pa.string()),
-    ("latent", pa.bool_()), ("flow", pa.bool_()),
-], metadata={_VERSION_KEY: VERSION})
+SEGMENTS = pa.schema(
+    [
+        ("trajectory", pa.int32()),
+        ("segment", pa.int32()),
+        ("role", pa.string()),
+        ("author", pa.string()),
+        ("modality", pa.string()),
+        ("trained", pa.bool_()),
+        ("text", pa.string()),
+        ("ids", pa.list_(pa.int32())),
+        ("version", pa.int64()),
+        ("picture", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("kind", pa.list_(pa.int8())),
+        ("position", pa.list_(pa.int32())),
+        ("logprob", pa.list_(pa.float32())),
+        ("temperature", pa.list_(pa.float32())),
+        ("allowed", pa.list_(pa.int32())),
+        ("sets", pa.list_(pa.list_(pa.int32()))),
+        ("guidance", pa.string()),
+        ("contexts", pa.string()),
+        ("latent", pa.bool_()),
+        ("flow", pa.bool_()),
+    ],
+    metadata={_VERSION_KEY: VERSION},
+)
 
 
 class StoreError(UserError):
@@ -75,6 +106,7 @@ class StoreError(UserError):
 
 
 # ---- saving ----
+
 
 def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) -> None:
     """Write a folder, or replace it whole.
@@ -100,8 +132,10 @@ def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) ->
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise StoreError(f"{folder}: the trajectories cannot be written ({reason}); free some space or choose another "
-                         "folder. Nothing was left half-written") from error
+        raise StoreError(
+            f"{folder}: the trajectories cannot be written ({reason}); free some space or choose another "
+            "folder. Nothing was left half-written"
+        ) from error
     finally:
         if aside.exists() and not folder.exists():  # broken off between the two renames
             os.rename(aside, folder)
@@ -117,23 +151,31 @@ def check_folder(folder: str | Path) -> None:
     folder = Path(folder)
     try:
         if Path.cwd().is_relative_to(folder.resolve()):
-            raise StoreError(f"{folder}: the current folder is there, and saving trajectories replaces a folder whole; "
-                             "name a new one")
+            raise StoreError(
+                f"{folder}: the current folder is there, and saving trajectories replaces a folder whole; "
+                "name a new one"
+            )
         for parent in (folder, *folder.parents):
             if parent.exists() and not parent.is_dir():
-                raise StoreError(f"{folder}: the trajectories cannot be written ({parent} is a file); choose another "
-                                 "folder")
+                raise StoreError(
+                    f"{folder}: the trajectories cannot be written ({parent} is a file); choose another folder"
+                )
         names = sorted(os.listdir(folder)) if folder.exists() else []
         if names and not _is_stored(folder):
-            raise StoreError(f"{folder}: holds '{names[0]}' and no stored trajectories, and saving would delete what "
-                             "is there; choose another folder")
+            raise StoreError(
+                f"{folder}: holds '{names[0]}' and no stored trajectories, and saving would delete what "
+                "is there; choose another folder"
+            )
         foreign = _foreign(folder, names)
     except OSError as error:
-        raise StoreError(f"{folder}: the trajectories cannot be written ({error.strerror or error}); choose another "
-                         "folder") from error
+        raise StoreError(
+            f"{folder}: the trajectories cannot be written ({error.strerror or error}); choose another folder"
+        ) from error
     if foreign is not None:
-        raise StoreError(f"{folder}: holds '{foreign}' beside stored trajectories, and saving would delete it; move it "
-                         "away, or choose another folder")
+        raise StoreError(
+            f"{folder}: holds '{foreign}' beside stored trajectories, and saving would delete it; move it "
+            "away, or choose another folder"
+        )
 
 
 def _is_stored(folder: Path) -> bool:
@@ -186,9 +228,16 @@ def _write(trajectories: Sequence[Trajectory], folder: Path) -> None:
 
 def _row(number: int, trajectory: Trajectory, where: str) -> dict[str, Any]:
     return {
-        "trajectory": number, "prompt": trajectory.prompt, "record": _json(trajectory.record, f"{where}: record"),
-        "format": trajectory.format, "group": trajectory.group, "member": trajectory.member, "seed": trajectory.seed,
-        "stop": trajectory.stop.value, "segments": len(trajectory.segments), "reward": trajectory.reward,
+        "trajectory": number,
+        "prompt": trajectory.prompt,
+        "record": _json(trajectory.record, f"{where}: record"),
+        "format": trajectory.format,
+        "group": trajectory.group,
+        "member": trajectory.member,
+        "seed": trajectory.seed,
+        "stop": trajectory.stop.value,
+        "segments": len(trajectory.segments),
+        "reward": trajectory.reward,
         "rewards": _json(trajectory.rewards, f"{where}: rewards"),
         "segment_rewards": _json(trajectory.segment_rewards, f"{where}: segment_rewards"),
         "advantage": _list(trajectory.advantage_S, np.float32, f"{where}: advantage_S"),
@@ -196,14 +245,22 @@ def _row(number: int, trajectory: Trajectory, where: str) -> dict[str, Any]:
     }
 
 
-def _segment_row(number: int, index: int, segment: Segment, where: str,
-                 arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _segment_row(
+    number: int, index: int, segment: Segment, where: str, arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "trajectory": number, "segment": index, "role": segment.role, "author": segment.author.value,
-        "modality": segment.modality.value, "trained": bool(segment.trained), "text": segment.text,
-        "ids": _list(segment.ids, np.int32, f"{where}: ids"), "version": segment.version,
+        "trajectory": number,
+        "segment": index,
+        "role": segment.role,
+        "author": segment.author.value,
+        "modality": segment.modality.value,
+        "trained": bool(segment.trained),
+        "text": segment.text,
+        "ids": _list(segment.ids, np.int32, f"{where}: ids"),
+        "version": segment.version,
         "contexts": _json([_context(c) for c in segment.contexts], f"{where}: contexts"),
-        "latent": segment.latent is not None, "flow": segment.flow is not None,
+        "latent": segment.latent is not None,
+        "flow": segment.flow is not None,
     }
     if segment.picture is not None:
         if segment.picture.shape[2] != 3 or not segment.picture.size:
@@ -259,6 +316,7 @@ def _json(value: Any, where: str) -> str:
 
 # ---- loading ----
 
+
 def load_trajectories(folder: str | Path) -> list[Trajectory]:
     """What `save_trajectories` wrote, in the same order.
 
@@ -274,14 +332,18 @@ def load_trajectories(folder: str | Path) -> list[Trajectory]:
     of: list[list[int]] = [[] for _ in rows["trajectory"]]
     for position, (number, index) in enumerate(zip(segments["trajectory"], segments["segment"], strict=True)):
         if not 0 <= number < len(of) or index != len(of[number]):
-            raise RecordError(f"{folder / 'segments.parquet'}: row {position} is segment {index} of trajectory "
-                              f"{number}, which does not follow the row before it")
+            raise RecordError(
+                f"{folder / 'segments.parquet'}: row {position} is segment {index} of trajectory "
+                f"{number}, which does not follow the row before it"
+            )
         of[number].append(position)
     made = []
     for number, positions in enumerate(of):
         if len(positions) != rows["segments"][number]:
-            raise RecordError(f"{folder / 'segments.parquet'}: {len(positions)} segments of trajectory {number}; "
-                              f"trajectories.parquet says {rows['segments'][number]}")
+            raise RecordError(
+                f"{folder / 'segments.parquet'}: {len(positions)} segments of trajectory {number}; "
+                f"trajectories.parquet says {rows['segments'][number]}"
+            )
         row = {name: column[number] for name, column in rows.items()}
         parts = [{name: column[position] for name, column in segments.items()} for position in positions]
         try:
@@ -315,10 +377,13 @@ def _column(column: pa.ChunkedArray, kind: pa.DataType) -> Iterator[Any]:
     for chunk in column.chunks:
         chunk = chunk.cast(kind)
         valid, offsets, values = chunk.is_valid().to_pylist(), chunk.offsets.to_pylist(), chunk.values
-        items = list(_column(pa.chunked_array([values]), kind.value_type)) if pa.types.is_list(kind.value_type) \
+        items = (
+            list(_column(pa.chunked_array([values]), kind.value_type))
+            if pa.types.is_list(kind.value_type)
             else values.to_numpy(zero_copy_only=False)
+        )
         for row, present in enumerate(valid):
-            piece = items[offsets[row]:offsets[row + 1]]
+            piece = items[offsets[row] : offsets[row + 1]]
             yield None if not present else piece if isinstance(piece, list) else piece.copy()
 
 
@@ -335,13 +400,25 @@ def _arrays(folder: Path, needed: bool) -> dict[str, np.ndarray]:
 
 
 def _trajectory(row: dict[str, Any], segments: list[Segment]) -> Trajectory:
-    credited = {part: {int(index): value for index, value in by.items()}
-                for part, by in json.loads(row["segment_rewards"]).items()}
+    credited = {
+        part: {int(index): value for index, value in by.items()}
+        for part, by in json.loads(row["segment_rewards"]).items()
+    }
     return Trajectory(
-        prompt=row["prompt"], record=json.loads(row["record"]), format=row["format"], segments=segments,
-        group=row["group"], member=row["member"], seed=row["seed"], stop=StopReason(row["stop"]),
-        rewards=json.loads(row["rewards"]), segment_rewards=credited, reward=row["reward"],
-        advantage_S=row["advantage"], info=json.loads(row["info"]))
+        prompt=row["prompt"],
+        record=json.loads(row["record"]),
+        format=row["format"],
+        segments=segments,
+        group=row["group"],
+        member=row["member"],
+        seed=row["seed"],
+        stop=StopReason(row["stop"]),
+        rewards=json.loads(row["rewards"]),
+        segment_rewards=credited,
+        reward=row["reward"],
+        advantage_S=row["advantage"],
+        info=json.loads(row["info"]),
+    )
 
 
 def _segment(row: dict[str, Any], folder: Path, arrays: dict[str, np.ndarray]) -> Segment:
@@ -356,18 +433,34 @@ def _segment(row: dict[str, Any], folder: Path, arrays: dict[str, np.ndarray]) -
     if row["kind"] is not None:
         guidance = None if row["guidance"] is None else Guidance(**json.loads(row["guidance"]))
         sets = tuple(ranges.reshape(-1, 2) for ranges in row["sets"])
-        decisions = Decisions(row["kind"], row["position"], row["logprob"],
-                              Law(row["temperature"], row["allowed"], sets, guidance))
+        decisions = Decisions(
+            row["kind"], row["position"], row["logprob"], Law(row["temperature"], row["allowed"], sets, guidance)
+        )
     contexts = tuple(
-        Context(c["branch"], tuple(Piece(segment, form, start, None if keep is None else (keep[0], keep[1]))
-                                   for segment, form, start, keep in c["pieces"]), c["start"])
-        for c in json.loads(row["contexts"]))
+        Context(
+            c["branch"],
+            tuple(
+                Piece(segment, form, start, None if keep is None else (keep[0], keep[1]))
+                for segment, form, start, keep in c["pieces"]
+            ),
+            c["start"],
+        )
+        for c in json.loads(row["contexts"])
+    )
     return Segment(
-        role=row["role"], author=Author(row["author"]), modality=Modality(row["modality"]), trained=row["trained"],
-        ids=row["ids"], text=row["text"], decisions=decisions,
+        role=row["role"],
+        author=Author(row["author"]),
+        modality=Modality(row["modality"]),
+        trained=row["trained"],
+        ids=row["ids"],
+        text=row["text"],
+        decisions=decisions,
         flow=FlowSteps(**{part.name: stored(part.name) for part in fields(FlowSteps)}) if row["flow"] else None,
         picture=None if row["picture"] is None else _picture(folder / row["picture"], row["height"], row["width"]),
-        latent=stored("latent") if row["latent"] else None, contexts=contexts, version=row["version"])
+        latent=stored("latent") if row["latent"] else None,
+        contexts=contexts,
+        version=row["version"],
+    )
 
 
 def _picture(path: Path, height: int, width: int) -> np.ndarray:

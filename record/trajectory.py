@@ -143,8 +143,10 @@ class Segment:
 
     def __post_init__(self) -> None:
         if self.picture is not None and (self.picture.dtype != np.uint8 or self.picture.ndim != 3):
-            raise RecordError(f"segment '{self.role}': a picture is uint8 [height, width, 3], not "
-                              f"{self.picture.dtype} {list(self.picture.shape)}")
+            raise RecordError(
+                f"segment '{self.role}': a picture is uint8 [height, width, 3], not "
+                f"{self.picture.dtype} {list(self.picture.shape)}"
+            )
         if self.decisions is not None and self.flow is None and len(self.decisions):
             last = int(self.decisions.position_N.max())
             if last >= len(self.ids):

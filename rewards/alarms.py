@@ -45,20 +45,39 @@ class AlarmsConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    window: int = Field(20, ge=2, description="Steps that a mean is taken over; nothing is raised before so many, and "
-                                              "nothing that compares with earlier steps before twice as many.")
-    fatal: bool | list[Name] = Field(False, description="Alarms that stop the run, once the step is saved: true for "
-                                                        "all, or a list of names.")
-    divergence: float | None = Field(5.0, gt=0, description="Standard errors by which a watched metric must have "
-                                     "fallen from its best window while the trained reward rose by as many.")
+    window: int = Field(
+        20,
+        ge=2,
+        description="Steps that a mean is taken over; nothing is raised before so many, and "
+        "nothing that compares with earlier steps before twice as many.",
+    )
+    fatal: bool | list[Name] = Field(
+        False, description="Alarms that stop the run, once the step is saved: true for all, or a list of names."
+    )
+    divergence: float | None = Field(
+        5.0,
+        gt=0,
+        description="Standard errors by which a watched metric must have "
+        "fallen from its best window while the trained reward rose by as many.",
+    )
     watch: list[str] = Field(["heldout/final_image"], description="Metrics watched beside the parts that are not paid.")
-    tool_rate: float | None = Field(0.5, gt=0, le=1, description="Share of its best window under which the rate of "
-                                                                 "thoughts that call a tool raises the alarm.")
-    rubber_stamp: float | None = Field(0.95, gt=0, le=1, description="Share of critiques that approve, over steps "
-                                                                     "with at least 5% wrong pictures.")
+    tool_rate: float | None = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of its best window under which the rate of thoughts that call a tool raises the alarm.",
+    )
+    rubber_stamp: float | None = Field(
+        0.95, gt=0, le=1, description="Share of critiques that approve, over steps with at least 5% wrong pictures."
+    )
     zero_variance: float | None = Field(0.8, gt=0, le=1, description="Share of groups without variance.")
-    diversity: float | None = Field(0.25, gt=0, le=1, description="Share of its best window under which the distance "
-                                                                  "between the pictures of a group raises the alarm.")
+    diversity: float | None = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="Share of its best window under which the distance "
+        "between the pictures of a group raises the alarm.",
+    )
     unjudged: float | None = Field(0.25, gt=0, le=1, description="Share of trajectories without a reward.")
 
     def is_fatal(self, name: str) -> bool:
@@ -131,21 +150,42 @@ class Alarms:
         config, rows = self.config, self.history
         found = [
             divergence(rows, self.watched, config.divergence, config.window),
-            fallen(rows, "tool_rate", "rollout/tool_rate", config.tool_rate, config.window,
-                   "thoughts that call a tool became rare", LEAST_TOOL_RATE),
+            fallen(
+                rows,
+                "tool_rate",
+                "rollout/tool_rate",
+                config.tool_rate,
+                config.window,
+                "thoughts that call a tool became rare",
+                LEAST_TOOL_RATE,
+            ),
             rubber_stamp(rows, config.rubber_stamp, config.window),
-            above(rows, "zero_variance", "groups/no_variance", config.zero_variance, config.window,
-                  "of the groups had members that all earned the same, which teaches nothing"),
-            fallen(rows, "diversity", "rollout/diversity", config.diversity, config.window,
-                   "the pictures of a group became alike (root mean square distance)"),
-            above(rows, "unjudged", "reward/none", config.unjudged, config.window,
-                  "of the trajectories had no reward"),
+            above(
+                rows,
+                "zero_variance",
+                "groups/no_variance",
+                config.zero_variance,
+                config.window,
+                "of the groups had members that all earned the same, which teaches nothing",
+            ),
+            fallen(
+                rows,
+                "diversity",
+                "rollout/diversity",
+                config.diversity,
+                config.window,
+                "the pictures of a group became alike (root mean square distance)",
+            ),
+            above(rows, "unjudged", "reward/none", config.unjudged, config.window, "of the trajectories had no reward"),
         ]
         return [reading for reading in found if reading is not None]
 
     def _add(self, row: Mapping[str, Any]) -> None:
-        kept = {name: float(value) for name, value in row.items()
-                if self._is_read(name) and value is not None and math.isfinite(value)}
+        kept = {
+            name: float(value)
+            for name, value in row.items()
+            if self._is_read(name) and value is not None and math.isfinite(value)
+        }
         groups = row.get("groups/in")
         if groups:
             kept["groups/no_variance"] = float(row.get("groups/dropped/zero_variance") or 0) / groups
@@ -153,8 +193,10 @@ class Alarms:
         self.history.append(kept)
 
     def _is_read(self, name: str) -> bool:
-        return name in ("reward/mean", "reward/none", "rollout/tool_rate", "rollout/diversity", *self.watched) \
+        return (
+            name in ("reward/mean", "reward/none", "rollout/tool_rate", "rollout/diversity", *self.watched)
             or _CRITIQUE.fullmatch(name) is not None
+        )
 
 
 _CRITIQUE = re.compile(r"reward/([^/]+)/(rubber_stamp_rate|wrong_pictures)")
@@ -166,6 +208,7 @@ def _told(reading: Reading) -> str:
 
 # ---- what each one computes -------------------------------------------------------------------------------------
 
+
 def diversity_of(group: Sequence[Trajectory]) -> tuple[float, float] | None:
     """Over the pairs of a group's final pictures: the mean of their root mean square distance in [0, 1], at
     THUMB x THUMB pixels, and the share of pairs that are equal pixel by pixel. None under two pictures."""
@@ -174,12 +217,14 @@ def diversity_of(group: Sequence[Trajectory]) -> tuple[float, float] | None:
         return None
     thumbs_ND = np.stack([_thumb(picture) for picture in pictures])
     # |a - b|^2 = |a|^2 + |b|^2 - 2ab, for all pairs at once
-    norms_N = (thumbs_ND ** 2).sum(1)
+    norms_N = (thumbs_ND**2).sum(1)
     squares_NN = norms_N[:, None] + norms_N[None] - 2 * thumbs_ND @ thumbs_ND.T
     upper = np.triu_indices(len(pictures), 1)
     distances = np.sqrt(np.maximum(squares_NN[upper], 0) / thumbs_ND.shape[1])
-    same = [pictures[i].shape == pictures[j].shape and np.array_equal(pictures[i], pictures[j])
-            for i, j in zip(*upper, strict=True)]
+    same = [
+        pictures[i].shape == pictures[j].shape and np.array_equal(pictures[i], pictures[j])
+        for i, j in zip(*upper, strict=True)
+    ]
     return float(distances.mean()), sum(same) / len(same)
 
 
@@ -194,8 +239,9 @@ def _thumb(picture: np.ndarray) -> np.ndarray:
     return picture.astype(np.float64).ravel() / 255
 
 
-def above(rows: Sequence[Mapping[str, float]], name: Name, metric: str, threshold: float | None, window: int,
-          what: str) -> Reading | None:
+def above(
+    rows: Sequence[Mapping[str, float]], name: Name, metric: str, threshold: float | None, window: int, what: str
+) -> Reading | None:
     """The mean over the last `window` steps that have the metric, against a threshold. None: off, or too few steps."""
     values = [row[metric] for row in rows if metric in row][-window:]
     if threshold is None or len(values) < window:
@@ -205,8 +251,15 @@ def above(rows: Sequence[Mapping[str, float]], name: Name, metric: str, threshol
     return Reading(name, mean, raised, f"{mean:.0%} {what}, over the last {window} steps" if raised else "")
 
 
-def fallen(rows: Sequence[Mapping[str, float]], name: Name, metric: str, threshold: float | None, window: int,
-           what: str, least: float = 0.0) -> Reading | None:
+def fallen(
+    rows: Sequence[Mapping[str, float]],
+    name: Name,
+    metric: str,
+    threshold: float | None,
+    window: int,
+    what: str,
+    least: float = 0.0,
+) -> Reading | None:
     """The mean over the last `window` steps as a share of the best window before them. None: off, too few steps, or a
     best that is not over `least`."""
     values = np.array([row[metric] for row in rows if metric in row])
@@ -218,8 +271,12 @@ def fallen(rows: Sequence[Mapping[str, float]], name: Name, metric: str, thresho
         return None
     share = now / best
     raised = share < threshold
-    return Reading(name, share, raised, f"{what}: {best:.3g} in their best {window} steps, {now:.3g} in the last "
-                                        f"{window}" if raised else "")
+    return Reading(
+        name,
+        share,
+        raised,
+        f"{what}: {best:.3g} in their best {window} steps, {now:.3g} in the last {window}" if raised else "",
+    )
 
 
 def rubber_stamp(rows: Sequence[Mapping[str, float]], threshold: float | None, window: int) -> Reading | None:
@@ -230,15 +287,26 @@ def rubber_stamp(rows: Sequence[Mapping[str, float]], threshold: float | None, w
     for part in parts:
         rate, wrong = f"reward/{part}/rubber_stamp_rate", f"reward/{part}/wrong_pictures"
         faulty = [row for row in rows if row.get(wrong, 1.0) >= LEAST_WRONG]
-        reading = above(faulty, "rubber_stamp", rate, threshold, window,
-                        f"of the critiques that '{part}' reads approve, though some of the pictures are wrong")
+        reading = above(
+            faulty,
+            "rubber_stamp",
+            rate,
+            threshold,
+            window,
+            f"of the critiques that '{part}' reads approve, though some of the pictures are wrong",
+        )
         if reading is not None:
             found.append(reading)
     return max(found, key=lambda reading: reading.value, default=None)
 
 
-def divergence(rows: Sequence[Mapping[str, float]], watched: Sequence[str], threshold: float | None, window: int,
-               trained: str = "reward/mean") -> Reading | None:
+def divergence(
+    rows: Sequence[Mapping[str, float]],
+    watched: Sequence[str],
+    threshold: float | None,
+    window: int,
+    trained: str = "reward/mean",
+) -> Reading | None:
     """How far a watched metric fell while the trained reward rose, in standard errors; the largest over the metrics.
 
     The last `window` steps are compared with the earlier window in which the watched metric was best:
@@ -255,10 +323,20 @@ def divergence(rows: Sequence[Mapping[str, float]], watched: Sequence[str], thre
         then, now = slice(best, best + window), slice(len(both) - window, None)
         value = min(_rise(trained_N[then], trained_N[now]), -_rise(watched_N[then], watched_N[now]))
         raised = threshold is not None and value >= threshold
-        found.append(Reading("divergence", value, raised, "" if not raised else (
-            f"the trained reward rose from {trained_N[then].mean():.3g} to {trained_N[now].mean():.3g} while {metric} "
-            f"fell from {watched_N[then].mean():.3g} to {watched_N[now].mean():.3g} (its best {window} steps against "
-            f"the last {window}); the policy may have found what the reward overlooks")))
+        found.append(
+            Reading(
+                "divergence",
+                value,
+                raised,
+                ""
+                if not raised
+                else (
+                    f"the trained reward rose from {trained_N[then].mean():.3g} to {trained_N[now].mean():.3g} while "
+                    f"{metric} fell from {watched_N[then].mean():.3g} to {watched_N[now].mean():.3g} (its best "
+                    f"{window} steps against the last {window}); the policy may have found what the reward overlooks"
+                ),
+            )
+        )
     return max(found, key=lambda reading: reading.value, default=None)
 
 

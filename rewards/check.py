@@ -74,10 +74,18 @@ class RewardCheck:
         return "\n".join([head, *(f"  problem: {p}" for p in self.problems), *(f"  note: {n}" for n in self.notes)])
 
 
-def check_reward(function: str | Callable[..., Any], *, options: Mapping[str, Any] | None = None, factory: bool = False,
-                 completions: View = "auto", columns: Mapping[str, Any] | None = None,
-                 trajectories: Sequence[Trajectory] | None = None, scope: Scope | None = None,
-                 judge: JudgeConfig | None = None, timeout_s: float = 20.0) -> RewardCheck:
+def check_reward(
+    function: str | Callable[..., Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    factory: bool = False,
+    completions: View = "auto",
+    columns: Mapping[str, Any] | None = None,
+    trajectories: Sequence[Trajectory] | None = None,
+    scope: Scope | None = None,
+    judge: JudgeConfig | None = None,
+    timeout_s: float = 20.0,
+) -> RewardCheck:
     """Hold a reward to the contract (rewards/contract.py).
 
     Args:
@@ -102,11 +110,15 @@ def check_reward(function: str | Callable[..., Any], *, options: Mapping[str, An
         client = JudgeClient(judge) if judge is not None else StandIn()
     checker = _Checker(name, own, {} if factory else dict(options or {}), completions, thoughts, kinds, scope, client)
     if isinstance(client, StandIn):
-        checker.notes.append("its judge is a stand-in here, with made-up verdicts, so it was not tried in a process of "
-                             "its own; give the check an endpoint")
+        checker.notes.append(
+            "its judge is a stand-in here, with made-up verdicts, so it was not tried in a process of "
+            "its own; give the check an endpoint"
+        )
     elif spec is None:
-        checker.notes.append("it is defined where no recipe can name it (in a function, a notebook, or a lambda), so "
-                             "it was not tried in a process of its own; put it into a file")
+        checker.notes.append(
+            "it is defined where no recipe can name it (in a function, a notebook, or a lambda), so "
+            "it was not tried in a process of its own; put it into a file"
+        )
     else:
         worker = ProcessWorker(PartSpec(name, spec, dict(options or {}), factory, completions, None, judge), timeout_s)
         try:
@@ -119,12 +131,21 @@ def check_reward(function: str | Callable[..., Any], *, options: Mapping[str, An
 
 # ---- the checks -------------------------------------------------------------------------------------------------
 
+
 class _Checker:
     """One run through the checks: each adds its sentences, and those that need the last one's success ask for it."""
 
-    def __init__(self, name: str, function: Callable[..., Any], options: dict[str, Any], view: View,
-                 thoughts: list[Trajectory], kinds: list[str], wanted: Scope | None,
-                 judge: JudgeLike | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        options: dict[str, Any],
+        view: View,
+        thoughts: list[Trajectory],
+        kinds: list[str],
+        wanted: Scope | None,
+        judge: JudgeLike | None = None,
+    ) -> None:
         self.name, self.function, self.options, self.view = name, function, options, view
         self.thoughts, self.kinds, self.wanted, self.judge = thoughts, kinds, wanted, judge
         self.problems: list[str] = []
@@ -137,8 +158,15 @@ class _Checker:
         self.stop = False  # calling it here as well would only hang or crash this process
 
     def report(self) -> RewardCheck:
-        return RewardCheck(self.name, tuple(dict.fromkeys(self.problems)), tuple(dict.fromkeys(self.notes)), self.scope,
-                           tuple(self.values or ()), tuple(self.kinds), self.seconds)
+        return RewardCheck(
+            self.name,
+            tuple(dict.fromkeys(self.problems)),
+            tuple(dict.fromkeys(self.notes)),
+            self.scope,
+            tuple(self.values or ()),
+            tuple(self.kinds),
+            self.seconds,
+        )
 
     def isolated(self, worker: ProcessWorker) -> None:
         """One call in a process of its own, as a run has it."""
@@ -146,8 +174,10 @@ class _Checker:
             self.apart, _ = worker(self.thoughts, TrainerState())
         except CallFailed as failure:
             if failure.kind == "timeout":
-                self.problems.append(f"a call with {len(self.thoughts)} thoughts took longer than {worker.timeout_s:g} "
-                                     f"s{_stood(failure.stack)}; give what it waits for a time limit of its own")
+                self.problems.append(
+                    f"a call with {len(self.thoughts)} thoughts took longer than {worker.timeout_s:g} "
+                    f"s{_stood(failure.stack)}; give what it waits for a time limit of its own"
+                )
             elif failure.kind == "crash":
                 self.problems.append(f"it ended its process ({failure.message}); raise an error, or return None")
             self.stop, self.apart_raised = failure.kind != "raised", failure.message
@@ -158,16 +188,25 @@ class _Checker:
         if self.stop or not self._whole_batch():
             return
         assert self.values is not None
-        for look in (self._values, self._lengths, self._determinism, self._scope, self._missing_columns,
-                     self._observations, self._input_untouched):
+        for look in (
+            self._values,
+            self._lengths,
+            self._determinism,
+            self._scope,
+            self._missing_columns,
+            self._observations,
+            self._input_untouched,
+        ):
             try:
                 look()
             except RAISED as error:
                 self.problems.append(f"called again with the same thoughts, it raises: {describe(error)[0]}")
                 return
         if self.apart is not None and not _equal(self.values, self.apart) and not self._random:
-            self.problems.append("in a process of its own it gives other values than here: it depends on something "
-                                 "that is set up outside of it (a global, the working folder, an environment variable)")
+            self.problems.append(
+                "in a process of its own it gives other values than here: it depends on something "
+                "that is set up outside of it (a global, the working folder, an environment variable)"
+            )
         if self.apart_raised:
             self.problems.append(f"in a process of its own, where a run calls it, it raises: {self.apart_raised}")
 
@@ -175,10 +214,10 @@ class _Checker:
         """On a copy: what one call does to its thoughts is no concern of the next."""
         return self._call_with(self.function, copy.deepcopy(list(thoughts)))
 
-    def _call_with(self, function: Callable[..., Any],
-                   thoughts: Sequence[Trajectory]) -> tuple[list[Value], Logs]:
-        return call(function, self.name, thoughts, options=self.options, state=TrainerState(), view=self.view,
-                    judge=self.judge)
+    def _call_with(self, function: Callable[..., Any], thoughts: Sequence[Trajectory]) -> tuple[list[Value], Logs]:
+        return call(
+            function, self.name, thoughts, options=self.options, state=TrainerState(), view=self.view, judge=self.judge
+        )
 
     def _whole_batch(self) -> bool:
         started = time.perf_counter()
@@ -192,8 +231,10 @@ class _Checker:
             return False
         self.seconds = (time.perf_counter() - started) / len(self.thoughts)
         if self.seconds * STEP_ROWS > SLOW_S:
-            self.notes.append(f"it takes {self.seconds:.2g} s a thought, so {self.seconds * STEP_ROWS:.0f} s for a "
-                              f"step of {STEP_ROWS}; score the batch at once, or raise the part's timeout_s")
+            self.notes.append(
+                f"it takes {self.seconds:.2g} s a thought, so {self.seconds * STEP_ROWS:.0f} s for a "
+                f"step of {STEP_ROWS}; score the batch at once, or raise the part's timeout_s"
+            )
         for column, rows in logs.columns.items():
             if len(rows) != len(self.thoughts):
                 self.problems.append(f"it logs {len(rows)} values under '{column}' with log_extra; give one a thought")
@@ -202,8 +243,10 @@ class _Checker:
     def _contract(self, sentence: str) -> str:
         if "which is no column of the records" in sentence:
             column = sentence.split("'")[3]
-            return (f"it asks for '{column}', which is no column of the thoughts it is tried on; if your records have "
-                    f"it, give the check an example: columns={{'{column}': ...}}")
+            return (
+                f"it asks for '{column}', which is no column of the thoughts it is tried on; if your records have "
+                f"it, give the check an example: columns={{'{column}': ...}}"
+            )
         return sentence.replace(f"reward '{self.name}'", "it")
 
     def _who_raises(self) -> None:
@@ -218,8 +261,9 @@ class _Checker:
             try:
                 self._call(self.thoughts)
             except RAISED as error:
-                self.problems.append(f"it raises for several thoughts at once, and for none of them alone: "
-                                     f"{describe(error)[0]}")
+                self.problems.append(
+                    f"it raises for several thoughts at once, and for none of them alone: {describe(error)[0]}"
+                )
         for error_line, kinds in alone.items():
             who = "every thought" if len(kinds) == len(self.kinds) else " and for ".join(kinds)
             hint = "" if len(kinds) == len(self.kinds) else "; return None for what it does not apply to"
@@ -235,11 +279,14 @@ class _Checker:
             self.problems.append("it returns text in place of numbers")
         judged = [value for value in self.values if value is not None]
         if not judged:
-            self.notes.append("it gives None for every thought that it was tried on, so most of the checks say "
-                              "nothing; give the check trajectories that it judges")
+            self.notes.append(
+                "it gives None for every thought that it was tried on, so most of the checks say "
+                "nothing; give the check trajectories that it judges"
+            )
         elif len(judged) > 1 and all(value == judged[0] for value in judged):
-            self.notes.append(f"it gives {_shown(judged[0])} for every thought that it judges; a group like that "
-                              f"trains nothing")
+            self.notes.append(
+                f"it gives {_shown(judged[0])} for every thought that it judges; a group like that trains nothing"
+            )
 
     def _raw(self) -> list[Any]:
         """What it returns before it is made numbers of."""
@@ -264,8 +311,10 @@ class _Checker:
             except RewardError as error:
                 self.problems.append(f"with {count} thought(s) in a call: {self._contract(str(error))}")
             except RAISED as error:
-                self.problems.append(f"with {count} thought(s) in a call it raises, with {len(self.thoughts)} it does "
-                                     f"not: {describe(error)[0]}")
+                self.problems.append(
+                    f"with {count} thought(s) in a call it raises, with {len(self.thoughts)} it does "
+                    f"not: {describe(error)[0]}"
+                )
 
     def _determinism(self) -> None:
         again, _ = self._call(self.thoughts)
@@ -273,10 +322,12 @@ class _Checker:
         if self._random:
             assert self.values is not None
             first = next(i for i, (a, b) in enumerate(zip(self.values, again, strict=True)) if not _equal([a], [b]))
-            self.problems.append(f"called twice with the same thoughts it gives different values ({self.kinds[first]}: "
-                                 f"{_shown(self.values[first])}, then {_shown(again[first])}): members of a group are "
-                                 f"compared by it, so luck would be trained. Draw from a generator that the thought "
-                                 f"seeds")
+            self.problems.append(
+                f"called twice with the same thoughts it gives different values ({self.kinds[first]}: "
+                f"{_shown(self.values[first])}, then {_shown(again[first])}): members of a group are "
+                f"compared by it, so luck would be trained. Draw from a generator that the thought "
+                f"seeds"
+            )
 
     def _scope(self) -> None:
         """Calls with each thought alone, each group alone, and in another order."""
@@ -291,17 +342,22 @@ class _Checker:
         turned = self._in_calls([[i for members in reversed(list(groups.values())) for i in members]])
         self.scope = "row" if _equal(rows, self.values) else "group" if _equal(by_group, self.values) else "batch"
         if turned is not None and not _equal(turned, self.values):
-            self.problems.append("its values depend on the order of the groups in a call; values belong to thoughts, "
-                                 "wherever they stand")
+            self.problems.append(
+                "its values depend on the order of the groups in a call; values belong to thoughts, wherever they stand"
+            )
             return
         order: list[Scope] = ["row", "group", "batch"]
         if self.wanted is not None and order.index(self.scope) > order.index(self.wanted):
-            self.problems.append(f"with scope: {self.wanted} each value may depend on {_SCOPES[self.wanted]} alone, "
-                                 f"but it gives other values when it is called with less; say scope: {self.scope}, or "
-                                 f"write it so that it does not look further")
+            self.problems.append(
+                f"with scope: {self.wanted} each value may depend on {_SCOPES[self.wanted]} alone, "
+                f"but it gives other values when it is called with less; say scope: {self.scope}, or "
+                f"write it so that it does not look further"
+            )
         elif self.wanted is None and self.scope != "batch":
-            self.notes.append(f"its values depend on {_SCOPES[self.scope]} alone; say scope: {self.scope} in the "
-                              f"recipe, and it scores thoughts while others are still being sampled")
+            self.notes.append(
+                f"its values depend on {_SCOPES[self.scope]} alone; say scope: {self.scope} in the "
+                f"recipe, and it scores thoughts while others are still being sampled"
+            )
 
     def _in_calls(self, calls: list[list[int]]) -> list[Value] | None:
         values: list[Value] = [None] * len(self.thoughts)
@@ -326,26 +382,40 @@ class _Checker:
             try:
                 values, _ = self._call(lacking)
             except RAISED as error:
-                self.problems.append(f"it raises where a record lacks '{column}': {describe(error)[0]}. The column is "
-                                     f"None there; return None for such a thought")
+                self.problems.append(
+                    f"it raises where a record lacks '{column}': {describe(error)[0]}. The column is "
+                    f"None there; return None for such a thought"
+                )
                 continue
             if any(is_broken(value) for value in values):
                 self.problems.append(f"it gives NaN or infinity where a record lacks '{column}'; return None there")
             paid = [v for v in values if v is not None]
             if paid and any(v is not None for v in self.values) and all(v == 0 for v in paid):
-                self.notes.append(f"it pays 0 where a record lacks '{column}'; None would leave such a thought out of "
-                                  f"the baseline, 0 counts it as bad")
+                self.notes.append(
+                    f"it pays 0 where a record lacks '{column}'; None would leave such a thought out of "
+                    f"the baseline, 0 counts it as bad"
+                )
 
     def _observations(self) -> None:
         """Values must not move when only what the environment said does."""
         if self._random:
             return
         assert self.values is not None
-        changed = [replace(t, segments=[replace(s, text="something else 17", picture=None)
-                                        if s.author is Author.ENVIRONMENT else s for s in t.segments])
-                   for t in self.thoughts]
-        if all(a is b for t, u in zip(self.thoughts, changed, strict=True)
-               for a, b in zip(t.segments, u.segments, strict=True)):
+        changed = [
+            replace(
+                t,
+                segments=[
+                    replace(s, text="something else 17", picture=None) if s.author is Author.ENVIRONMENT else s
+                    for s in t.segments
+                ],
+            )
+            for t in self.thoughts
+        ]
+        if all(
+            a is b
+            for t, u in zip(self.thoughts, changed, strict=True)
+            for a, b in zip(t.segments, u.segments, strict=True)
+        ):
             return
         try:
             values, _ = self._call(changed)
@@ -353,20 +423,29 @@ class _Checker:
             self.notes.append(f"it reads observations, and raises when they change: {describe(error)[0]}")
             return
         if not _equal(values, self.values):
-            self.notes.append("its value changes with what the environment said. If that is not meant (whether a call "
-                              "worked is), read rewards.base.policy_text and policy_pictures, which leave observations "
-                              "out: else the policy is paid for words that a tool wrote")
+            self.notes.append(
+                "its value changes with what the environment said. If that is not meant (whether a call "
+                "worked is), read rewards.base.policy_text and policy_pictures, which leave observations "
+                "out: else the policy is paid for words that a tool wrote"
+            )
 
     def _input_untouched(self) -> None:
         given = copy.deepcopy(self.thoughts)
         self._call_with(self.function, given)
         for thought, original, kind in zip(given, self.thoughts, self.kinds, strict=True):
-            same = thought.record == original.record and len(thought.segments) == len(original.segments) and all(
-                a.text == b.text and np.array_equal(a.ids, b.ids) and _same_picture(a.picture, b.picture)
-                for a, b in zip(thought.segments, original.segments, strict=True))
+            same = (
+                thought.record == original.record
+                and len(thought.segments) == len(original.segments)
+                and all(
+                    a.text == b.text and np.array_equal(a.ids, b.ids) and _same_picture(a.picture, b.picture)
+                    for a, b in zip(thought.segments, original.segments, strict=True)
+                )
+            )
             if not same:
-                self.problems.append(f"it changes the thoughts that it is given ({kind}); other rewards read the same "
-                                     f"ones, so work on a copy")
+                self.problems.append(
+                    f"it changes the thoughts that it is given ({kind}); other rewards read the same "
+                    f"ones, so work on a copy"
+                )
                 return
 
 
@@ -378,8 +457,10 @@ def _named(function: str | Callable[..., Any]) -> tuple[str, str | None]:
     """A name for the sentences, and the spec under which a recipe could have it; None where it could not."""
     if isinstance(function, str):
         if is_own(function):
-            raise UserError(f"'{function}' is one of the toolkit's own, which its tests check; name a function of "
-                            f"yours as 'file.py:function'")
+            raise UserError(
+                f"'{function}' is one of the toolkit's own, which its tests check; name a function of "
+                f"yours as 'file.py:function'"
+            )
         return function, function
     name = getattr(function, "__qualname__", type(function).__name__)
     module = getattr(function, "__module__", None)
@@ -419,9 +500,13 @@ def _stood(stack: str) -> str:
     for thread in stack.split("\n\n"):
         lines = [line.strip() for line in thread.splitlines()]
         frames = [line.removeprefix("File ") for line in lines if line.startswith("File ")]
-        calls = [n for n, frame in enumerate(frames) if frame.endswith("in call") and Path(call.__code__.co_filename).name in frame]
+        calls = [
+            n
+            for n, frame in enumerate(frames)
+            if frame.endswith("in call") and Path(call.__code__.co_filename).name in frame
+        ]
         if calls:
-            below = frames[:calls[0]]
+            below = frames[: calls[0]]
             own = [frame for frame in below if not any(f"{place}/" in frame for place in ("site-packages", _STDLIB))]
             return f" (it stood at {(own or below or frames)[0]})"
     return ""

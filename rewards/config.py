@@ -1,14 +1,14 @@
 """The section `rewards` of a recipe: which parts there are and how they make the reward.
 
-    rewards:
-      parts:
-        result: {function: geneval, options: {mode: graded}}
-        consistency: {function: critique_consistency}
-        bright: {function: my_rewards.py:brightness, timeout_s: 20}
-        strict: {function: geneval, watch: true}
-      schedules:
-        w: {0: 1.0, 100: 0.2}
-      total: result * (1 + 0.5 * coalesce(consistency, 0)) + w * (bright > group_mean(bright))
+rewards:
+  parts:
+    result: {function: geneval, options: {mode: graded}}
+    consistency: {function: critique_consistency}
+    bright: {function: my_rewards.py:brightness, timeout_s: 20}
+    strict: {function: geneval, watch: true}
+  schedules:
+    w: {0: 1.0, 100: 0.2}
+  total: result * (1 + 0.5 * coalesce(consistency, 0)) + w * (bright > group_mean(bright))
 """
 
 from __future__ import annotations
@@ -37,14 +37,19 @@ class WorkersConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["process", "ray"] = Field("process", description="process: children of this process. ray: actors, on "
-                                            "any machine of the cluster.")
+    kind: Literal["process", "ray"] = Field(
+        "process", description="process: children of this process. ray: actors, on any machine of the cluster."
+    )
     count: int = Field(1, ge=1, description="How many, each with the function and its models loaded.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of each Ray actor; a fraction shares one.")
     num_cpus: float = Field(1.0, ge=0, description="CPUs of each Ray actor, as Ray counts them.")
-    batch_size: int | None = Field(None, ge=1, description="Trajectories (of the detector: pictures) of one call. A "
-                                   "part that sees whole groups gets whole groups. None: a group; of the detector: "
-                                   "all at once.")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Trajectories (of the detector: pictures) of one call. A "
+        "part that sees whole groups gets whole groups. None: a group; of the detector: "
+        "all at once.",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> WorkersConfig:
@@ -60,28 +65,50 @@ class PartConfig(BaseModel):
 
     function: str = Field(description="A registered name, 'package.module.function', or 'path/to/file.py:function'.")
     options: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of the function.")
-    factory: bool = Field(False, description="The function makes the reward when called with the options, as TRL's "
-                                             "get_soft_overlong_punishment does.")
-    weight: float | str | None = Field(None, description="Factor of the part in the sum, where `total` is not given; "
-                                       "text: the name of a schedule; None: 1. A part of weight 0 is computed and "
-                                       "logged, never paid.")
-    watch: bool = Field(False, description="Computed, logged and shown, and never paid: `total` may not name it. What "
-                                           "it says of segments is kept, and moves no advantage.")
-    scope: Scope | None = Field(None, description="What a row's value may depend on. row: its own trajectory. group: "
-                                "its group. batch: all trajectories of the step. The first two are scored while others "
-                                "are still being sampled. None: for the toolkit's own what is so, else batch.")
+    factory: bool = Field(
+        False,
+        description="The function makes the reward when called with the options, as TRL's "
+        "get_soft_overlong_punishment does.",
+    )
+    weight: float | str | None = Field(
+        None,
+        description="Factor of the part in the sum, where `total` is not given; "
+        "text: the name of a schedule; None: 1. A part of weight 0 is computed and "
+        "logged, never paid.",
+    )
+    watch: bool = Field(
+        False,
+        description="Computed, logged and shown, and never paid: `total` may not name it. What "
+        "it says of segments is kept, and moves no advantage.",
+    )
+    scope: Scope | None = Field(
+        None,
+        description="What a row's value may depend on. row: its own trajectory. group: "
+        "its group. batch: all trajectories of the step. The first two are scored while others "
+        "are still being sampled. None: for the toolkit's own what is so, else batch.",
+    )
     completions: Literal["auto", "interleaved", "text"] = Field(
-        "auto", description="What `completions` holds. interleaved: words and PIL pictures. text: the words as one "
-        "string, for rewards written for text. auto: text for TRL's own functions, else interleaved.")
-    isolate: bool | None = Field(None, description="Run in a process of its own, which is killed on a timeout. None: "
-                                 "yes, except for those of this toolkit's own that are quick and call nobody.")
+        "auto",
+        description="What `completions` holds. interleaved: words and PIL pictures. text: the words as one "
+        "string, for rewards written for text. auto: text for TRL's own functions, else interleaved.",
+    )
+    isolate: bool | None = Field(
+        None,
+        description="Run in a process of its own, which is killed on a timeout. None: "
+        "yes, except for those of this toolkit's own that are quick and call nobody.",
+    )
     workers: WorkersConfig | None = Field(None, description="Who runs an isolated part. None: one process.")
-    timeout_s: float | None = Field(None, gt=0, description="Seconds one call may take (isolated parts). After three "
-                                    "in a row the part is not called again in that step. None: 60, and where it asks "
-                                    "the judge, twice its client's patience more.")
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds one call may take (isolated parts). After three "
+        "in a row the part is not called again in that step. None: 60, and where it asks "
+        "the judge, twice its client's patience more.",
+    )
     load_timeout_s: float = Field(300.0, gt=0, description="Seconds that importing the function may take.")
-    retries: int = Field(1, ge=0, description="Further calls after one that raised, hung, crashed or gave NaN; then "
-                                              "the rows are None.")
+    retries: int = Field(
+        1, ge=0, description="Further calls after one that raised, hung, crashed or gave NaN; then the rows are None."
+    )
     retry_wait_s: float = Field(0.5, ge=0, description="Seconds before the first retry; doubled at each further one.")
 
     @property
@@ -105,20 +132,31 @@ class RewardsConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     parts: dict[str, PartConfig] = Field(min_length=1, description="Reward parts by the names that `total` uses.")
-    total: str | None = Field(None, description="Formula over parts and schedules: + - * / % **, comparisons, and, or, "
-                              "not, `a if b else c`, min, max, abs, clip(x, low, high), coalesce(x, d), judged(x); "
-                              "group_mean(x) and batch_mean(x), likewise std, min, max, any, all, share, rank, count. "
-                              "None anywhere makes it None, except inside coalesce and judged. Not given: the sum of "
-                              "weight * part.")
-    schedules: dict[str, ScheduleConfig] = Field(default_factory=dict, description="Numbers by step that `total` and "
-                                                 "weights name: `w: {0: 1.0, 100: 0.2}`.")
-    none_limit: int = Field(3, ge=1, description="The run stops when this many steps in a row had a part fail for "
-                            "over half of its rows, or had no trajectory with a reward.")
+    total: str | None = Field(
+        None,
+        description="Formula over parts and schedules: + - * / % **, comparisons, and, or, "
+        "not, `a if b else c`, min, max, abs, clip(x, low, high), coalesce(x, d), judged(x); "
+        "group_mean(x) and batch_mean(x), likewise std, min, max, any, all, share, rank, count. "
+        "None anywhere makes it None, except inside coalesce and judged. Not given: the sum of "
+        "weight * part.",
+    )
+    schedules: dict[str, ScheduleConfig] = Field(
+        default_factory=dict, description="Numbers by step that `total` and weights name: `w: {0: 1.0, 100: 0.2}`."
+    )
+    none_limit: int = Field(
+        3,
+        ge=1,
+        description="The run stops when this many steps in a row had a part fail for "
+        "over half of its rows, or had no trajectory with a reward.",
+    )
     detector: DetectorConfig | str | None = Field(
-        None, description="One of the toolkit's (backend: mask2former, grounding_dino, owlv2, shapes; path ...), or "
-                          "the dotted path or file of a function or class that makes a Detector; None: the task's own.")
-    detector_workers: WorkersConfig | None = Field(None, description="Who runs the detector for the parts that stand "
-                                                   "in the driver. None: the driver itself.")
+        None,
+        description="One of the toolkit's (backend: mask2former, grounding_dino, owlv2, shapes; path ...), or "
+        "the dotted path or file of a function or class that makes a Detector; None: the task's own.",
+    )
+    detector_workers: WorkersConfig | None = Field(
+        None, description="Who runs the detector for the parts that stand in the driver. None: the driver itself."
+    )
     detector_timeout_s: float = Field(120.0, gt=0, description="Seconds one call of detector_workers may take.")
     judge: JudgeConfig | None = Field(None, description="The endpoint of the parts that ask a judge.")
     alarms: AlarmsConfig = Field(default_factory=AlarmsConfig, description="Signs of reward hacking and collapse.")
@@ -143,8 +181,9 @@ class RewardsConfig(BaseModel):
         if self.total is not None and part.weight is not None:
             raise ValueError(f"parts.{name}.weight has no use beside `total`; write the factor into the formula")
         if isinstance(part.weight, str) and part.weight not in self.schedules:
-            raise ValueError(f"parts.{name}.weight: no schedule '{part.weight}'; "
-                             f"{nearest(part.weight, self.schedules)}")
+            raise ValueError(
+                f"parts.{name}.weight: no schedule '{part.weight}'; {nearest(part.weight, self.schedules)}"
+            )
 
     def _check_place(self, name: str, part: PartConfig) -> None:
         if part.workers is not None and part.isolate is False:
@@ -159,23 +198,35 @@ class RewardsConfig(BaseModel):
         if part.scope is not None and part.scope != own.scope:
             raise ValueError(f"parts.{name}.scope: '{part.function}' sees a {own.scope}, which is no matter of choice")
         if own.needs_judge and self.judge is None:
-            raise ValueError(f"judge: missing; parts.{name} ({part.function}) asks a judge: give judge.base_url and "
-                             f"judge.model")
+            raise ValueError(
+                f"judge: missing; parts.{name} ({part.function}) asks a judge: give judge.base_url and judge.model"
+            )
 
     def formula(self) -> str:
         """`total`, or the weighted sum that stands for it."""
         if self.total is not None:
             return self.total
-        weights = {name: 1.0 if part.weight is None else part.weight
-                   for name, part in self.parts.items() if not part.watch}
-        return " + ".join(name if w == 1 else f"{w if isinstance(w, str) else format(w, 'g')} * {name}"
-                          for name, w in weights.items() if w != 0) or "0"
+        weights = {
+            name: 1.0 if part.weight is None else part.weight for name, part in self.parts.items() if not part.watch
+        }
+        return (
+            " + ".join(
+                name if w == 1 else f"{w if isinstance(w, str) else format(w, 'g')} * {name}"
+                for name, w in weights.items()
+                if w != 0
+            )
+            or "0"
+        )
 
     def expression(self) -> Expression:
-        watched = {name: "is watched, so it is never paid; take it out, or set watch: false"
-                   for name, part in self.parts.items() if part.watch}
-        return Expression(self.formula(), [name for name in (*self.parts, *self.schedules) if name not in watched],
-                          withheld=watched)
+        watched = {
+            name: "is watched, so it is never paid; take it out, or set watch: false"
+            for name, part in self.parts.items()
+            if part.watch
+        }
+        return Expression(
+            self.formula(), [name for name in (*self.parts, *self.schedules) if name not in watched], withheld=watched
+        )
 
     @property
     def ray_cpus(self) -> int | None:
@@ -194,9 +245,11 @@ class RewardsConfig(BaseModel):
         paid = self.expression().names
         for name, part in self.parts.items():
             if part.function == "format" and name in paid:
-                raise ValueError(f"rewards.parts.{name} pays for the format, but format.constrain is 'full', so every "
-                                 f"thought is well-formed and the part is a constant; set format.constrain: images, "
-                                 f"or take '{name}' out of rewards.total")
+                raise ValueError(
+                    f"rewards.parts.{name} pays for the format, but format.constrain is 'full', so every "
+                    f"thought is well-formed and the part is a constant; set format.constrain: images, "
+                    f"or take '{name}' out of rewards.total"
+                )
 
     def refuse_lost_weight(self, scale_rewards: str) -> None:
         """Refuse a recipe that pays one factor for a whole group, where advantages are divided by the group's own
@@ -209,12 +262,15 @@ class RewardsConfig(BaseModel):
         paid = self.expression().names
         for name, part in self.parts.items():
             if part.function == "vital_weight" and name in paid:
-                raise ValueError(f"rewards.parts.{name} (vital_weight) is one factor for a whole group, and "
-                                 f"grpo.scale_rewards: group divides it out again; set grpo.scale_rewards: none or "
-                                 f"batch, or take '{name}' out of rewards.total")
+                raise ValueError(
+                    f"rewards.parts.{name} (vital_weight) is one factor for a whole group, and "
+                    f"grpo.scale_rewards: group divides it out again; set grpo.scale_rewards: none or "
+                    f"batch, or take '{name}' out of rewards.total"
+                )
 
 
 def _check_name(where: str, name: str) -> None:
     if not name.isidentifier() or keyword.iskeyword(name) or name in ALL_FUNCTIONS:
-        raise ValueError(f"{where}: the name stands in a formula, so it must be a plain word and none of "
-                         f"{', '.join(ALL_FUNCTIONS)}")
+        raise ValueError(
+            f"{where}: the name stands in a formula, so it must be a plain word and none of {', '.join(ALL_FUNCTIONS)}"
+        )

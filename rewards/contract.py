@@ -32,11 +32,22 @@ View = Literal["auto", "interleaved", "text"]
 Reward = Callable[..., Any]  # sync or async; returns Sequence[float | Mapping[int, float] | None]
 
 # Keys that TRL keeps for itself: a record's own `prompt` is in trajectories[i].prompt.
-RESERVED = ("prompt", "prompts", "completion", "completions", "completion_ids", "trajectories", "trainer_state",
-            "log_metric", "log_extra", "setting")
+RESERVED = (
+    "prompt",
+    "prompts",
+    "completion",
+    "completions",
+    "completion_ids",
+    "trajectories",
+    "trainer_state",
+    "log_metric",
+    "log_extra",
+    "setting",
+)
 
-NO_JUDGE = ("reward '{name}' asks a judge, and the recipe names none: give rewards.judge.base_url and "
-            "rewards.judge.model")
+NO_JUDGE = (
+    "reward '{name}' asks a judge, and the recipe names none: give rewards.judge.base_url and rewards.judge.model"
+)
 
 
 class RewardError(UserError):
@@ -97,6 +108,7 @@ class Logs:
 
 # ---- what the policy wrote -------------------------------------------------------------------------------------
 
+
 def completion(trajectory: Trajectory, view: View = "interleaved") -> list[dict[str, Any]]:
     """The policy's own words and pictures as messages; what the environment or the user wrote is left out.
 
@@ -140,8 +152,11 @@ def policy_ids(trajectory: Trajectory) -> list[int]:
 
 def policy_pictures(trajectory: Trajectory) -> list[tuple[int, np.ndarray]]:
     """The pictures that the policy drew, each with the index of its segment."""
-    return [(index, s.picture) for index, s in enumerate(trajectory.segments)
-            if s.author is Author.POLICY and s.picture is not None]
+    return [
+        (index, s.picture)
+        for index, s in enumerate(trajectory.segments)
+        if s.author is Author.POLICY and s.picture is not None
+    ]
 
 
 def groups_of(trajectories: Sequence[Trajectory]) -> list[list[int]]:
@@ -173,9 +188,18 @@ def _lightened(segment: Segment) -> Segment:
 
 # ---- one call ---------------------------------------------------------------------------------------------------
 
-def call(function: Reward, name: str, trajectories: Sequence[Trajectory], *, options: Mapping[str, Any],
-         state: TrainerState, view: View, setting: Setting | None = None,
-         judge: JudgeLike | None = None) -> tuple[list[Value], Logs]:
+
+def call(
+    function: Reward,
+    name: str,
+    trajectories: Sequence[Trajectory],
+    *,
+    options: Mapping[str, Any],
+    state: TrainerState,
+    view: View,
+    setting: Setting | None = None,
+    judge: JudgeLike | None = None,
+) -> tuple[list[Value], Logs]:
     """Call a reward once. Returns one value a trajectory (NaN left as it is) and what it logged.
 
     Args:
@@ -187,8 +211,11 @@ def call(function: Reward, name: str, trajectories: Sequence[Trajectory], *, opt
         Exception: whatever the function itself raises.
     """
     logs = Logs()
-    arguments: dict[str, Any] = {"trajectories": list(trajectories), "log_metric": logs.log_metric,
-                                 "log_extra": logs.log_extra}
+    arguments: dict[str, Any] = {
+        "trajectories": list(trajectories),
+        "log_metric": logs.log_metric,
+        "log_extra": logs.log_extra,
+    }
     if setting is not None:  # one of ours: it reads the trajectories, so no picture is converted for it
         arguments["setting"] = setting
     else:
@@ -227,8 +254,10 @@ def check_options(function: Reward, name: str, options: Mapping[str, Any], own: 
     named, open_ended = _signature(function)
     for key in options:
         if key not in named and (own or not open_ended):
-            raise RewardError(f"rewards.parts.{name}.options: '{key}' is no argument of the function; "
-                              f"{nearest(key, [p for p in named if p not in RESERVED])}")
+            raise RewardError(
+                f"rewards.parts.{name}.options: '{key}' is no argument of the function; "
+                f"{nearest(key, [p for p in named if p not in RESERVED])}"
+            )
 
 
 def _signature(function: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -253,19 +282,24 @@ def _accepted(function: Reward, name: str, arguments: dict[str, Any], options: M
     given = {**arguments, **options}
     missing = [p for p in named if p not in given and named[p].default is inspect.Parameter.empty]
     if missing:
-        raise RewardError(f"reward '{name}' asks for '{missing[0]}', which is no column of the records; "
-                          f"{nearest(missing[0], arguments)}")
+        raise RewardError(
+            f"reward '{name}' asks for '{missing[0]}', which is no column of the records; "
+            f"{nearest(missing[0], arguments)}"
+        )
     return given if open_ended else {key: value for key, value in given.items() if key in named}
 
 
 def _checked(result: Any, name: str, trajectories: Sequence[Trajectory]) -> list[Value]:
     if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
-        raise RewardError(f"reward '{name}' returned {type(result).__name__}; it must return a list with one value "
-                          f"a completion")
+        raise RewardError(
+            f"reward '{name}' returned {type(result).__name__}; it must return a list with one value a completion"
+        )
     values = list(result)
     if len(values) != len(trajectories):
-        raise RewardError(f"reward '{name}' returned {len(values)} values for {len(trajectories)} completions; it must "
-                          f"return one a completion (None where it does not apply)")
+        raise RewardError(
+            f"reward '{name}' returned {len(values)} values for {len(trajectories)} completions; it must "
+            f"return one a completion (None where it does not apply)"
+        )
     return [_row(value, name, trajectory) for value, trajectory in zip(values, trajectories, strict=True)]
 
 
@@ -276,10 +310,15 @@ def _row(value: Any, name: str, trajectory: Trajectory) -> Value:
         return _number(value, name)
     credited: dict[int, float] = {}
     for segment, credit in value.items():
-        if isinstance(segment, bool) or not isinstance(segment, int | np.integer) or \
-                not 0 <= segment < len(trajectory.segments):
-            raise RewardError(f"reward '{name}' credits segment {segment!r} of trajectory {trajectory.key}, which has "
-                              f"segments 0 to {len(trajectory.segments) - 1}")
+        if (
+            isinstance(segment, bool)
+            or not isinstance(segment, int | np.integer)
+            or not 0 <= segment < len(trajectory.segments)
+        ):
+            raise RewardError(
+                f"reward '{name}' credits segment {segment!r} of trajectory {trajectory.key}, which has "
+                f"segments 0 to {len(trajectory.segments) - 1}"
+            )
         if credit is not None:
             credited[int(segment)] = _number(credit, name)
     return credited or None
@@ -289,8 +328,9 @@ def _number(value: Any, name: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise RewardError(f"reward '{name}' returned {value!r} for a completion; a value is a number, None, or "
-                          f"{{segment: number}}") from None
+        raise RewardError(
+            f"reward '{name}' returned {value!r} for a completion; a value is a number, None, or {{segment: number}}"
+        ) from None
 
 
 def is_broken(value: Value) -> bool:

@@ -1,9 +1,9 @@
 """From what a recipe writes to the function it means: a registered name, a dotted path, or a file.
 
-    geneval                                    one of this toolkit's own (registry.py)
-    trl.rewards.think_format_reward            any importable function, TRL's included
-    my_package.scoring:brightness              the same, with a colon
-    rewards/brightness.py:brightness           a file and a function in it; nothing is registered
+geneval                                    one of this toolkit's own (registry.py)
+trl.rewards.think_format_reward            any importable function, TRL's included
+my_package.scoring:brightness              the same, with a colon
+rewards/brightness.py:brightness           a file and a function in it; nothing is registered
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ def load_object(spec: str) -> Any:
     if ":" in spec or "." in spec:
         module, _, name = spec.rpartition(":" if ":" in spec else ".")
         return _attribute(_module(module, spec), name, spec)
-    raise RewardError(f"no reward '{spec}'; {nearest(spec, REWARDS)}. Your own is 'package.module.function' or "
-                      f"'path/to/file.py:function'")
+    raise RewardError(
+        f"no reward '{spec}'; {nearest(spec, REWARDS)}. Your own is 'package.module.function' or "
+        f"'path/to/file.py:function'"
+    )
 
 
 def make(factory: Any, spec: str, options: Mapping[str, Any] | None = None) -> Any:
@@ -129,8 +131,10 @@ def _attribute(module: ModuleType, name: str, spec: str) -> Any:
         return getattr(module, name)
     except AttributeError:
         functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise RewardError(f"reward '{spec}': {getattr(module, '__file__', module.__name__)} has no function '{name}'; "
-                          f"{nearest(name, functions)}") from None
+        raise RewardError(
+            f"reward '{spec}': {getattr(module, '__file__', module.__name__)} has no function '{name}'; "
+            f"{nearest(name, functions)}"
+        ) from None
     except ImportError as error:  # lazy packages import at the first look
         raise RewardError(f"reward '{spec}': {error}") from error
 

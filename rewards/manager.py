@@ -33,8 +33,14 @@ logger = logging.getLogger(__name__)
 class Judge:
     """Scores groups of trajectories. Use as a context manager, or close it: it may own processes."""
 
-    def __init__(self, config: RewardsConfig, task: Any = None, fmt: ThoughtFormat | None = None,
-                 detector: Detector | None = None, max_steps: int = 0) -> None:
+    def __init__(
+        self,
+        config: RewardsConfig,
+        task: Any = None,
+        fmt: ThoughtFormat | None = None,
+        detector: Detector | None = None,
+        max_steps: int = 0,
+    ) -> None:
         """Load every part and start the workers of those that have some.
 
         Raises:
@@ -100,8 +106,9 @@ class Judge:
         """Begin a step in which groups of these sizes are being sampled; they are judged as they come in."""
         if self.setting.detector is not None:
             self.setting.detector.clear()
-        return Judgement(list(self.parts.values()), TrainerState(step, self.max_steps), sizes, self._complete,
-                         self.close)
+        return Judgement(
+            list(self.parts.values()), TrainerState(step, self.max_steps), sizes, self._complete, self.close
+        )
 
     def _complete(self, groups: Sequence[Group], outcomes: dict[str, PartOutcome], step: int) -> JudgeReport:
         trajectories = [trajectory for group in groups for trajectory in group]
@@ -141,42 +148,56 @@ class Judge:
         for group in groups:
             rows.append(list(range(at, at + len(group))))
             at += len(group)
-        rewards = self.expression.rows([{**t.rewards, **schedules} for t in trajectories], rows,
-                                       [t.key for t in trajectories])
+        rewards = self.expression.rows(
+            [{**t.rewards, **schedules} for t in trajectories], rows, [t.key for t in trajectories]
+        )
         for trajectory, reward in zip(trajectories, rewards, strict=True):
             trajectory.reward = reward
 
-    def _check_limits(self, trajectories: Sequence[Trajectory], outcomes: Mapping[str, PartOutcome],
-                      step: int) -> None:
+    def _check_limits(self, trajectories: Sequence[Trajectory], outcomes: Mapping[str, PartOutcome], step: int) -> None:
         limit = self.config.none_limit
         for name, outcome in outcomes.items():
             failed = outcome.failed_rows * 2 > len(trajectories)
             self._bad_steps[name] = self._bad_steps[name] + 1 if failed else 0
             if self._bad_steps[name] >= limit:
-                raise RewardFailed(f"reward part '{name}' ({self.config.parts[name].function}) failed in {limit} "
-                                   f"step(s) in a row, up to step {step}: {_first_message(outcome)}. Mend it, or raise "
-                                   f"rewards.none_limit")
+                raise RewardFailed(
+                    f"reward part '{name}' ({self.config.parts[name].function}) failed in {limit} "
+                    f"step(s) in a row, up to step {step}: {_first_message(outcome)}. Mend it, or raise "
+                    f"rewards.none_limit"
+                )
         self._bare_steps = 0 if any(t.reward is not None for t in trajectories) else self._bare_steps + 1
         if self._bare_steps >= limit:
-            empty = [name for name in self.expression.names if name in outcomes
-                     and all(value is None for value in outcomes[name].values.values())]
+            empty = [
+                name
+                for name in self.expression.names
+                if name in outcomes and all(value is None for value in outcomes[name].values.values())
+            ]
             what = " and ".join(f"'{name}'" for name in empty) or "some part of every one"
-            raise RewardFailed(f"no trajectory had a reward in {limit} step(s) in a row, up to step {step}: {what} "
-                               f"gave None for all. If that is meant, write coalesce(part, 0) into rewards.total")
+            raise RewardFailed(
+                f"no trajectory had a reward in {limit} step(s) in a row, up to step {step}: {what} "
+                f"gave None for all. If that is meant, write coalesce(part, 0) into rewards.total"
+            )
 
     # ---- building ----
 
     def _setting(self, task: Any) -> Setting:
         """What the parts in the driver share. The detector is looked for only where one of them needs it."""
-        needing = [REWARDS[part.function] for part in self.config.parts.values() if part.place == "driver"
-                   and part.function in REWARDS and REWARDS[part.function].needs_detector]
+        needing = [
+            REWARDS[part.function]
+            for part in self.config.parts.values()
+            if part.place == "driver" and part.function in REWARDS and REWARDS[part.function].needs_detector
+        ]
         if not needing:
             return self._spec.build(detector=self._spec.detector is None)  # the task's own costs nothing
         if self.config.detector_workers is None:
             setting = self._spec.build()
         else:
-            workers = workers_of(DetectorSpec(self._spec), self.config.detector_workers,
-                                 self.config.detector_timeout_s, PartConfig.model_fields["load_timeout_s"].default)
+            workers = workers_of(
+                DetectorSpec(self._spec),
+                self.config.detector_workers,
+                self.config.detector_timeout_s,
+                PartConfig.model_fields["load_timeout_s"].default,
+            )
             self._served = ServedDetector(workers, self.config.detector_workers.batch_size)
             self._start([("detector", worker) for worker in workers])
             self._served.introduce()
@@ -194,8 +215,15 @@ class Judge:
 
     def _part(self, name: str, part: PartConfig) -> Part:
         own = part.function in REWARDS
-        spec = PartSpec(name, part.function, part.options, part.factory, part.completions,
-                        self._spec if own else None, self.config.judge)
+        spec = PartSpec(
+            name,
+            part.function,
+            part.options,
+            part.factory,
+            part.completions,
+            self._spec if own else None,
+            self.config.judge,
+        )
         if part.place == "driver":
             return Part(name, part, self._driver, spec.load(self.setting if own else None))
         workers = workers_of(spec, part.workers or WorkersConfig(), part.timeout_s, part.load_timeout_s)

@@ -36,8 +36,11 @@ class JudgeReport:
 
     def sentences(self) -> list[str]:
         """The faults, for a person to read."""
-        return [f"reward part '{f.part}'{f', attempt {f.attempt}' if f.attempt else ''}: {f.message}"
-                + (f"; {f.rows} trajectories go unjudged" if f.rows else "") for f in self.faults]
+        return [
+            f"reward part '{f.part}'{f', attempt {f.attempt}' if f.attempt else ''}: {f.message}"
+            + (f"; {f.rows} trajectories go unjudged" if f.rows else "")
+            for f in self.faults
+        ]
 
 
 @dataclass
@@ -52,7 +55,7 @@ class _Call:
 
     def send(self, groups: Mapping[int, Group], state: TrainerState) -> None:
         for stretch in self.stretches:
-            self.rows += groups.get(stretch.group, ())[stretch.start:stretch.stop]
+            self.rows += groups.get(stretch.group, ())[stretch.start : stretch.stop]
         if self.rows:
             self.future = self.part.submit(self.rows, state)
 
@@ -77,13 +80,20 @@ class PartOutcome:
 class Judgement:
     """See above. `complete` is the judge's: it makes the report of what the parts said."""
 
-    def __init__(self, parts: Sequence[Part], state: TrainerState, sizes: Sequence[int],
-                 complete: Callable[[Sequence[Group], dict[str, PartOutcome], int], JudgeReport],
-                 abandon: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        state: TrainerState,
+        sizes: Sequence[int],
+        complete: Callable[[Sequence[Group], dict[str, PartOutcome], int], JudgeReport],
+        abandon: Callable[[], None],
+    ) -> None:
         self.state, self._sizes, self._complete, self._abandon = state, list(sizes), complete, abandon
         self._groups: dict[int, Group] = {}
-        self._calls = {part.name: [_Call(part, stretches, {s.group for s in stretches})
-                                   for stretches in part.plan(self._sizes)] for part in parts}
+        self._calls = {
+            part.name: [_Call(part, stretches, {s.group for s in stretches}) for stretches in part.plan(self._sizes)]
+            for part in parts
+        }
         for part in parts:
             part.begin()
 
@@ -123,8 +133,9 @@ class Judgement:
             self._abandon()
             raise
         waited = time.monotonic() - finished
-        report = self._complete(groups, {name: _gathered(calls) for name, calls in self._calls.items()},
-                                self.state.global_step)
+        report = self._complete(
+            groups, {name: _gathered(calls) for name, calls in self._calls.items()}, self.state.global_step
+        )
         if report.metrics:
             report.metrics["time/reward/waited"] = waited
             report.metrics["time/reward/hidden"] = self._busy_until(finished)
@@ -150,8 +161,13 @@ class Judgement:
 
     def _busy_until(self, moment: float) -> float:
         """Seconds before `moment` in which at least one call ran."""
-        spans = sorted((outcome.began, min(outcome.ended, moment)) for call in self._all() if call.future is not None
-                       for outcome in [call.future.result()] if outcome.began < moment)
+        spans = sorted(
+            (outcome.began, min(outcome.ended, moment))
+            for call in self._all()
+            if call.future is not None
+            for outcome in [call.future.result()]
+            if outcome.began < moment
+        )
         total = end = 0.0
         for began, ended in spans:
             total += max(0.0, ended - max(began, end))
@@ -168,12 +184,14 @@ def _gathered(calls: Sequence[_Call]) -> PartOutcome:
         gathered.calls.append(outcome)
         for row, trajectory in enumerate(call.rows):
             gathered.values[id(trajectory)] = outcome.values[row]
-            gathered.columns[id(trajectory)] = {column: values[row] for column, values in outcome.logs.columns.items()
-                                                if len(values) == len(call.rows)}
+            gathered.columns[id(trajectory)] = {
+                column: values[row] for column, values in outcome.logs.columns.items() if len(values) == len(call.rows)
+            }
     return gathered
 
 
 # ---- the report --------------------------------------------------------------------------------------------------
+
 
 def report_of(trajectories: Sequence[Trajectory], outcomes: Mapping[str, PartOutcome]) -> JudgeReport:
     """Means over what was judged; a part that judged nothing has no mean."""
@@ -207,8 +225,11 @@ def _logged(calls: Sequence[Outcome]) -> dict[str, float]:
     logged = {}
     for metric, weighted in means.items():
         weight = sum(judged for judged, _ in weighted)
-        logged[metric] = (math.fsum(judged * mean for judged, mean in weighted) / weight if weight
-                          else math.fsum(mean for _, mean in weighted) / len(weighted))
+        logged[metric] = (
+            math.fsum(judged * mean for judged, mean in weighted) / weight
+            if weight
+            else math.fsum(mean for _, mean in weighted) / len(weighted)
+        )
     return logged
 
 

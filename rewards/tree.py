@@ -15,12 +15,29 @@ from rewards.formula import groupwise
 from rewards.registry import REWARDS
 
 _SIGNS: dict[type, str] = {
-    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Mod: "%", ast.Pow: "**", ast.USub: "minus",
-    ast.UAdd: "plus", ast.Not: "not", ast.And: "and", ast.Or: "or", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">",
-    ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=",
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Div: "/",
+    ast.Mod: "%",
+    ast.Pow: "**",
+    ast.USub: "minus",
+    ast.UAdd: "plus",
+    ast.Not: "not",
+    ast.And: "and",
+    ast.Or: "or",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
 }
-_SCOPES = {"row": "by its own trajectory, scored while others are sampled",
-           "group": "by its group, scored while others are sampled", "batch": "by the whole step"}
+_SCOPES = {
+    "row": "by its own trajectory, scored while others are sampled",
+    "group": "by its group, scored while others are sampled",
+    "batch": "by the whole step",
+}
 
 
 def lines(config: RewardsConfig, width: int = 118) -> list[str]:

@@ -65,8 +65,10 @@ def _key(trajectory: Trajectory, segment: int) -> tuple[str, str, int]:
 def _by_trajectory(group: Group, config: GrpoConfig) -> Centred:
     rewards = [trajectory.reward for trajectory in group]
     centred_G = _less_mean(rewards)
-    return [{} if value is None else dict.fromkeys(_trained_segments(trajectory), value)
-            for trajectory, value in zip(group, centred_G, strict=True)]
+    return [
+        {} if value is None else dict.fromkeys(_trained_segments(trajectory), value)
+        for trajectory, value in zip(group, centred_G, strict=True)
+    ]
 
 
 def _by_segment(group: Group, config: GrpoConfig) -> Centred:
@@ -123,5 +125,7 @@ def _scaled(group: Group, centred: Centred, config: GrpoConfig, batch_scale: flo
     for trajectory, member in zip(group, centred, strict=True):
         for segment, value in member.items():
             scores.setdefault(_key(trajectory, segment), []).append(value)
-    return [{segment: value / (_std(scores[_key(trajectory, segment)]) + EPSILON) for segment, value in member.items()}
-            for trajectory, member in zip(group, centred, strict=True)]
+    return [
+        {segment: value / (_std(scores[_key(trajectory, segment)]) + EPSILON) for segment, value in member.items()}
+        for trajectory, member in zip(group, centred, strict=True)
+    ]

@@ -38,15 +38,24 @@ class MicroBatch:
 
 def scored_decisions(trajectory: Trajectory) -> np.ndarray:
     """count_S: the decisions that a policy scores, which leaves out greedy ones and untrained segments."""
-    return np.array([int((~segment.decisions.law.greedy_N).sum()) if segment.trained and segment.decisions else 0
-                     for segment in trajectory.segments])
+    return np.array(
+        [
+            int((~segment.decisions.law.greedy_N).sum()) if segment.trained and segment.decisions else 0
+            for segment in trajectory.segments
+        ]
+    )
 
 
 def trainable(groups: Sequence[Group], config: GrpoConfig) -> list[Trajectory]:
     """The judged members that have something to train."""
-    return [t for group in groups for t in group
-            if t.reward is not None and scored_decisions(t).any()
-            and not (config.mask_truncated_completions and t.stop in CUT_SHORT)]
+    return [
+        t
+        for group in groups
+        for t in group
+        if t.reward is not None
+        and scored_decisions(t).any()
+        and not (config.mask_truncated_completions and t.stop in CUT_SHORT)
+    ]
 
 
 def plan(trajectories: Sequence[Trajectory], config: GrpoConfig, processes: int, rank: int) -> list[MicroBatch]:
@@ -56,8 +65,10 @@ def plan(trajectories: Sequence[Trajectory], config: GrpoConfig, processes: int,
     for number, rows in enumerate(packs):
         local[rows] = number
     weights = _weights(trajectories, local, config)
-    batches = [_micro_batch([trajectories[row] for row in rows], [weights[row] for row in rows])
-               for rows in packs[rank::processes]]
+    batches = [
+        _micro_batch([trajectories[row] for row in rows], [weights[row] for row in rows])
+        for rows in packs[rank::processes]
+    ]
     if len(packs) % processes and rank >= len(packs) % processes:
         shortest = min(trajectories, key=Trajectory.num_tokens)
         batches.append(_micro_batch([shortest], [np.zeros(len(shortest.segments))]))
@@ -89,7 +100,8 @@ def _weights(trajectories: Sequence[Trajectory], local: np.ndarray, config: Grpo
         count_S=np.concatenate([scored_decisions(t) for t in trajectories]),
         role_weight_S=np.array([config.role_weights.get(segment.role, 1.0) for _, segment in segments]),
         trajectories=len(trajectories),
-        local_batch_S=local[trajectory_S])
+        local_batch_S=local[trajectory_S],
+    )
     weight_S = decision_weights(layout, config.loss_type, config.max_completion_length)
     return np.split(weight_S, np.cumsum([len(t.segments) for t in trajectories])[:-1])
 
@@ -100,6 +112,6 @@ def _micro_batch(trajectories: list[Trajectory], weights: Sequence[np.ndarray]) 
     for row, (trajectory, weight_S) in enumerate(zip(trajectories, weights, strict=True)):
         if trajectory.advantage_S is None:
             raise ValueError(f"trajectory {trajectory.key} has no advantages; credit() comes before update()")
-        weight_BS[row, :len(weight_S)] = torch.from_numpy(weight_S)
-        advantage_BS[row, :len(weight_S)] = torch.from_numpy(trajectory.advantage_S)
+        weight_BS[row, : len(weight_S)] = torch.from_numpy(weight_S)
+        advantage_BS[row, : len(weight_S)] = torch.from_numpy(trajectory.advantage_S)
     return MicroBatch(trajectories, weight_BS, advantage_BS)

@@ -22,8 +22,11 @@ class ClipConfig(BaseModel):
 
     epsilon: float = Field(0.2, ge=0, description="Lower clip range: ratios below 1 - epsilon are clipped.")
     epsilon_high: float | None = Field(None, ge=0, description="Upper clip range; None: the same as epsilon.")
-    delta: float | None = Field(None, gt=1, description="Two-sided clipping: the largest ratio that an unclipped "
-                                                        "term may have. None: no such bound.")
+    delta: float | None = Field(
+        None,
+        gt=1,
+        description="Two-sided clipping: the largest ratio that an unclipped term may have. None: no such bound.",
+    )
 
 
 class GrpoConfig(BaseModel):
@@ -37,8 +40,12 @@ class GrpoConfig(BaseModel):
     num_generations: int = Field(8, ge=2, description="Trajectories of one prompt: the members of a group.")
     num_iterations: int = Field(1, ge=1, description="Passes over one step's groups (mu in the GRPO paper).")
     num_minibatches: int = Field(1, ge=1, description="Optimiser steps a pass: the groups are divided among them.")
-    tokens_per_micro_batch: int = Field(4096, ge=1, description="Rows times longest row of one forward pass; a longer "
-                                        "trajectory gets a pass of its own. What fits a CPU's cache is quickest there.")
+    tokens_per_micro_batch: int = Field(
+        4096,
+        ge=1,
+        description="Rows times longest row of one forward pass; a longer "
+        "trajectory gets a pass of its own. What fits a CPU's cache is quickest there.",
+    )
     save_every: int = Field(10, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     evaluate_every: int | None = Field(None, ge=1, description="Steps between held-out evaluations; None: never.")
@@ -49,48 +56,71 @@ class GrpoConfig(BaseModel):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay.")
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of matrices; biases and norms have none.")
-    lr_scheduler_type: Schedule = Field("constant_with_warmup", description="As in transformers' get_scheduler; TRL's "
-                                                                            "default is linear.")
+    lr_scheduler_type: Schedule = Field(
+        "constant_with_warmup", description="As in transformers' get_scheduler; TRL's default is linear."
+    )
     warmup_steps: int = Field(0, ge=0, description="Optimiser steps over which the learning rate rises from 0.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
 
     # Loss
-    loss_type: LossType = Field("segment", description="How decisions are weighted in the loss. segment: mean within a "
-                                "segment, sum over the trajectory, mean over the batch. modality: mean within each "
-                                "modality of a trajectory, then the same. token: mean over all decisions of the batch. "
-                                "grpo, dr_grpo, dapo, bnpo: as in TRL (dapo is token).")
-    role_weights: dict[str, float] = Field({}, description="Factor on the loss of a role's decisions; 1 if not named. "
-                                                           "0 leaves the role out.")
+    loss_type: LossType = Field(
+        "segment",
+        description="How decisions are weighted in the loss. segment: mean within a "
+        "segment, sum over the trajectory, mean over the batch. modality: mean within each "
+        "modality of a trajectory, then the same. token: mean over all decisions of the batch. "
+        "grpo, dr_grpo, dapo, bnpo: as in TRL (dapo is token).",
+    )
+    role_weights: dict[str, float] = Field(
+        {}, description="Factor on the loss of a role's decisions; 1 if not named. 0 leaves the role out."
+    )
     max_completion_length: int = Field(512, ge=1, description="The constant that dr_grpo divides by; nothing is cut.")
     epsilon: float = Field(0.2, ge=0, description="Clip range.")
     epsilon_high: float | None = Field(None, ge=0, description="Upper clip range; None: the same as epsilon.")
-    delta: float | None = Field(None, gt=1, description="Two-sided clipping: the largest ratio that an unclipped term "
-                                                        "may have. None: no such bound.")
-    clip_by_kind: dict[Kind, ClipConfig] = Field({}, description="Clip ranges of a kind of decision, in place of the "
-                                                                 "three keys above.")
+    delta: float | None = Field(
+        None,
+        gt=1,
+        description="Two-sided clipping: the largest ratio that an unclipped term may have. None: no such bound.",
+    )
+    clip_by_kind: dict[Kind, ClipConfig] = Field(
+        {}, description="Clip ranges of a kind of decision, in place of the three keys above."
+    )
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the reference; 0: none is computed.")
-    use_bias_correction_kl: bool = Field(True, description="Multiply the KL term by the ratio, which makes its "
-                                                           "gradient that of the reverse KL.")
+    use_bias_correction_kl: bool = Field(
+        True, description="Multiply the KL term by the ratio, which makes its gradient that of the reverse KL."
+    )
     importance_sampling_level: Literal["token", "sequence"] = Field(
-        "token", description="Ratios by decision, or their geometric mean over the trajectory (GSPO).")
-    importance_sampling_cap: float | None = Field(3.0, gt=0, description="Where the trajectories were sampled by older "
-                                                  "weights, a decision's loss is multiplied by the ratio to them, cut "
-                                                  "off here (TRL's mode token_truncate). None: no such factor.")
-    mask_truncated_completions: bool = Field(False, description="Leave trajectories that hit a limit out of the loss; "
-                                                                "they stay in the baseline.")
+        "token", description="Ratios by decision, or their geometric mean over the trajectory (GSPO)."
+    )
+    importance_sampling_cap: float | None = Field(
+        3.0,
+        gt=0,
+        description="Where the trajectories were sampled by older "
+        "weights, a decision's loss is multiplied by the ratio to them, cut "
+        "off here (TRL's mode token_truncate). None: no such factor.",
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="Leave trajectories that hit a limit out of the loss; they stay in the baseline."
+    )
 
     # Credit
-    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="What advantages are divided by: the "
-                                                             "standard deviation of the group, of the batch, or 1.")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="What advantages are divided by: the standard deviation of the group, of the batch, or 1."
+    )
     advantage_level: Literal["trajectory", "segment"] = Field(
-        "trajectory", description="trajectory: every segment has its trajectory's advantage. segment: the baseline of "
-        "a segment is over the same role and occurrence in the group, and rewards by segment are added.")
-    segment_reward_weights: dict[str, float] = Field({}, description="Weight of a reward part's values by segment, "
-                                                     "where advantage_level is segment; 1 if not named.")
+        "trajectory",
+        description="trajectory: every segment has its trajectory's advantage. segment: the baseline of "
+        "a segment is over the same role and occurrence in the group, and rewards by segment are added.",
+    )
+    segment_reward_weights: dict[str, float] = Field(
+        {}, description="Weight of a reward part's values by segment, where advantage_level is segment; 1 if not named."
+    )
 
     # Checks
-    on_policy_tolerance: float | None = Field(None, gt=0, description="Largest |new - old log-prob| of the same "
-                                              "weights. None: 1e-4 in float32, 0.1 in 16-bit types.")
+    on_policy_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="Largest |new - old log-prob| of the same weights. None: 1e-4 in float32, 0.1 in 16-bit types.",
+    )
 
     @field_validator("scale_rewards", mode="before")
     @classmethod
@@ -100,8 +130,10 @@ class GrpoConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> GrpoConfig:
         if self.num_minibatches > self.prompts_per_step:
-            raise ValueError(f"num_minibatches is {self.num_minibatches}, but a step has only {self.prompts_per_step} "
-                             f"groups (prompts_per_step)")
+            raise ValueError(
+                f"num_minibatches is {self.num_minibatches}, but a step has only {self.prompts_per_step} "
+                f"groups (prompts_per_step)"
+            )
         negative = [role for role, weight in self.role_weights.items() if weight < 0]
         if negative:
             raise ValueError(f"role_weights.{negative[0]} is negative; 0 leaves a role out")

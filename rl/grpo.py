@@ -76,20 +76,26 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
             if stop or last or step % config.save_every == 0:
                 put_away(run, trainer, cursor, step, probe)
             if stop and alarm is not None:
-                raise AlarmRaised(f"stopped after step {step} of {config.steps} by {alarm}. Saved in "
-                                  f"{checkpoint.latest(run.checkpoints)}; to go on regardless, set "
-                                  f"rewards.alarms.fatal: false and {run.resume_command}")
+                raise AlarmRaised(
+                    f"stopped after step {step} of {config.steps} by {alarm}. Saved in "
+                    f"{checkpoint.latest(run.checkpoints)}; to go on regardless, set "
+                    f"rewards.alarms.fatal: false and {run.resume_command}"
+                )
             if stop:
-                raise Interrupted(f"stopped after step {step} of {config.steps}; saved in "
-                                  f"{checkpoint.latest(run.checkpoints)}. To go on, {run.resume_command}")
+                raise Interrupted(
+                    f"stopped after step {step} of {config.steps}; saved in "
+                    f"{checkpoint.latest(run.checkpoints)}. To go on, {run.resume_command}"
+                )
     return trainer
 
 
 def ask(run: Run, cursor: PromptCursor) -> list[RolloutRequest]:
     """One request a prompt; groups are numbered through the run, which makes their noise their own."""
     members = tuple(range(run.config.num_generations))
-    return [RolloutRequest(group, record["prompt"], record, members, run.seed)
-            for group, record in cursor.take(run.config.prompts_per_step)]
+    return [
+        RolloutRequest(group, record["prompt"], record, members, run.seed)
+        for group, record in cursor.take(run.config.prompts_per_step)
+    ]
 
 
 def collect(run: Run, requests: Sequence[RolloutRequest], step: int) -> tuple[Ledger, dict[str, float]]:

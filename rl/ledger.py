@@ -41,5 +41,8 @@ class Ledger:
     def metrics(self) -> dict[str, float]:
         """groups/in, groups/trained, groups/dropped/<reason>. The usual reasons are always there."""
         dropped = {reason: 0 for reason in (FAILED, UNJUDGED, ZERO_VARIANCE)} | self.dropped
-        return {"groups/in": float(self.groups_in), "groups/trained": float(len(self.trained)),
-                **{f"groups/dropped/{reason}": float(count) for reason, count in dropped.items()}}
+        return {
+            "groups/in": float(self.groups_in),
+            "groups/trained": float(len(self.trained)),
+            **{f"groups/dropped/{reason}": float(count) for reason, count in dropped.items()},
+        }

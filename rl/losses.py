@@ -36,8 +36,7 @@ class ClipRange:
 
 @dataclass(frozen=True)
 class LossSettings:
-    clip: Mapping[DecisionKind, ClipRange] = field(
-        default_factory=lambda: {kind: ClipRange() for kind in DecisionKind})
+    clip: Mapping[DecisionKind, ClipRange] = field(default_factory=lambda: {kind: ClipRange() for kind in DecisionKind})
     beta: float = 0.0
     use_bias_correction_kl: bool = True
     importance_sampling_level: str = "token"  # or "sequence": one ratio a trajectory
@@ -99,15 +98,25 @@ def policy_loss(scored: ScoredDecisions, settings: LossSettings) -> Loss:
 
     below_N = (bounded_N < 1 - low_N) & (scored.advantage_N < 0)
     above_N = (bounded_N > 1 + high_N) & (scored.advantage_N > 0)
-    columns = (torch.ones_like(ratio_N), scored.divergence_N, scored.entropy_N, below_N, above_N, importance_N,
-               capped_N)
+    columns = (
+        torch.ones_like(ratio_N),
+        scored.divergence_N,
+        scored.entropy_N,
+        below_N,
+        above_N,
+        importance_N,
+        capped_N,
+    )
     return Loss(loss, policy.detach(), _sums(columns, scored.kind_N, counts_N))
 
 
 def _clip_bounds(clip: Mapping[DecisionKind, ClipRange], kind_N: Tensor, dtype: torch.dtype) -> list[Tensor]:
     ranges = [clip.get(kind, ClipRange()) for kind in DecisionKind]
-    table_K3 = torch.tensor([[r.low, r.high, float("inf") if r.delta is None else r.delta] for r in ranges],
-                            dtype=dtype, device=kind_N.device)
+    table_K3 = torch.tensor(
+        [[r.low, r.high, float("inf") if r.delta is None else r.delta] for r in ranges],
+        dtype=dtype,
+        device=kind_N.device,
+    )
     return list(table_K3[kind_N].unbind(-1))
 
 
@@ -133,8 +142,14 @@ def summarise(sums_KM: Tensor) -> dict[str, float]:
     Names: kl, clip/low, clip/high, entropy (each also /word, /code, /flow, for the kinds that occur),
     importance/mean and importance/capped where the behaviour policy was older, trained/<kind>_decisions.
     """
-    names = {"kl": "kl", "entropy": "entropy", "clip_low": "clip/low", "clip_high": "clip/high",
-             "importance": "importance/mean", "importance_capped": "importance/capped"}
+    names = {
+        "kl": "kl",
+        "entropy": "entropy",
+        "clip_low": "clip/low",
+        "clip_high": "clip/high",
+        "importance": "importance/mean",
+        "importance_capped": "importance/capped",
+    }
     rows = {f"/{kind.name.lower()}": sums_KM[kind] for kind in DecisionKind if sums_KM[kind, 0] > 0}
     metrics = {f"trained{suffix}_decisions": float(row[0]) for suffix, row in rows.items()}
     for column, name in names.items():

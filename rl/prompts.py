@@ -48,11 +48,14 @@ class PromptCursor:
     def load(self, state: dict[str, Any]) -> None:
         """Raises UserError when the state was taken of other prompts or another seed: it would not be the same run."""
         if state["identity"] != self.identity:
-            raise UserError("the checkpoint's training prompts are not these: the task, its split or its version "
-                            "changed since. Resume with the recipe of that run")
+            raise UserError(
+                "the checkpoint's training prompts are not these: the task, its split or its version "
+                "changed since. Resume with the recipe of that run"
+            )
         if state["seed"] != self.seed:
-            raise UserError(f"the checkpoint's run has seed {state['seed']}, not {self.seed}. Resume with the recipe "
-                            f"of that run")
+            raise UserError(
+                f"the checkpoint's run has seed {state['seed']}, not {self.seed}. Resume with the recipe of that run"
+            )
         self.taken = int(state["taken"])
 
 

@@ -47,8 +47,13 @@ class Published:
     seconds: float = 0.0
 
     def metrics(self) -> dict[str, float]:
-        return {"publish/version": float(self.version), "publish/bytes": float(self.num_bytes),
-                "publish/gap": self.gap, "publish/probed": float(self.probed), "time/publish": self.seconds}
+        return {
+            "publish/version": float(self.version),
+            "publish/bytes": float(self.num_bytes),
+            "publish/gap": self.gap,
+            "publish/probed": float(self.probed),
+            "time/publish": self.seconds,
+        }
 
 
 class Publisher:
@@ -66,9 +71,16 @@ class Publisher:
         tolerance: of log-probs on the probe; None: 1e-4 in float32, 0.1 in 16-bit types.
     """
 
-    def __init__(self, policy: Policy, rollouts: Receivers | None, accelerator: Any = None,
-                 prepared: nn.Module | None = None, full: bool = False, chunk_bytes: int = CHUNK_BYTES,
-                 tolerance: float | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        rollouts: Receivers | None,
+        accelerator: Any = None,
+        prepared: nn.Module | None = None,
+        full: bool = False,
+        chunk_bytes: int = CHUNK_BYTES,
+        tolerance: float | None = None,
+    ) -> None:
         self.policy, self.rollouts, self.accelerator = policy, rollouts, accelerator
         self.prepared, self.chunk_bytes = prepared, chunk_bytes
         self.version: int | None = None  # None: nothing published yet
@@ -113,13 +125,23 @@ class Publisher:
             try:
                 publication = self._pack(state, version)
                 changed = publication.manifest.fingerprint != self._last
-                moved = (changed and not fresh and self._expected_N is not None
-                         and not np.array_equal(self._expected_N, expected_N))
+                moved = (
+                    changed
+                    and not fresh
+                    and self._expected_N is not None
+                    and not np.array_equal(self._expected_N, expected_N)
+                )
                 check = Probe(version, self._probe, expected_N, self.tolerance, moved) if len(expected_N) else None
                 gap = self.rollouts.publish(publication, check)
                 self._last = publication.manifest.fingerprint
-                published = Published(version, self._kind, publication.manifest.num_bytes, gap, len(expected_N),
-                                      time.perf_counter() - began)
+                published = Published(
+                    version,
+                    self._kind,
+                    publication.manifest.num_bytes,
+                    gap,
+                    len(expected_N),
+                    time.perf_counter() - began,
+                )
             except Exception as error:
                 if not self._distributed():
                     raise
@@ -191,6 +213,9 @@ class Publisher:
 
 def smallest(trajectories: Sequence[Trajectory], count: int) -> tuple[Trajectory, ...]:
     """The `count` shortest trajectories that have something to score."""
-    scored = [t for t in trajectories
-              if any(s.trained and s.decisions is not None and not s.decisions.law.greedy_N.all() for s in t.segments)]
+    scored = [
+        t
+        for t in trajectories
+        if any(s.trained and s.decisions is not None and not s.decisions.law.greedy_N.all() for s in t.segments)
+    ]
     return tuple(sorted(scored, key=lambda t: t.num_tokens())[:count])

@@ -27,8 +27,17 @@ from training.tracking import read_metrics
 logger = logging.getLogger(__name__)
 OWED = "owed.json"  # in a checkpoint: metrics of its step, where that is trained but not logged
 # Keys of a recipe, sections whole, that may change on resuming without the steps to come being others.
-INDIFFERENT = ("name", "run_dir", "track", "evaluate", "sft", "rewards.alarms", "grpo.save_every",
-               "grpo.keep_checkpoints", "grpo.evaluate_every")
+INDIFFERENT = (
+    "name",
+    "run_dir",
+    "track",
+    "evaluate",
+    "sft",
+    "rewards.alarms",
+    "grpo.save_every",
+    "grpo.keep_checkpoints",
+    "grpo.evaluate_every",
+)
 
 
 class Report(Protocol):
@@ -114,8 +123,11 @@ def begin(run: Run, trainer: Trainer, cursor: PromptCursor, resume: Path | None)
         begun.done = loaded.step
         news = changes(loaded.recipe, json.loads(json.dumps(run.recipe)))
         if news and run.accelerator.is_main_process:
-            logger.warning("the recipe is not that of %s, and the run goes on with what it says now: %s", resume.name,
-                           "; ".join(news))
+            logger.warning(
+                "the recipe is not that of %s, and the run goes on with what it says now: %s",
+                resume.name,
+                "; ".join(news),
+            )
         if (resume / "probe").is_dir():
             begun.probe = load_trajectories(resume / "probe")
         if (resume / OWED).is_file():
@@ -125,8 +137,10 @@ def begin(run: Run, trainer: Trainer, cursor: PromptCursor, resume: Path | None)
     def forget() -> None:
         finished = checkpoint.latest(run.checkpoints)
         if resume is None and finished is not None:
-            raise UserError(f"{run.folder} already holds a run ({finished.name}). Resume it ({run.resume_command}), or "
-                            f"choose another run_dir")
+            raise UserError(
+                f"{run.folder} already holds a run ({finished.name}). Resume it ({run.resume_command}), or "
+                f"choose another run_dir"
+            )
         checkpoint.rewind(run.checkpoints, begun.done)
         if run.tracker is not None:
             run.tracker.rewind(logged + 1)
@@ -153,8 +167,14 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], section: str = "") -
 
 
 @contextmanager
-def keeping(run: Run, trainer: Trainer, cursor: PromptCursor, step: int, probe: Sequence[Trajectory],
-            owed: dict[str, float] | None = None) -> Iterator[None]:
+def keeping(
+    run: Run,
+    trainer: Trainer,
+    cursor: PromptCursor,
+    step: int,
+    probe: Sequence[Trajectory],
+    owed: dict[str, float] | None = None,
+) -> Iterator[None]:
     """Save the last finished step where a fault that a user can mend ends the run.
 
     Args:
@@ -177,8 +197,15 @@ def keeping(run: Run, trainer: Trainer, cursor: PromptCursor, step: int, probe: 
         raise
 
 
-def _save_after_fault(run: Run, trainer: Trainer, cursor: PromptCursor, step: int, probe: Sequence[Trajectory],
-                      owed: dict[str, float] | None, newest: Path | None) -> str:
+def _save_after_fault(
+    run: Run,
+    trainer: Trainer,
+    cursor: PromptCursor,
+    step: int,
+    probe: Sequence[Trajectory],
+    owed: dict[str, float] | None,
+    newest: Path | None,
+) -> str:
     """What became of the finished steps, as a sentence."""
     try:
         if newest is None or newest.name != f"step-{step:06d}":
@@ -188,8 +215,14 @@ def _save_after_fault(run: Run, trainer: Trainer, cursor: PromptCursor, step: in
     return f"The {step} finished step(s) are saved; once it is mended, {run.resume_command}"
 
 
-def put_away(run: Run, trainer: Trainer, cursor: PromptCursor, step: int, probe: Sequence[Trajectory],
-             owed: dict[str, float] | None = None) -> None:
+def put_away(
+    run: Run,
+    trainer: Trainer,
+    cursor: PromptCursor,
+    step: int,
+    probe: Sequence[Trajectory],
+    owed: dict[str, float] | None = None,
+) -> None:
     """Write the checkpoint of a trained step. All processes call it; the first one writes.
 
     `owed`: metrics of a step that is yet to be published, evaluated and logged; None: it has been.
@@ -203,8 +236,12 @@ def put_away(run: Run, trainer: Trainer, cursor: PromptCursor, step: int, probe:
         if owed is not None:
             (folder / OWED).write_text(json.dumps(owed, default=float))
 
-    on_first(run.accelerator, lambda: checkpoint.save(run.checkpoints, step, write, state, cursor.state(), run.recipe,
-                                                      run.config.keep_checkpoints))
+    on_first(
+        run.accelerator,
+        lambda: checkpoint.save(
+            run.checkpoints, step, write, state, cursor.state(), run.recipe, run.config.keep_checkpoints
+        ),
+    )
 
 
 def log(run: Run, step: int, metrics: dict[str, float]) -> str | None:

@@ -64,15 +64,20 @@ class Trainer:
         version: of the weights; one more after every update that moved them.
     """
 
-    def __init__(self, policy: Policy, config: GrpoConfig, accelerator: Accelerator,
-                 source: Path | str | None = None) -> None:
+    def __init__(
+        self, policy: Policy, config: GrpoConfig, accelerator: Accelerator, source: Path | str | None = None
+    ) -> None:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             # accelerate's backward is then the engine's, which steps at every micro-batch.
-            raise TrainingError("GRPO runs with DDP or FSDP (configs/accelerate), not with DeepSpeed, which would step "
-                                "at every micro-batch; the DeepSpeed preset is for `underdrawing sft`")
+            raise TrainingError(
+                "GRPO runs with DDP or FSDP (configs/accelerate), not with DeepSpeed, which would step "
+                "at every micro-batch; the DeepSpeed preset is for `underdrawing sft`"
+            )
         if accelerator.gradient_accumulation_steps != 1:
-            raise TrainingError("accelerate's gradient_accumulation_steps must be 1; the trainer accumulates by itself "
-                                "(grpo.tokens_per_micro_batch)")
+            raise TrainingError(
+                "accelerate's gradient_accumulation_steps must be 1; the trainer accumulates by itself "
+                "(grpo.tokens_per_micro_batch)"
+            )
         self.policy, self.config, self.accelerator = policy, config, accelerator
         self.version = 0
         # Dropout would make the log-probs of the same weights differ, and the ratio of the first update is 1.
@@ -84,10 +89,16 @@ class Trainer:
             raise TrainingError("no parameter of the policy requires a gradient: there is nothing to train")
         if (half := half_precision(policy.model)) is not None:
             raise TrainingError(half)
-        groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-                  {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,
-                                      betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+        )
         self._start = _start(policy, source)
         policy.model.to(accelerator.device)
         if config.beta:
@@ -95,8 +106,12 @@ class Trainer:
                 pass
         self.scorer, self.optimizer = accelerator.prepare(_Scorer(policy, accelerator), optimizer)
         # Not prepared: accelerate would step a prepared schedule once for every process.
-        self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps,
-                                       num_training_steps=config.steps * config.num_iterations * config.num_minibatches)
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.steps * config.num_iterations * config.num_minibatches,
+        )
         self.settings = loss_settings(config)
         policy.model.eval()
 
@@ -131,7 +146,8 @@ class Trainer:
             raise TrainingError(
                 f"sampling and scoring disagree: the largest difference of log-probs under the same weights is "
                 f"{worst:.3g}, over the tolerance of {self._tolerance():g} (grpo.on_policy_tolerance). Worst at "
-                f"{place}. Look for a law (temperature, allowed set, guidance), a context or a precision that differs")
+                f"{place}. Look for a law (temperature, allowed set, guidance), a context or a precision that differs"
+            )
         return worst
 
     def _tolerance(self) -> float:
@@ -185,10 +201,18 @@ class Trainer:
         worst, gap = self._largest(worst, gap)
         seconds, tokens = time.perf_counter() - started, sum(t.num_tokens() for part in parts for t in part)
         metrics |= summarise(sums_KM)
-        metrics |= {"loss/total": total, "loss/policy": policy, "loss/kl": total - policy, "log_ratio/max": worst,
-                    "grad_norm": float(np.mean(norms)), "optimizer_steps": float(len(norms)),
-                    "trained/trajectories": float(sum(map(len, parts))), "trained/tokens": float(tokens),
-                    "time/update": seconds, "perf/trained_tokens_per_s": tokens * config.num_iterations / seconds}
+        metrics |= {
+            "loss/total": total,
+            "loss/policy": policy,
+            "loss/kl": total - policy,
+            "log_ratio/max": worst,
+            "grad_norm": float(np.mean(norms)),
+            "optimizer_steps": float(len(norms)),
+            "trained/trajectories": float(sum(map(len, parts))),
+            "trained/tokens": float(tokens),
+            "time/update": seconds,
+            "perf/trained_tokens_per_s": tokens * config.num_iterations / seconds,
+        }
         return metrics if stale else metrics | {"on_policy_gap": gap}
 
     def score(self, trajectories: Sequence[Trajectory]) -> Scored:
@@ -202,8 +226,9 @@ class Trainer:
         with self.policy.reference():
             return [[self.score(batch.trajectories) for batch in batches] for batches in minibatches]
 
-    def _accumulate(self, batches: list[MicroBatch], old: list[Scored | None],
-                    reference: list[Scored | None]) -> tuple[Tensor, Tensor, float]:
+    def _accumulate(
+        self, batches: list[MicroBatch], old: list[Scored | None], reference: list[Scored | None]
+    ) -> tuple[Tensor, Tensor, float]:
         """Add up gradients over micro-batches. Returns (total, policy) losses [2], sums_KM, largest |log-ratio|."""
         losses_2, sums_KM = torch.zeros(2, dtype=torch.float64), _no_sums(self.accelerator.device)
         worst = 0.0
@@ -224,22 +249,31 @@ class Trainer:
 
     def _decisions(self, batch: MicroBatch, scored: Scored, old: Scored | None) -> ScoredDecisions:
         if len(scored.logprob_N) != batch.decisions:
-            raise TrainingError(f"the policy scored {len(scored.logprob_N)} decisions where the record holds "
-                                f"{batch.decisions} trained ones: losses would be weighted wrongly")
+            raise TrainingError(
+                f"the policy scored {len(scored.logprob_N)} decisions where the record holds "
+                f"{batch.decisions} trained ones: losses would be weighted wrongly"
+            )
         device = scored.logprob_N.device
         at = (scored.trajectory_N, scored.segment_N)
         return ScoredDecisions(
-            log_ratio_N=scored.log_ratio_N, advantage_N=batch.advantage_BS.to(device)[at], kind_N=scored.kind_N,
-            weight_N=batch.weight_BS.to(device)[at], trajectory_N=scored.trajectory_N,
-            divergence_N=scored.divergence_N, entropy_N=scored.entropy_N,
-            behaviour_log_ratio_N=None if old is None else old.logprob_N - old.behaviour_N)
+            log_ratio_N=scored.log_ratio_N,
+            advantage_N=batch.advantage_BS.to(device)[at],
+            kind_N=scored.kind_N,
+            weight_N=batch.weight_BS.to(device)[at],
+            trajectory_N=scored.trajectory_N,
+            divergence_N=scored.divergence_N,
+            entropy_N=scored.entropy_N,
+            behaviour_log_ratio_N=None if old is None else old.logprob_N - old.behaviour_N,
+        )
 
     def _step(self) -> float:
         parameters = list(self._trained().values())
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
         if not np.isfinite(norm):
-            raise TrainingError(f"the gradient's norm is {norm} after version {self.version}: the weights were left as "
-                                f"they are. Try a lower grpo.learning_rate, or grpo.delta to bound the ratios")
+            raise TrainingError(
+                f"the gradient's norm is {norm} after version {self.version}: the weights were left as "
+                f"they are. Try a lower grpo.learning_rate, or grpo.delta to bound the ratios"
+            )
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -253,9 +287,14 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Trained parameters, optimiser, schedule, version, what the run started from, and every process's random
         state. All processes call it."""
-        return {"parameters": {name: p.detach() for name, p in self._trained().items()},
-                "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "version": self.version, "start": self._start, "random": gather_object([random_state()])}
+        return {
+            "parameters": {name: p.detach() for name, p in self._trained().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "version": self.version,
+            "start": self._start,
+            "random": gather_object([random_state()]),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a state() again; a process that it does not know of takes another's random state.
@@ -276,17 +315,23 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in trained.items():
                 if parameter.shape != saved[name].shape:
-                    raise TrainingError(f"parameter '{name}' is {list(saved[name].shape)} in the checkpoint and "
-                                        f"{list(parameter.shape)} here. Resume with the recipe of that run")
+                    raise TrainingError(
+                        f"parameter '{name}' is {list(saved[name].shape)} in the checkpoint and "
+                        f"{list(parameter.shape)} here. Resume with the recipe of that run"
+                    )
                 parameter.copy_(saved[name])
-        options = [{key: value for key, value in group.items() if key not in ("params", "lr")}
-                   for group in self.optimizer.param_groups]
+        options = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         # Both have just taken over what the checkpoint's recipe said.
         self.scheduler.base_lrs = [group["initial_lr"] for group in options]
-        self.scheduler._last_lr = [base * factor(self.scheduler.last_epoch) for base, factor in
-                                   zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)]
+        self.scheduler._last_lr = [
+            base * factor(self.scheduler.last_epoch)
+            for base, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        ]
         for group, option, rate in zip(self.optimizer.param_groups, options, self.scheduler._last_lr, strict=True):
             group.update(option, lr=rate)
         self.version = state["version"]
@@ -301,14 +346,18 @@ class Trainer:
             if kind == "trained" and not self.config.beta:
                 self._start = saved  # all of them are about to be replaced; a KL term may yet be turned on
                 continue
-            what = ("the weights that are not trained" if kind == "frozen" else
-                    "the weights that the KL term (grpo.beta) compares with")
+            what = (
+                "the weights that are not trained"
+                if kind == "frozen"
+                else "the weights that the KL term (grpo.beta) compares with"
+            )
             elsewhere = saved["source"] not in (None, here["source"])
             raise TrainingError(
                 f"{what} are not those of the checkpoint's run: it started from {saved['source'] or 'a policy'} "
                 f"(fingerprint {str(saved[kind])[:8]}), this one from {here['source'] or 'a policy'} "
                 f"({str(here[kind])[:8]}). Resume with the weights that it started from: "
-                + (f"--weights {saved['source']}" if elsewhere else "--weights and a folder that holds them"))
+                + (f"--weights {saved['source']}" if elsewhere else "--weights and a folder that holds them")
+            )
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
@@ -320,9 +369,11 @@ def _start(policy: Policy, source: Path | str | None) -> dict[str, str | None]:
     trained = {name for name, p in policy.model.named_parameters(remove_duplicate=False) if p.requires_grad}
     # Fresh adapters are chance, and the reference is without them.
     adapters = getattr(policy, "has_adapters", False)
-    return {"source": None if source is None else str(source),
-            "frozen": fingerprint({name: t for name, t in state.items() if name not in trained}),
-            "trained": None if adapters else fingerprint({name: t for name, t in state.items() if name in trained})}
+    return {
+        "source": None if source is None else str(source),
+        "frozen": fingerprint({name: t for name, t in state.items() if name not in trained}),
+        "trained": None if adapters else fingerprint({name: t for name, t in state.items() if name in trained}),
+    }
 
 
 def loss_settings(config: GrpoConfig) -> LossSettings:
@@ -332,8 +383,13 @@ def loss_settings(config: GrpoConfig) -> LossSettings:
         source: GrpoConfig | ClipConfig = config.clip_by_kind.get(kind.name.lower(), config)  # type: ignore[call-overload]
         high = source.epsilon if source.epsilon_high is None else source.epsilon_high
         clip[kind] = ClipRange(source.epsilon, high, source.delta)
-    return LossSettings(clip, config.beta, config.use_bias_correction_kl, config.importance_sampling_level,
-                        config.importance_sampling_cap)
+    return LossSettings(
+        clip,
+        config.beta,
+        config.use_bias_correction_kl,
+        config.importance_sampling_level,
+        config.importance_sampling_cap,
+    )
 
 
 def _split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
@@ -348,9 +404,11 @@ def _gap(scored: list[list[Scored | None]]) -> float:
 
 def _place(trajectory: Trajectory, scored: Scored, at: int) -> str:
     segment, kind = int(scored.segment_N[at]), DecisionKind(int(scored.kind_N[at]))
-    return (f"trajectory {trajectory.key}, segment {segment} ({trajectory.segments[segment].role}), a "
-            f"{kind.name.lower()}: {float(scored.behaviour_N[at]):.6f} when sampled, {float(scored.logprob_N[at]):.6f} "
-            f"when scored")
+    return (
+        f"trajectory {trajectory.key}, segment {segment} ({trajectory.segments[segment].role}), a "
+        f"{kind.name.lower()}: {float(scored.behaviour_N[at]):.6f} when sampled, {float(scored.logprob_N[at]):.6f} "
+        f"when scored"
+    )
 
 
 def _no_sums(device: torch.device) -> Tensor:

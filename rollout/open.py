@@ -13,8 +13,9 @@ from rollout.pool.local import LocalRollouts
 from rollout.spec import engine_spec
 
 
-def open_rollouts(policy: Policy, policy_config: Any, format_config: Any, config: RolloutConfig,
-                  words: Sequence[str] = ()) -> Rollouts:
+def open_rollouts(
+    policy: Policy, policy_config: Any, format_config: Any, config: RolloutConfig, words: Sequence[str] = ()
+) -> Rollouts:
     """The pool that the recipe asks for: actors that load a policy of their own, or, with `workers: 0`, an engine in
     this process that samples with `policy` itself."""
     if config.workers == 0:

@@ -28,12 +28,19 @@ class EngineSpec:
 
 def engine_spec(policy: Any, fmt: Any, rollout: RolloutConfig, words: Sequence[str] = ()) -> EngineSpec:
     """The spec of a recipe's sections `policy`, `format` and `rollout`. `words`: of the task's language."""
-    return EngineSpec({"policy": policy.model_dump(mode="json"), "format": fmt.model_dump(mode="json"),
-                       "rollout": rollout.model_dump(mode="json"), "words": list(words)})
+    return EngineSpec(
+        {
+            "policy": policy.model_dump(mode="json"),
+            "format": fmt.model_dump(mode="json"),
+            "rollout": rollout.model_dump(mode="json"),
+            "words": list(words),
+        }
+    )
 
 
-def build_engine(policy: dict[str, Any], format: dict[str, Any], rollout: dict[str, Any],
-                 words: Sequence[str]) -> Engine:
+def build_engine(
+    policy: dict[str, Any], format: dict[str, Any], rollout: dict[str, Any], words: Sequence[str]
+) -> Engine:
     """The engine of a recipe's sections, as plain data."""
     from formats.config import FormatConfig
     from policy.config import PolicyConfig

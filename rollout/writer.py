@@ -36,8 +36,9 @@ class RolloutWorker:
             if len(members) == len(wanted[trajectory.group]):
                 yield trajectory.group, [members[member] for member in wanted[trajectory.group]]
 
-    def receive(self, manifest: Manifest, trajectories: Sequence[Trajectory],
-                *chunks: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def receive(
+        self, manifest: Manifest, trajectories: Sequence[Trajectory], *chunks: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Load a publication. Returns the probe's log-probs before (None: no version before) and after it.
 
         The engine's next call prefills every row anew, so no keys or values of the old weights live on.

@@ -50,14 +50,28 @@ class SampledIds:
 class SequenceWriter:
     """A trajectory, its cursor and the state of its open segment (always the last of `trajectory.segments`)."""
 
-    def __init__(self, request: RolloutRequest, order: tuple[int, int], fmt: ThoughtFormat, vocabulary: Vocabulary,
-                 prompt: Sequence[Segment], constrain: str):
+    def __init__(
+        self,
+        request: RolloutRequest,
+        order: tuple[int, int],
+        fmt: ThoughtFormat,
+        vocabulary: Vocabulary,
+        prompt: Sequence[Segment],
+        constrain: str,
+    ):
         self.order = order  # (request, member) as they were asked for
         self.siblings = len(request.members)
         self.fmt, self.vocabulary = fmt, vocabulary
         self.cursor: Cursor = fmt.cursor(vocabulary, constrain)
-        self.trajectory = Trajectory(request.prompt, request.record, fmt.name, list(prompt), request.group,
-                                     request.members[order[1]], request.seed)
+        self.trajectory = Trajectory(
+            request.prompt,
+            request.record,
+            fmt.name,
+            list(prompt),
+            request.group,
+            request.members[order[1]],
+            request.seed,
+        )
         self.closed = 0  # spans that have become segments
         self.start = 0  # index of the open segment's first id among the policy's ids
         self.contexts: tuple[Context, ...] = ()
@@ -92,10 +106,12 @@ class SequenceWriter:
                 not sampled from.
         """
         done = []
-        for span in self.cursor.spans[self.closed:]:
+        for span in self.cursor.spans[self.closed :]:
             if span.start != self.start:
-                raise FormatContractError(f"format '{self.fmt.name}': the segment '{span.role}' begins at id "
-                                          f"{span.start}, but the one before it ended at {self.start}")
+                raise FormatContractError(
+                    f"format '{self.fmt.name}': the segment '{span.role}' begins at id "
+                    f"{span.start}, but the one before it ended at {self.start}"
+                )
             if self._open is None:  # two closed at once: nothing was sampled between them
                 self.open_unsampled(span)
             done.append(self._segment(span, sampled, table, version))
@@ -116,12 +132,20 @@ class SequenceWriter:
         return FormatContractError(
             f"format '{self.fmt.name}': the context of the segment '{role}' is not what its first ids were sampled "
             f"from. Where a context drops something, close the segment before it with its own last id, or force "
-            f"the first ids of the new one")
+            f"the first ids of the new one"
+        )
 
     def _segment(self, span: Span, sampled: SampledIds, table: SamplingTable, version: int) -> Segment:
-        ids_T = sampled.ids_T[span.start:span.stop].astype(np.int32)
-        segment = Segment(span.role, self.fmt.author(span.role), span.modality, self.fmt.trained(span.role), ids_T,
-                          contexts=self.contexts, version=version)
+        ids_T = sampled.ids_T[span.start : span.stop].astype(np.int32)
+        segment = Segment(
+            span.role,
+            self.fmt.author(span.role),
+            span.modality,
+            self.fmt.trained(span.role),
+            ids_T,
+            contexts=self.contexts,
+            version=version,
+        )
         if span.modality is Modality.TEXT:
             segment.text = self.vocabulary.decode(ids_T)
         segment.decisions = self._decisions(span, sampled, table)

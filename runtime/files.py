@@ -18,8 +18,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Force a folder's files and folders to the disk: after a rename the content must be there, even if the power goes.
-    """
+    """Force what a folder holds to the disk: after a rename the content must be there, even if the power goes."""
     for path in [*folder.rglob("*"), folder]:
         flush_one(path)
 

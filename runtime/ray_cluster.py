@@ -86,9 +86,17 @@ def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
     for attempt in range(1, ATTEMPTS + 1):
         folder = _folder()
         try:
-            ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False,
-                     object_store_memory=object_store_bytes, log_to_driver=False, logging_level=logging.ERROR,
-                     ignore_reinit_error=True, _temp_dir=str(folder), _node_ip_address="127.0.0.1")
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=object_store_bytes,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                ignore_reinit_error=True,
+                _temp_dir=str(folder),
+                _node_ip_address="127.0.0.1",
+            )
             _started.add(folder)
             return Cluster(folder, ours=True)
         except BaseException as error:
@@ -100,9 +108,10 @@ def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
                 log.warning("Ray did not start in time; trying again (%d of %d)", attempt + 1, ATTEMPTS)
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
-            raise ClusterError(f"Ray did not start: {_first_line(error)} (logs: {folder}/session_latest/logs). Set "
-                               "rollout.workers: 0 to roll out in this process, and see `underdrawing doctor`"
-                               ) from error
+            raise ClusterError(
+                f"Ray did not start: {_first_line(error)} (logs: {folder}/session_latest/logs). Set "
+                "rollout.workers: 0 to roll out in this process, and see `underdrawing doctor`"
+            ) from error
     raise AssertionError("unreachable")
 
 
@@ -125,15 +134,16 @@ def _join(address: str) -> Cluster:
         _check_head(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {_first_line(error)}. Unset it to "
-                           "start a local one, or set rollout.workers: 0 to roll out in this process") from error
+        raise ClusterError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {_first_line(error)}. Unset it to "
+            "start a local one, or set rollout.workers: 0 to roll out in this process"
+        ) from error
     log.info("joined the Ray cluster at %s", address)
     return Cluster(None)
 
 
 def _check_head(address: str) -> None:
-    """Raises OSError where nothing listens at host:port; Ray would try for minutes. Other addresses are Ray's to read.
-    """
+    """Raises OSError where nothing listens at host:port; Ray would try for minutes. It reads other addresses itself."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_TIMEOUT_S).close()
@@ -145,8 +155,10 @@ def _check_port() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
     except OSError as error:
-        raise ClusterError(f"Ray finds no free port on 127.0.0.1 ({error.strerror}). End programs that hold ports, or "
-                           "set rollout.workers: 0 to roll out in this process") from error
+        raise ClusterError(
+            f"Ray finds no free port on 127.0.0.1 ({error.strerror}). End programs that hold ports, or "
+            "set rollout.workers: 0 to roll out in this process"
+        ) from error
 
 
 def _folder() -> Path:
@@ -157,8 +169,10 @@ def _folder() -> Path:
         _sweep(Path(parent))
         return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
     except OSError as error:
-        raise ClusterError(f"Ray needs a folder for its sockets, and {parent} takes none ({error.strerror}). Set "
-                           "TMPDIR to a short path, or rollout.workers: 0 to roll out in this process") from error
+        raise ClusterError(
+            f"Ray needs a folder for its sockets, and {parent} takes none ({error.strerror}). Set "
+            "TMPDIR to a short path, or rollout.workers: 0 to roll out in this process"
+        ) from error
 
 
 def _sweep(parent: Path) -> None:

@@ -21,14 +21,25 @@ class SftConfig(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's")
     adam_beta2: float = Field(0.98, gt=0, lt=1, description="AdamW's")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    max_length: int | None = Field(None, ge=2, description="ids a row; longer ones lose whole segments from their "
-                                                           "end, never part of an image. None: the policy's own")
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="ids a row; longer ones lose whole segments from their "
+        "end, never part of an image. None: the policy's own",
+    )
     image_weight: float = Field(1.0, ge=0, description="of visual codes in the cross-entropy; words weigh 1")
-    role_weights: dict[str, float] = Field({}, description="of a role's ids in the cross-entropy, times image_weight "
-                                                           "on codes; a role that is left out weighs 1")
-    learn_mistakes: bool = Field(False, description="imitate pictures that are wrong on purpose too; else they are "
-                                                    "only seen, and their inspection and repair are learned")
-    visual_loss: float = Field(0.0, ge=0, description="weight of the visual reconstruction loss "
-                                                      "(Thinking with Generated Images uses 1)")
+    role_weights: dict[str, float] = Field(
+        {},
+        description="of a role's ids in the cross-entropy, times image_weight "
+        "on codes; a role that is left out weighs 1",
+    )
+    learn_mistakes: bool = Field(
+        False,
+        description="imitate pictures that are wrong on purpose too; else they are "
+        "only seen, and their inspection and repair are learned",
+    )
+    visual_loss: float = Field(
+        0.0, ge=0, description="weight of the visual reconstruction loss (Thinking with Generated Images uses 1)"
+    )
     save_steps: int = Field(200, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(20, ge=1, description="steps between logged metrics")

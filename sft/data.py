@@ -34,8 +34,9 @@ class Cut:
     dropped: int  # rows in which nothing learnable was left
 
 
-def training_rows(trajectories: Sequence[Trajectory], max_length: int,
-                  role_weights: Mapping[str, float] | None = None) -> tuple[list[Row], Cut]:
+def training_rows(
+    trajectories: Sequence[Trajectory], max_length: int, role_weights: Mapping[str, float] | None = None
+) -> tuple[list[Row], Cut]:
     """One row a trajectory: every segment's ids, labels on trained ones, weights by role (1 where none is given).
 
     A row longer than `max_length` loses whole segments from its end, so no image is ever cut. The end marker of an
@@ -68,8 +69,10 @@ def training_rows(trajectories: Sequence[Trajectory], max_length: int,
         else:
             dropped += 1
     if not rows:
-        raise UserError(f"sft: no demonstration has a trained segment within {max_length} ids; raise sft.max_length "
-                        "or look at the demonstrations' segments")
+        raise UserError(
+            f"sft: no demonstration has a trained segment within {max_length} ids; raise sft.max_length "
+            "or look at the demonstrations' segments"
+        )
     return rows, Cut(len(rows), shortened, dropped)
 
 
@@ -127,6 +130,10 @@ class Collator:
             attention_mask = torch.from_numpy(mask)[:, None]
         else:
             attention_mask = torch.from_numpy((row_LT >= 0).astype(np.int64))
-        return {"input_ids": torch.from_numpy(input_ids_LT), "labels": torch.from_numpy(labels_LT),
-                "weights": torch.from_numpy(weight_LT),
-                "position_ids": torch.from_numpy(position_LT), "attention_mask": attention_mask}
+        return {
+            "input_ids": torch.from_numpy(input_ids_LT),
+            "labels": torch.from_numpy(labels_LT),
+            "weights": torch.from_numpy(weight_LT),
+            "position_ids": torch.from_numpy(position_LT),
+            "attention_mask": attention_mask,
+        }

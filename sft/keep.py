@@ -1,8 +1,8 @@
 """What a warm start leaves on the disk: whole checkpoints, told from half-written ones, and errors as sentences.
 
-    sft/checkpoint-200/       transformers' files (weights, optimiser, schedule, random states, trainer_state.json)
-        progress.pt           what the next line of metrics has gathered so far, and the projection of the visual loss
-        whole.json            written last: size and CRC-32 of every other file
+sft/checkpoint-200/       transformers' files (weights, optimiser, schedule, random states, trainer_state.json)
+    progress.pt           what the next line of metrics has gathered so far, and the projection of the visual loss
+    whole.json            written last: size and CRC-32 of every other file
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ def sealed(output_dir: Path) -> list[Path]:
     """The finished checkpoints, oldest first. What a killed run left half-written is none."""
     if not output_dir.is_dir():
         return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir()
-             if (match := _NAME.fullmatch(path.name)) and (path / WHOLE).is_file()]
+    found = [
+        (int(match[1]), path)
+        for path in output_dir.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and (path / WHOLE).is_file()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -57,8 +60,11 @@ def newest(output_dir: Path) -> Path | None:
     if not finished:
         return None
     folder = finished[-1]
-    advice = (f"; delete {folder} to go on from {finished[-2].name}" if len(finished) > 1
-              else f"; delete {folder} to start anew")
+    advice = (
+        f"; delete {folder} to go on from {finished[-2].name}"
+        if len(finished) > 1
+        else f"; delete {folder} to start anew"
+    )
     try:
         files = json.loads((folder / WHOLE).read_text())
     except ValueError:
@@ -68,8 +74,10 @@ def newest(output_dir: Path) -> Path | None:
         if not path.is_file():
             raise KeepError(f"{path}: missing from the checkpoint{advice}")
         if measure(path) != expected:
-            raise KeepError(f"{path}: not what was written ({path.stat().st_size} bytes, {expected['bytes']} were "
-                            f"written); the file was cut or altered{advice}")
+            raise KeepError(
+                f"{path}: not what was written ({path.stat().st_size} bytes, {expected['bytes']} were "
+                f"written); the file was cut or altered{advice}"
+            )
     return folder
 
 
@@ -92,5 +100,7 @@ def writing(path: Path) -> Iterator[None]:
         if type(error) is RuntimeError and not _TORCH_WRITE.search(str(error)):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise KeepError(f"{path}: cannot be written ({reason}); free some space or choose another run_dir, then "
-                        "resume. Checkpoints written before are as they were") from error
+        raise KeepError(
+            f"{path}: cannot be written ({reason}); free some space or choose another run_dir, then "
+            "resume. Checkpoints written before are as they were"
+        ) from error

@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 SEE_BATCH = 256
 
 
-def demonstrate(task: Task, fmt: ThoughtFormat, policy: ChameleonPolicy, config: SftConfig,
-                seed: int) -> list[Trajectory]:
+def demonstrate(
+    task: Task, fmt: ThoughtFormat, policy: ChameleonPolicy, config: SftConfig, seed: int
+) -> list[Trajectory]:
     """The trajectories to learn from: the task's demonstrations rendered in the format, or the stored ones."""
     if config.data is not None:
         return load_trajectories(Path(config.data))
@@ -43,8 +44,9 @@ def demonstrate(task: Task, fmt: ThoughtFormat, policy: ChameleonPolicy, config:
     return render_all(demonstrations, fmt, policy, config.learn_mistakes)
 
 
-def render_all(demonstrations: Sequence[Demonstration], fmt: ThoughtFormat, policy: ChameleonPolicy,
-               learn_mistakes: bool = False) -> list[Trajectory]:
+def render_all(
+    demonstrations: Sequence[Demonstration], fmt: ThoughtFormat, policy: ChameleonPolicy, learn_mistakes: bool = False
+) -> list[Trajectory]:
     """Demonstrations with their pictures seen by the policy's visual tokenizer, in batches."""
     pictures = [part.picture for d in demonstrations for part in d.parts if part.picture is not None]
     codes = []
@@ -74,16 +76,26 @@ def check_demonstrations(trajectories: Sequence[Trajectory], fmt: ThoughtFormat)
     for index, trajectory in enumerate(trajectories):
         where = f"demonstration {index} ({trajectory.prompt!r})"
         if trajectory.format != fmt.name:
-            raise UserError(f"{where}: written in the format '{trajectory.format}', but the recipe's is '{fmt.name}'; "
-                            "change format.name or give other demonstrations")
+            raise UserError(
+                f"{where}: written in the format '{trajectory.format}', but the recipe's is '{fmt.name}'; "
+                "change format.name or give other demonstrations"
+            )
         for violation in fmt.violations(trajectory):
             segment = f", segment {violation.segment}" if violation.segment is not None else ""
             raise UserError(f"{where}{segment}: {violation.message}")
 
 
-def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: SftConfig, run_dir: Path, *,
-               seed: int = 0, tracker: Tracker | None = None, resume: bool = False,
-               resume_command: str = "give the same command with --resume") -> dict[str, float]:
+def warm_start(
+    policy: ChameleonPolicy,
+    trajectories: Sequence[Trajectory],
+    config: SftConfig,
+    run_dir: Path,
+    *,
+    seed: int = 0,
+    tracker: Tracker | None = None,
+    resume: bool = False,
+    resume_command: str = "give the same command with --resume",
+) -> dict[str, float]:
     """Train and save to run_dir/sft/model (the released layout). Returns the last logged metrics.
 
     Args:
@@ -105,13 +117,19 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
         output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = newest(output_dir) if resume else None
     if not resume and sealed(output_dir):
-        raise UserError(f"{output_dir} already holds a warm start ({sealed(output_dir)[-1].name}). Resume it "
-                        f"({resume_command}), or choose another run_dir")
+        raise UserError(
+            f"{output_dir} already holds a warm start ({sealed(output_dir)[-1].name}). Resume it "
+            f"({resume_command}), or choose another run_dir"
+        )
     trainer = InterleavedSftTrainer(
-        policy=policy, section=config, model=policy.model, train_dataset=Dataset.from_list(list(rows)),
+        policy=policy,
+        section=config,
+        model=policy.model,
+        train_dataset=Dataset.from_list(list(rows)),
         data_collator=Collator(policy.vocabulary.pad, pack=policy.core.config._attn_implementation == "sdpa"),
         processing_class=policy.vocabulary.tokenizer,
-        args=_arguments(config, output_dir, seed, policy.device.type == "cpu"))
+        args=_arguments(config, output_dir, seed, policy.device.type == "cpu"),
+    )
     if tracker is not None:
         trainer.add_callback(Mirror(tracker, trainer.means))
     try:
@@ -134,8 +152,10 @@ def warm_start(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], conf
     finally:
         trainer.detach()
     if stop.stopped:
-        raise Interrupted(f"stopped after step {trainer.state.global_step} of {config.max_steps}; saved in "
-                          f"{sealed(output_dir)[-1]}. To go on, {resume_command}")
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {config.max_steps}; saved in "
+            f"{sealed(output_dir)[-1]}. To go on, {resume_command}"
+        )
     if trainer.accelerator.is_main_process:
         with writing(output_dir / "model"):
             policy.save(output_dir / "model")
@@ -149,24 +169,47 @@ def _rows(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: S
     rows, cut = training_rows(trajectories, max_length, config.role_weights)
     largest = max(max(row["input_ids"]) for row in rows)
     if largest >= policy.vocabulary.size:
-        raise UserError(f"{config.data or 'demonstrations'}: holds id {largest}, but the policy's vocabulary has "
-                        f"{policy.vocabulary.size}; the trajectories were written by another tokenizer")
+        raise UserError(
+            f"{config.data or 'demonstrations'}: holds id {largest}, but the policy's vocabulary has "
+            f"{policy.vocabulary.size}; the trajectories were written by another tokenizer"
+        )
     if cut.shortened:
-        log.warning("%d of %d demonstrations are longer than %d ids: they lost whole segments from their end, and %d "
-                    "of them, with nothing left to learn, were dropped", cut.shortened, len(trajectories), max_length,
-                    cut.dropped)
+        log.warning(
+            "%d of %d demonstrations are longer than %d ids: they lost whole segments from their end, and %d "
+            "of them, with nothing left to learn, were dropped",
+            cut.shortened,
+            len(trajectories),
+            max_length,
+            cut.dropped,
+        )
     return rows
 
 
 def _arguments(config: SftConfig, output_dir: Path, seed: int, cpu: bool) -> TrlSftConfig:
     return TrlSftConfig(
-        output_dir=str(output_dir), max_steps=config.max_steps, per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps, learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type, warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay, adam_beta2=config.adam_beta2, max_grad_norm=config.max_grad_norm,
-        save_steps=config.save_steps, logging_steps=config.logging_steps, seed=seed,
-        data_seed=seed, report_to=[], disable_tqdm=True, bf16=False, remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+        output_dir=str(output_dir),
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
+        save_steps=config.save_steps,
+        logging_steps=config.logging_steps,
+        seed=seed,
+        data_seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        bf16=False,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
         gradient_checkpointing=False,  # the policy's own section turns it on
-        dataloader_num_workers=0, dataloader_pin_memory=not cpu,
-        use_cpu=cpu, ddp_find_unused_parameters=False)
+        dataloader_num_workers=0,
+        dataloader_pin_memory=not cpu,
+        use_cpu=cpu,
+        ddp_find_unused_parameters=False,
+    )

@@ -74,18 +74,28 @@ class InterleavedSftTrainer(SFTTrainer):
             del self.core.visual_reconstruction
         self.core.eval()
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         labels_LT = inputs["labels"]
         self.code_of_V = self.code_of_V.to(labels_LT.device)
         learned = self._learned = targets(labels_LT, inputs["weights"], self.code_of_V >= 0)
         count = len(learned.id_N)
         batch = DecisionBatch(
-            index_KN=learned.before_N[None], weight_KN=None, target_N=learned.id_N,
+            index_KN=learned.before_N[None],
+            weight_KN=None,
+            target_N=learned.id_N,
             temperature_N=torch.ones(count, device=labels_LT.device),
-            allowed_N=torch.full((count,), -1, device=labels_LT.device), sets=(), chunk=self.score_chunk)
-        logprob_N, _ = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                             position_ids=inputs["position_ids"], decisions=batch)
+            allowed_N=torch.full((count,), -1, device=labels_LT.device),
+            sets=(),
+            chunk=self.score_chunk,
+        )
+        logprob_N, _ = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+            decisions=batch,
+        )
         loss = weighted_cross_entropy(logprob_N, learned.weight_N, learned.image_N, self.section.image_weight)
         nll_N = -logprob_N.detach()
         self.means.add("loss_text", nll_N[~learned.image_N])
@@ -126,8 +136,9 @@ class InterleavedSftTrainer(SFTTrainer):
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
                     projection = getattr(self.core, "visual_reconstruction", None)
-                    torch.save({"means": state, "projection": projection and projection.state_dict()},
-                               folder / PROGRESS)
+                    torch.save(
+                        {"means": state, "projection": projection and projection.state_dict()}, folder / PROGRESS
+                    )
                     seal(folder)
                     sweep(root, KEEP_CHECKPOINTS)
         except KeepError:
@@ -141,21 +152,26 @@ class InterleavedSftTrainer(SFTTrainer):
             self.means.load(state["means"])
         if self.section.visual_loss:
             if state["projection"] is None:
-                raise UserError(f"{checkpoint}: written with sft.visual_loss=0; it cannot go on with "
-                                f"sft.visual_loss={self.section.visual_loss}. Start anew in another run_dir")
+                raise UserError(
+                    f"{checkpoint}: written with sft.visual_loss=0; it cannot go on with "
+                    f"sft.visual_loss={self.section.visual_loss}. Start anew in another run_dir"
+                )
             self.core.visual_reconstruction.load_state_dict(state["projection"])
 
     def load_finished(self, checkpoint: Path) -> None:
         """The weights and the last metrics of a checkpoint that nothing is to be trained after: a run that was killed
         between its last checkpoint and its end."""
         if self.is_deepspeed_enabled:  # its weights are in its own engine, which only train() makes
-            raise KeepError(f"{checkpoint} is the last of its run, but the model was not saved from it; raise "
-                            "sft.max_steps to go on, or write the model with the zero_to_fp32.py in that folder")
+            raise KeepError(
+                f"{checkpoint} is the last of its run, but the model was not saved from it; raise "
+                "sft.max_steps to go on, or write the model with the zero_to_fp32.py in that folder"
+            )
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         logged = [row for row in self.state.log_history if "loss" in row]
-        self.last = {name: float(logged[-1][name]) for name in logged[-1] if name not in ("epoch", "step")} \
-            if logged else {}
+        self.last = (
+            {name: float(logged[-1][name]) for name in logged[-1] if name not in ("epoch", "step")} if logged else {}
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Checkpoints get no model card: a card is the author's to write."""
@@ -215,8 +231,9 @@ class Mirror(TrainerCallback):
             total, count = self.means.sums["loss"]
             self.tracker.show(state.global_step, {"sft/loss": total / count if count else math.nan, **self._rate()})
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None,
-               **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
         if logs and "loss" in logs:
             metrics = {f"sft/{name}": value for name, value in logs.items() if name != "epoch"}
             self.tracker.log(state.global_step, metrics | self._rate())

@@ -97,9 +97,16 @@ class BigramPolicy:
         if reference is not None:
             difference_N = reference.logprob_N - logprob_N
             divergence_N = difference_N.exp() - difference_N - 1
-        return Scored(trajectory_N, segment_N, kind_N, logprob_N, behaviour_N,
-                      logprob_N - (behaviour_N if old is None else old.logprob_N), divergence_N,
-                      torch.stack(entropies) if entropy else None)
+        return Scored(
+            trajectory_N,
+            segment_N,
+            kind_N,
+            logprob_N,
+            behaviour_N,
+            logprob_N - (behaviour_N if old is None else old.logprob_N),
+            divergence_N,
+            torch.stack(entropies) if entropy else None,
+        )
 
     @torch.inference_mode()
     def sample(self, prompt: str, record: dict, group: int, member: int, seed: int, version: int = 0) -> Trajectory:
@@ -107,8 +114,15 @@ class BigramPolicy:
         noise = np.random.default_rng([seed, group, member])
         word = 8 + sum(map(ord, prompt)) % 3
         prompt_ids = np.array([BOS, word], np.int32)
-        trajectory = Trajectory(prompt, record, "bigram", group=group, member=member, seed=seed,
-                                segments=[Segment("prompt", Author.USER, Modality.TEXT, False, prompt_ids, prompt)])
+        trajectory = Trajectory(
+            prompt,
+            record,
+            "bigram",
+            group=group,
+            member=member,
+            seed=seed,
+            segments=[Segment("prompt", Author.USER, Modality.TEXT, False, prompt_ids, prompt)],
+        )
         for role in TEMPERATURE:
             image = role == "sketch"
             ids, logprobs = ([BOI], []) if image else ([], [])
@@ -123,14 +137,27 @@ class BigramPolicy:
                 if role == "plan" and chosen == STOP:
                     break
             count = len(logprobs)
-            law = Law(np.full(count, TEMPERATURE[role], np.float32), np.zeros(count, np.int32),
-                      (CODES if image else WORDS,))
-            decisions = Decisions(np.full(count, DecisionKind.CODE if image else DecisionKind.WORD, np.int8),
-                                  np.arange(count, dtype=np.int32) + image, np.array(logprobs, np.float32), law)
-            trajectory.segments.append(Segment(
-                role, Author.POLICY, Modality.IMAGE_TOKENS if image else Modality.TEXT, True,
-                np.array(ids + [EOI] * image, np.int32), decisions=decisions, version=version,
-                contexts=(full_history(trajectory, len(trajectory.segments)),)))
+            law = Law(
+                np.full(count, TEMPERATURE[role], np.float32), np.zeros(count, np.int32), (CODES if image else WORDS,)
+            )
+            decisions = Decisions(
+                np.full(count, DecisionKind.CODE if image else DecisionKind.WORD, np.int8),
+                np.arange(count, dtype=np.int32) + image,
+                np.array(logprobs, np.float32),
+                law,
+            )
+            trajectory.segments.append(
+                Segment(
+                    role,
+                    Author.POLICY,
+                    Modality.IMAGE_TOKENS if image else Modality.TEXT,
+                    True,
+                    np.array(ids + [EOI] * image, np.int32),
+                    decisions=decisions,
+                    version=version,
+                    contexts=(full_history(trajectory, len(trajectory.segments)),),
+                )
+            )
         return trajectory
 
 
@@ -141,5 +168,7 @@ def reward(trajectory: Trajectory) -> float:
 
 
 def sampled_groups(policy, groups=4, members=4, seed=0, first=0, version=0) -> list[list[Trajectory]]:
-    return [[policy.sample(f"prompt {group}", {}, group, member, seed, version) for member in range(members)]
-            for group in range(first, first + groups)]
+    return [
+        [policy.sample(f"prompt {group}", {}, group, member, seed, version) for member in range(members)]
+        for group in range(first, first + groups)
+    ]

@@ -28,13 +28,28 @@ from record.trajectory import (
 )
 
 WORDS = ["a", "red", "blue", "circle", "square", "left", "of", "fine", "wrong", ",", "."]
-VQ = {"embed_dim": 8, "num_embeddings": 32, "latent_channels": 8, "resolution": 16, "base_channels": 32,
-      "channel_multiplier": [1, 1, 1], "num_res_blocks": 1, "attn_type": "none"}  # 4 x 4 codes
+VQ = {
+    "embed_dim": 8,
+    "num_embeddings": 32,
+    "latent_channels": 8,
+    "resolution": 16,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 1],
+    "num_res_blocks": 1,
+    "attn_type": "none",
+}  # 4 x 4 codes
 
 
 def small_config(lora: LoraSection | None = None, **changes) -> PolicyConfig:
-    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "intermediate_size": 48, "max_position_embeddings": 256, "vq": VQ} | changes
+    tiny = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 256,
+        "vq": VQ,
+    } | changes
     return PolicyConfig(tiny=TinySection(**tiny), lora=lora)
 
 
@@ -67,13 +82,27 @@ def windowed(trajectory: Trajectory, segment: int) -> Context:
     return Context("full", tuple(pieces), whole.start)
 
 
-def sample(policy: ChameleonPolicy, trajectory: Trajectory, plan: Sequence[str], seed: int, *,
-           temperature: float = 0.7, context=full_history, guidance: Guidance | None = None,
-           branches=None, words: int = 5) -> Trajectory:
+def sample(
+    policy: ChameleonPolicy,
+    trajectory: Trajectory,
+    plan: Sequence[str],
+    seed: int,
+    *,
+    temperature: float = 0.7,
+    context=full_history,
+    guidance: Guidance | None = None,
+    branches=None,
+    words: int = 5,
+) -> Trajectory:
     """Write the segments of `plan` ("text" or "picture") one id at a time, as the engine would, and record them."""
     vocabulary, rng = policy.vocabulary, np.random.default_rng(seed)
-    words_only = ranges_of([id for id in range(vocabulary.size)
-                            if id not in set(vocabulary.code_ids.tolist()) | {vocabulary.eoi, vocabulary.boi}])
+    words_only = ranges_of(
+        [
+            id
+            for id in range(vocabulary.size)
+            if id not in set(vocabulary.code_ids.tolist()) | {vocabulary.eoi, vocabulary.boi}
+        ]
+    )
     codes, boi = ranges_of(vocabulary.code_ids), ranges_of([vocabulary.boi, vocabulary.eos, 5])
     sets = (words_only, codes, boi)
     for kind in plan:
@@ -111,18 +140,37 @@ def sample(policy: ChameleonPolicy, trajectory: Trajectory, plan: Sequence[str],
             positions.append(place)
             logits_BV = policy.step(cache, rows, TokenStep(torch.full((len(rows),), id))).logits_BV
         decisions = Decisions(
-            np.array(kinds, np.int8), np.array(positions, np.int32), np.array(logprobs, np.float32),
-            Law(np.array(temperatures, np.float32), np.array(allowed, np.int32), sets, guidance if picture else None))
+            np.array(kinds, np.int8),
+            np.array(positions, np.int32),
+            np.array(logprobs, np.float32),
+            Law(np.array(temperatures, np.float32), np.array(allowed, np.int32), sets, guidance if picture else None),
+        )
         modality = Modality.IMAGE_TOKENS if picture else Modality.TEXT
-        trajectory.segments.append(Segment(
-            "sketch" if picture else "plan", Author.POLICY, modality, True, np.array(ids, np.int32),
-            vocabulary.decode(ids), decisions, contexts=tuple(contexts)))
+        trajectory.segments.append(
+            Segment(
+                "sketch" if picture else "plan",
+                Author.POLICY,
+                modality,
+                True,
+                np.array(ids, np.int32),
+                vocabulary.decode(ids),
+                decisions,
+                contexts=tuple(contexts),
+            )
+        )
     return trajectory
 
 
 def sampled(policy: ChameleonPolicy, plans: Sequence[Sequence[str]], **options) -> list[Trajectory]:
     texts = ["a red circle left of a blue square", "a blue circle", "red , blue ."]
     with torch.inference_mode():
-        return [sample(policy, Trajectory(text, {}, "strokes", [prompt_segment(policy, text)], group=0, member=member),
-                       plan, seed=member, **options)
-                for member, (plan, text) in enumerate(zip(plans, texts * len(plans), strict=False))]
+        return [
+            sample(
+                policy,
+                Trajectory(text, {}, "strokes", [prompt_segment(policy, text)], group=0, member=member),
+                plan,
+                seed=member,
+                **options,
+            )
+            for member, (plan, text) in enumerate(zip(plans, texts * len(plans), strict=False))
+        ]

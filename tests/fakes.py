@@ -99,8 +99,9 @@ class FakeCache:
 class FakePolicy:
     family = "fake"
 
-    def __init__(self, vocabulary: FakeVocabulary | None = None, max_length: int = 96, flow: bool = False,
-                 seed: int = 0):
+    def __init__(
+        self, vocabulary: FakeVocabulary | None = None, max_length: int = 96, flow: bool = False, seed: int = 0
+    ):
         self.vocabulary = vocabulary or FakeVocabulary(codes_per_image=0 if flow else 4)
         self.max_length = max_length
         self.model = FakeNet(self.vocabulary.size, max_length, seed=seed)
@@ -125,7 +126,7 @@ class FakePolicy:
         else:
             start, stop = piece.keep or (0, len(segment.ids))
             h = self.model.word[torch.from_numpy(segment.ids[start:stop].astype(np.int64))]
-        return h + self.model.place[piece.start:piece.start + len(h)]
+        return h + self.model.place[piece.start : piece.start + len(h)]
 
     def _write(self, cache: FakeCache, row: int, h: Tensor) -> Tensor:
         """Add entries to a row, one causal step each; logits after the last."""
@@ -212,8 +213,9 @@ class FakePolicy:
         assert guidance.kind == "cfg"
         return branches["uncond"] + guidance.scales["text"] * (branches["full"] - branches["uncond"])
 
-    def score(self, trajectories, old: Scored | None = None, reference: Scored | None = None,
-              entropy: bool = False) -> Scored:
+    def score(
+        self, trajectories, old: Scored | None = None, reference: Scored | None = None, entropy: bool = False
+    ) -> Scored:
         columns: dict[str, list] = {name: [] for name in ("t", "s", "kind", "logprob", "behaviour", "entropy")}
         for t, trajectory in enumerate(trajectories):
             for s, segment in enumerate(trajectory.segments):
@@ -236,9 +238,16 @@ class FakePolicy:
         if reference is not None:
             ratio_N = reference.logprob_N.detach() - logprob_N
             divergence_N = ratio_N.exp() - 1 - ratio_N
-        return Scored(torch.tensor(columns["t"]), torch.tensor(columns["s"]), torch.tensor(columns["kind"]), logprob_N,
-                      behaviour_N, logprob_N - before_N, divergence_N,
-                      torch.tensor(columns["entropy"]) if entropy else None)
+        return Scored(
+            torch.tensor(columns["t"]),
+            torch.tensor(columns["s"]),
+            torch.tensor(columns["kind"]),
+            logprob_N,
+            behaviour_N,
+            logprob_N - before_N,
+            divergence_N,
+            torch.tensor(columns["entropy"]) if entropy else None,
+        )
 
     def _score_one(self, trajectory: Trajectory, s: int, n: int, kind: int) -> tuple[Tensor, float]:
         """One decision, from its recorded context alone: no cache and no sharing with other decisions."""
@@ -257,9 +266,14 @@ class FakePolicy:
             keys, values = h @ net.key.T, h @ net.value.T
             if kind == DecisionKind.FLOW:
                 flow = segment.flow
-                step = self._flow(torch.from_numpy(flow.x_N[flow_n])[None], torch.tensor([flow.time_N[flow_n]]),
-                                  torch.tensor([flow.time_next_N[flow_n]]), keys[None], values[None],
-                                  torch.ones(1, LATENT_SHAPE[0], len(h), dtype=torch.bool))
+                step = self._flow(
+                    torch.from_numpy(flow.x_N[flow_n])[None],
+                    torch.tensor([flow.time_N[flow_n]]),
+                    torch.tensor([flow.time_next_N[flow_n]]),
+                    keys[None],
+                    values[None],
+                    torch.ones(1, LATENT_SHAPE[0], len(h), dtype=torch.bool),
+                )
                 answers[context.branch], sigma = step.mean_B[0], step.sigma_B[0]
             else:
                 out = net.attend(h[-1:], keys, values, torch.ones(1, len(h), dtype=torch.bool))
@@ -357,8 +371,14 @@ class FakeCursor:
 class FakeFormat:
     """view: "plain", "window" or "flow" (the module's docstring says what each sees)."""
 
-    def __init__(self, view: str = "plain", max_images: int = 3, guidance_scale: float | None = None,
-                 begins_with_image: bool = False, lingers: bool = False):
+    def __init__(
+        self,
+        view: str = "plain",
+        max_images: int = 3,
+        guidance_scale: float | None = None,
+        begins_with_image: bool = False,
+        lingers: bool = False,
+    ):
         """lingers: a picture's segment is closed by the first id after it, as where that id tells its role."""
         self.name = f"fake_{view}"
         self.view, self.max_images, self.guidance_scale = view, max_images, guidance_scale

@@ -22,13 +22,20 @@ def record(tag, prompt, *clauses, exclude=()):
 
 ONE = record("single_object", "a circle", {"class": "circle", "count": 1})
 RED = record("colors", "a red circle", {"class": "circle", "count": 1, "color": "red"})
-LEFT = record("position", "a circle left of a square", {"class": "square", "count": 1},
-              {"class": "circle", "count": 1, "position": ["left of", 0]})
+LEFT = record(
+    "position",
+    "a circle left of a square",
+    {"class": "square", "count": 1},
+    {"class": "circle", "count": 1, "position": ["left of", 0]},
+)
 TWO = record("counting", "two squares", {"class": "square", "count": 2}, exclude=[{"class": "square", "count": 3}])
 
-GOOD = {0: scene(("circle", "blue", "top")), 1: scene(("circle", "red", "top")),
-        2: scene(("circle", "red", "left"), ("square", "red", "right")),
-        3: scene(("square", "red", "left"), ("square", "red", "right"))}
+GOOD = {
+    0: scene(("circle", "blue", "top")),
+    1: scene(("circle", "red", "top")),
+    2: scene(("circle", "red", "left"), ("square", "red", "right")),
+    3: scene(("square", "red", "left"), ("square", "red", "right")),
+}
 
 
 def write(root, records=(ONE, RED, LEFT, TWO), samples=2, wrong=()):
@@ -52,7 +59,7 @@ def run(capsys, *arguments):
 def refused(capsys, *arguments):
     code, _, err = run(capsys, *arguments)
     assert code == 2 and "Traceback" not in err
-    line, = [line for line in err.splitlines() if line.startswith("underdrawing: ")]
+    (line,) = [line for line in err.splitlines() if line.startswith("underdrawing: ")]
     return line
 
 

@@ -33,8 +33,11 @@ def candidates(**logprobs: float) -> dict[str, Any]:
 
 def spelled(pairs: list[tuple[str, float]], sampled: tuple[str, float] | None = None) -> dict[str, Any]:
     token, logprob = sampled or max(pairs, key=lambda pair: pair[1])
-    return {"content": [{"token": token, "logprob": logprob,
-                         "top_logprobs": [{"token": t, "logprob": p} for t, p in pairs]}]}
+    return {
+        "content": [
+            {"token": token, "logprob": logprob, "top_logprobs": [{"token": t, "logprob": p} for t, p in pairs]}
+        ]
+    }
 
 
 class JudgeServer:
@@ -107,10 +110,15 @@ class JudgeServer:
             return
         body = answer.body
         if body is None:
-            choice = {"index": 0, "message": {"role": "assistant", "content": answer.text},
-                      "finish_reason": answer.finish, "logprobs": answer.logprobs}
-            body = json.dumps({"choices": [choice]} if answer.status == 200
-                              else {"error": {"message": "no room here"}}).encode()
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": answer.text},
+                "finish_reason": answer.finish,
+                "logprobs": answer.logprobs,
+            }
+            body = json.dumps(
+                {"choices": [choice]} if answer.status == 200 else {"error": {"message": "no room here"}}
+            ).encode()
         handler.send_response(answer.status)
         for name, value in {"Content-Type": "application/json", **answer.headers}.items():
             handler.send_header(name, value)

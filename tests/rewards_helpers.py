@@ -13,8 +13,9 @@ def text(role, words, author=Author.POLICY, ids=()):
 
 
 def image(role, picture, author=Author.POLICY, ids=()):
-    return Segment(role, author, Modality.IMAGE_TOKENS, author is Author.POLICY, np.asarray(ids, np.int32),
-                   picture=picture)
+    return Segment(
+        role, author, Modality.IMAGE_TOKENS, author is Author.POLICY, np.asarray(ids, np.int32), picture=picture
+    )
 
 
 def thought(record, *segments, group=0, member=0, stop=StopReason.END, fmt="strokes"):
@@ -24,5 +25,9 @@ def thought(record, *segments, group=0, member=0, stop=StopReason.END, fmt="stro
 
 def from_parts(record, parts: tuple[Part, ...], fmt="strokes", **kwargs):
     """A demonstration's parts as a thought."""
-    return thought(record, *[text(p.role, p.text) if p.picture is None else image(p.role, p.picture) for p in parts],
-                   fmt=fmt, **kwargs)
+    return thought(
+        record,
+        *[text(p.role, p.text) if p.picture is None else image(p.role, p.picture) for p in parts],
+        fmt=fmt,
+        **kwargs,
+    )

@@ -99,8 +99,11 @@ def verdict(value):
 
 def differences(got, expected, tolerance=1e-4):
     """What differs, by key; lists may be nested. Only the keys of `expected` count."""
-    return {key: (got.get(key), value) for key, value in expected.items()
-            if key not in got or not _same(got[key], value, tolerance)}
+    return {
+        key: (got.get(key), value)
+        for key, value in expected.items()
+        if key not in got or not _same(got[key], value, tolerance)
+    }
 
 
 def _same(a, b, tolerance):

@@ -21,8 +21,9 @@ def thought(reward, roles=("plan", "sketch"), group=0, member=0, **segment_rewar
     for role in roles:
         modality = Modality.IMAGE_TOKENS if role in ("sketch", "redraw") else Modality.TEXT
         segments.append(Segment(role, Author.POLICY, modality, True))
-    return Trajectory("", {}, "strokes", segments, group=group, member=member, reward=reward,
-                      segment_rewards=segment_rewards)
+    return Trajectory(
+        "", {}, "strokes", segments, group=group, member=member, reward=reward, segment_rewards=segment_rewards
+    )
 
 
 def group_of(*rewards, **kwargs):
@@ -44,7 +45,7 @@ def test_reward_less_the_groups_mean_on_every_trained_segment():
 def test_scaled_by_the_groups_sample_deviation():
     group = group_of(1.0, 0.0)  # mean 0.5, deviation sqrt(0.5)
     credit([group], GrpoConfig())
-    assert advantages(group)[0][0] == pytest.approx(0.5 / (0.5 ** 0.5 + 1e-4))
+    assert advantages(group)[0][0] == pytest.approx(0.5 / (0.5**0.5 + 1e-4))
 
 
 def test_scaled_by_the_batchs_deviation_dropped_groups_included():
@@ -107,15 +108,18 @@ def test_by_segment_scaled_over_the_same_place():
     group = [thought(1.0, boxes={2: 1.0}), thought(0.0, boxes={2: 0.0})]
     credit([group], GrpoConfig(advantage_level="segment"))
     plan, sketch = advantages(group)[0]
-    assert plan == pytest.approx(0.5 / (0.5 ** 0.5 + 1e-4))  # scores +-0.5
-    assert sketch == pytest.approx(1.0 / (2 ** 0.5 + 1e-4))  # scores +-1
+    assert plan == pytest.approx(0.5 / (0.5**0.5 + 1e-4))  # scores +-0.5
+    assert sketch == pytest.approx(1.0 / (2**0.5 + 1e-4))  # scores +-1
 
 
 rewards = st.one_of(st.none(), st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3)))
 
 
-@given(st.lists(st.lists(rewards, min_size=2, max_size=6), max_size=5),
-       st.sampled_from(["group", "batch", "none"]), st.sampled_from(["trajectory", "segment"]))
+@given(
+    st.lists(st.lists(rewards, min_size=2, max_size=6), max_size=5),
+    st.sampled_from(["group", "batch", "none"]),
+    st.sampled_from(["trajectory", "segment"]),
+)
 def test_every_group_is_accounted_for_and_advantages_sum_to_nothing(groups, scale, level):
     made = [group_of(*group) for group in groups]
     ledger = credit(made, GrpoConfig(scale_rewards=scale, advantage_level=level))
@@ -133,5 +137,10 @@ def test_the_ledger_does_not_let_a_group_vanish():
         ledger.check()
     ledger.drop("unjudged")
     ledger.check()
-    assert ledger.metrics() == {"groups/in": 3, "groups/trained": 1, "groups/dropped/failed": 1,
-                                "groups/dropped/unjudged": 1, "groups/dropped/zero_variance": 0}
+    assert ledger.metrics() == {
+        "groups/in": 3,
+        "groups/trained": 1,
+        "groups/dropped/failed": 1,
+        "groups/dropped/unjudged": 1,
+        "groups/dropped/zero_variance": 0,
+    }

@@ -51,13 +51,16 @@ def test_divergence_by_hand():
     assert fatal is None
 
 
-@pytest.mark.parametrize("trained, watched", [
-    (UP + DOWN, UP + DOWN),  # both rise
-    (DOWN + UP, DOWN + UP),  # both fall: the policy is worse, but games nothing
-    (FLAT + FLAT, DOWN + UP),  # the watched falls alone
-    (UP + DOWN, FLAT + FLAT),  # the trained rises alone
-    (UP + DOWN, [0.8, 0.9, 0.1, 0.9, 0.8, 0.1, 0.9, 0.8]),  # the watched only trembles
-])
+@pytest.mark.parametrize(
+    "trained, watched",
+    [
+        (UP + DOWN, UP + DOWN),  # both rise
+        (DOWN + UP, DOWN + UP),  # both fall: the policy is worse, but games nothing
+        (FLAT + FLAT, DOWN + UP),  # the watched falls alone
+        (UP + DOWN, FLAT + FLAT),  # the trained rises alone
+        (UP + DOWN, [0.8, 0.9, 0.1, 0.9, 0.8, 0.1, 0.9, 0.8]),  # the watched only trembles
+    ],
+)
 def test_no_divergence(trained, watched):
     logged, news, _ = after(history(reward__mean=trained, reward__clip=watched), ["clip"])
     assert logged["alarm/divergence"] == 0 and news == []
@@ -66,8 +69,10 @@ def test_no_divergence(trained, watched):
 def test_a_slow_divergence_is_seen_though_neighbouring_windows_look_alike():
     noise = np.random.default_rng(0)
     steps = np.arange(200)
-    rows = history(reward__mean=list(0.3 + 0.002 * steps + noise.normal(0, 0.05, 200)),
-                   reward__clip=list(0.7 - 0.002 * steps + noise.normal(0, 0.05, 200)))
+    rows = history(
+        reward__mean=list(0.3 + 0.002 * steps + noise.normal(0, 0.05, 200)),
+        reward__clip=list(0.7 - 0.002 * steps + noise.normal(0, 0.05, 200)),
+    )
     logged, news, _ = after(rows, ["clip"], window=20)
     assert logged["alarm/divergence"] == 1 and len(news) == 1
     assert after(rows[80:120], ["clip"], window=20)[0]["alarm/divergence"] == 0  # forty steps alone say too little
@@ -77,16 +82,20 @@ def test_noise_beside_a_reward_that_rises_raises_nothing():
     raised = 0
     for seed in range(20):
         noise = np.random.default_rng(seed)
-        rows = history(reward__mean=list(0.3 + 0.002 * np.arange(300) + noise.normal(0, 0.05, 300)),
-                       reward__clip=list(0.7 + noise.normal(0, 0.05, 300)))
+        rows = history(
+            reward__mean=list(0.3 + 0.002 * np.arange(300) + noise.normal(0, 0.05, 300)),
+            reward__clip=list(0.7 + noise.normal(0, 0.05, 300)),
+        )
         alarms = Alarms(AlarmsConfig(), ["clip"])
         raised += any(alarms.check(row)[0].get("alarm/divergence") for row in rows)
     assert raised <= 1
 
 
 def test_an_evaluation_every_few_steps_is_watched_too():
-    rows = history(reward__mean=[0.1] * 4 + UP[:1] * 12 + [0.9] * 16,
-                   heldout__final_image=[v for x in [0.8] * 4 + [0.2] * 4 for v in (None, None, None, x)])
+    rows = history(
+        reward__mean=[0.1] * 4 + UP[:1] * 12 + [0.9] * 16,
+        heldout__final_image=[v for x in [0.8] * 4 + [0.2] * 4 for v in (None, None, None, x)],
+    )
     logged, news, _ = after(rows)
     assert logged["alarm/divergence"] == 1 and "heldout/final_image" in news[0]
 
@@ -97,6 +106,7 @@ def test_paid_parts_are_not_watched():
 
 
 # ---- one sign each ----------------------------------------------------------------------------------------------
+
 
 def test_tool_rate_falls_from_its_best_window():
     rising = [0.2, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -153,10 +163,18 @@ def test_diversity_falls_from_its_best_window():
 
 # ---- windows, repetition, configuration -------------------------------------------------------------------------
 
-EVERYTHING = history(**{
-    "reward__mean": UP + DOWN, "reward__clip": DOWN + UP, "rollout__tool_rate": DOWN + UP,
-    "rollout__diversity": DOWN + UP, STAMP: [1.0] * 8, "groups__in": [4] * 8,
-    "groups__dropped__zero_variance": [4] * 8, "reward__none": [0.9] * 8})
+EVERYTHING = history(
+    **{
+        "reward__mean": UP + DOWN,
+        "reward__clip": DOWN + UP,
+        "rollout__tool_rate": DOWN + UP,
+        "rollout__diversity": DOWN + UP,
+        STAMP: [1.0] * 8,
+        "groups__in": [4] * 8,
+        "groups__dropped__zero_variance": [4] * 8,
+        "reward__none": [0.9] * 8,
+    }
+)
 
 
 def test_every_alarm_can_be_raised_and_every_one_turned_off():
@@ -169,8 +187,9 @@ def test_every_alarm_can_be_raised_and_every_one_turned_off():
 
 def test_too_few_steps_say_nothing():
     assert after(EVERYTHING[:3], ["clip"])[0] == {}
-    assert set(after(EVERYTHING[:7], ["clip"])[0]) == {f"alarm/{name}{end}" for end in ("", "/value")
-                                                       for name in ("rubber_stamp", "zero_variance", "unjudged")}
+    assert set(after(EVERYTHING[:7], ["clip"])[0]) == {
+        f"alarm/{name}{end}" for end in ("", "/value") for name in ("rubber_stamp", "zero_variance", "unjudged")
+    }
 
 
 def test_an_alarm_is_told_once_and_again_never_though_it_stays():
@@ -210,6 +229,7 @@ def test_a_misspelt_alarm_is_refused():
 
 # ---- measures on trajectories -----------------------------------------------------------------------------------
 
+
 def gray(level, side=8):
     return np.full((side, side, 3), level, np.uint8)
 
@@ -222,8 +242,10 @@ def test_diversity_by_hand():
 
 def test_diversity_looks_at_final_pictures_of_any_size():
     # 0 against 51: a fifth of the way, whatever the size; the first pictures are alike
-    group = [thought({}, image("sketch", gray(7)), image("sketch", gray(level, side)))
-             for level, side in ((0, 100), (51, 17))]
+    group = [
+        thought({}, image("sketch", gray(7)), image("sketch", gray(level, side)))
+        for level, side in ((0, 100), (51, 17))
+    ]
     assert diversity_of(group) == (pytest.approx(0.2), 0.0)
     assert diversity_of(group[:1]) is None
     assert diversity_of([thought({}, text("plan", "no picture"))] * 3) is None
@@ -238,8 +260,12 @@ def test_a_thumb_is_the_mean_of_its_cells():
 
 
 def called(role="tool_call"):
-    return thought({}, text(role, "<tool_call>zoom</tool_call>"),
-                   Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, text="seen"), text("answer", "x"))
+    return thought(
+        {},
+        text(role, "<tool_call>zoom</tool_call>"),
+        Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, text="seen"),
+        text("answer", "x"),
+    )
 
 
 def test_tool_rate_is_logged_from_the_first_call_on():
@@ -258,6 +284,7 @@ def test_no_trajectories_measure_nothing():
 
 
 # ---- in the driver ----------------------------------------------------------------------------------------------
+
 
 class OneSided(CodeJudge):
     """Gives everybody the same from a step on, which ends all learning."""
@@ -290,9 +317,12 @@ def test_a_run_logs_its_alarms_and_warns_once(tmp_path, caplog):
 
 
 def test_a_fatal_alarm_saves_and_stops_with_a_sentence(tmp_path):
-    with pytest.raises(AlarmRaised, match="stopped after step 5 of 8 by alarm 'zero_variance': 100% of the groups had "
-                                          "members that all earned the same.*step-000005; to go on regardless, set "
-                                          "rewards.alarms.fatal: false and give the same command") as raised:
+    with pytest.raises(
+        AlarmRaised,
+        match="stopped after step 5 of 8 by alarm 'zero_variance': 100% of the groups had "
+        "members that all earned the same.*step-000005; to go on regardless, set "
+        "rewards.alarms.fatal: false and give the same command",
+    ) as raised:
         rl.grpo.train(alarmed(tmp_path, OneSided(4), ["zero_variance"]))
     assert raised.value.exit_code == 2
     assert len(lines(tmp_path)) == 5 and checkpoint.latest(tmp_path / "checkpoints").name == "step-000005"
@@ -329,8 +359,13 @@ def test_what_a_recipe_watches_is_what_moves_no_advantage():
 
     parts = {name: {"function": "geneval"} for name in ("paid", "logged", "credited")}
     parts["seen"] = {"function": "geneval", "watch": True}
-    data = {"name": "mine", "policy": {}, "task": {}, "format": {},
-            "rewards": {"parts": parts, "total": "paid", "alarms": {"window": 7}}}
+    data = {
+        "name": "mine",
+        "policy": {},
+        "task": {},
+        "format": {},
+        "rewards": {"parts": parts, "total": "paid", "alarms": {"window": 7}},
+    }
     alarms = build_alarms(check_recipe(data, "here"))
     assert alarms.config.window == 7
     assert alarms.watched == ("reward/logged", "reward/credited", "reward/seen", "heldout/final_image")

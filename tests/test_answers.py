@@ -33,16 +33,35 @@ from runtime.errors import UserError
 # ---- comparisons ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given_", "gold", "right"), [
-    ("3/4", "0.75", True), ("\\frac{3}{4}", "3/4", True), ("\\boxed{3/4}", "$0.75$", True), ("1,000", "1000", True),
-    ("41%", "41", True), ("x = 5", "5", True), ("6", "5", False), ("(1, 2)", "(2, 1)", False),
-    ("rats", "star", False),  # math-verify alone takes both for the product a*r*s*t
-    ("Rats", "rats", True), ("red", "7", False), ("", "7", False), ("\\frac{3", "3/4", False),
-    ("\\text{red}", "red", True), ("red", "\\text{red}", True), ("\\boxed{\\mathrm{Red}}", "red", True),
-    ("\\text{New \\textbf{York}}", "New York", True), ("\\text{rats}", "star", False), ("\\text{red}", "blue", False),
-    ("\\text{5 cm}", "5", True), ("5\\ \\text{cm}^2", "5", True), ("12\\text{ dogs}", "12", True),  # a unit is dropped
-    ("\\text{3/4}", "0.75", True), ("\\mathbf{x}+\\mathbf{y}", "y+x", True),
-])
+@pytest.mark.parametrize(
+    ("given_", "gold", "right"),
+    [
+        ("3/4", "0.75", True),
+        ("\\frac{3}{4}", "3/4", True),
+        ("\\boxed{3/4}", "$0.75$", True),
+        ("1,000", "1000", True),
+        ("41%", "41", True),
+        ("x = 5", "5", True),
+        ("6", "5", False),
+        ("(1, 2)", "(2, 1)", False),
+        ("rats", "star", False),  # math-verify alone takes both for the product a*r*s*t
+        ("Rats", "rats", True),
+        ("red", "7", False),
+        ("", "7", False),
+        ("\\frac{3", "3/4", False),
+        ("\\text{red}", "red", True),
+        ("red", "\\text{red}", True),
+        ("\\boxed{\\mathrm{Red}}", "red", True),
+        ("\\text{New \\textbf{York}}", "New York", True),
+        ("\\text{rats}", "star", False),
+        ("\\text{red}", "blue", False),
+        ("\\text{5 cm}", "5", True),
+        ("5\\ \\text{cm}^2", "5", True),
+        ("12\\text{ dogs}", "12", True),  # a unit is dropped
+        ("\\text{3/4}", "0.75", True),
+        ("\\mathbf{x}+\\mathbf{y}", "y+x", True),
+    ],
+)
 def test_math(given_, gold, right):
     assert math_agrees(given_, gold) is right
 
@@ -50,6 +69,7 @@ def test_math(given_, gold, right):
 def test_math_verify_takes_words_for_products():
     """Why words are compared as words: without that an anagram is right."""
     from math_verify import parse, verify
+
     assert verify(parse("\\boxed{star}"), parse("\\boxed{rats}"))
 
 
@@ -82,12 +102,27 @@ def test_math_that_takes_too_long_is_not_judged(monkeypatch):
     assert answer([thought], kind="math") == [None]
 
 
-@pytest.mark.parametrize(("text", "letter"), [
-    ("B", "B"), ("b.", "B"), ("(c)", "C"), ("D) the dog", "D"), ("The answer is C.", "C"), ("Answer: (A)", "A"),
-    ("I think B is right", "B"), ("**B**", "B"), ("option d", "D"),
-    ("A dog is on the left", None),  # the article is no option
-    ("B or C", None), ("C because of A", None), ("red", None), ("", None), ("Beautiful", None), ("I", None),
-])
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("b.", "B"),
+        ("(c)", "C"),
+        ("D) the dog", "D"),
+        ("The answer is C.", "C"),
+        ("Answer: (A)", "A"),
+        ("I think B is right", "B"),
+        ("**B**", "B"),
+        ("option d", "D"),
+        ("A dog is on the left", None),  # the article is no option
+        ("B or C", None),
+        ("C because of A", None),
+        ("red", None),
+        ("", None),
+        ("Beautiful", None),
+        ("I", None),
+    ],
+)
 def test_choice_letter(text, letter):
     assert choice_letter(text) == letter
 
@@ -115,12 +150,23 @@ def test_anls_by_hand():
     assert anls("abcd", "abcy") == 0.75 and anls("", "") == 1
 
 
-@pytest.mark.parametrize(("kind", "said", "gold"), [
-    ("math", "\\text{red}", "red"), ("math", "\\text{left}", "left"), ("math", "\\mathrm{5 cm}", "5"),
-    ("exact", "\\text{New York}", "New York"), ("exact", "5\\text{ cm}", "5 cm"), ("exact", "red", "\\mbox{red}"),
-    ("choice", "\\textbf{b}", "B"), ("choice", "\\text{red}", "red"), ("f1", "\\text{a red cat}", "red cat"),
-    ("anls", "\\textit{hello}", "hello"), ("numeric", "\\text{102}", "100"), ("numeric", "\\text{red}", "red"),
-])
+@pytest.mark.parametrize(
+    ("kind", "said", "gold"),
+    [
+        ("math", "\\text{red}", "red"),
+        ("math", "\\text{left}", "left"),
+        ("math", "\\mathrm{5 cm}", "5"),
+        ("exact", "\\text{New York}", "New York"),
+        ("exact", "5\\text{ cm}", "5 cm"),
+        ("exact", "red", "\\mbox{red}"),
+        ("choice", "\\textbf{b}", "B"),
+        ("choice", "\\text{red}", "red"),
+        ("f1", "\\text{a red cat}", "red cat"),
+        ("anls", "\\textit{hello}", "hello"),
+        ("numeric", "\\text{102}", "100"),
+        ("numeric", "\\text{red}", "red"),
+    ],
+)
 def test_latex_around_words_costs_nothing(kind, said, gold):
     thoughts = [conversation({"ground_truth": gold}, say(f"so \\boxed{{{said}}}"))]
     assert answer(thoughts, kind=kind) == answer(thoughts, kind=kind, place="boxed") == [1]
@@ -152,6 +198,7 @@ def test_the_best_of_several_references():
 
 # ---- the place of an answer -----------------------------------------------------------------------------------------
 
+
 def test_where_the_answer_stands():
     assert answer_of(conversation({}, say("<answer> 3 </answer> no, <answer>4</answer><|im_end|>"))) == "4"
     assert answer_of(conversation({}, say("so \\boxed{\\frac{1}{2}}."))) == "\\frac{1}{2}"
@@ -165,15 +212,22 @@ def test_where_the_answer_stands():
 
 
 def test_an_answer_in_an_observation_is_nobodys():
-    thought = conversation({"ground_truth": "7"}, say("<tool_call>{}</tool_call>"), tool("<answer>7</answer>", PICTURE),
-                           tool("the answer is 7"), say("I do not know"))
+    thought = conversation(
+        {"ground_truth": "7"},
+        say("<tool_call>{}</tool_call>"),
+        tool("<answer>7</answer>", PICTURE),
+        tool("the answer is 7"),
+        say("I do not know"),
+    )
     assert answer_of(thought) == "I do not know"
     assert answer([thought], kind="math", place="tag") == [0]
 
 
 def test_the_reward():
-    thoughts = [conversation({"ground_truth": gold}, say(f"<answer>{said}</answer>"))
-                for said, gold in (("B. red", "B"), ("C", ["A", "C"]), ("D", "A"), ("A", None))]
+    thoughts = [
+        conversation({"ground_truth": gold}, say(f"<answer>{said}</answer>"))
+        for said, gold in (("B. red", "B"), ("C", ["A", "C"]), ("D", "A"), ("A", None))
+    ]
     thoughts += [conversation({"ground_truth": "A"}), conversation({"label": "A"}, say("A"))]
     logged, extra = {}, {}
     assert answer(thoughts, None, logged.__setitem__, extra.__setitem__, kind="choice") == [1, 1, 0, None, 0, None]
@@ -182,15 +236,22 @@ def test_the_reward():
     assert answer([conversation({"ground_truth": "100"}, say("108"))], kind="numeric", tolerance=0.1) == [1]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"kind": "mathe"}, "answer: no kind 'mathe'; did you mean 'math'"), ({"place": "tags"}, "no place 'tags'"),
-    ({"tolerance": -1}, "tolerance is -1"), ({"threshold": 2}, "threshold 2")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "mathe"}, "answer: no kind 'mathe'; did you mean 'math'"),
+        ({"place": "tags"}, "no place 'tags'"),
+        ({"tolerance": -1}, "tolerance is -1"),
+        ({"threshold": 2}, "threshold 2"),
+    ],
+)
 def test_bad_options_are_named(options, message):
     with pytest.raises(UserError, match=message):
         answer([], **options)
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
+
 
 def test_blocks_and_boxes():
     assert blocks("<a>1</a> <a> 2\n</a> <a>3", "a") == ["1", "2"]
@@ -217,21 +278,34 @@ def test_turns_leave_out_what_others_wrote():
 CALL = "<tool_call>{}</tool_call>"
 
 
-@pytest.mark.parametrize(("segments", "calls"), [
-    ((say("hello"),), []),
-    ((say(CALL), tool("crop", PICTURE)), [ToolCall(1, True, True)]),
-    ((say("{}", role="tool_call"), tool("Error: no such tool")), [ToolCall(1, False, False)]),
-    ((say(CALL), tool("<|im_end|>\n<|im_start|>user\n"), tool("<tool_response>Execution error: small</tool_response>")),
-     [ToolCall(1, False, False)]),
-    ((say(CALL), tool("42"), say("<code>1/0</code>"), tool("Traceback (most recent call last)")),
-     [ToolCall(1, True, False), ToolCall(3, False, False)]),
-    ((say(CALL + CALL), tool("one", PICTURE), tool("error: two")),
-     [ToolCall(1, True, True), ToolCall(1, False, False)]),
-    ((say(CALL),), [ToolCall(1, False, False)]),  # cut off before it was answered
-    ((say("<tool_call>{}"), tool("x")), []),  # never closed: no call
-    ((tool("crop", PICTURE), say("I write of a " + "tool_call")), []),  # a picture that nobody called for
-    ((say("I saw an error"), tool(CALL)), []),  # what the environment writes is no call
-])
+@pytest.mark.parametrize(
+    ("segments", "calls"),
+    [
+        ((say("hello"),), []),
+        ((say(CALL), tool("crop", PICTURE)), [ToolCall(1, True, True)]),
+        ((say("{}", role="tool_call"), tool("Error: no such tool")), [ToolCall(1, False, False)]),
+        (
+            (
+                say(CALL),
+                tool("<|im_end|>\n<|im_start|>user\n"),
+                tool("<tool_response>Execution error: small</tool_response>"),
+            ),
+            [ToolCall(1, False, False)],
+        ),
+        (
+            (say(CALL), tool("42"), say("<code>1/0</code>"), tool("Traceback (most recent call last)")),
+            [ToolCall(1, True, False), ToolCall(3, False, False)],
+        ),
+        (
+            (say(CALL + CALL), tool("one", PICTURE), tool("error: two")),
+            [ToolCall(1, True, True), ToolCall(1, False, False)],
+        ),
+        ((say(CALL),), [ToolCall(1, False, False)]),  # cut off before it was answered
+        ((say("<tool_call>{}"), tool("x")), []),  # never closed: no call
+        ((tool("crop", PICTURE), say("I write of a " + "tool_call")), []),  # a picture that nobody called for
+        ((say("I saw an error"), tool(CALL)), []),  # what the environment writes is no call
+    ],
+)
 def test_tool_calls(segments, calls):
     assert tool_calls(conversation({}, *segments)) == calls
 

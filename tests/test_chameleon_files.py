@@ -76,8 +76,11 @@ def test_checkpoint_without_a_decoder_is_named(saved):
             del weights[name]
 
     rewrite(folder, drop)
-    with pytest.raises(ModelFileError, match=r"model.safetensors: \d+ weights are missing, first "
-                                             r"'model.vqmodel.decoder.*Anole's layout"):
+    with pytest.raises(
+        ModelFileError,
+        match=r"model.safetensors: \d+ weights are missing, first "
+        r"'model.vqmodel.decoder.*Anole's layout",
+    ):
         reload(folder)
 
 
@@ -91,8 +94,11 @@ def test_one_missing_decoder_weight_is_named(saved):
 def test_wrong_shape_is_named(saved):
     _, folder = saved
     rewrite(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(7)}))
-    with pytest.raises(ModelFileError, match=r"model.safetensors: 'model.norm.weight' has shape \[7\]; config.json "
-                                             r"asks for \[32\]"):
+    with pytest.raises(
+        ModelFileError,
+        match=r"model.safetensors: 'model.norm.weight' has shape \[7\]; config.json "
+        r"asks for \[32\]",
+    ):
         reload(folder)
 
 
@@ -104,12 +110,15 @@ def test_half_written_file_is_named(saved):
         reload(folder)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda file: file.unlink(), "config.json: cannot be read"),
-    (lambda file: file.write_text("{"), "config.json: not valid JSON"),
-    (lambda file: file.write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
-    (lambda file: file.write_text('{"model_type": "chameleon"}'), "no vocabulary_map"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.unlink(), "config.json: cannot be read"),
+        (lambda file: file.write_text("{"), "config.json: not valid JSON"),
+        (lambda file: file.write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
+        (lambda file: file.write_text('{"model_type": "chameleon"}'), "no vocabulary_map"),
+    ],
+)
 def test_wrong_config_is_named(saved, change, message):
     _, folder = saved
     change(folder / "config.json")
@@ -179,11 +188,14 @@ def test_fresh_weights_are_a_function_of_the_seed():
     assert not torch.equal(first.core.lm_head.weight, other.core.lm_head.weight)
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("hiden_size", 8, "hiden_size"),
-    ("num_key_value_heads", 3, "no multiple of num_key_value_heads 3"),
-    ("hidden_size", 36, "no multiple of 2 x num_attention_heads"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hiden_size", 8, "hiden_size"),
+        ("num_key_value_heads", 3, "no multiple of num_key_value_heads 3"),
+        ("hidden_size", 36, "no multiple of 2 x num_attention_heads"),
+    ],
+)
 def test_wrong_tiny_section_is_refused(key, value, message):
     with pytest.raises(ValueError, match=message):
         small_config(**{key: value})

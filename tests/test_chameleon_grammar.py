@@ -54,8 +54,14 @@ def test_transformers_generate_draws_whole_pictures():
     prompt = torch.tensor([[vocabulary.bos, vocabulary.boi], [vocabulary.bos, vocabulary.sep]])
     torch.manual_seed(0)
     processors = LogitsProcessorList([PictureLogitsProcessor(grammar)])
-    ids = policy.core.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_length=limit,
-                               eos_token_id=None, logits_processor=processors)
+    ids = policy.core.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        max_length=limit,
+        eos_token_id=None,
+        logits_processor=processors,
+    )
     assert ids.shape == (2, limit)
     picture = ids[0, 2:18].numpy()
     assert (vocabulary.code_of[picture] >= 0).all() and ids[0, 18] == vocabulary.eoi
@@ -71,8 +77,14 @@ def test_transformers_generate_draws_whole_pictures():
 def test_reference_allowed_after_every_prefix():
     fixture = torch.load(FIXTURE, weights_only=True)
     expected, script, table = fixture["allowed_after_prefix"], fixture["script"], fixture["vocab_map"]
-    grammar = PictureGrammar(table[BOI], table[EOI], torch.from_numpy(code_table(table)), fixture["indices"].shape[1],
-                             expected.shape[1], fixture["max_length"])
+    grammar = PictureGrammar(
+        table[BOI],
+        table[EOI],
+        torch.from_numpy(code_table(table)),
+        fixture["indices"].shape[1],
+        expected.shape[1],
+        fixture["max_length"],
+    )
     processor = PictureLogitsProcessor(grammar)
     for length in range(1, len(script)):
         assert torch.equal(grammar.allowed(script[:length]), expected[length - 1]), f"after {length} ids"

@@ -67,8 +67,10 @@ def test_a_gap_in_the_codes_is_named():
 
 def test_markers_have_their_ids():
     vocabulary = tiny()
-    names = [vocabulary.tokenizer.convert_ids_to_tokens(id) for id in
-             (vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.boi, vocabulary.eoi, vocabulary.sep)]
+    names = [
+        vocabulary.tokenizer.convert_ids_to_tokens(id)
+        for id in (vocabulary.bos, vocabulary.pad, vocabulary.eos, vocabulary.boi, vocabulary.eoi, vocabulary.sep)
+    ]
     assert names == [BOS, PAD, EOS, BOI, EOI, SEP]
     assert all(vocabulary.piece(id) == "" for id in (vocabulary.boi, vocabulary.eos, int(vocabulary.code_ids[3])))
 

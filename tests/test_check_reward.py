@@ -25,8 +25,11 @@ def words_in(completions):
     """The words of each completion, pictures left out."""
     said = []
     for messages in completions:
-        parts = [p for m in messages for p in (m["content"] if isinstance(m["content"], list)
-                                               else [{"type": "text", "text": m["content"]}])]
+        parts = [
+            p
+            for m in messages
+            for p in (m["content"] if isinstance(m["content"], list) else [{"type": "text", "text": m["content"]}])
+        ]
         said.append("".join(p["text"] for p in parts if p["type"] == "text"))
     return said
 
@@ -74,6 +77,7 @@ def test_a_lambda_is_tried_here_and_says_so():
 
 
 # ---- one fault each ---------------------------------------------------------------------------------------------
+
 
 def too_few(completions, **columns):
     return [1.0] * (len(completions) - 1)
@@ -123,8 +127,9 @@ def first_wins(completions, **columns):
 
 
 def lower_ground_truth(completions, ground_truth, **columns):
-    return [float(truth.lower() in said.lower())
-            for said, truth in zip(words_in(completions), ground_truth, strict=True)]
+    return [
+        float(truth.lower() in said.lower()) for said, truth in zip(words_in(completions), ground_truth, strict=True)
+    ]
 
 
 def scribbles(trajectories, **columns):
@@ -180,28 +185,35 @@ class Tires:
         return [float(len(said)) for said in words_in(completions)]
 
 
-@pytest.mark.parametrize("function, words", [
-    (leaves, "it raises for every thought: SystemExit: 1 ("),
-    (leaves_alone, "with 1 thought(s) in a call it raises, with 8 it does not: SystemExit: alone"),
-    (too_few, "it returned 7 values for 8 completions"),
-    (not_a_list, "it returned float; it must return a list with one value a completion"),
-    (no_numbers, "it returned 'I d' for a completion; a value is a number, None"),
-    (numbers_as_text, "it returns text in place of numbers"),
-    (not_a_number, "it gives nan for a picture alone; where there is nothing to judge, return None"),
-    (wants_words, "it raises for a picture alone and for words and a picture and for several pictures of different "
-                  "sizes: AttributeError"),
-    (wants_pictures, "IndexError: list index out of range"),
-    (chance, "called twice with the same thoughts it gives different values"),
-    (remembers, "called twice with the same thoughts it gives different values"),
-    (eight_alone, "with 1 thought(s) in a call it raises, with 8 it does not: ValueError: a step has eight"),
-    (first_wins, "its values depend on the order of the groups in a call"),
-    (lower_ground_truth, "it raises where a record lacks 'ground_truth': AttributeError: 'NoneType'"),
-    (scribbles, "it changes the thoughts that it is given"),
-    (paints, "it changes the thoughts that it is given"),
-    (asks_more, "it asks for 'difficulty', which is no column of the thoughts it is tried on"),
-    (wrong_segment, "it credits segment 3 of trajectory 0-0, which has segments 0 to 2"),
-    (half_a_log, "it logs 1 values under 'length' with log_extra; give one a thought"),
-], ids=lambda x: x.__name__ if callable(x) else "")
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (leaves, "it raises for every thought: SystemExit: 1 ("),
+        (leaves_alone, "with 1 thought(s) in a call it raises, with 8 it does not: SystemExit: alone"),
+        (too_few, "it returned 7 values for 8 completions"),
+        (not_a_list, "it returned float; it must return a list with one value a completion"),
+        (no_numbers, "it returned 'I d' for a completion; a value is a number, None"),
+        (numbers_as_text, "it returns text in place of numbers"),
+        (not_a_number, "it gives nan for a picture alone; where there is nothing to judge, return None"),
+        (
+            wants_words,
+            "it raises for a picture alone and for words and a picture and for several pictures of different "
+            "sizes: AttributeError",
+        ),
+        (wants_pictures, "IndexError: list index out of range"),
+        (chance, "called twice with the same thoughts it gives different values"),
+        (remembers, "called twice with the same thoughts it gives different values"),
+        (eight_alone, "with 1 thought(s) in a call it raises, with 8 it does not: ValueError: a step has eight"),
+        (first_wins, "its values depend on the order of the groups in a call"),
+        (lower_ground_truth, "it raises where a record lacks 'ground_truth': AttributeError: 'NoneType'"),
+        (scribbles, "it changes the thoughts that it is given"),
+        (paints, "it changes the thoughts that it is given"),
+        (asks_more, "it asks for 'difficulty', which is no column of the thoughts it is tried on"),
+        (wrong_segment, "it credits segment 3 of trajectory 0-0, which has segments 0 to 2"),
+        (half_a_log, "it logs 1 values under 'length' with log_extra; give one a thought"),
+    ],
+    ids=lambda x: x.__name__ if callable(x) else "",
+)
 def test_what_is_wrong_is_said(function, words):
     check = check_reward(partial(function))  # which no recipe can name: no process is started for it
     assert not check.ok
@@ -245,30 +257,42 @@ def test_values_may_come_one_by_one_as_they_may_in_a_run(function):
 
 def test_too_few_of_them_are_counted():
     assert check_reward(too_few_one_by_one).problems == (
-        "it returned 7 values for 8 completions; it must return one a completion (None where it does not apply)",)
+        "it returned 7 values for 8 completions; it must return one a completion (None where it does not apply)",
+    )
 
 
 def test_an_example_of_a_column_is_enough():
     assert check_reward(partial(asks_more), columns={"difficulty": 2}).problems == (
         "it raises where a record lacks 'difficulty': TypeError: float() argument must be a string or a real number, "
         f"not 'NoneType' ({__file__}:{asks_more.__code__.co_firstlineno + 1}). The column is None there; return None "
-        "for such a thought",)
+        "for such a thought",
+    )
 
 
 # ---- in a process -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("body, words", [
-    ("""
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (
+            """
      import time
      def mine(completions, **columns):
          time.sleep(60)
-     """, "longer than 1 s (it stood at "),
-    ("""
+     """,
+            "longer than 1 s (it stood at ",
+        ),
+        (
+            """
      import os
      def mine(completions, **columns):
          os._exit(3)
-     """, "it ended its process (its process ended with exit code 3"),
-    ("""
+     """,
+            "it ended its process (its process ended with exit code 3",
+        ),
+        (
+            """
      import os
      HERE = os.getpid()
      SET_BY_OTHERS = int(os.environ.get("PYTEST_CURRENT_TEST") is not None)
@@ -276,8 +300,11 @@ def test_an_example_of_a_column_is_enough():
      import sys
      def mine(completions, **columns):
          return [float("pytest" in sys.modules) for _ in completions]
-     """, "in a process of its own it gives other values than here"),
-    ("""
+     """,
+            "in a process of its own it gives other values than here",
+        ),
+        (
+            """
      import threading
      class Odd(float):
          def __init__(self, x):
@@ -285,31 +312,41 @@ def test_an_example_of_a_column_is_enough():
      def mine(completions, log_extra, **columns):
          log_extra("odd", [Odd(1.0) for _ in completions])
          return [float(index % 3) for index, _ in enumerate(completions)]
-     """, "in a process of its own, where a run calls it, it raises: TypeError: cannot pickle"),
-], ids=["hangs", "exits", "depends", "does not travel"])
+     """,
+            "in a process of its own, where a run calls it, it raises: TypeError: cannot pickle",
+        ),
+    ],
+    ids=["hangs", "exits", "depends", "does not travel"],
+)
 def test_what_only_a_process_shows(tmp_path, body, words):
     check = check_reward(written(tmp_path, body), timeout_s=1 if "sleep" in body else 20)
     assert any(words in problem for problem in check.problems), check.problems
 
 
 def test_where_it_hung_is_the_users_line(tmp_path):
-    spec = written(tmp_path, """
+    spec = written(
+        tmp_path,
+        """
         import time
         def waits():
             time.sleep(60)
         def mine(completions, **columns):
             waits()
-    """)
+    """,
+    )
     [problem] = check_reward(spec, timeout_s=1).problems
     assert 'mine.py", line 4 in waits' in problem
 
 
 # ---- scope ------------------------------------------------------------------------------------------------------
 
+
 def against_the_group(trajectories, **columns):
     lengths = [len(policy_text(t)) for t in trajectories]
-    means = {g: np.mean([n for n, t in zip(lengths, trajectories, strict=True) if t.group == g])
-             for g in {t.group for t in trajectories}}
+    means = {
+        g: np.mean([n for n, t in zip(lengths, trajectories, strict=True) if t.group == g])
+        for g in {t.group for t in trajectories}
+    }
     return [float(n - means[t.group]) for n, t in zip(lengths, trajectories, strict=True)]
 
 
@@ -318,8 +355,9 @@ def against_the_batch(trajectories, **columns):
     return [float(n - np.mean(lengths)) for n in lengths]
 
 
-@pytest.mark.parametrize("function, scope", [(brevity, "row"), (against_the_group, "group"),
-                                             (against_the_batch, "batch")])
+@pytest.mark.parametrize(
+    "function, scope", [(brevity, "row"), (against_the_group, "group"), (against_the_batch, "batch")]
+)
 def test_the_narrowest_scope_is_found_and_a_narrower_one_refused(function, scope):
     function = partial(function)
     assert check_reward(function).scope == scope
@@ -327,21 +365,25 @@ def test_the_narrowest_scope_is_found_and_a_narrower_one_refused(function, scope
     for said in order:
         problems = check_reward(function, scope=said).problems
         if order.index(said) < order.index(scope):
-            assert any(f"with scope: {said} each value may depend on" in p and f"say scope: {scope}" in p
-                       for p in problems)
+            assert any(
+                f"with scope: {said} each value may depend on" in p and f"say scope: {scope}" in p for p in problems
+            )
         else:
             assert problems == ()
 
 
 # ---- notes ------------------------------------------------------------------------------------------------------
 
+
 def reads_everything(trajectories, **columns):
     return [float(sum(len(s.text) for s in t.segments[1:])) for t in trajectories]
 
 
 def pays_nothing_for_none(completions, ground_truth, **columns):
-    return [float(truth is not None and truth in said)
-            for said, truth in zip(words_in(completions), ground_truth, strict=True)]
+    return [
+        float(truth is not None and truth in said)
+        for said, truth in zip(words_in(completions), ground_truth, strict=True)
+    ]
 
 
 def always_none(completions, **columns):
@@ -352,12 +394,16 @@ def always_one(completions, **columns):
     return [1.0] * len(completions)
 
 
-@pytest.mark.parametrize("function, words", [
-    (reads_everything, "its value changes with what the environment said"),
-    (pays_nothing_for_none, "it pays 0 where a record lacks 'ground_truth'"),
-    (always_none, "it gives None for every thought"),
-    (always_one, "it gives 1 for every thought that it judges"),
-], ids=lambda x: x.__name__ if callable(x) else "")
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (reads_everything, "its value changes with what the environment said"),
+        (pays_nothing_for_none, "it pays 0 where a record lacks 'ground_truth'"),
+        (always_none, "it gives None for every thought"),
+        (always_one, "it gives 1 for every thought that it judges"),
+    ],
+    ids=lambda x: x.__name__ if callable(x) else "",
+)
 def test_what_is_worth_a_thought_is_a_note(function, words):
     check = check_reward(partial(function))
     assert check.ok and any(words in note for note in check.notes), check.sentences()
@@ -391,8 +437,9 @@ def test_an_async_reward_passes():
 
 def agreed(trajectories, judge, ground_truth, **columns):
     """Asks a judge, and hands on what it could not judge."""
-    checks = [AnswerCheck(t.prompt, policy_text(t), str(truth))
-              for t, truth in zip(trajectories, ground_truth, strict=True)]
+    checks = [
+        AnswerCheck(t.prompt, policy_text(t), str(truth)) for t, truth in zip(trajectories, ground_truth, strict=True)
+    ]
     return [None if said is None else float(said) for said in judge.agrees(checks)]
 
 
@@ -417,11 +464,18 @@ def test_a_stand_in_leaves_questions_unjudged_as_a_judge_does():
 
 # ---- what cannot be checked at all ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("body, words", [
-    ("def mine(completions)\n    return []", "mine.py, line 1: expected ':'"),
-    ("import nothing_like_it\ndef mine(completions):\n    return []", "mine.py does not import: ModuleNotFoundError"),
-    ("def yours(completions):\n    return []", "has no function 'mine'"),
-])
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("def mine(completions)\n    return []", "mine.py, line 1: expected ':'"),
+        (
+            "import nothing_like_it\ndef mine(completions):\n    return []",
+            "mine.py does not import: ModuleNotFoundError",
+        ),
+        ("def yours(completions):\n    return []", "has no function 'mine'"),
+    ],
+)
 def test_a_file_that_cannot_be_loaded_is_named(tmp_path, body, words):
     with pytest.raises(UserError, match=words.replace("(", "\\(")):
         check_reward(written(tmp_path, body))

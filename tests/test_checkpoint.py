@@ -66,7 +66,7 @@ def test_a_damaged_file_is_named_and_the_one_before_offered(tmp_path, name, dama
     path = folder / name
     content = path.read_bytes()
     if damage == "cut":
-        path.write_bytes(content[:len(content) // 2])
+        path.write_bytes(content[: len(content) // 2])
     elif damage == "flip":
         path.write_bytes(b"\xff" + content[1:])
     else:
@@ -98,13 +98,18 @@ def test_keys_and_formats_are_checked(tmp_path):
         checkpoint.load(tmp_path)
 
 
-@pytest.mark.parametrize("alter, words", [
-    ({"files": None}, "'files' is no dict"), ({"files": [1]}, "'files' is no dict"),
-    ({"files": {"trainer.pt": 3}}, "no size and checksum of 'trainer.pt'"),
-    ({"files": {"trainer.pt": {"bytes": 3}}}, "no size and checksum of 'trainer.pt'"),
-    ({"files": {"trainer.pt": {"bytes": "3", "crc32": 1}}}, "no size and checksum of 'trainer.pt'"),
-    ({"cursor": 3}, "'cursor' is no dict"), ({"step": "2"}, "'step' is no int"),
-])
+@pytest.mark.parametrize(
+    "alter, words",
+    [
+        ({"files": None}, "'files' is no dict"),
+        ({"files": [1]}, "'files' is no dict"),
+        ({"files": {"trainer.pt": 3}}, "no size and checksum of 'trainer.pt'"),
+        ({"files": {"trainer.pt": {"bytes": 3}}}, "no size and checksum of 'trainer.pt'"),
+        ({"files": {"trainer.pt": {"bytes": "3", "crc32": 1}}}, "no size and checksum of 'trainer.pt'"),
+        ({"cursor": 3}, "'cursor' is no dict"),
+        ({"step": "2"}, "'step' is no int"),
+    ],
+)
 def test_a_malformed_state_is_named(tmp_path, alter, words):
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
@@ -118,8 +123,15 @@ def test_a_malformed_state_is_named(tmp_path, alter, words):
         checkpoint.verify(folder)
 
 
-@pytest.mark.parametrize("old, new", [('"taken": 32', '"taken": 33'), ('"name": "run"', '"name": "ruin"'),
-                                      ('"step": 2', '"step": 3'), ('\n "crc32"', '\n "crc31"')])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ('"taken": 32', '"taken": 33'),
+        ('"name": "run"', '"name": "ruin"'),
+        ('"step": 2', '"step": 3'),
+        ('\n "crc32"', '\n "crc31"'),
+    ],
+)
 def test_no_altered_state_goes_unnoticed(tmp_path, old, new):
     folder = save(tmp_path, 2)
     text = (folder / "state.json").read_text()
@@ -159,8 +171,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, limit):
     save(tmp_path, 2, trainer=big)  # and once there is room, all is well
 
 
-@pytest.mark.parametrize("error, raised", [(UserError("weights: disk full"), CheckpointError),
-                                           (KeyError("a bug"), KeyError)])
+@pytest.mark.parametrize(
+    "error, raised", [(UserError("weights: disk full"), CheckpointError), (KeyError("a bug"), KeyError)]
+)
 def test_whatever_breaks_off_a_save_leaves_nothing_half_written(tmp_path, error, raised):
     save(tmp_path, 1)
 

@@ -27,9 +27,20 @@ from underdrawing.jobs import run_evaluate
 from underdrawing.recipe import load_recipe
 
 QUICKSTART = str(ROOT / "configs/shapes/quickstart.yaml")
-SMALL = ["policy.tiny.hidden_size=32", "policy.tiny.num_hidden_layers=1", "policy.tiny.num_attention_heads=2",
-         "policy.tiny.intermediate_size=32", "rollout.workers=0", "rollout.rows=4", "track.wandb=disabled",
-         "sft.demonstrations=4", "sft.batch_size=2", "sft.max_steps=1", "sft.warmup_steps=0", "evaluate.prompts=6"]
+SMALL = [
+    "policy.tiny.hidden_size=32",
+    "policy.tiny.num_hidden_layers=1",
+    "policy.tiny.num_attention_heads=2",
+    "policy.tiny.intermediate_size=32",
+    "rollout.workers=0",
+    "rollout.rows=4",
+    "track.wandb=disabled",
+    "sft.demonstrations=4",
+    "sft.batch_size=2",
+    "sft.max_steps=1",
+    "sft.warmup_steps=0",
+    "evaluate.prompts=6",
+]
 
 
 def refused(capsys, *arguments: object) -> str:
@@ -52,38 +63,41 @@ def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
     assert "# reward = " in printed and "held-out prompts" in printed
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["grpo", "none.yaml"], ["none.yaml: no such recipe", "configs/"]),
-    (["grpo", "file.txt/x"], ["file.txt/x: no such recipe"]),
-    (["grpo", "empty"], ["empty: a recipe is a YAML text file"]),
-    (["grpo", "broken.yaml"], ["broken.yaml: line 2: not YAML"]),
-    (["sft", QUICKSTART, "sft.max_step=3"], ["sft.max_step: unknown key", "did you mean 'max_steps'?"]),
-    (["sft", QUICKSTART, "sft.max_steps=3.5"], ["sft.max_steps", "integer"]),
-    (["sft", QUICKSTART, "sft.max_steps"], ["override 'sft.max_steps'", "section.key=value"]),
-    (["evaluate", QUICKSTART], ["sft/model: no warm start there", "underdrawing sft", "--weights"]),
-    (["grpo", QUICKSTART], ["sft/model: no warm start there"]),
-    (["grpo", QUICKSTART, "--weights", "empty"], ["empty: no model here", "config.json"]),
-    (["evaluate", QUICKSTART, "--weights", "half"], ["half/tokenizer.json", "no such file"]),
-    (["grpo", QUICKSTART, "policy.path=nowhere"], ["nowhere"]),
-    (["grpo", QUICKSTART, "--dry-run", "policy.path=nowhere"], ["policy.path", "nowhere", "config.json"]),
-    (["grpo", QUICKSTART, "policy.family=anolle", "--weights", "half"], ["policy.family", "anolle"]),
-    (["view", "empty"], ["empty: no run here", "metrics.jsonl"]),
-    (["view", "nowhere"], ["nowhere"]),
-    (["view", "cut"], ["cut/evaluations/grpo/summary.json: cannot be read", "--label grpo"]),
-    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=nowhere.py:f"], ["nowhere.py:f", "no file"]),
-    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=bad.py:f"], ["bad.py:f", "line 2"]),
-    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py:brigth"], ["good.py", "'bright'"]),
-    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py"], ["good.py:function"]),
-    (["grpo", QUICKSTART, "--dry-run", "rewards.parts.detect.options.mod=graded"], ["parts.detect", "'mode'"]),
-    (["grpo", QUICKSTART, "--dry-run", "task.name=shaped"], ["task.name", "did you mean 'shapes'?"]),
-    (["grpo", QUICKSTART, "--dry-run", "task.options.mistakes=1"], ["task.options.mistakes"]),
-    (["grpo", QUICKSTART, "--dry-run", "format.name=stroke"], ["format.name", "did you mean 'strokes'?"]),
-    (["grpo", QUICKSTART, "--dry-run", "format.options.max_image=2"], ["format.options", "max_image"]),
-    (["grpo", QUICKSTART, "--dry-run", "task.name=dogs.Dogs"], ["'a photo of a dog'", "'dog'", "detector"]),
-    (["grpo", QUICKSTART, "--dry-run", "rewards.detector=good.py:bright"], ["good.py:bright"]),
-    (["sft", QUICKSTART, "run_dir=file.txt/run"], ["file.txt/run: cannot be written", "run_dir"]),
-    (["sft", QUICKSTART, *SMALL, "sft.data=empty"], ["empty"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["grpo", "none.yaml"], ["none.yaml: no such recipe", "configs/"]),
+        (["grpo", "file.txt/x"], ["file.txt/x: no such recipe"]),
+        (["grpo", "empty"], ["empty: a recipe is a YAML text file"]),
+        (["grpo", "broken.yaml"], ["broken.yaml: line 2: not YAML"]),
+        (["sft", QUICKSTART, "sft.max_step=3"], ["sft.max_step: unknown key", "did you mean 'max_steps'?"]),
+        (["sft", QUICKSTART, "sft.max_steps=3.5"], ["sft.max_steps", "integer"]),
+        (["sft", QUICKSTART, "sft.max_steps"], ["override 'sft.max_steps'", "section.key=value"]),
+        (["evaluate", QUICKSTART], ["sft/model: no warm start there", "underdrawing sft", "--weights"]),
+        (["grpo", QUICKSTART], ["sft/model: no warm start there"]),
+        (["grpo", QUICKSTART, "--weights", "empty"], ["empty: no model here", "config.json"]),
+        (["evaluate", QUICKSTART, "--weights", "half"], ["half/tokenizer.json", "no such file"]),
+        (["grpo", QUICKSTART, "policy.path=nowhere"], ["nowhere"]),
+        (["grpo", QUICKSTART, "--dry-run", "policy.path=nowhere"], ["policy.path", "nowhere", "config.json"]),
+        (["grpo", QUICKSTART, "policy.family=anolle", "--weights", "half"], ["policy.family", "anolle"]),
+        (["view", "empty"], ["empty: no run here", "metrics.jsonl"]),
+        (["view", "nowhere"], ["nowhere"]),
+        (["view", "cut"], ["cut/evaluations/grpo/summary.json: cannot be read", "--label grpo"]),
+        (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=nowhere.py:f"], ["nowhere.py:f", "no file"]),
+        (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=bad.py:f"], ["bad.py:f", "line 2"]),
+        (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py:brigth"], ["good.py", "'bright'"]),
+        (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py"], ["good.py:function"]),
+        (["grpo", QUICKSTART, "--dry-run", "rewards.parts.detect.options.mod=graded"], ["parts.detect", "'mode'"]),
+        (["grpo", QUICKSTART, "--dry-run", "task.name=shaped"], ["task.name", "did you mean 'shapes'?"]),
+        (["grpo", QUICKSTART, "--dry-run", "task.options.mistakes=1"], ["task.options.mistakes"]),
+        (["grpo", QUICKSTART, "--dry-run", "format.name=stroke"], ["format.name", "did you mean 'strokes'?"]),
+        (["grpo", QUICKSTART, "--dry-run", "format.options.max_image=2"], ["format.options", "max_image"]),
+        (["grpo", QUICKSTART, "--dry-run", "task.name=dogs.Dogs"], ["'a photo of a dog'", "'dog'", "detector"]),
+        (["grpo", QUICKSTART, "--dry-run", "rewards.detector=good.py:bright"], ["good.py:bright"]),
+        (["sft", QUICKSTART, "run_dir=file.txt/run"], ["file.txt/run: cannot be written", "run_dir"]),
+        (["sft", QUICKSTART, *SMALL, "sft.data=empty"], ["empty"]),
+    ],
+)
 def test_bad_input_is_a_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -97,7 +111,8 @@ def test_bad_input_is_a_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, 
         "class Dogs(ShapesTask):\n"
         "    def prompts(self, split):\n"
         "        return [{'tag': 'single_object', 'prompt': 'a photo of a dog', 'include': [{'class': 'dog', "
-        "'count': 1}]}]\n")
+        "'count': 1}]}]\n"
+    )
     (tmp_path / "cut/evaluations/grpo").mkdir(parents=True)
     (tmp_path / "cut/evaluations/grpo/summary.json").write_text('{"score": 0.5, "by_')
     (tmp_path / "half").mkdir()
@@ -133,9 +148,14 @@ def test_sft_then_evaluate_rollout_and_view(capsys, warm):
 
 
 def test_weights_of_a_damaged_checkpoint_are_used_by_no_command(capsys, warm, tmp_path, monkeypatch):
-    folder = checkpoint.save(tmp_path / "checkpoints", 3,
-                             lambda to: shutil.copytree(warm / "sft/model", to / "weights", dirs_exist_ok=True),
-                             trainer={}, cursor={}, recipe={})
+    folder = checkpoint.save(
+        tmp_path / "checkpoints",
+        3,
+        lambda to: shutil.copytree(warm / "sft/model", to / "weights", dirs_exist_ok=True),
+        trainer={},
+        cursor={},
+        recipe={},
+    )
     command = ["evaluate", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60"]
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["weights"] == str(folder / "weights")
@@ -157,8 +177,19 @@ def test_weights_of_a_damaged_checkpoint_are_used_by_no_command(capsys, warm, tm
 
 
 def test_a_formula_that_fails_loses_no_thought(capsys, warm, tmp_path):
-    said = refused(capsys, "rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "--weights",
-                   warm / "sft/model", "--prompts", "2", "rewards.total=detect / 0")
+    said = refused(
+        capsys,
+        "rollout",
+        QUICKSTART,
+        *SMALL,
+        f"run_dir={tmp_path}",
+        "rollout.max_tokens=60",
+        "--weights",
+        warm / "sft/model",
+        "--prompts",
+        "2",
+        "rewards.total=detect / 0",
+    )
     assert "divides by zero" in said and f"2 trajectories are saved in {tmp_path / 'rollout'}, 0 of them" in said
     assert len(load_trajectories(tmp_path / "rollout")) == 2
 
@@ -174,8 +205,16 @@ def heeding_ctrl_c():
 @pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("finished", [0, 3, 8])
 def test_ctrl_c_in_a_rollout_stores_what_is_finished(capsys, warm, tmp_path, monkeypatch, finished: int):
-    command = ["rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "--weights",
-               str(warm / "sft/model"), "--prompts"]
+    command = [
+        "rollout",
+        QUICKSTART,
+        *SMALL,
+        f"run_dir={tmp_path}",
+        "rollout.max_tokens=60",
+        "--weights",
+        str(warm / "sft/model"),
+        "--prompts",
+    ]
     assert main([*command, "2"]) == 0
     stream, judge = LocalRollouts.stream, Judge.judge
 
@@ -204,9 +243,15 @@ def test_ctrl_c_in_a_rollout_stores_what_is_finished(capsys, warm, tmp_path, mon
         assert len(stored) == 2
 
 
-@pytest.mark.parametrize("out, words", [("thesis", "holds 'thesis.tex' and no stored trajectories"),
-                                        (".", "the current folder is there"), ("file.txt", "file.txt is a file"),
-                                        ("file.txt/stored", "file.txt is a file")])
+@pytest.mark.parametrize(
+    "out, words",
+    [
+        ("thesis", "holds 'thesis.tex' and no stored trajectories"),
+        (".", "the current folder is there"),
+        ("file.txt", "file.txt is a file"),
+        ("file.txt/stored", "file.txt is a file"),
+    ],
+)
 def test_a_rollout_deletes_nothing_and_says_so_before_it_samples(capsys, warm, tmp_path, monkeypatch, out, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis").mkdir()
@@ -218,8 +263,17 @@ def test_a_rollout_deletes_nothing_and_says_so_before_it_samples(capsys, warm, t
 
 
 def test_a_run_is_not_resumed_from_other_weights_than_it_started_from(capsys, warm, tmp_path):
-    command = ["grpo", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "grpo.prompts_per_step=1", "grpo.num_generations=2",
-               "rollout.max_tokens=60", "grpo.beta=0.1", "grpo.evaluate_every=null"]
+    command = [
+        "grpo",
+        QUICKSTART,
+        *SMALL,
+        f"run_dir={tmp_path}",
+        "grpo.prompts_per_step=1",
+        "grpo.num_generations=2",
+        "rollout.max_tokens=60",
+        "grpo.beta=0.1",
+        "grpo.evaluate_every=null",
+    ]
     assert main([*command, "grpo.steps=1", "--weights", str(warm / "sft/model")]) == 0
     shutil.copytree(warm / "sft/model", tmp_path / "other")
     tensors = load_file(tmp_path / "other/model.safetensors")
@@ -231,14 +285,31 @@ def test_a_run_is_not_resumed_from_other_weights_than_it_started_from(capsys, wa
     assert main([*command, "grpo.steps=2", "--resume", "--weights", str(warm / "sft/model")]) == 0
 
 
-@pytest.mark.parametrize("command, steps, saved", [("sft", "sft.max_steps", "sft/checkpoint-*"),
-                                                   ("grpo", "grpo.steps", "checkpoints/step-*")])
+@pytest.mark.parametrize(
+    "command, steps, saved",
+    [("sft", "sft.max_steps", "sft/checkpoint-*"), ("grpo", "grpo.steps", "checkpoints/step-*")],
+)
 def test_ctrl_c_saves_and_says_how_to_go_on(warm, tmp_path, command: str, steps: str, saved: str):
-    arguments = [command, QUICKSTART, *SMALL, f"run_dir={tmp_path}", "sft.logging_steps=1", "grpo.prompts_per_step=2",
-                 "grpo.num_generations=2", "rollout.max_tokens=60", f"{steps}=100000", "grpo.warmup_steps=0",
-                 *(["--weights", str(warm / "sft/model")] if command == "grpo" else [])]
-    run = subprocess.Popen([sys.executable, "-m", "underdrawing", *arguments], cwd=ROOT, text=True,
-                           stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = [
+        command,
+        QUICKSTART,
+        *SMALL,
+        f"run_dir={tmp_path}",
+        "sft.logging_steps=1",
+        "grpo.prompts_per_step=2",
+        "grpo.num_generations=2",
+        "rollout.max_tokens=60",
+        f"{steps}=100000",
+        "grpo.warmup_steps=0",
+        *(["--weights", str(warm / "sft/model")] if command == "grpo" else []),
+    ]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "underdrawing", *arguments],
+        cwd=ROOT,
+        text=True,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     metrics = tmp_path / ("sft/metrics.jsonl" if command == "sft" else "metrics.jsonl")
     until = time.monotonic() + 120
     try:
@@ -252,7 +323,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(warm, tmp_path, command: str, steps:
     assert run.returncode == 130, said
     assert "Stopping after this step" in said and "Traceback" not in said
     assert "saved in" in said and "To go on, give the same command with --resume" in said
-    kept, = tmp_path.glob(saved)
+    (kept,) = tmp_path.glob(saved)
     step = len(metrics.read_text().splitlines())
     assert int(kept.name.rpartition("-")[2]) == step
 
@@ -268,9 +339,10 @@ def test_a_corrupt_model_is_named_by_its_file(capsys, warm, tmp_path, name: str)
 
 def test_a_half_written_store_is_named_by_its_file(capsys, tmp_path):
     picture = np.zeros((8, 8, 3), np.uint8)
-    segments = [Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 2], np.int32), "a circle"),
-                Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.array([3, 4, 5], np.int32),
-                        picture=picture)]
+    segments = [
+        Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 2], np.int32), "a circle"),
+        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.array([3, 4, 5], np.int32), picture=picture),
+    ]
     save_trajectories([Trajectory("a circle", {}, "strokes", segments, stop=StopReason.END)], tmp_path / "stored")
     assert main(["view", str(tmp_path / "stored")]) == 0
     capsys.readouterr()
@@ -300,5 +372,6 @@ def test_the_installed_command(tmp_path):
     assert script.is_file(), "install the project: make install"
     done = subprocess.run([script, "view", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
-    assert done.stderr == ("underdrawing: nowhere: no run here: metrics.jsonl, evaluations/ and trajectories/ are all "
-                           "missing\n")
+    assert done.stderr == (
+        "underdrawing: nowhere: no run here: metrics.jsonl, evaluations/ and trajectories/ are all missing\n"
+    )

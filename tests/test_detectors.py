@@ -32,27 +32,35 @@ SMALL = (100, 64)  # px, a test size under which tiny pictures stay tiny
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {"mask2former": tiny_models.mask2former(root / "mask2former"),
-            "grounding_dino": tiny_models.grounding_dino(root / "grounding_dino"),
-            "owlv2": tiny_models.owlv2(root / "owlv2"), "clip": tiny_models.clip(root / "clip"),
-            "open_clip": tiny_models.open_clip_model(root / "open_clip")}
+    return {
+        "mask2former": tiny_models.mask2former(root / "mask2former"),
+        "grounding_dino": tiny_models.grounding_dino(root / "grounding_dino"),
+        "owlv2": tiny_models.owlv2(root / "owlv2"),
+        "clip": tiny_models.clip(root / "clip"),
+        "open_clip": tiny_models.open_clip_model(root / "open_clip"),
+    }
 
 
 @pytest.fixture(scope="session")
 def pictures():
     """Blocks of random colours, of three sizes; two of the same size."""
     rng = np.random.default_rng(0)
-    return [np.kron(rng.integers(0, 256, (h // 8, w // 8, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
-            for h, w in ((64, 64), (40, 72), (64, 64), (128, 48))]
+    return [
+        np.kron(rng.integers(0, 256, (h // 8, w // 8, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+        for h, w in ((64, 64), (40, 72), (64, 64), (128, 48))
+    ]
 
 
 def flat(found):
     """(class, score, box, mask) of one picture's objects, best first."""
-    return sorted(((name, o.score, o.box, o.mask) for name, items in found.items() for o in items),
-                  key=lambda item: (-item[1], item[0]))
+    return sorted(
+        ((name, o.score, o.box, o.mask) for name, items in found.items() for o in items),
+        key=lambda item: (-item[1], item[0]),
+    )
 
 
 # ---- mask2former ------------------------------------------------------------------------------------------------
+
 
 def by_hand(model, mean, std, picture, names, min_score, top=100, test_size=SMALL):
     """One picture, one pair at a time: the rule as it stands in the protocol, in plain loops."""
@@ -77,10 +85,12 @@ def by_hand(model, mean, std, picture, names, min_score, top=100, test_size=SMAL
     pairs.sort(key=lambda pair: -pair[0])
     found = []
     for probability, query, label in pairs[:top]:
-        mask = torch.nn.functional.interpolate(masks[query][None, None], size=(pad_h, pad_w), mode="bilinear",
-                                               align_corners=False)[:, :, :new_h, :new_w]
-        mask = torch.nn.functional.interpolate(mask, size=(height, width), mode="bilinear",
-                                               align_corners=False)[0, 0].numpy()
+        mask = torch.nn.functional.interpolate(
+            masks[query][None, None], size=(pad_h, pad_w), mode="bilinear", align_corners=False
+        )[:, :, :new_h, :new_w]
+        mask = torch.nn.functional.interpolate(mask, size=(height, width), mode="bilinear", align_corners=False)[
+            0, 0
+        ].numpy()
         inside = [(y, x) for y in range(height) for x in range(width) if mask[y, x] > 0]
         if not inside:
             continue
@@ -113,33 +123,33 @@ def test_one_query_may_emit_several_classes_and_nothing_is_suppressed():
     logits = torch.tensor([[[0.5, 0.3, 0.2]]]).log()
     mask = torch.full((1, 1, 4, 4), -8.0)
     mask[..., :2] = 8.0
-    found, = instances(logits, mask, (4, 4), (4, 4), (4, 4))
+    (found,) = instances(logits, mask, (4, 4), (4, 4), (4, 4))
     sure = 1 / (1 + np.exp(-8))
     assert found.labels_K.tolist() == [0, 1]
     assert found.scores_K.tolist() == pytest.approx([0.5 * sure, 0.3 * sure], abs=1e-5)
     assert found.boxes_K4.tolist() == [[0, 0, 2, 4]] * 2
-    kept, = instances(logits, mask, (4, 4), (4, 4), (4, 4), min_score=0.3)
+    (kept,) = instances(logits, mask, (4, 4), (4, 4), (4, 4), min_score=0.3)
     assert kept.labels_K.tolist() == [0]  # 0.3 is not above 0.3
-    best, = instances(logits, mask, (4, 4), (4, 4), (4, 4), top=1)
+    (best,) = instances(logits, mask, (4, 4), (4, 4), (4, 4), top=1)
     assert best.labels_K.tolist() == [0]
 
 
 def test_the_void_takes_its_share_and_an_empty_mask_is_worth_nothing():
     logits = torch.tensor([[[0.2, 0.1, 0.7]]]).log()
-    full, = instances(logits, torch.full((1, 1, 2, 2), 50.0), (2, 2), (2, 2), (2, 2))
+    (full,) = instances(logits, torch.full((1, 1, 2, 2), 50.0), (2, 2), (2, 2), (2, 2))
     assert full.scores_K.tolist() == pytest.approx([0.2, 0.1], abs=1e-5)  # not 2/3 and 1/3
-    empty, = instances(logits, torch.full((1, 1, 2, 2), -1.0), (2, 2), (2, 2), (2, 2))
+    (empty,) = instances(logits, torch.full((1, 1, 2, 2), -1.0), (2, 2), (2, 2), (2, 2))
     assert len(empty.scores_K) == 0
 
 
 def test_masks_are_cut_to_the_resized_picture_before_they_are_scaled_to_the_picture():
     # padded 8 x 8, of which 8 x 4 is picture; the mask's right half lies in the padding
     mask = torch.full((1, 1, 8, 8), 5.0)
-    found, = instances(torch.tensor([[[9.0, 0.0]]]), mask, (8, 8), (8, 4), (16, 8))
+    (found,) = instances(torch.tensor([[[9.0, 0.0]]]), mask, (8, 8), (8, 4), (16, 8))
     assert found.masks_KHW.shape == (1, 16, 8) and found.boxes_K4.tolist() == [[0, 0, 8, 16]]
     right = torch.full((1, 1, 8, 8), -5.0)
     right[..., 4:] = 5.0
-    nothing, = instances(torch.tensor([[[9.0, 0.0]]]), right, (8, 8), (8, 4), (16, 8))
+    (nothing,) = instances(torch.tensor([[[9.0, 0.0]]]), right, (8, 8), (8, 4), (16, 8))
     assert len(nothing.scores_K) == 0
 
 
@@ -181,6 +191,7 @@ def test_ten_colours_and_eighty_names_are_genevals():
 
 # ---- open vocabulary --------------------------------------------------------------------------------------------
 
+
 def test_grounding_dino_agrees_with_the_librarys_own_boxes(models, pictures):
     detector = GroundingDinoDetector(str(models["grounding_dino"]), min_score=0.2, batch_size=4)
     phrases = [["dog", "red cup"]] * len(pictures)
@@ -192,8 +203,9 @@ def test_grounding_dino_agrees_with_the_librarys_own_boxes(models, pictures):
         inputs = processor(images=[picture], text=[["dog", "red cup"]], return_tensors="pt")
         with torch.no_grad():
             output = detector.model(**inputs)
-        theirs = processor.post_process_grounded_object_detection(output, inputs["input_ids"], threshold=0.0,
-                                                                  target_sizes=[picture.shape[:2]])[0]
+        theirs = processor.post_process_grounded_object_detection(
+            output, inputs["input_ids"], threshold=0.0, target_sizes=[picture.shape[:2]]
+        )[0]
         boxes = theirs["boxes"].numpy()
         for name, score, box, mask in flat(objects):
             distance = np.abs(boxes - np.asarray(box)).max(1)
@@ -226,8 +238,13 @@ def test_owlv2_agrees_with_the_librarys_own_post_processing(models, pictures):
     for picture, some, objects in zip(pictures, phrases, found, strict=True):
         if not some:
             continue
-        words = detector.tokenizer([f"a photo of a {name}" for name in some], padding="max_length", max_length=32,
-                                   truncation=True, return_tensors="pt")
+        words = detector.tokenizer(
+            [f"a photo of a {name}" for name in some],
+            padding="max_length",
+            max_length=32,
+            truncation=True,
+            return_tensors="pt",
+        )
         seen = detector.processor(images=[picture], return_tensors="pt")
         with torch.no_grad():
             output = detector.model(**words, pixel_values=seen["pixel_values"])
@@ -255,6 +272,7 @@ def test_boxes_by_phrase_by_hand():
 
 
 # ---- colours ----------------------------------------------------------------------------------------------------
+
 
 def test_the_crop_is_the_object_on_grey_with_corners_rounded():
     picture = np.zeros((10, 10, 3), np.uint8)
@@ -298,8 +316,11 @@ def test_colours_equal_one_object_at_a_time(models, pictures):
                 best, name_of_best = -2.0, ""
                 for color in COLORS:
                     vectors = []
-                    for sentence in (f"a photo of a {color} {name}", f"a photo of a {color}-colored {name}",
-                                     f"a photo of a {color} object"):
+                    for sentence in (
+                        f"a photo of a {color} {name}",
+                        f"a photo of a {color}-colored {name}",
+                        f"a photo of a {color} object",
+                    ):
                         vector = model.encode_text(tokenizer([sentence]))[0]
                         vectors.append(vector / vector.norm())
                     mean = sum(vectors) / 3
@@ -314,16 +335,26 @@ def test_colours_equal_one_object_at_a_time(models, pictures):
 
 def test_the_sentences_are_genevals():
     assert [t.format(color="red", cls="bus") for t in TEMPLATES] == [
-        "a photo of a red bus", "a photo of a red-colored bus", "a photo of a red object"]
+        "a photo of a red bus",
+        "a photo of a red-colored bus",
+        "a photo of a red object",
+    ]
 
 
 def test_an_activation_that_the_weights_were_not_trained_with_is_refused(models, tmp_path):
-    with pytest.raises(WeightsError, match="ViT-L-14 computes GELU, but the weights 'openai' were trained with "
-                                           "QuickGELU.*name ViT-L-14-quickgelu"):
+    with pytest.raises(
+        WeightsError,
+        match="ViT-L-14 computes GELU, but the weights 'openai' were trained with QuickGELU.*name ViT-L-14-quickgelu",
+    ):
         OpenClipEncoder(OpenClipConfig(model="ViT-L-14"), "rewards.detector.colors")
     with pytest.raises(WeightsError, match="ViT-B-32-quickgelu computes QuickGELU, but .*without -quickgelu"):
-        OpenClipEncoder(OpenClipConfig(model="ViT-B-32-quickgelu", pretrained=str(models["open_clip"] /
-                                       "open_clip_model.safetensors"), quick_gelu=False))
+        OpenClipEncoder(
+            OpenClipConfig(
+                model="ViT-B-32-quickgelu",
+                pretrained=str(models["open_clip"] / "open_clip_model.safetensors"),
+                quick_gelu=False,
+            )
+        )
     plain = tiny_models.open_clip_model(tmp_path / "plain", quick_gelu=False)
     with pytest.raises(WeightsError, match="plain computes GELU.*quick_gelu: false"):
         OpenClipEncoder(OpenClipConfig(path=str(plain)))
@@ -333,12 +364,15 @@ def test_an_activation_that_the_weights_were_not_trained_with_is_refused(models,
     assert OpenClipConfig().model == "ViT-L-14-quickgelu" and OpenClipConfig().pretrained == "openai"
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    (OpenClipConfig(), "timm/vit_large_patch14_clip_224.openai.*not in the hub cache.*download: true"),
-    (OpenClipConfig(model="ViT-L14"), "open_clip has no 'ViT-L14'; did you mean 'ViT-L-14'"),
-    (OpenClipConfig(pretrained="opena1"), "neither a file nor a tag of ViT-L-14-quickgelu; did you mean 'openai'"),
-    (OpenClipConfig(path="nowhere/at/all"), "no folder nowhere/at/all"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OpenClipConfig(), "timm/vit_large_patch14_clip_224.openai.*not in the hub cache.*download: true"),
+        (OpenClipConfig(model="ViT-L14"), "open_clip has no 'ViT-L14'; did you mean 'ViT-L-14'"),
+        (OpenClipConfig(pretrained="opena1"), "neither a file nor a tag of ViT-L-14-quickgelu; did you mean 'openai'"),
+        (OpenClipConfig(path="nowhere/at/all"), "no folder nowhere/at/all"),
+    ],
+)
 def test_an_encoder_that_is_not_there(config, message, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=message):
@@ -347,12 +381,15 @@ def test_an_encoder_that_is_not_there(config, message, monkeypatch, tmp_path):
 
 # ---- the recipe, and what stands between -------------------------------------------------------------------------
 
+
 def test_weights_that_are_not_there(tmp_path, models):
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match="empty has no config.json"):
         folder_of(str(tmp_path / "empty"), "config.json")
-    with pytest.raises(WeightsError, match="'nobody/nothing' is neither a folder here nor a model in the hub cache; "
-                                           "set `download: true`"):
+    with pytest.raises(
+        WeightsError,
+        match="'nobody/nothing' is neither a folder here nor a model in the hub cache; set `download: true`",
+    ):
         folder_of("nobody/nothing", "config.json")
     with pytest.raises(WeightsError, match="holds a model of type 'owlv2', not mask2former"):
         Mask2FormerDetector(str(models["owlv2"]))
@@ -362,11 +399,14 @@ def test_weights_that_are_not_there(tmp_path, models):
         Owlv2Detector(str(models["clip"]))
 
 
-@pytest.mark.parametrize(("written", "message"), [
-    ({"backend": "mask2forme", "path": "x"}, "no 'mask2forme'; did you mean 'mask2former'"),
-    ({"path": "x"}, "backend"),
-    ({"backend": "shapes", "min_scroe": 0.1}, "min_scroe"),
-])
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"backend": "mask2forme", "path": "x"}, "no 'mask2forme'; did you mean 'mask2former'"),
+        ({"path": "x"}, "backend"),
+        ({"backend": "shapes", "min_scroe": 0.1}, "min_scroe"),
+    ],
+)
 def test_a_recipe_that_names_no_detector(written, message):
     with pytest.raises(ValueError, match=message):
         RewardsConfig.model_validate({"parts": {"a": {"function": "geneval"}}, "detector": written})
@@ -379,9 +419,13 @@ def test_what_the_commands_option_means(tmp_path):
     assert detector_spec("{backend: owlv2, min_score: 0.1}") == DetectorConfig(backend="owlv2", min_score=0.1)
     assert detector_spec(str(tmp_path / "own.yaml")) == DetectorConfig(backend="owlv2", overlap=0.5)
     assert detector_spec("mine.detectors:Mine") == "mine.detectors:Mine"
-    for text, message in (("mask2forme", "no detector 'mask2forme'; did you mean 'mask2former'"),
-                          ("{backend: shapes, scor: 1}", "scor: .*Known: backend"), ("{backend: [", "not YAML"),
-                          ("none.yaml", "none.yaml: No such file"), ("{path: x}", "backend: Field required")):
+    for text, message in (
+        ("mask2forme", "no detector 'mask2forme'; did you mean 'mask2former'"),
+        ("{backend: shapes, scor: 1}", "scor: .*Known: backend"),
+        ("{backend: [", "not YAML"),
+        ("none.yaml", "none.yaml: No such file"),
+        ("{path: x}", "backend: Field required"),
+    ):
         with pytest.raises(UserError, match=message):
             detector_spec(text)
 
@@ -413,18 +457,23 @@ class Coco:
 
 
 def record(name, **more):
-    return {"tag": "single_object", "prompt": f"a photo of a {name}",
-            "include": [{"class": name, "count": 1, **more}]}
+    return {"tag": "single_object", "prompt": f"a photo of a {name}", "include": [{"class": name, "count": 1, **more}]}
 
 
 def test_a_recipe_builds_its_detector_and_a_class_or_colour_it_lacks_stops_it_before_anything_runs(models):
-    written = {"backend": "mask2former", "path": str(models["mask2former"]), "test_size": [100, 64],
-               "colors": {"path": str(models["open_clip"])}}
+    written = {
+        "backend": "mask2former",
+        "path": str(models["mask2former"]),
+        "test_size": [100, 64],
+        "colors": {"path": str(models["open_clip"])},
+    }
     recipe = {"parts": {"a": {"function": "geneval"}}, "detector": written}
     with Judge(RewardsConfig.model_validate(recipe), Coco(record("computer mouse", color="red"))) as judge:
         assert judge.setting.detector.classes == GENEVAL_CLASSES
-    with pytest.raises(UnknownClass, match="'a photo of a mouse' \\(train\\) asks for 'mouse', which the detector "
-                                           "cannot see.*computer mouse"):
+    with pytest.raises(
+        UnknownClass,
+        match="'a photo of a mouse' \\(train\\) asks for 'mouse', which the detector cannot see.*computer mouse",
+    ):
         Judge(RewardsConfig.model_validate(recipe), Coco(record("mouse")))
     written["colors"] = None
     with Judge(RewardsConfig.model_validate(recipe), Coco(record("bus"))):
@@ -439,14 +488,19 @@ def test_a_recipe_builds_its_detector_and_a_class_or_colour_it_lacks_stops_it_be
 def test_the_shapes_backend_and_geneval_through_a_photographs_detector(models, pictures):
     assert build_detector(DetectorConfig(backend="shapes")).classes == ("circle", "square", "triangle", "cross")
     for backend in ("mask2former", "grounding_dino", "owlv2"):
-        detector = build_detector(DetectorConfig(
-            backend=backend, path=str(models[backend]), min_score=0.01, colors={"path": str(models["open_clip"])}))
+        detector = build_detector(
+            DetectorConfig(
+                backend=backend, path=str(models[backend]), min_score=0.01, colors={"path": str(models["open_clip"])}
+            )
+        )
         setting = Setting.of(None, None, detector)
         records = [record("dog", color="red"), record("bus"), record("cup"), record("dog", color="blue")]
         graded = score_pictures(pictures, records, setting, "graded")
         assert len(graded) == 4 and all(0 <= score <= 1 for score, _ in graded)
-        assert graded == [score_pictures([p], [r], Setting.of(None, None, detector), "graded")[0]
-                          for p, r in zip(pictures, records, strict=True)]
+        assert graded == [
+            score_pictures([p], [r], Setting.of(None, None, detector), "graded")[0]
+            for p, r in zip(pictures, records, strict=True)
+        ]
 
 
 class Names:
@@ -458,8 +512,10 @@ class Names:
         self.asked = []
 
     def detect(self, pictures):
-        return [{"dog": [Detected((0, 0, 1, 1), 0.4), Detected((0, 0, 1, 1), 0.8)],
-                 "cup": [Detected((0, 0, 1, 1), 0.9)]} for _ in pictures]
+        return [
+            {"dog": [Detected((0, 0, 1, 1), 0.4), Detected((0, 0, 1, 1), 0.8)], "cup": [Detected((0, 0, 1, 1), 0.9)]}
+            for _ in pictures
+        ]
 
     def name_colors(self, pictures, objects):
         self.asked += [(name, item.score) for items in objects for name, item in items]
@@ -469,11 +525,11 @@ class Names:
 def test_colours_are_named_for_the_best_objects_asked_about_and_once():
     picture, names = np.zeros((4, 4, 3), np.uint8), Names()
     cached = CachedDetector(names)
-    found, = cached.detect([picture], colored=[{"dog": 1}])
+    (found,) = cached.detect([picture], colored=[{"dog": 1}])
     assert names.asked == [("dog", 0.8)]
     assert [o.color for o in found["dog"]] == [None, "red"] and found["cup"][0].color is None
     cached.detect([picture], colored=[{}])
-    again, = cached.detect([picture])  # all of them now
+    (again,) = cached.detect([picture])  # all of them now
     assert names.asked == [("dog", 0.8), ("dog", 0.4), ("cup", 0.9)]
     assert [o.color for o in again["dog"]] == ["blue", "red"] and cached.looks == 1
     check_record(cached, record("dog", color="red"), "here")
@@ -490,7 +546,9 @@ def test_an_open_vocabulary_is_asked_for_what_each_record_names(models):
     picture = np.zeros((4, 4, 3), np.uint8)
     cached.require(["anything"], "here")
     assert [sorted(found) for found in cached.detect([picture, picture], [["dog", "cup"], ["bus"]])] == [
-        ["cup", "dog"], ["bus"]]
+        ["cup", "dog"],
+        ["bus"],
+    ]
     assert cached.looks == 2
     with pytest.raises(UserError, match="must be told which phrases"):
         cached.detect([picture])

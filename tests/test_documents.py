@@ -122,8 +122,11 @@ def test_what_is_referred_to_exists(document: Path):
     text = document.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (document.parent / link).exists(), f"{document.name} links to {link}"
-    for path in re.findall(r"`((?:rollout|rewards|rl|sft|policy|tasks|evals|underdrawing|tests|configs|benchmarks)"
-                           r"/[\w/.-]*)(?:::\w+)?`", text):
+    for path in re.findall(
+        r"`((?:rollout|rewards|rl|sft|policy|tasks|evals|underdrawing|tests|configs|benchmarks)"
+        r"/[\w/.-]*)(?:::\w+)?`",
+        text,
+    ):
         assert (ROOT / path).exists(), f"{document.name} names {path}"
     for file, test in re.findall(r"`?(test_\w+)(?:\.py)?::(test_\w+)", text):
         assert f"def {test}(" in (ROOT / f"tests/{file}.py").read_text(), f"{document.name} names {file}::{test}"

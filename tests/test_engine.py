@@ -29,12 +29,21 @@ PROMPTS = ["a red dot", "blue", "big dot left small dot", "a small red dot right
 
 
 def requests(groups: int = 4, members: int = 3, seed: int = 0) -> list[RolloutRequest]:
-    return [RolloutRequest(g, PROMPTS[g % len(PROMPTS)], {"tag": g}, tuple(range(members)), seed)
-            for g in range(groups)]
+    return [
+        RolloutRequest(g, PROMPTS[g % len(PROMPTS)], {"tag": g}, tuple(range(members)), seed) for g in range(groups)
+    ]
 
 
-def engine(view: str = "plain", guidance: float | None = None, max_images: int = 3, environment=None, max_length=96,
-           begins_with_image: bool = False, lingers: bool = False, **config) -> Engine:
+def engine(
+    view: str = "plain",
+    guidance: float | None = None,
+    max_images: int = 3,
+    environment=None,
+    max_length=96,
+    begins_with_image: bool = False,
+    lingers: bool = False,
+    **config,
+) -> Engine:
     policy = FakePolicy(max_length=max_length, flow=view == "flow")
     fmt = FakeFormat(view, max_images, guidance, begins_with_image, lingers)
     settings = {"rows": 5, "max_tokens": 40, "branches": 1, "guidance": guidance is not None} | config
@@ -42,18 +51,24 @@ def engine(view: str = "plain", guidance: float | None = None, max_images: int =
 
 
 def contents(trajectory) -> list:
-    return [(s.role, s.ids.tolist(), None if s.latent is None else s.latent.round(4).tolist())
-            for s in trajectory.segments]
+    return [
+        (s.role, s.ids.tolist(), None if s.latent is None else s.latent.round(4).tolist()) for s in trajectory.segments
+    ]
 
 
 CASES = {
-    "plain": {}, "window": {"view": "window"}, "flow": {"view": "flow"},
-    "guided codes": {"guidance": 2.0, "rows": 8}, "guided flow": {"view": "flow", "guidance": 1.5, "rows": 8},
-    "closed by what follows": {"lingers": True}, "guided, closed by what follows": {"lingers": True, "guidance": 2.0},
+    "plain": {},
+    "window": {"view": "window"},
+    "flow": {"view": "flow"},
+    "guided codes": {"guidance": 2.0, "rows": 8},
+    "guided flow": {"view": "flow", "guidance": 1.5, "rows": 8},
+    "closed by what follows": {"lingers": True},
+    "guided, closed by what follows": {"lingers": True, "guidance": 2.0},
     "by role": {"temperature": {"default": 0.7, "image": 1.8}},
-    "nucleus": {"top_p": 0.8}, "top k": {"top_k": 3},
-    "first id forced": {"begins_with_image": True}, "window, first id forced": {"view": "window",
-                                                                              "begins_with_image": True},
+    "nucleus": {"top_p": 0.8},
+    "top k": {"top_k": 3},
+    "first id forced": {"begins_with_image": True},
+    "window, first id forced": {"view": "window", "begins_with_image": True},
     "greedy words": {"temperature": {"say": 0.0}},
 }
 
@@ -81,8 +96,11 @@ def test_a_trajectory_depends_on_its_names_only(case):
     settings = CASES[case]
     together = engine(**settings | {"rows": 24}).run(requests())
     narrow = engine(**settings | {"rows": 2}).run(requests())
-    alone = [engine(**settings).run([RolloutRequest(r.group, r.prompt, r.record, (m,), r.seed)])[0]
-             for r in reversed(requests()) for m in reversed(r.members)][::-1]
+    alone = [
+        engine(**settings).run([RolloutRequest(r.group, r.prompt, r.record, (m,), r.seed)])[0]
+        for r in reversed(requests())
+        for m in reversed(r.members)
+    ][::-1]
     for a, b, c in zip(together, narrow, alone, strict=True):
         assert contents(a) == contents(b) == contents(c)
         assert (a.group, a.member, a.stop) == (b.group, b.member, b.stop) == (c.group, c.member, c.stop)
@@ -240,6 +258,7 @@ def test_pictures_are_drawn_together():
 
 # ---- limits ----
 
+
 @pytest.mark.parametrize("max_tokens", range(1, 30, 3))
 def test_max_tokens_never_cuts_a_picture(max_tokens):
     rollouts = engine(max_tokens=max_tokens)
@@ -319,6 +338,7 @@ def test_inference_mode_does_not_leak_to_the_reader():
 
 # ---- the environment ----
 
+
 def judge_of(policy):
     """A small real environment: counts the words of the sentence, twice a trajectory at most."""
 
@@ -349,8 +369,9 @@ def test_the_environment_answers_between_segments(view):
         if index + 1 < len(trajectory.segments):
             assert index in [p.segment for p in trajectory.segments[index + 1].contexts[0].pieces]
     assert float(rollouts.policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
-    narrow = Engine(rollouts.policy, rollouts.fmt, RolloutConfig(rows=2, max_tokens=40),
-                    environment=rollouts.environment)
+    narrow = Engine(
+        rollouts.policy, rollouts.fmt, RolloutConfig(rows=2, max_tokens=40), environment=rollouts.environment
+    )
     assert [contents(t) for t in narrow.run(requests(5, 4))] == [contents(t) for t in trajectories]
 
 

@@ -17,8 +17,14 @@ from rollout.requests import RolloutRequest
 
 WORDS = "draw a red blue green circle square left of right two three and photo no wrong fine missing".split()
 PROMPTS = ["a photo of a red circle", "two blue square", "a green circle left of a red square", "three circle"]
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 2,
-        "max_position_embeddings": 256, "words": WORDS}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+    "words": WORDS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +35,11 @@ def policy():
         generator = torch.Generator().manual_seed(1)
         head = policy.model.lm_head.weight
         head.copy_(torch.randn(head.shape, generator=generator) * 0.5)
-        often = [vocabulary.boi, vocabulary.eos, *(vocabulary.encode(tag)[0] for tag in ("</ins>", "</des>", "<ins>",
-                                                                                       "<des>", "</inspect>"))]
+        often = [
+            vocabulary.boi,
+            vocabulary.eos,
+            *(vocabulary.encode(tag)[0] for tag in ("</ins>", "</des>", "<ins>", "<des>", "</inspect>")),
+        ]
         for id in often:  # nearer to what every hidden state has in common
             head[id] += torch.full((32,), 0.1)
     return policy
@@ -52,8 +61,11 @@ CASES = {
     "subgoals": ("subgoals", {}, {}),
     "self_critique": ("self_critique", {}, {}),
     "guided": ("subgoals", {"guidance": ["obj", "normal"]}, {"guidance": True, "rows": 15}),
-    "guided by all branches": ("self_critique", {"guidance": "full", "negative_prompt": "wrong",
-                                                 "scales": {"negative": 0.5}}, {"guidance": True, "rows": 25}),
+    "guided by all branches": (
+        "self_critique",
+        {"guidance": "full", "negative_prompt": "wrong", "scales": {"negative": 0.5}},
+        {"guidance": True, "rows": 25},
+    ),
 }
 
 
@@ -105,8 +117,10 @@ def test_rows_and_neighbours_change_nothing(policy):
     fmt = get_format("strokes", max_tokens={"plan": 6})
     wide = rollouts(policy, fmt, "full", rows=12).run(requests())
     narrow = rollouts(policy, fmt, "full", rows=2).run(requests())
-    same = sum(np.array_equal(np.concatenate([s.ids for s in a.segments]), np.concatenate([s.ids for s in b.segments]))
-               for a, b in zip(wide, narrow, strict=True))
+    same = sum(
+        np.array_equal(np.concatenate([s.ids for s in a.segments]), np.concatenate([s.ids for s in b.segments]))
+        for a, b in zip(wide, narrow, strict=True)
+    )
     # Batched products of other shapes differ in the last bit, which may move a draw that lay on a border.
     assert same >= len(wide) - 1
 

@@ -18,8 +18,10 @@ from tests.vocabularies import CODES_PER_IMAGE, PieceVocabulary, WordVocabulary
 
 FORMATS = {name: get_format(name) for name in names()}
 TEXT, IMAGE = Modality.TEXT, Modality.IMAGE_TOKENS
-VOCABULARIES = {"word": WordVocabulary([tag for fmt in FORMATS.values() for tag in tags_of(fmt)]),
-                "piece": PieceVocabulary()}
+VOCABULARIES = {
+    "word": WordVocabulary([tag for fmt in FORMATS.values() for tag in tags_of(fmt)]),
+    "piece": PieceVocabulary(),
+}
 PICTURE = np.zeros((4, 4, 3), np.uint8)
 
 
@@ -27,7 +29,7 @@ def written(fmt, vocabulary, ids, spans, stop=StopReason.END):
     """The trajectory that an engine records for the policy's ids."""
     segments = [prompt_segment(fmt, "red circle", vocabulary)]
     for span in spans:
-        part = np.asarray(ids[span.start:span.stop], np.int32)
+        part = np.asarray(ids[span.start : span.stop], np.int32)
         text = vocabulary.decode(part) if span.modality is TEXT else ""
         segments.append(Segment(span.role, Author.POLICY, span.modality, fmt.trained(span.role), part, text))
     return Trajectory("red circle", {}, fmt.name, segments, stop=stop)
@@ -53,11 +55,11 @@ def walk(fmt, vocabulary, constrain, data, limit=200, lean=True):
 
 
 def assert_tiled(spans, ids, vocabulary):
-    assert [s.start for s in spans] == [0, *(s.stop for s in spans[:-1])][:len(spans)]
+    assert [s.start for s in spans] == [0, *(s.stop for s in spans[:-1])][: len(spans)]
     assert (spans[-1].stop if spans else 0) == len(ids)
     for span in spans:
         assert span.stop > span.start
-        part = ids[span.start:span.stop]
+        part = ids[span.start : span.stop]
         if span.modality is IMAGE and span.stop < len(ids):
             assert (part[0], part[-1]) == (vocabulary.boi, vocabulary.eoi)
             assert len(part) == CODES_PER_IMAGE + 2 and set(part[1:-1]) <= set(vocabulary.code_ids.tolist())
@@ -113,7 +115,7 @@ def test_one_wrong_token_in_a_well_formed_thought_is_named_or_harmless(vocabular
     how = data.draw(st.sampled_from(["drop", "double", "replace"]))
     words = [i for i in range(vocabulary.size) if vocabulary.piece(i)]
     new = {"drop": [], "double": [ids[at]] * 2, "replace": [data.draw(st.sampled_from(words))]}[how]
-    changed = [*ids[:at], *new, *ids[at + 1:]]
+    changed = [*ids[:at], *new, *ids[at + 1 :]]
     trajectory = written(fmt, vocabulary, changed, fmt.parse(changed, vocabulary))
     text = "".join("#" if s.modality is IMAGE else s.text for s in trajectory.segments[1:])
     assert (fmt.violations(trajectory) == []) == reads_as_strokes(text)
@@ -131,6 +133,7 @@ def reads_as_strokes(text: str) -> bool:
 
 
 # ---- the images constraint, by hand ----
+
 
 def follow(cursor, ids):
     for id in ids:
@@ -153,7 +156,7 @@ def test_roles_laws_and_spans_of_a_stroke(vocabulary):
         cursor.advance(id)
     assert cursor.role == "plan"  # the first token after the tag is the first under the role's law
     ids += encode(fmt, " red circle</ins><des> red</des>", vocabulary)
-    follow(cursor, ids[len(ids) - len(encode(fmt, " red circle</ins><des> red</des>", vocabulary)):])
+    follow(cursor, ids[len(ids) - len(encode(fmt, " red circle</ins><des> red</des>", vocabulary)) :])
     assert cursor.role == "between" and cursor.spans == []
     plan = len(ids)
     cursor.advance(vocabulary.boi)
@@ -227,19 +230,27 @@ def test_text_outside_any_role_is_other_until_a_tag_opens_a_role():
     vocabulary, fmt = VOCABULARIES["piece"], FORMATS["strokes"]
     ids = encode(fmt, "hey <insult> <ins>a</ins><des>b</des>", vocabulary)
     spans = fmt.parse(ids, vocabulary)
-    assert [(s.role, vocabulary.decode(ids[s.start:s.stop])) for s in spans] == [
-        ("other", "hey <insult> "), ("plan", "<ins>a</ins><des>b</des>")]
+    assert [(s.role, vocabulary.decode(ids[s.start : s.stop])) for s in spans] == [
+        ("other", "hey <insult> "),
+        ("plan", "<ins>a</ins><des>b</des>"),
+    ]
 
 
 def test_a_token_that_closes_one_tag_and_opens_the_next_is_still_read_whole():
     vocabulary, fmt = VOCABULARIES["piece"], FORMATS["strokes"]
     merged = vocabulary.encode("<inspect>a</inspect><refine>b</refine>")
     assert vocabulary.ids["><"] in merged  # one id ends the inspection and begins the refinement
-    ids = [*encode(fmt, "<ins>a</ins><des>b</des>", vocabulary), *image(vocabulary), *merged, *image(vocabulary),
-           *encode(fmt, "<inspect>a</inspect>", vocabulary), vocabulary.eos]
+    ids = [
+        *encode(fmt, "<ins>a</ins><des>b</des>", vocabulary),
+        *image(vocabulary),
+        *merged,
+        *image(vocabulary),
+        *encode(fmt, "<inspect>a</inspect>", vocabulary),
+        vocabulary.eos,
+    ]
     spans = fmt.parse(ids, vocabulary)
     assert [s.role for s in spans] == ["plan", "sketch", "inspect", "refine", "redraw", "inspect"]
-    texts = [vocabulary.decode(ids[s.start:s.stop]) for s in spans]
+    texts = [vocabulary.decode(ids[s.start : s.stop]) for s in spans]
     assert texts[2:4] == ["<inspect>a</inspect><", "refine>b</refine>"]  # a role begins after what completed a tag
     assert fmt.violations(written(fmt, vocabulary, ids, spans)) == []
 
@@ -258,11 +269,15 @@ def test_blanks_between_segments_belong_to_the_text_beside_them():
     ids = [blank, *plan, blank, *image(vocabulary), blank, *inspect, blank, vocabulary.eos]
     spans = fmt.parse(ids, vocabulary)
     assert [(s.role, s.stop - s.start) for s in spans] == [
-        ("plan", len(plan) + 2), ("sketch", CODES_PER_IMAGE + 2), ("inspect", len(inspect) + 3)]
+        ("plan", len(plan) + 2),
+        ("sketch", CODES_PER_IMAGE + 2),
+        ("inspect", len(inspect) + 3),
+    ]
     assert fmt.violations(written(fmt, vocabulary, ids, spans)) == []
 
 
 # ---- the full constraint, by hand ----
+
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
 def test_a_body_holds_no_tag_start_and_is_closed_at_its_limit(vocabulary):
@@ -289,8 +304,14 @@ def test_a_body_holds_no_tag_start_and_is_closed_at_its_limit(vocabulary):
 def test_at_the_image_limit_only_the_end_is_left():
     vocabulary, fmt = VOCABULARIES["word"], get_format("strokes", max_images=1)
     cursor = fmt.cursor(vocabulary, "full")
-    follow(cursor, [*encode(fmt, "<ins> red</ins><des> red</des>", vocabulary), *image(vocabulary),
-                    *encode(fmt, "<inspect> fine</inspect>", vocabulary)])
+    follow(
+        cursor,
+        [
+            *encode(fmt, "<ins> red</ins><des> red</des>", vocabulary),
+            *image(vocabulary),
+            *encode(fmt, "<inspect> fine</inspect>", vocabulary),
+        ],
+    )
     assert cursor.forced() == vocabulary.eos
     with pytest.raises(ValueError, match="was not allowed here"):
         cursor.advance(vocabulary.boi)
@@ -313,15 +334,21 @@ BROKEN = {
     "nothing written": ([], None, "expected <ins> (plan)"),
     "no closing tag": ([("plan", "<ins>add red</ins><des>red"), *GOOD[1:]], 1, "'plan' lacks </des>"),
     "no description": ([("plan", "<ins>add red</ins>"), *GOOD[1:]], 1, "'plan' lacks <des>"),
-    "stray tag": ([("plan", "<ins>add <refine> red</ins><des>red</des>"), *GOOD[1:]], 1,
-                  "stray <refine> inside 'plan'"),
+    "stray tag": (
+        [("plan", "<ins>add <refine> red</ins><des>red</des>"), *GOOD[1:]],
+        1,
+        "stray <refine> inside 'plan'",
+    ),
     "blank body": ([GOOD[0], GOOD[1], ("inspect", "<inspect> </inspect>")], 3, "nothing stands between <inspect>"),
     "words after the tag": ([GOOD[0], GOOD[1], ("inspect", "<inspect>fine</inspect> and so")], 3, "outside any role"),
     "no plan": (GOOD[1:], 1, "a picture (sketch) follows 'start'; expected <ins> (plan)"),
     "wrong order": ([GOOD[0], GOOD[2]], 2, "<inspect> (inspect) follows 'plan'; expected a picture (sketch)"),
     "not inspected": (GOOD[:2], 2, "the turn ends after 'sketch'; expected <inspect> (inspect)"),
-    "wrong role": ([GOOD[0], GOOD[1], ("refine", "<inspect>fine</inspect>")], 3,
-                   "recorded as refine; the text reads inspect"),
+    "wrong role": (
+        [GOOD[0], GOOD[1], ("refine", "<inspect>fine</inspect>")],
+        3,
+        "recorded as refine; the text reads inspect",
+    ),
     "too many pictures": ([*GOOD, *GOOD, *GOOD, *GOOD, *GOOD], 14, "picture 5 (sketch); at most 4"),
     "a role unknown": ([GOOD[0], ("crop", None), GOOD[2]], 2, "a picture in the role 'crop'"),
 }
@@ -336,15 +363,20 @@ def test_what_is_rejected_is_named(case):
 
 def test_a_good_stroke_has_no_violation():
     assert FORMATS["strokes"].violations(thought(GOOD)) == []
-    assert FORMATS["strokes"].violations(thought([*GOOD, ("refine", " <refine>red</refine>\n"), ("redraw", None),
-                                                  GOOD[2]])) == []
+    assert (
+        FORMATS["strokes"].violations(
+            thought([*GOOD, ("refine", " <refine>red</refine>\n"), ("redraw", None), GOOD[2]])
+        )
+        == []
+    )
 
 
 def test_a_limit_is_told_from_a_fault():
     fmt = FORMATS["strokes"]
     inside = fmt.violations(thought([("plan", "<ins>add")], StopReason.MAX_TOKENS))
     assert [(v.segment, v.message) for v in inside] == [
-        (1, "stopped by max_tokens inside plan: 'plan' lacks </ins>, which closes <ins>")]
+        (1, "stopped by max_tokens inside plan: 'plan' lacks </ins>, which closes <ins>")
+    ]
     after = fmt.violations(thought(GOOD[:2], StopReason.MAX_CONTEXT))
     assert [v.message for v in after] == ["stopped by max_context after sketch; expected <inspect> (inspect)"]
     whole = fmt.violations(thought(GOOD, StopReason.MAX_IMAGES))
@@ -363,16 +395,21 @@ def test_bodies_are_read_leniently():
     plan = Segment("plan", Author.POLICY, TEXT, True, text="<ins> add red </ins> <des>red")
     assert fmt.bodies(plan) == {"ins": "add red", "des": "red"}
     assert FORMATS["self_critique"].bodies(Segment("critique", Author.POLICY, TEXT, True, text=" wrong ")) == {
-        "critique": "wrong"}
+        "critique": "wrong"
+    }
     assert fmt.bodies(Segment("sketch", Author.POLICY, IMAGE, True)) == {}
 
 
 def test_parse_refuses_broken_pictures():
     vocabulary, fmt = VOCABULARIES["word"], FORMATS["strokes"]
     whole = image(vocabulary)
-    for ids, message in (([*whole[:2], vocabulary.eoi], "expected a visual code"), (whole[:-1], "cut off"),
-                         ([*whole[:-1], whole[1]], "expected the end marker"), ([whole[1]], "belongs inside a picture"),
-                         ([vocabulary.eos, vocabulary.eos], "follows the end")):
+    for ids, message in (
+        ([*whole[:2], vocabulary.eoi], "expected a visual code"),
+        (whole[:-1], "cut off"),
+        ([*whole[:-1], whole[1]], "expected the end marker"),
+        ([whole[1]], "belongs inside a picture"),
+        ([vocabulary.eos, vocabulary.eos], "follows the end"),
+    ):
         with pytest.raises(RecordError, match=message):
             fmt.parse(ids, vocabulary)
 
@@ -380,12 +417,25 @@ def test_parse_refuses_broken_pictures():
 # ---- demonstrations ----
 
 DEMONSTRATIONS = {
-    "strokes": [("plan", "<ins>add red</ins><des>red circle</des>"), ("sketch", None),
-                ("inspect", "<inspect>wrong</inspect>"), ("refine", "<refine>add blue</refine>"), ("redraw", None),
-                ("inspect", "<inspect>fine</inspect>"), ("plan", "<ins>add</ins><des>red</des>"), ("sketch", None),
-                ("inspect", "<inspect>fine</inspect>")],
-    "subgoals": [("plan", "red circle"), ("subgoal", None), ("reflect", "fine"), ("subgoal", None), ("reflect", "add"),
-                 ("final", None)],
+    "strokes": [
+        ("plan", "<ins>add red</ins><des>red circle</des>"),
+        ("sketch", None),
+        ("inspect", "<inspect>wrong</inspect>"),
+        ("refine", "<refine>add blue</refine>"),
+        ("redraw", None),
+        ("inspect", "<inspect>fine</inspect>"),
+        ("plan", "<ins>add</ins><des>red</des>"),
+        ("sketch", None),
+        ("inspect", "<inspect>fine</inspect>"),
+    ],
+    "subgoals": [
+        ("plan", "red circle"),
+        ("subgoal", None),
+        ("reflect", "fine"),
+        ("subgoal", None),
+        ("reflect", "add"),
+        ("final", None),
+    ],
     "self_critique": [("sketch", None), ("critique", "wrong add red"), ("redraw", None)],
 }
 
@@ -408,10 +458,10 @@ def test_a_demonstration_is_rendered_and_parsed_back(name, vocabulary):
     assert [(s.role, s.modality, s.stop - s.start) for s in spans] == [(s.role, s.modality, len(s.ids)) for s in turn]
     for span, part in zip(spans, parts, strict=False):
         if part.picture is None:
-            assert vocabulary.decode(ids[span.start:span.stop]).split() == part.text.split() or name == "strokes"
-            assert fmt.bodies(Segment(span.role, Author.POLICY, TEXT, True,
-                                      text=vocabulary.decode(ids[span.start:span.stop]))) == fmt.bodies(
-                Segment(part.role, Author.POLICY, TEXT, True, text=part.text))
+            assert vocabulary.decode(ids[span.start : span.stop]).split() == part.text.split() or name == "strokes"
+            assert fmt.bodies(
+                Segment(span.role, Author.POLICY, TEXT, True, text=vocabulary.decode(ids[span.start : span.stop]))
+            ) == fmt.bodies(Segment(part.role, Author.POLICY, TEXT, True, text=part.text))
     assert (turn[-1].role == "end") == (parts[-1].picture is not None)
 
 

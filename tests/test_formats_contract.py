@@ -31,13 +31,21 @@ def draw(role):
 
 
 DEMONSTRATIONS = {
-    "strokes": [[Part("plan", "<ins> red </ins><des> red circle </des>"), draw("sketch"),
-                 Part("inspect", "<inspect> wrong </inspect>"), Part("refine", "<refine> add red </refine>"),
-                 draw("redraw"), Part("inspect", "<inspect> fine </inspect>")]],
+    "strokes": [
+        [
+            Part("plan", "<ins> red </ins><des> red circle </des>"),
+            draw("sketch"),
+            Part("inspect", "<inspect> wrong </inspect>"),
+            Part("refine", "<refine> add red </refine>"),
+            draw("redraw"),
+            Part("inspect", "<inspect> fine </inspect>"),
+        ]
+    ],
     "subgoals": [[Part("plan", "red circle"), draw("subgoal"), Part("reflect", "fine"), draw("final")]],
-    "self_critique": [[draw("sketch"), Part("critique", "fine"), draw("redraw")],
-                      [draw("sketch"), Part("critique", "wrong"), draw("redraw"), Part("critique", "fine"),
-                       draw("redraw")]],
+    "self_critique": [
+        [draw("sketch"), Part("critique", "fine"), draw("redraw")],
+        [draw("sketch"), Part("critique", "wrong"), draw("redraw"), Part("critique", "fine"), draw("redraw")],
+    ],
 }
 
 
@@ -59,12 +67,17 @@ def byte_level():
     from transformers import PreTrainedTokenizerFast
 
     from policy.chameleon.vocabulary import ChameleonVocabulary, code_name
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<racm3:break>", "<eoss>", "<reserved08706>"]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special + [code_name(code) for code in range(8)],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=special + [code_name(code) for code in range(8)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     text = "<ins> a red circle </ins><des> red </des><inspect> fine </inspect><refine> \u00e9 \u65e5\u672c </refine>"
     tokenizer.train_from_iterator([text] * 20, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
@@ -78,15 +91,19 @@ def test_the_contract_holds_over_a_byte_level_tokenizer(name, byte_level):
 
 
 def test_formats_and_the_store_import_no_model():
-    program = ("import sys, formats.contract, formats.config, record.store; print("
-               "[m for m in ('torch', 'ray', 'transformers', 'trl', 'policy', 'rl', 'tasks') if m in sys.modules])")
+    program = (
+        "import sys, formats.contract, formats.config, record.store; print("
+        "[m for m in ('torch', 'ray', 'transformers', 'trl', 'policy', 'rl', 'tasks') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-THINK = Grammar("think", (Role("think", tags=(("<think>", "</think>"),)), Role("answer"),
-                          Role("picture", IMAGE)),
-                {START: ("think", "answer"), "think": ("answer", "picture"), "answer": (END,), "picture": (END,)},
-                max_images=1)
+THINK = Grammar(
+    "think",
+    (Role("think", tags=(("<think>", "</think>"),)), Role("answer"), Role("picture", IMAGE)),
+    {START: ("think", "answer"), "think": ("answer", "picture"), "answer": (END,), "picture": (END,)},
+    max_images=1,
+)
 
 
 def think(*, max_tokens=None):
@@ -97,8 +114,15 @@ def think(*, max_tokens=None):
 def test_a_declared_format_mixes_tagged_and_free_text(kind):
     fmt = get_format("tests.test_formats_contract.think", max_tokens={"answer": 5})
     vocabulary = vocabulary_of(kind, fmt)
-    check_format(fmt, vocabulary, [[Part("think", "<think>red</think>"), Part("answer", " blue circle")],
-                                   [Part("answer", "red")], [Part("think", "<think>red</think>"), draw("picture")]])
+    check_format(
+        fmt,
+        vocabulary,
+        [
+            [Part("think", "<think>red</think>"), Part("answer", " blue circle")],
+            [Part("answer", "red")],
+            [Part("think", "<think>red</think>"), draw("picture")],
+        ],
+    )
 
 
 class Leaky(DeclaredFormat):
@@ -119,38 +143,41 @@ def test_registering_and_misspelling():
     assert get_format("think").name == "think"
     register("think", think)  # the same again is no conflict
     for call, message in (
-            (lambda: get_format("stroke"), "no 'stroke'; did you mean 'strokes'"),
-            (lambda: get_format("strokes", max_image=2), "no 'max_image'; did you mean 'max_images'"),
-            (lambda: get_format("formats.nowhere.f"), "cannot be imported"),
-            (lambda: get_format("formats.strokes.stroke"), "did you mean 'strokes'"),
-            (lambda: get_format("builtins.dict"), "no ThoughtFormat"),
-            (lambda: get_format("think", images=2), "has no 'images'; did you mean 'max_tokens'"),
-            (lambda: register("strokes", think), "registered already"),
-            (lambda: get_format("strokes", max_tokens={"pln": 3}), "did you mean 'plan'"),
-            (lambda: get_format("strokes", max_tokens={"plan": 0}), "at least one token"),
-            (lambda: get_format("strokes", max_images=0), "at least 1 images"),
-            (lambda: get_format("subgoals", max_images=1), "needs at least 2 images, max_images is 1"),
-            (lambda: get_format("subgoals", guidance=["objj"]), "did you mean 'obj'"),
-            (lambda: get_format("subgoals", scales={"ful": 1}), "did you mean 'full'"),
-            (lambda: get_format("subgoals", scales={"negative": 1}), "negative_prompt is empty"),
-            (lambda: get_format("strokes").cursor(PieceVocabulary(), "imges"), "did you mean 'images'"),
+        (lambda: get_format("stroke"), "no 'stroke'; did you mean 'strokes'"),
+        (lambda: get_format("strokes", max_image=2), "no 'max_image'; did you mean 'max_images'"),
+        (lambda: get_format("formats.nowhere.f"), "cannot be imported"),
+        (lambda: get_format("formats.strokes.stroke"), "did you mean 'strokes'"),
+        (lambda: get_format("builtins.dict"), "no ThoughtFormat"),
+        (lambda: get_format("think", images=2), "has no 'images'; did you mean 'max_tokens'"),
+        (lambda: register("strokes", think), "registered already"),
+        (lambda: get_format("strokes", max_tokens={"pln": 3}), "did you mean 'plan'"),
+        (lambda: get_format("strokes", max_tokens={"plan": 0}), "at least one token"),
+        (lambda: get_format("strokes", max_images=0), "at least 1 images"),
+        (lambda: get_format("subgoals", max_images=1), "needs at least 2 images, max_images is 1"),
+        (lambda: get_format("subgoals", guidance=["objj"]), "did you mean 'obj'"),
+        (lambda: get_format("subgoals", scales={"ful": 1}), "did you mean 'full'"),
+        (lambda: get_format("subgoals", scales={"negative": 1}), "negative_prompt is empty"),
+        (lambda: get_format("strokes").cursor(PieceVocabulary(), "imges"), "did you mean 'images'"),
     ):
         with pytest.raises(UserError) as error:
             call()
         assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("roles", "follow", "message"), [
-    ((Role("a"), Role("b")), {START: ("a",), "a": ("b",), "b": (END,)}, "may not follow the untagged text 'a'"),
-    ((Role("a"),), {START: ("a",), "a": ("c",)}, "no role 'c'"),
-    ((Role("a", IMAGE),), {START: ("a",), "a": ("a",)}, "no way leads"),
-    ((Role("a", IMAGE),), {START: ("a",)}, "nothing may follow 'a'"),
-    ((Role("end"),), {START: ("end",)}, "reserved"),
-    ((Role("a", tags=(("<a>", "<a>"),)),), {START: ("a",), "a": (END,)}, "used twice"),
-    ((Role("a", tags=(("<a<", "</a>"),)),), {START: ("a",), "a": (END,)}, "cannot be told apart"),
-    ((Role("a"), Role("b")), {START: ("a", "b"), "a": (END,), "b": (END,)}, "two untagged text roles"),
-    ((Role("a"),), {START: ("a", END), "a": (END,)}, "cannot end before"),
-])
+@pytest.mark.parametrize(
+    ("roles", "follow", "message"),
+    [
+        ((Role("a"), Role("b")), {START: ("a",), "a": ("b",), "b": (END,)}, "may not follow the untagged text 'a'"),
+        ((Role("a"),), {START: ("a",), "a": ("c",)}, "no role 'c'"),
+        ((Role("a", IMAGE),), {START: ("a",), "a": ("a",)}, "no way leads"),
+        ((Role("a", IMAGE),), {START: ("a",)}, "nothing may follow 'a'"),
+        ((Role("end"),), {START: ("end",)}, "reserved"),
+        ((Role("a", tags=(("<a>", "<a>"),)),), {START: ("a",), "a": (END,)}, "used twice"),
+        ((Role("a", tags=(("<a<", "</a>"),)),), {START: ("a",), "a": (END,)}, "cannot be told apart"),
+        ((Role("a"), Role("b")), {START: ("a", "b"), "a": (END,), "b": (END,)}, "two untagged text roles"),
+        ((Role("a"),), {START: ("a", END), "a": (END,)}, "cannot end before"),
+    ],
+)
 def test_a_declaration_that_cannot_be_decoded_is_refused(roles, follow, message):
     with pytest.raises(UserError, match=message):
         Grammar("mine", roles, follow, max_images=1)
@@ -187,6 +214,7 @@ def test_a_format_travels_between_processes():
 
 # ---- authors, loss and layout ----
 
+
 def test_authors_and_training():
     fmt = get_format("strokes")
     assert (fmt.author("prompt"), fmt.trained("prompt")) == (Author.USER, False)
@@ -202,6 +230,7 @@ def test_layout_shows_every_role_once():
 
 
 # ---- guidance ----
+
 
 def subgoal_thought(fmt, vocabulary):
     words = vocabulary.encode("red circle")
@@ -227,8 +256,12 @@ def test_branches_of_thinking_with_generated_images():
     assert fmt.guidance(thought, 4).kind == "obj" and fmt.guidance(thought, 6).kind == "full"
     assert fmt.guidance(thought, 6).scales == {"full": 2.0, "image": 1.2, "negative": 0.0, "original": 5.0}
     branches = {c.branch: ([(p.segment, p.start) for p in c.pieces], c.start) for c in fmt.contexts(thought, 6)}
-    assert branches == {"full": ([(0, 0), (1, 3), (2, 5), (3, 10), (4, 12), (5, 17)], 19), "unconditional": ([], 0),
-                        "image": ([(2, 0), (4, 5)], 10), "original": ([(0, 0)], 3)}
+    assert branches == {
+        "full": ([(0, 0), (1, 3), (2, 5), (3, 10), (4, 12), (5, 17)], 19),
+        "unconditional": ([], 0),
+        "image": ([(2, 0), (4, 5)], 10),
+        "original": ([(0, 0)], 3),
+    }
 
 
 def test_a_negative_prompt_is_a_segment_that_only_its_branch_sees():
@@ -238,14 +271,20 @@ def test_a_negative_prompt_is_a_segment_that_only_its_branch_sees():
     assert (thought.segments[1].role, thought.segments[1].trained) == ("negative", False)
     assert fmt.violations(thought) == []
     contexts = {c.branch: [p.segment for p in c.pieces] for c in fmt.contexts(thought, 7)}
-    assert contexts == {"full": [0, 2, 3, 4, 5, 6], "unconditional": [], "image": [3, 5], "negative": [1],
-                        "original": [0]}
+    assert contexts == {
+        "full": [0, 2, 3, 4, 5, 6],
+        "unconditional": [],
+        "image": [3, 5],
+        "negative": [1],
+        "original": [0],
+    }
 
 
 def test_guidance_names_are_those_that_the_policy_combines():
     from formats.declared import BRANCHES
     from policy.guidance import BRANCHES as COMBINED
     from policy.guidance import KINDS, branch_weights
+
     assert set(BRANCHES) == set(KINDS) and {b for names in BRANCHES.values() for b in names} <= set(COMBINED)
     for name in ("subgoals", "self_critique"):
         fmt = get_format(name)
@@ -259,12 +298,17 @@ def test_guidance_names_are_those_that_the_policy_combines():
 
 # ---- cost ----
 
+
 def test_a_cursor_costs_microseconds_a_token():
     fmt = get_format("strokes")
     vocabulary = vocabulary_of("piece", fmt)
     image = [vocabulary.boi, *vocabulary.code_ids[:3].tolist(), vocabulary.eoi]
-    turn = [*encode(fmt, "<ins>red circle</ins><des>red circle</des>", vocabulary), *image,
-            *encode(fmt, "<inspect>fine</inspect>", vocabulary), vocabulary.eos]
+    turn = [
+        *encode(fmt, "<ins>red circle</ins><des>red circle</des>", vocabulary),
+        *image,
+        *encode(fmt, "<inspect>fine</inspect>", vocabulary),
+        vocabulary.eos,
+    ]
     for constrain in ("images", "full"):
         best = float("inf")
         for _ in range(30):

@@ -24,7 +24,7 @@ def test_a_corrupt_picture_is_named_the_others_rows_are_kept_and_the_next_call_g
     images = write(tmp_path / "images")
     bad = images / "00001/samples/0000.png"
     whole = bad.read_bytes()
-    bad.write_bytes(whole[:len(whole) // 2])
+    bad.write_bytes(whole[: len(whole) // 2])
     said = refused(capsys, "--images", images, "--detector", "shapes", "--batch-size", 3)
     assert f"{bad}: no picture can be read from it" in said and "the rows of the others are kept" in said
     kept = rows_of(images / "results.jsonl")
@@ -60,8 +60,12 @@ def test_rows_of_other_settings_are_not_mixed(capsys, tmp_path):
     assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
     said = refused(capsys, "--images", images, "--detector", "shapes", "--mode", "strict")
     assert "its rows were made with" in said and "give another --out" in said
-    assert run(capsys, "--images", images, "--detector", "shapes", "--mode", "strict", "--out",
-               tmp_path / "strict.jsonl")[0] == 0
+    assert (
+        run(capsys, "--images", images, "--detector", "shapes", "--mode", "strict", "--out", tmp_path / "strict.jsonl")[
+            0
+        ]
+        == 0
+    )
 
 
 def test_rows_are_appended_whole(tmp_path):
@@ -92,7 +96,7 @@ def test_a_picture_that_was_drawn_anew_is_judged_anew(capsys, caplog, tmp_path, 
     Image.fromarray(GOOD[1]).save(images / "00001/samples/0001.png")
     assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
     assert looked == ["00001/samples/0001.png"] and all(row["correct"] for row in rows_of(images / "results.jsonl"))
-    said, = [record.message for record in caplog.records if "judged anew" in record.message]
+    (said,) = [record.message for record in caplog.records if "judged anew" in record.message]
     assert "1 of its 8 rows" in said and said.endswith("00001/samples/0001.png")
 
 
@@ -127,8 +131,12 @@ def test_detections_that_changed_are_judged_anew(capsys, caplog, tmp_path, with_
     given = ("--images", images) if with_images else ()
     circle = {"circle": [{"box": [0, 0, 9, 9], "score": 1.0}]}
     for found, correct in ((({}, {}), [False, False]), (({}, circle), [False, True])):
-        seen.write_text("".join(json.dumps({"filename": f"00000/samples/{n:04}.png", "detections": one,
-                                            "metadata": ONE}) + "\n" for n, one in enumerate(found)))
+        seen.write_text(
+            "".join(
+                json.dumps({"filename": f"00000/samples/{n:04}.png", "detections": one, "metadata": ONE}) + "\n"
+                for n, one in enumerate(found)
+            )
+        )
         assert run(capsys, *given, "--detections", seen, "--out", out)[0] == 0
         assert [row["correct"] for row in rows_of(out)] == correct
     assert "1 of its 2 rows" in caplog.text  # the other's detections are the same
@@ -184,14 +192,20 @@ def test_rows_of_pictures_that_are_gone_are_not_thrown_away(capsys, tmp_path, lo
     assert len(rows_of(images / "results.jsonl")) == 6
 
 
-@pytest.mark.parametrize(("name", "spoil", "words"), [
-    ("results.jsonl", lambda raw: b"\xff" + raw, ["results.jsonl: not UTF-8 (byte 0xff in line 1)"]),
-    ("results.jsonl", lambda raw: raw.replace(b"\n", b"\n\0\n", 1), ["results.jsonl, line 2: not JSON"]),
-    ("results.jsonl.settings.json", lambda raw: raw[:20], ["settings.json: not JSON", "write that there",
-                                                           '{"mode": "standard", "thresholds": [0.3, 0.9]']),
-    ("results.jsonl.settings.json", lambda raw: b"\xff", ["settings.json: not UTF-8", "the rows of results.jsonl"]),
-    ("results.jsonl.settings.json", lambda raw: b"[]", ["settings.json: list, where one JSON object belongs"]),
-])
+@pytest.mark.parametrize(
+    ("name", "spoil", "words"),
+    [
+        ("results.jsonl", lambda raw: b"\xff" + raw, ["results.jsonl: not UTF-8 (byte 0xff in line 1)"]),
+        ("results.jsonl", lambda raw: raw.replace(b"\n", b"\n\0\n", 1), ["results.jsonl, line 2: not JSON"]),
+        (
+            "results.jsonl.settings.json",
+            lambda raw: raw[:20],
+            ["settings.json: not JSON", "write that there", '{"mode": "standard", "thresholds": [0.3, 0.9]'],
+        ),
+        ("results.jsonl.settings.json", lambda raw: b"\xff", ["settings.json: not UTF-8", "the rows of results.jsonl"]),
+        ("results.jsonl.settings.json", lambda raw: b"[]", ["settings.json: list, where one JSON object belongs"]),
+    ],
+)
 def test_files_of_an_earlier_call_that_are_spoilt(capsys, tmp_path, name, spoil, words):
     images = write(tmp_path / "images")
     assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0

@@ -51,22 +51,39 @@ def numbered(number):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("part", "more"), [
-    ({}, {}),
-    ({"isolate": True}, {}),
-    ({}, {"detector_workers": {"kind": "process", "count": 1, "batch_size": 100}}),
-    ({"workers": {"kind": "process", "count": 2, "batch_size": 70}}, {}),
-    ({"workers": {"kind": "ray", "count": 1, "batch_size": 100}}, {"detector_workers": {"kind": "ray", "count": 1}}),
-], ids=["driver", "process", "detector-process", "two-processes", "ray"])
+@pytest.mark.parametrize(
+    ("part", "more"),
+    [
+        ({}, {}),
+        ({"isolate": True}, {}),
+        ({}, {"detector_workers": {"kind": "process", "count": 1, "batch_size": 100}}),
+        ({"workers": {"kind": "process", "count": 2, "batch_size": 70}}, {}),
+        (
+            {"workers": {"kind": "ray", "count": 1, "batch_size": 100}},
+            {"detector_workers": {"kind": "ray", "count": 1}},
+        ),
+    ],
+    ids=["driver", "process", "detector-process", "two-processes", "ray"],
+)
 def test_every_case_of_the_released_scorer(cases, tmp_path, part, more):
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases))
     (tmp_path / "recorded.py").write_text(RECORDED)
-    groups = [[thought(cases[number]["metadata"], image("sketch", numbered(number)), group=start, member=number - start)
-               for number in range(start, min(start + 8, len(cases)))] for start in range(0, len(cases), 8)]
+    groups = [
+        [
+            thought(cases[number]["metadata"], image("sketch", numbered(number)), group=start, member=number - start)
+            for number in range(start, min(start + 8, len(cases)))
+        ]
+        for start in range(0, len(cases), 8)
+    ]
     # `again` stays in the driver, so that it asks the detector's own workers where there are some
-    config = RewardsConfig.model_validate({
-        "parts": {"detect": {"function": "geneval", **part}, "again": {"function": "geneval"}}, "total": "detect",
-        "detector": f"{tmp_path / 'recorded.py'}:Recorded", **more})
+    config = RewardsConfig.model_validate(
+        {
+            "parts": {"detect": {"function": "geneval", **part}, "again": {"function": "geneval"}},
+            "total": "detect",
+            "detector": f"{tmp_path / 'recorded.py'}:Recorded",
+            **more,
+        }
+    )
     with Judge(config) as judge:
         judge.judge(groups)
     rows = [t for group in groups for t in group]

@@ -31,8 +31,18 @@ from training.ranks import BrokenOffError, alone
 from training.tracking import Tracker, read_metrics
 
 PROMPTS = [{"prompt": f"prompt {number}"} for number in range(7)]
-CONFIG = dict(steps=8, prompts_per_step=3, num_generations=4, learning_rate=0.02, save_every=3, evaluate_every=4,
-              beta=0.01, num_iterations=2, lr_scheduler_type="linear", warmup_steps=3)
+CONFIG = dict(
+    steps=8,
+    prompts_per_step=3,
+    num_generations=4,
+    learning_rate=0.02,
+    save_every=3,
+    evaluate_every=4,
+    beta=0.01,
+    num_iterations=2,
+    lr_scheduler_type="linear",
+    warmup_steps=3,
+)
 
 
 class BigramRollouts:
@@ -45,8 +55,12 @@ class BigramRollouts:
         groups = []
         for index, r in enumerate(requests):
             if r.group not in self.fail:
-                groups.append([self.policy.sample(r.prompt, r.record, r.group, member, r.seed, self.version)
-                               for member in r.members])
+                groups.append(
+                    [
+                        self.policy.sample(r.prompt, r.record, r.group, member, r.seed, self.version)
+                        for member in r.members
+                    ]
+                )
                 if each is not None:
                     each(index, groups[-1])
         failed = [FailedGroup(i, r.group, "timeout", "") for i, r in enumerate(requests) if r.group in self.fail]
@@ -101,17 +115,32 @@ def make(folder: Path, judge=None, fail=(), accelerator=None, **config) -> Run:
     policy = BigramPolicy()
     accelerator = accelerator or Accelerator(cpu=True)
     first = accelerator.is_main_process
-    return Run(policy, GrpoConfig(**{**CONFIG, **config}), accelerator, PROMPTS,
-               rollouts=BigramRollouts(policy, fail) if first else None, judge=judge or CodeJudge() if first else None,
-               tracker=Tracker(folder) if first else None, folder=folder, seed=5, recipe={"name": "bigram"},
-               evaluate=lambda step: {"heldout/score": step / 10}, show_every=1000)
+    return Run(
+        policy,
+        GrpoConfig(**{**CONFIG, **config}),
+        accelerator,
+        PROMPTS,
+        rollouts=BigramRollouts(policy, fail) if first else None,
+        judge=judge or CodeJudge() if first else None,
+        tracker=Tracker(folder) if first else None,
+        folder=folder,
+        seed=5,
+        recipe={"name": "bigram"},
+        evaluate=lambda step: {"heldout/score": step / 10},
+        show_every=1000,
+    )
 
 
 def lines(folder: Path) -> list[dict]:
     """Everything but what the clock says."""
-    return [{name: value for name, value in row.items()
-             if not name.startswith(("time/", "perf/")) and not name.endswith("_per_s")}
-            for row in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(("time/", "perf/")) and not name.endswith("_per_s")
+        }
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -166,23 +195,35 @@ def test_going_back_to_an_earlier_checkpoint_forgets_the_later_one(tmp_path, und
 
 def test_a_resumed_run_says_which_keys_changed_and_goes_on_with_the_new_ones(tmp_path, caplog):
     def recipe(**grpo):
-        return {"name": "a", "run_dir": "there", "track": {"wandb": "auto"}, "policy": {"lora": None},
-                "rewards": {"parts": {"detect": {"weight": 1}}}, "grpo": {"save_every": 1, **grpo}}
+        return {
+            "name": "a",
+            "run_dir": "there",
+            "track": {"wandb": "auto"},
+            "policy": {"lora": None},
+            "rewards": {"parts": {"detect": {"weight": 1}}},
+            "grpo": {"save_every": 1, **grpo},
+        }
 
     run = make(tmp_path, steps=2, lr_scheduler_type="constant")
     run.recipe = recipe(learning_rate=0.02, beta=0.01)
     rl.grpo.train(run)
     assert "recipe" not in caplog.text
     run = make(tmp_path, steps=3, lr_scheduler_type="constant", learning_rate=1e-5)
-    run.recipe = {**recipe(learning_rate=1e-5, beta=0.01, save_every=9), "name": "b", "run_dir": "here",
-                  "track": {"wandb": "disabled"}, "policy": {"lora": {"r": 4}},
-                  "rewards": {"parts": {"detect": {"weight": 1}, "length": {"weight": 2}}}}
+    run.recipe = {
+        **recipe(learning_rate=1e-5, beta=0.01, save_every=9),
+        "name": "b",
+        "run_dir": "here",
+        "track": {"wandb": "disabled"},
+        "policy": {"lora": {"r": 4}},
+        "rewards": {"parts": {"detect": {"weight": 1}, "length": {"weight": 2}}},
+    }
     rl.grpo.train(run, checkpoint.latest(tmp_path / "checkpoints"))
     [record] = [record for record in caplog.records if "recipe" in record.message]
     assert record.levelname == "WARNING"
     assert record.message.endswith(
         "not that of step-000002, and the run goes on with what it says now: policy.lora: None -> {'r': 4}; "
-        "rewards.parts.length: unset -> {'weight': 2}; grpo.learning_rate: 0.02 -> 1e-05")
+        "rewards.parts.length: unset -> {'weight': 2}; grpo.learning_rate: 0.02 -> 1e-05"
+    )
     assert [row["learning_rate"] for row in lines(tmp_path)] == [0.02, 0.02, 1e-5]
 
 
@@ -313,6 +354,7 @@ def test_a_fault_that_ends_the_run_loses_no_finished_step(tmp_path, undisturbed)
 
 def faulty(run, where):
     """The run with a fault of `where` at step 4, which is evaluated."""
+
     def refuse(*args):
         raise UserError("a fault that can be mended")
 
@@ -322,6 +364,7 @@ def faulty(run, where):
     elif where == "evaluate":
         run.evaluate = lambda step: refuse() if step == 4 else evaluate(step)
     else:
+
         def fills_the_disk(step, metrics):
             if step == 4:
                 run.tracker._write('{"step": 4, "rew')

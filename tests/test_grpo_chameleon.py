@@ -41,8 +41,11 @@ class CodeJudge:
                 kinds = [s.decisions.kind_N for s in trajectory.segments if s.decisions is not None]
                 ids = [s.ids[s.decisions.position_N] for s in trajectory.segments if s.decisions is not None]
                 kind_N, id_N = np.concatenate(kinds), np.concatenate(ids)
-                trajectory.reward = float((id_N[kind_N == DecisionKind.CODE] % 2).mean()) if (
-                    kind_N == DecisionKind.CODE).any() else 0.0
+                trajectory.reward = (
+                    float((id_N[kind_N == DecisionKind.CODE] % 2).mean())
+                    if (kind_N == DecisionKind.CODE).any()
+                    else 0.0
+                )
         rewards = [t.reward for group in groups for t in group]
         return Judged({"reward/mean": float(np.mean(rewards))})
 
@@ -58,10 +61,28 @@ def make(folder: Path, lora: bool = False, separate: bool = False, accelerator=N
         writer = load_policy(policy_config, WORDS) if separate else policy
         sampling = RolloutConfig(rows=8, max_tokens=60, temperature={"default": 1.0, "sketch": 0.9})
         rollouts = LocalRollouts(Engine(writer, get_format("strokes", max_images=2), sampling))
-    settings = {"steps": 3, "prompts_per_step": 2, "num_generations": 4, "learning_rate": 3e-3, "save_every": 1,
-                "beta": 0.01, "tokens_per_micro_batch": 300, **config}
-    return Run(policy, GrpoConfig(**settings), accelerator, PROMPTS, rollouts,
-               CodeJudge() if rollouts else None, Tracker(folder) if rollouts else None, folder, seed=3, show_every=2)
+    settings = {
+        "steps": 3,
+        "prompts_per_step": 2,
+        "num_generations": 4,
+        "learning_rate": 3e-3,
+        "save_every": 1,
+        "beta": 0.01,
+        "tokens_per_micro_batch": 300,
+        **config,
+    }
+    return Run(
+        policy,
+        GrpoConfig(**settings),
+        accelerator,
+        PROMPTS,
+        rollouts,
+        CodeJudge() if rollouts else None,
+        Tracker(folder) if rollouts else None,
+        folder,
+        seed=3,
+        show_every=2,
+    )
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -90,8 +111,9 @@ def test_real_parts_resume_as_the_same_run(tmp_path, lora, separate):
         rl.grpo.train(run)
     resumed = rl.grpo.train(make(broken, lora, separate), checkpoint.latest(broken / "checkpoints"))
     assert lines(broken) == rows
-    for (name, p), (_, q) in zip(trainer.policy.model.named_parameters(), resumed.policy.model.named_parameters(),
-                                 strict=True):
+    for (name, p), (_, q) in zip(
+        trainer.policy.model.named_parameters(), resumed.policy.model.named_parameters(), strict=True
+    ):
         assert torch.equal(p, q), name
         if lora:
             assert p.requires_grad == ("lora_" in name)

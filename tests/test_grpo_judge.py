@@ -47,13 +47,23 @@ class Troubled:
 
 def run_with(folder, server, retries):
     (folder / "asks.py").write_text(REWARD)
-    config = RewardsConfig.model_validate({
-        "parts": {"right": {"function": f"{folder / 'asks.py'}:right", "scope": "row"}},
-        "judge": {"base_url": server.url, "model": "judge", "timeout_s": 4, "retries": retries, "backoff_s": 0.05}})
+    config = RewardsConfig.model_validate(
+        {
+            "parts": {"right": {"function": f"{folder / 'asks.py'}:right", "scope": "row"}},
+            "judge": {"base_url": server.url, "model": "judge", "timeout_s": 4, "retries": retries, "backoff_s": 0.05},
+        }
+    )
     kept = []
     with Judge(config) as judge:
-        run = make(folder / "run", judge, steps=STEPS, prompts_per_step=PROMPTS, num_generations=MEMBERS,
-                   evaluate_every=None, save_every=100)
+        run = make(
+            folder / "run",
+            judge,
+            steps=STEPS,
+            prompts_per_step=PROMPTS,
+            num_generations=MEMBERS,
+            evaluate_every=None,
+            save_every=100,
+        )
         sample, generate = run.policy.sample, run.rollouts.generate
 
         def talking(*arguments):

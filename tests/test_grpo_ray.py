@@ -78,16 +78,31 @@ def test_rewards_in_actors_beside_rollouts_in_actors_are_those_of_one_process(tm
     cluster = start_ray(3, object_store_bytes=100 * 2**20)
     try:
         for name, workers in (("here", None), ("there", {"kind": "ray", "count": 2, "num_cpus": 0.5})):
-            config = RewardsConfig.model_validate({"parts": {"odd": {
-                "function": f"{tmp_path / 'odd.py'}:odd", "scope": "row", "workers": workers,
-                "isolate": None if workers else False}}, "total": "odd - group_mean(odd)"})
+            config = RewardsConfig.model_validate(
+                {
+                    "parts": {
+                        "odd": {
+                            "function": f"{tmp_path / 'odd.py'}:odd",
+                            "scope": "row",
+                            "workers": workers,
+                            "isolate": None if workers else False,
+                        }
+                    },
+                    "total": "odd - group_mean(odd)",
+                }
+            )
             run = make(tmp_path / name, lora=True)
             run.rollouts = RayRollouts(spec, sampling) if workers else LocalRollouts(spec.build())
             with Judge(config) as run.judge:
                 rl.grpo.train(run)
             run.rollouts.close()
-        here, there = ([{key: value for key, value in row.items() if key.startswith(("reward", "groups"))}
-                        for row in lines(tmp_path / name)] for name in ("here", "there"))
+        here, there = (
+            [
+                {key: value for key, value in row.items() if key.startswith(("reward", "groups"))}
+                for row in lines(tmp_path / name)
+            ]
+            for name in ("here", "there")
+        )
         assert here == there and "reward/odd" in here[0]
         assert all(row["time/reward/hidden"] > 0 for row in read_metrics(tmp_path / "there" / "metrics.jsonl"))
     finally:

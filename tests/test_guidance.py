@@ -19,10 +19,18 @@ FIXTURE = Path(os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")) / 
 def test_weights_by_hand():
     # u + 2 (f - u) + 1.5 (i - u) = 2 f + 1.5 i - 2.5 u
     assert branch_weights(Guidance("normal", {"full": 2.0, "image": 1.5})) == {
-        "full": 2.0, "image": 1.5, "unconditional": -2.5}
+        "full": 2.0,
+        "image": 1.5,
+        "unconditional": -2.5,
+    }
     # u + 2 (f - i) + 1 (i - u) - 0.5 (n - u) + 5 (p - u) = 2 f - i - 0.5 n + 5 p - 4.5 u
     assert branch_weights(Guidance("full", {"full": 2.0, "image": 1.0, "negative": 0.5, "original": 5.0})) == {
-        "full": 2.0, "image": -1.0, "negative": -0.5, "original": 5.0, "unconditional": -4.5}
+        "full": 2.0,
+        "image": -1.0,
+        "negative": -0.5,
+        "original": 5.0,
+        "unconditional": -4.5,
+    }
     assert branch_weights(None) == {"full": 1.0}
 
 
@@ -40,11 +48,14 @@ def test_unknown_kind_and_scale_are_named():
 
 @pytest.mark.parity
 @pytest.mark.skipif(not FIXTURE.exists(), reason=f"no reference numbers at {FIXTURE}")
-@pytest.mark.parametrize(("kind", "branches"), [
-    ("normal", ["full", "unconditional", "image"]),
-    ("obj", ["full", "unconditional", "negative"]),
-    ("full", ["full", "image", "unconditional", "negative", "original"]),
-])
+@pytest.mark.parametrize(
+    ("kind", "branches"),
+    [
+        ("normal", ["full", "unconditional", "image"]),
+        ("obj", ["full", "unconditional", "negative"]),
+        ("full", ["full", "image", "unconditional", "negative", "original"]),
+    ],
+)
 def test_reference_combinations(kind, branches):
     fixture = torch.load(FIXTURE, weights_only=True)
     scales = dict(fixture["cfg_scales"])

@@ -13,16 +13,20 @@ from evals.heldout import EvaluationError, PromptScore, evaluate, mean_of_tags, 
 from record.trajectory import Author, Modality, Segment, Trajectory
 from rollout.pool.contract import FailedGroup, GenerateResult
 
-RECORDS = [{"prompt": "a", "tag": "color", "include": []}, {"prompt": "b", "tag": "color", "include": []},
-           {"prompt": "c", "tag": "counting", "include": []}]
+RECORDS = [
+    {"prompt": "a", "tag": "color", "include": []},
+    {"prompt": "b", "tag": "color", "include": []},
+    {"prompt": "c", "tag": "counting", "include": []},
+]
 
 
 def answer(request, member, shades):
     """A thought whose pictures are plain shades: their score is the shade, 0..255 as 0..1."""
     segments = [Segment("prompt", Author.USER, Modality.TEXT, False)]
     for shade in shades:
-        segments.append(Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True,
-                                picture=np.full((2, 2, 3), shade, np.uint8)))
+        segments.append(
+            Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, picture=np.full((2, 2, 3), shade, np.uint8))
+        )
     return Trajectory(request.prompt, request.record, "strokes", segments, request.group, member, request.seed)
 
 
@@ -133,7 +137,9 @@ def test_the_shapes_world_scores_its_own_demonstrations():
 
 
 def test_refinement_is_the_final_images_gain_over_the_first_sketches():
-    scores = [PromptScore(str(n), tag, final, first, 2) for n, (tag, final, first) in enumerate(
-        [("a", 1.0, 0.5), ("a", 0.5, 0.5), ("b", 0.25, 0.75)])]
+    scores = [
+        PromptScore(str(n), tag, final, first, 2)
+        for n, (tag, final, first) in enumerate([("a", 1.0, 0.5), ("a", 0.5, 0.5), ("b", 0.25, 0.75)])
+    ]
     interval = refinement(scores)  # tags: a (0.5 + 0) / 2 = 0.25, b -0.5
     assert interval.difference == pytest.approx(-0.125) and (interval.low, interval.high) == (-0.25, 0.0)

@@ -13,8 +13,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # The house (docs/architecture.md), from the top down: a package imports itself and what stands below it.
-PACKAGES = ("underdrawing", "rl", "sft", "evals", "training", "rewards", "rollout", "tasks", "policy", "formats", "record",
-            "runtime")
+PACKAGES = (
+    "underdrawing",
+    "rl",
+    "sft",
+    "evals",
+    "training",
+    "rewards",
+    "rollout",
+    "tasks",
+    "policy",
+    "formats",
+    "record",
+    "runtime",
+)
 HEAVY = ("torch", "transformers", "ray", "trl", "peft", "accelerate", "wandb", "deepspeed")
 
 
@@ -55,8 +67,14 @@ def ours(name: str) -> bool:
 
 def fresh(code: str, **environment: str) -> str:
     """Run code in a fresh interpreter at the repository's root; its output."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -64,7 +82,7 @@ def fresh(code: str, **environment: str) -> str:
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module: str):
     package = module.split(".")[0]
-    below = PACKAGES[PACKAGES.index(package):]
+    below = PACKAGES[PACKAGES.index(package) :]
     for name in imports(MODULES[module]):
         assert not ours(name) or name.split(".")[0] in below, f"{module} imports {name}, which stands above {package}"
 
@@ -76,6 +94,7 @@ def test_no_circle_of_modules():
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_circle_of_folders(package: str):
     """A package's folders are rooms too: what stands in one imports another's one way only."""
+
     def room(module: str) -> str:
         parts = module.split(".")
         return ".".join(parts[:2]) if (ROOT.joinpath(*parts[:2])).is_dir() else module
@@ -117,22 +136,38 @@ def test_tasks_import_no_model(module: str):
 def test_the_top_of_a_package_is_empty(package: str):
     for path in (ROOT / package).rglob("__init__.py"):
         body = ast.parse(path.read_text()).body
-        assert all(isinstance(node, ast.Expr) for node in body), f"{path.relative_to(ROOT)}: only a docstring may stand here"
+        assert all(isinstance(node, ast.Expr) for node in body), (
+            f"{path.relative_to(ROOT)}: only a docstring may stand here"
+        )
 
 
 def test_the_record_losses_and_advantages_start_neither_ray_nor_transformers():
-    pure = ["runtime.errors", "record.trajectory", "record.store", "rl.losses", "rl.advantages",
-            *(m for m in MODULES if covers(("formats",), m))]
-    out = fresh(f"import sys, importlib\nfor m in {pure}: importlib.import_module(m)\n"
-                "print([m for m in ('ray', 'transformers', 'trl') if m in sys.modules])")
+    pure = [
+        "runtime.errors",
+        "record.trajectory",
+        "record.store",
+        "rl.losses",
+        "rl.advantages",
+        *(m for m in MODULES if covers(("formats",), m)),
+    ]
+    out = fresh(
+        f"import sys, importlib\nfor m in {pure}: importlib.import_module(m)\n"
+        "print([m for m in ('ray', 'transformers', 'trl') if m in sys.modules])"
+    )
     assert out.strip() == "[]"
 
 
 def test_the_record_and_the_tasks_load_no_torch():
-    light = ["runtime.errors", "record.trajectory", "record.store",
-             *(m for m in MODULES if covers(("formats", "tasks"), m))]
-    out = fresh(f"import sys, importlib\nfor m in {light}: importlib.import_module(m)\n"
-                f"print([m for m in {HEAVY} if m in sys.modules])")
+    light = [
+        "runtime.errors",
+        "record.trajectory",
+        "record.store",
+        *(m for m in MODULES if covers(("formats", "tasks"), m)),
+    ]
+    out = fresh(
+        f"import sys, importlib\nfor m in {light}: importlib.import_module(m)\n"
+        f"print([m for m in {HEAVY} if m in sys.modules])"
+    )
     assert out.strip() == "[]"
 
 
@@ -176,12 +211,15 @@ def test_importing_anything_opens_no_network_starts_no_ray_and_loads_no_weights(
     assert int(out.split()[-1]) == len(names)
 
 
-@pytest.mark.parametrize("deed, word", [
-    ("import safetensors.torch as s; s.load_file('x.safetensors')", "weights were loaded"),
-    ("open('x.pt', 'rb')", "weights were loaded"),
-    ("import socket; socket.create_connection(('192.0.2.1', 80))", "a name was looked up"),
-    ("import socket; socket.socket().connect(('192.0.2.1', 80))", "the network was opened"),
-])
+@pytest.mark.parametrize(
+    "deed, word",
+    [
+        ("import safetensors.torch as s; s.load_file('x.safetensors')", "weights were loaded"),
+        ("open('x.pt', 'rb')", "weights were loaded"),
+        ("import socket; socket.create_connection(('192.0.2.1', 80))", "a name was looked up"),
+        ("import socket; socket.socket().connect(('192.0.2.1', 80))", "the network was opened"),
+    ],
+)
 def test_the_watch_sees(tmp_path, deed: str, word: str):
     (tmp_path / "naughty.py").write_text(deed)
     with pytest.raises(AssertionError, match=word):

@@ -49,6 +49,7 @@ def last_words(body):
 
 # ---- what is sent -----------------------------------------------------------------------------------------------
 
+
 def test_the_judge_sees_the_very_pixels():
     pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
     with JudgeServer(lambda body, _: "a mouse") as server, client(server) as judge:
@@ -66,8 +67,10 @@ def test_the_judge_sees_the_very_pixels():
 
 def test_what_a_recipe_says_is_in_the_request(monkeypatch):
     monkeypatch.setenv("THE_KEY", "s3cret")
-    with JudgeServer(lambda *_: "ok") as server, \
-            client(server, api_key_env="THE_KEY", max_tokens=33, temperature=0.3, extra_body={"top_p": 0.9}) as judge:
+    with (
+        JudgeServer(lambda *_: "ok") as server,
+        client(server, api_key_env="THE_KEY", max_tokens=33, temperature=0.3, extra_body={"top_p": 0.9}) as judge,
+    ):
         judge.ask([Question.of("a"), Question.of("b", max_tokens=5, temperature=0.0)])
     first, second = sorted(server.requests, key=last_words)
     assert (first["model"], first["max_tokens"], first["temperature"], first["top_p"]) == ("judge", 33, 0.3, 0.9)
@@ -106,6 +109,7 @@ def test_equal_questions_of_a_batch_are_asked_once_unless_they_are_samples():
 
 # ---- verdicts ---------------------------------------------------------------------------------------------------
 
+
 def test_agrees_reads_one_word_and_passes_over_what_it_cannot_read():
     said = {"one": "Yes.", "two": "no", "three": "Yes and no", "four": "Perhaps", "five": "<think>no, no</think>\nyes"}
 
@@ -129,27 +133,42 @@ def test_an_answer_cannot_speak_to_the_judge():
 
 def test_yes_probability_sums_the_spellings_and_counts_each_token_once():
     # yes 0.3 + 0.2 + 0.1, no 0.15; "Not" is no spelling of no. The sampled token stands in the list as well.
-    pairs = [("Yes", math.log(0.3)), (" yes", math.log(0.2)), ("YES", math.log(0.1)), ("No", math.log(0.15)),
-             ("Not", math.log(0.2))]
+    pairs = [
+        ("Yes", math.log(0.3)),
+        (" yes", math.log(0.2)),
+        ("YES", math.log(0.1)),
+        ("No", math.log(0.15)),
+        ("Not", math.log(0.2)),
+    ]
     with JudgeServer(lambda *_: Answer("Yes", logprobs=spelled(pairs, pairs[0]))) as server, client(server) as judge:
         assert judge.yes_probability(asked("Is it?")) == [pytest.approx(0.6 / 0.75)]
     body = server.requests[0]
     assert (body["logprobs"], body["top_logprobs"]) == (True, 20)
 
 
-@pytest.mark.parametrize("logprobs, wanted", [
-    # two tokens that decode to the same word are two candidates: 0.2 + 0.2 against 0.4
-    (spelled([("yes", math.log(0.2)), ("yes", math.log(0.2)), ("no", math.log(0.4))]), 0.5),
-    # sampled outside of the list: it is one more candidate
-    (spelled([("no", math.log(0.3))], ("yes", math.log(0.1))), 0.25),
-    # only yes is among the candidates
-    (candidates(Yes=math.log(0.9)), 1.0),
-    # a blank comes first: the first word is what counts
-    ({"content": [{"token": "\n", "logprob": 0.0, "top_logprobs": [{"token": "no", "logprob": -1.0}]},
-                  {"token": "Yes", "logprob": 0.0, "top_logprobs": [{"token": "Yes", "logprob": 0.0}]}]}, 1.0),
-    # both words hold 2% of the probability: the judge is saying something else
-    (candidates(The=math.log(0.98), yes=math.log(0.015), no=math.log(0.005)), None),
-])
+@pytest.mark.parametrize(
+    "logprobs, wanted",
+    [
+        # two tokens that decode to the same word are two candidates: 0.2 + 0.2 against 0.4
+        (spelled([("yes", math.log(0.2)), ("yes", math.log(0.2)), ("no", math.log(0.4))]), 0.5),
+        # sampled outside of the list: it is one more candidate
+        (spelled([("no", math.log(0.3))], ("yes", math.log(0.1))), 0.25),
+        # only yes is among the candidates
+        (candidates(Yes=math.log(0.9)), 1.0),
+        # a blank comes first: the first word is what counts
+        (
+            {
+                "content": [
+                    {"token": "\n", "logprob": 0.0, "top_logprobs": [{"token": "no", "logprob": -1.0}]},
+                    {"token": "Yes", "logprob": 0.0, "top_logprobs": [{"token": "Yes", "logprob": 0.0}]},
+                ]
+            },
+            1.0,
+        ),
+        # both words hold 2% of the probability: the judge is saying something else
+        (candidates(The=math.log(0.98), yes=math.log(0.015), no=math.log(0.005)), None),
+    ],
+)
 def test_yes_probability_by_hand(logprobs, wanted):
     with JudgeServer(lambda *_: Answer("..", logprobs=logprobs)) as server, client(server) as judge:
         [found] = judge.yes_probability(asked("Is it?"))
@@ -167,19 +186,22 @@ def test_missing_logprobs_are_not_judged_and_named(logprobs):
 CRITERIA = ["consistency", "realism", "aesthetic_quality"]
 
 
-@pytest.mark.parametrize("text, wanted", [
-    ('{"consistency": 2, "realism": 1, "aesthetic_quality": 0}', (2, 1, 0)),
-    ('```json\n{"Consistency": "2", "Realism": 1.0, "Aesthetic Quality": 0}\n```', (2, 1, 0)),
-    ("**Consistency:** 2\n**Realism:** 1/2\n- Aesthetic Quality = 0", (2, 1, 0)),
-    ('First {"a": 1}. Now: {"consistency": 0, "realism": 0, "aesthetic_quality": 1}', (0, 0, 1)),
-    ('{"consistency": 3, "realism": 1, "aesthetic_quality": 0}', None),  # over the top
-    ('{"consistency": 1.5, "realism": 1, "aesthetic_quality": 0}', None),
-    ('{"consistency": true, "realism": 1, "aesthetic_quality": 0}', None),
-    ('{"consistency": NaN, "realism": 1, "aesthetic_quality": 0}', None),
-    ('{"consistency": 2, "realism": 1}', None),  # one is missing: none is guessed
-    ('{"consistency": 2, "realism": ', None),
-    ("A fine picture, 2 of 2.", None),
-])
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ('{"consistency": 2, "realism": 1, "aesthetic_quality": 0}', (2, 1, 0)),
+        ('```json\n{"Consistency": "2", "Realism": 1.0, "Aesthetic Quality": 0}\n```', (2, 1, 0)),
+        ("**Consistency:** 2\n**Realism:** 1/2\n- Aesthetic Quality = 0", (2, 1, 0)),
+        ('First {"a": 1}. Now: {"consistency": 0, "realism": 0, "aesthetic_quality": 1}', (0, 0, 1)),
+        ('{"consistency": 3, "realism": 1, "aesthetic_quality": 0}', None),  # over the top
+        ('{"consistency": 1.5, "realism": 1, "aesthetic_quality": 0}', None),
+        ('{"consistency": true, "realism": 1, "aesthetic_quality": 0}', None),
+        ('{"consistency": NaN, "realism": 1, "aesthetic_quality": 0}', None),
+        ('{"consistency": 2, "realism": 1}', None),  # one is missing: none is guessed
+        ('{"consistency": 2, "realism": ', None),
+        ("A fine picture, 2 of 2.", None),
+    ],
+)
 def test_rubric(text, wanted):
     with JudgeServer(lambda *_: text) as server, client(server) as judge:
         [scores] = judge.rubric(asked("Judge this."), CRITERIA)
@@ -193,15 +215,18 @@ def test_wiscore_by_hand():
     assert wiscore(None) is None
 
 
-@pytest.mark.parametrize("text, wanted", [
-    ('{"1": true, "2": false, "3": null}', [True, False, None]),
-    ('Sure:\n```json\n{"1": "yes", "2": "No", "3": 1}\n```', [True, False, True]),
-    ('{"1": true, "2": false}', None),
-    ('{"1": true, "2": false, "3": "maybe"}', None),
-    ('{"1": true, "2": false, "3": [true]}', None),
-    ("[true, false, true]", None),
-    ("all of them", None),
-])
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ('{"1": true, "2": false, "3": null}', [True, False, None]),
+        ('Sure:\n```json\n{"1": "yes", "2": "No", "3": 1}\n```', [True, False, True]),
+        ('{"1": true, "2": false}', None),
+        ('{"1": true, "2": false, "3": "maybe"}', None),
+        ('{"1": true, "2": false, "3": [true]}', None),
+        ("[true, false, true]", None),
+        ("all of them", None),
+    ],
+)
 def test_checklist(text, wanted):
     with JudgeServer(lambda *_: text) as server, client(server) as judge:
         assert judge.checklist(asked("Look."), [["a cup", "a cat", "it is night"]]) == [wanted]
@@ -224,13 +249,16 @@ def better(body, _):
     return "A" if len(a) > len(b) else "B" if len(b) > len(a) else "T"
 
 
-@pytest.mark.parametrize("answer, wanted", [
-    (better, [1.0, 0.0, 0.5]),
-    (lambda *_: "A", [0.5, 0.5, 0.5]),  # names whoever stands in front: no preference
-    (lambda *_: "Answer: B.", [0.5, 0.5, 0.5]),
-    (lambda body, _: better(body, _) if '"aaaa"' in str(body) else "T", [1.0, 0.5, 0.5]),
-    (lambda *_: "Both are fine", [None, None, None]),
-])
+@pytest.mark.parametrize(
+    "answer, wanted",
+    [
+        (better, [1.0, 0.0, 0.5]),
+        (lambda *_: "A", [0.5, 0.5, 0.5]),  # names whoever stands in front: no preference
+        (lambda *_: "Answer: B.", [0.5, 0.5, 0.5]),
+        (lambda body, _: better(body, _) if '"aaaa"' in str(body) else "T", [1.0, 0.5, 0.5]),
+        (lambda *_: "Both are fine", [None, None, None]),
+    ],
+)
 def test_compare_shows_both_orders(answer, wanted):
     pairs = [Comparison("Say much", "aaaa", "a"), Comparison("Say much", "b", "bb"), Comparison("Say much", "c", "d")]
     with JudgeServer(answer) as server, client(server) as judge:
@@ -279,7 +307,7 @@ FAULTS = {
     "html": (Answer(body=b"<html>gateway</html>"), "malformed"),
     "half": (Answer(body=b'{"choices": [{"message": {"con'), "malformed"),
     "no choices": (Answer(body=b'{"choices": []}'), "malformed"),
-    "no object": (Answer(body=b'[1, 2]'), "malformed"),
+    "no object": (Answer(body=b"[1, 2]"), "malformed"),
     "wrong type": (Answer(body=b'{"choices": [{"message": {"content": 7}}]}'), "malformed"),
     "400": (Answer(status=400), "refused"),
     "empty": (Answer(""), "empty"),
@@ -300,16 +328,23 @@ def test_a_fault_that_stays_is_none_counted_by_its_cause(name, caplog):
             assert judge.agrees([AnswerCheck("q", "a", "b")]) == [None]
         assert time.monotonic() - started < 10  # three limits, and not the half minute that it stalls
         attempts = 1 if name in TRIED_ONCE else 3
-        assert judge.counts() == {"asked": 1, "cached": 0, "retried": attempts - 1, "unjudged": 1,
-                                  f"unjudged/{cause}": 1}
+        assert judge.counts() == {
+            "asked": 1,
+            "cached": 0,
+            "retried": attempts - 1,
+            "unjudged": 1,
+            f"unjudged/{cause}": 1,
+        }
     assert len(server.requests) == attempts
     assert f"after {attempts} attempt(s)" in caplog.text
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name not in TRIED_ONCE])
 def test_a_fault_that_passes_is_tried_again(name):
-    with JudgeServer(lambda _, number: FAULTS[name][0] if number < 2 else "yes") as server, \
-            client(server, timeout_s=SHORT if FAULTS[name][1] == "timeout" else 20) as judge:
+    with (
+        JudgeServer(lambda _, number: FAULTS[name][0] if number < 2 else "yes") as server,
+        client(server, timeout_s=SHORT if FAULTS[name][1] == "timeout" else 20) as judge,
+    ):
         assert judge.agrees([AnswerCheck("q", "a", "b")]) == [True]
         assert judge.counts() == {"asked": 1, "cached": 0, "retried": 2}
 
@@ -328,8 +363,11 @@ def test_a_few_bad_replies_cost_only_themselves():
 
 
 def test_a_warning_stands_once_for_each_cause(caplog):
-    with JudgeServer(lambda *_: Answer(status=400)) as server, client(server) as judge, \
-            caplog.at_level(logging.WARNING):
+    with (
+        JudgeServer(lambda *_: Answer(status=400)) as server,
+        client(server) as judge,
+        caplog.at_level(logging.WARNING),
+    ):
         judge.ask(asked(*"abcdef"))
         judge.ask(asked("g"))
     assert caplog.text.count("left a question unjudged") == 1
@@ -389,6 +427,7 @@ def test_waits_double():
 
 # ---- threads, processes, loops ----------------------------------------------------------------------------------
 
+
 def test_many_threads_share_one_client_and_its_bound():
     def slow(body, _):
         time.sleep(0.02)
@@ -396,6 +435,7 @@ def test_many_threads_share_one_client_and_its_bound():
 
     found = {}
     with JudgeServer(slow) as server, client(server, concurrency=4) as judge:
+
         def work(name):
             found[name] = [reply.text for reply in judge.ask(asked(*(f"{name}{n}" for n in range(5))))]
 
@@ -411,6 +451,7 @@ def test_many_threads_share_one_client_and_its_bound():
 
 def test_it_answers_under_a_running_loop():
     with JudgeServer(lambda *_: "yes") as server, client(server) as judge:
+
         async def reward():
             return judge.ask(asked("a"))[0].text
 
@@ -438,8 +479,10 @@ def test_closing_ends_the_thread_and_a_closed_client_may_be_asked_again():
 
 
 def test_counts_only_grow():
-    with JudgeServer(lambda body, _: Answer(status=400) if "bad" in last_words(body) else "yes") as server, \
-            client(server) as judge:
+    with (
+        JudgeServer(lambda body, _: Answer(status=400) if "bad" in last_words(body) else "yes") as server,
+        client(server) as judge,
+    ):
         judge.ask(asked("a", "bad", "c", "d"))
         assert judge.counts() == {"asked": 4, "cached": 0, "retried": 0, "unjudged": 1, "unjudged/refused": 1}
         judge.ask(asked("a"))
@@ -447,6 +490,7 @@ def test_counts_only_grow():
 
 
 # ---- the cache --------------------------------------------------------------------------------------------------
+
 
 def test_a_kept_reply_is_not_asked_for_again(tmp_path):
     logprobs = candidates(Yes=math.log(0.9), No=math.log(0.1))
@@ -459,8 +503,9 @@ def test_a_kept_reply_is_not_asked_for_again(tmp_path):
         assert judge.counts() == {"asked": 2, "cached": 2, "retried": 0}
 
 
-@pytest.mark.parametrize("change", [
-    dict(model="other"), dict(temperature=0.5), dict(max_tokens=7), dict(extra_body={"seed": 1})])
+@pytest.mark.parametrize(
+    "change", [dict(model="other"), dict(temperature=0.5), dict(max_tokens=7), dict(extra_body={"seed": 1})]
+)
 def test_the_cache_is_keyed_by_model_and_whole_request(tmp_path, change):
     with JudgeServer(lambda *_: "yes") as server:
         for options in ({}, change):
@@ -482,9 +527,10 @@ def test_one_pixel_is_another_request(tmp_path):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_failures_are_not_kept(tmp_path, name):
-    with JudgeServer(lambda *_: FAULTS[name][0]) as server, \
-            client(server, cache_dir=tmp_path, retries=0,
-                   timeout_s=SHORT if FAULTS[name][1] == "timeout" else 20) as judge:
+    with (
+        JudgeServer(lambda *_: FAULTS[name][0]) as server,
+        client(server, cache_dir=tmp_path, retries=0, timeout_s=SHORT if FAULTS[name][1] == "timeout" else 20) as judge,
+    ):
         assert judge.agrees([AnswerCheck("q", "a", "b")]) == [None]
         assert not list(tmp_path.rglob("*.json"))
         server.answer = lambda *_: "yes"
@@ -495,9 +541,18 @@ def half(content):
     return content[: len(content) // 2]
 
 
-@pytest.mark.parametrize("damage", [
-    half, lambda content: b"", lambda content: b"\xff\xfe", lambda content: b"[]", lambda content: b"null",
-    lambda content: content.replace(b'"yes"', b'"no"'), lambda content: b'{"text": "no", "first": []}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        half,
+        lambda content: b"",
+        lambda content: b"\xff\xfe",
+        lambda content: b"[]",
+        lambda content: b"null",
+        lambda content: content.replace(b'"yes"', b'"no"'),
+        lambda content: b'{"text": "no", "first": []}',
+    ],
+)
 def test_a_damaged_entry_is_asked_for_and_written_anew(tmp_path, damage):
     with JudgeServer(lambda *_: "yes") as server, client(server, cache_dir=tmp_path) as judge:
         check = [AnswerCheck("q", "a", "b")]
@@ -533,8 +588,12 @@ with JudgeClient(JudgeConfig(base_url=sys.argv[1], model="judge", cache_dir=sys.
 
 def test_processes_share_a_folder(tmp_path):
     with JudgeServer(lambda body, _: last_words(body).upper()) as server:
-        running = [subprocess.Popen([sys.executable, "-c", ANOTHER, server.url, str(tmp_path)], cwd=ROOT,
-                                    stderr=subprocess.PIPE) for _ in range(3)]
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", ANOTHER, server.url, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE
+            )
+            for _ in range(3)
+        ]
         for process in running:
             _, error = process.communicate(timeout=60)
             assert process.returncode == 0, error.decode()
@@ -552,6 +611,7 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path):
 
 # ---- the start --------------------------------------------------------------------------------------------------
 
+
 def free_port():
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -560,22 +620,32 @@ def free_port():
 
 def test_an_endpoint_that_is_down_at_the_start_is_named():
     url = f"http://127.0.0.1:{free_port()}/v1"
-    with JudgeClient(JudgeConfig(base_url=url, **QUICK)) as judge, \
-            pytest.raises(JudgeDown, match=f"endpoint {url} cannot be reached .*Start it, correct base_url"):
+    with (
+        JudgeClient(JudgeConfig(base_url=url, **QUICK)) as judge,
+        pytest.raises(JudgeDown, match=f"endpoint {url} cannot be reached .*Start it, correct base_url"),
+    ):
         judge.check()
 
 
-@pytest.mark.parametrize("models, words", [
-    (("judge-7b", "other"), "no model 'judge'; did you mean 'judge-7b'"),
-    (Answer(status=401), "status 401: no room here. The key is read from the environment variable NO_SUCH_KEY, which "
-                         "is not set"),
-    (Answer(stall_s=30), "cannot be reached \\(no whole reply within 1.5 s"),
-    (Answer(status=503), "status 503"),
-])
+@pytest.mark.parametrize(
+    "models, words",
+    [
+        (("judge-7b", "other"), "no model 'judge'; did you mean 'judge-7b'"),
+        (
+            Answer(status=401),
+            "status 401: no room here. The key is read from the environment variable NO_SUCH_KEY, which is not set",
+        ),
+        (Answer(stall_s=30), "cannot be reached \\(no whole reply within 1.5 s"),
+        (Answer(status=503), "status 503"),
+    ],
+)
 def test_a_bad_start_is_said_plainly(models, words):
     limit = 1.5 if getattr(models, "stall_s", 0) else 20
-    with JudgeServer(lambda *_: "yes", models) as server, \
-            client(server, api_key_env="NO_SUCH_KEY", timeout_s=limit) as judge, pytest.raises(JudgeDown, match=words):
+    with (
+        JudgeServer(lambda *_: "yes", models) as server,
+        client(server, api_key_env="NO_SUCH_KEY", timeout_s=limit) as judge,
+        pytest.raises(JudgeDown, match=words),
+    ):
         judge.check()
 
 
@@ -586,8 +656,11 @@ def test_a_good_start_is_silent(models):
 
 
 def test_an_endpoint_that_neither_lists_nor_answers_is_down():
-    with JudgeServer(lambda *_: Answer(status=404), Answer(status=404)) as server, client(server) as judge, \
-            pytest.raises(JudgeDown, match="status 404"):
+    with (
+        JudgeServer(lambda *_: Answer(status=404), Answer(status=404)) as server,
+        client(server) as judge,
+        pytest.raises(JudgeDown, match="status 404"),
+    ):
         judge.check()
 
 

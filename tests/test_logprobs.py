@@ -29,8 +29,15 @@ def test_by_hand():
     # Logits 0, log 2, log 5 over ids 0, 1, 2.
     hidden, weight = torch.tensor([[1.0]] * 3), torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
     sets = (np.array([[0, 2]], np.int32),)
-    logprob, entropy = token_logprobs(hidden, weight, torch.tensor([2, 1, 1]), torch.tensor([1.0, 1.0, 0.5]),
-                                      torch.tensor([-1, 0, -1]), sets, entropy=True)
+    logprob, entropy = token_logprobs(
+        hidden,
+        weight,
+        torch.tensor([2, 1, 1]),
+        torch.tensor([1.0, 1.0, 0.5]),
+        torch.tensor([-1, 0, -1]),
+        sets,
+        entropy=True,
+    )
     # 5/8; 2/3 among the first two; at temperature 1/2 the weights are 1, 4, 25
     torch.testing.assert_close(logprob, torch.tensor([math.log(5 / 8), math.log(2 / 3), math.log(4 / 30)]))
     torch.testing.assert_close(entropy[1], torch.tensor(-(1 / 3) * math.log(1 / 3) - (2 / 3) * math.log(2 / 3)))
@@ -46,8 +53,9 @@ def test_values_and_gradients_are_the_plain_ones(count, chunk, seed):
     weight = torch.randn(size, width, generator=generator, requires_grad=True)
     sets = (ranges_of([0, 1, 2, 7]), ranges_of([4]), ranges_of(list(range(3, 11))))
     allowed = rng.integers(-1, 3, count)
-    target = torch.tensor([int(rng.choice(np.flatnonzero(mask_of(sets[index], size)) if index >= 0 else size))
-                           for index in allowed])
+    target = torch.tensor(
+        [int(rng.choice(np.flatnonzero(mask_of(sets[index], size)) if index >= 0 else size)) for index in allowed]
+    )
     temperature = torch.from_numpy(rng.uniform(0.3, 2.0, count).astype(np.float32))
     upstream = torch.randn(count, generator=generator)
 
@@ -94,7 +102,8 @@ def test_tiny_benchmark_agrees(rows):
     """The benchmark's two arms compute one number."""
     from benchmarks.scoring import arm
 
-    ours, plain_arm = (arm(name, rows, tokens=8, vocabulary=50, width=4, chunk=3, backward=True)
-                       for name in ("ours", "plain"))
+    ours, plain_arm = (
+        arm(name, rows, tokens=8, vocabulary=50, width=4, chunk=3, backward=True) for name in ("ours", "plain")
+    )
     for key in ("logprob", "hidden_grad", "weight_grad"):
         torch.testing.assert_close(torch.tensor(ours[key]), torch.tensor(plain_arm[key]), atol=1e-5, rtol=0)

@@ -92,8 +92,10 @@ def test_an_older_behaviour_policy_is_weighted_in_and_the_weight_is_capped():
 
 def test_ratio_by_sequence_is_the_geometric_mean_over_what_counts():
     # trajectory 0: sqrt(4 * 1) = 2, clipped to 1.2; its third decision has weight 0. trajectory 1: 0.9.
-    loss = policy_loss(scored([4.0, 1.0, 100.0, 0.9], [1.0] * 4, weight=[1.0, 1.0, 0.0, 1.0], trajectory=[0, 0, 0, 1]),
-                       LossSettings(importance_sampling_level="sequence"))
+    loss = policy_loss(
+        scored([4.0, 1.0, 100.0, 0.9], [1.0] * 4, weight=[1.0, 1.0, 0.0, 1.0], trajectory=[0, 0, 0, 1]),
+        LossSettings(importance_sampling_level="sequence"),
+    )
     assert loss.loss.item() == pytest.approx(-1.2 * 2 - 0.9)
 
 
@@ -105,8 +107,16 @@ def test_a_decision_of_weight_zero_counts_nowhere_even_if_it_overflows():
 
 
 def test_summary_is_by_kind_and_over_all():
-    loss = policy_loss(scored([1.5, 1.0, 1.0], [1.0, 1.0, 1.0], kind=[WORD, CODE, CODE], divergence=[0.3, 0.0, 0.6],
-                              entropy=[1.0, 2.0, 4.0]), LossSettings())
+    loss = policy_loss(
+        scored(
+            [1.5, 1.0, 1.0],
+            [1.0, 1.0, 1.0],
+            kind=[WORD, CODE, CODE],
+            divergence=[0.3, 0.0, 0.6],
+            entropy=[1.0, 2.0, 4.0],
+        ),
+        LossSettings(),
+    )
     metrics = summarise(loss.sums_KM + 0)
     assert metrics["clip/high"] == pytest.approx(1 / 3)
     assert metrics["clip/high/word"] == 1 and metrics["clip/high/code"] == 0
@@ -116,19 +126,27 @@ def test_summary_is_by_kind_and_over_all():
 
 
 # Two trajectories. 0: plan of 2 words, sketch of 4 codes, inspect of 6 words. 1: plan of 3 words.
-LAYOUT = Layout(trajectory_S=np.array([0, 0, 0, 1]), modality_S=np.array([0, 1, 0, 0]), count_S=np.array([2, 4, 6, 3]),
-                role_weight_S=np.ones(4), trajectories=2)
+LAYOUT = Layout(
+    trajectory_S=np.array([0, 0, 0, 1]),
+    modality_S=np.array([0, 1, 0, 0]),
+    count_S=np.array([2, 4, 6, 3]),
+    role_weight_S=np.ones(4),
+    trajectories=2,
+)
 
 
-@pytest.mark.parametrize("loss_type, expected", [
-    ("segment", [1 / 4, 1 / 8, 1 / 12, 1 / 6]),
-    ("modality", [1 / 16, 1 / 8, 1 / 16, 1 / 6]),  # trajectory 0 has 8 words and 4 codes
-    ("token", [1 / 15] * 4),
-    ("dapo", [1 / 15] * 4),
-    ("grpo", [1 / 24, 1 / 24, 1 / 24, 1 / 6]),
-    ("dr_grpo", [1 / 200] * 4),
-    ("bnpo", [1 / 15] * 4),
-])
+@pytest.mark.parametrize(
+    "loss_type, expected",
+    [
+        ("segment", [1 / 4, 1 / 8, 1 / 12, 1 / 6]),
+        ("modality", [1 / 16, 1 / 8, 1 / 16, 1 / 6]),  # trajectory 0 has 8 words and 4 codes
+        ("token", [1 / 15] * 4),
+        ("dapo", [1 / 15] * 4),
+        ("grpo", [1 / 24, 1 / 24, 1 / 24, 1 / 6]),
+        ("dr_grpo", [1 / 200] * 4),
+        ("bnpo", [1 / 15] * 4),
+    ],
+)
 def test_weights(loss_type, expected):
     assert decision_weights(LAYOUT, loss_type, max_completion_length=100).tolist() == pytest.approx(expected)
 
@@ -170,8 +188,12 @@ def test_micro_batches_add_up_to_the_batch(loss_type):
     ratio, advantage = np.exp(rng.normal(0, 0.3, 15)), rng.normal(0, 1, 15)
 
     def loss_of(keep):
-        kept = scored(ratio[keep].tolist(), advantage[keep].tolist(), weight=weight_N[keep].tolist(),
-                      trajectory=LAYOUT.trajectory_S[segment_N][keep].tolist())
+        kept = scored(
+            ratio[keep].tolist(),
+            advantage[keep].tolist(),
+            weight=weight_N[keep].tolist(),
+            trajectory=LAYOUT.trajectory_S[segment_N][keep].tolist(),
+        )
         return policy_loss(kept, LossSettings()).loss.item()
 
     first, second = segment_N < 3, segment_N == 3

@@ -28,16 +28,19 @@ boxes = st.tuples(coordinate, coordinate, coordinate, coordinate)
 spans = st.lists(st.tuples(coordinate, coordinate), max_size=6)
 
 
-@pytest.mark.parametrize(("box", "other", "iou"), [
-    ((0, 0, 2, 2), (0, 0, 2, 2), 1),
-    ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3),  # 2 in common, 4 + 4 - 2
-    ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7),
-    ((0, 0, 4, 4), (1, 1, 3, 3), 1 / 4),  # one inside the other
-    ((0, 0, 2, 2), (2, 0, 4, 2), 0),  # touching
-    ((0, 0, 2, 2), (5, 5, 6, 6), 0),  # two negative sides would multiply to a positive area
-    ((2, 2, 0, 0), (0, 0, 2, 2), 0),  # corners the wrong way round: two negative sides again
-    ((1, 1, 1, 1), (1, 1, 1, 1), 0),  # nothing enclosed
-])
+@pytest.mark.parametrize(
+    ("box", "other", "iou"),
+    [
+        ((0, 0, 2, 2), (0, 0, 2, 2), 1),
+        ((0, 0, 2, 2), (1, 0, 3, 2), 1 / 3),  # 2 in common, 4 + 4 - 2
+        ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7),
+        ((0, 0, 4, 4), (1, 1, 3, 3), 1 / 4),  # one inside the other
+        ((0, 0, 2, 2), (2, 0, 4, 2), 0),  # touching
+        ((0, 0, 2, 2), (5, 5, 6, 6), 0),  # two negative sides would multiply to a positive area
+        ((2, 2, 0, 0), (0, 0, 2, 2), 0),  # corners the wrong way round: two negative sides again
+        ((1, 1, 1, 1), (1, 1, 1, 1), 0),  # nothing enclosed
+    ],
+)
 def test_box_iou_by_hand(box, other, iou):
     assert box_iou(box, other) == pytest.approx(iou)
 
@@ -67,14 +70,18 @@ def test_superfluous_boxes_cost_what_missing_ones_do():
     assert matched_iou([(0, 0, 2, 2)], [(1, 0, 3, 2)], threshold=0.5) == 0
 
 
-@pytest.mark.parametrize(("first", "second", "iou"), [
-    ([(0, 10)], [(5, 15)], 5 / 15),
-    ([(0, 10)], [(20, 30)], 0),  # apart: min - max is negative
-    ([(0, 4), (6, 10)], [(0, 10)], 0.8),
-    ([(0, 10), (0, 10)], [(0, 10)], 1),  # said twice, counted once
-    ([(10, 0)], [(0, 10)], 0),  # ends before it starts
-    ([], [(0, 1)], 0), ([], [], 0),
-])
+@pytest.mark.parametrize(
+    ("first", "second", "iou"),
+    [
+        ([(0, 10)], [(5, 15)], 5 / 15),
+        ([(0, 10)], [(20, 30)], 0),  # apart: min - max is negative
+        ([(0, 4), (6, 10)], [(0, 10)], 0.8),
+        ([(0, 10), (0, 10)], [(0, 10)], 1),  # said twice, counted once
+        ([(10, 0)], [(0, 10)], 0),  # ends before it starts
+        ([], [(0, 1)], 0),
+        ([], [], 0),
+    ],
+)
 def test_temporal_iou_by_hand(first, second, iou):
     assert temporal_iou(first, second) == pytest.approx(iou)
 
@@ -85,14 +92,19 @@ def test_temporal_iou_is_a_share_and_symmetric(first, second):
     assert temporal_iou(first, second) == pytest.approx(temporal_iou(second, first))
 
 
-@pytest.mark.parametrize(("ranked", "relevant", "value"), [
-    (["a", "b"], ["a", "b"], 1),
-    (["x", "a"], ["a"], 0.63092975),  # 1 / log2(3)
-    (["a"], ["a", "b"], 0.61314719),  # 1 / (1 + 1 / log2(3)): what was not found counts in the ideal
-    (["x"], ["a"], 0), ([], ["a"], 0), (["a"], [], 0),
-    (["a", "a"], ["a"], 1),  # found once; counting both would be 1.63
-    (["a", "a", "b"], ["a", "b"], 0.91972079),  # (1 + 1 / log2(4)) / (1 + 1 / log2(3))
-])
+@pytest.mark.parametrize(
+    ("ranked", "relevant", "value"),
+    [
+        (["a", "b"], ["a", "b"], 1),
+        (["x", "a"], ["a"], 0.63092975),  # 1 / log2(3)
+        (["a"], ["a", "b"], 0.61314719),  # 1 / (1 + 1 / log2(3)): what was not found counts in the ideal
+        (["x"], ["a"], 0),
+        ([], ["a"], 0),
+        (["a"], [], 0),
+        (["a", "a"], ["a"], 1),  # found once; counting both would be 1.63
+        (["a", "a", "b"], ["a", "b"], 0.91972079),  # (1 + 1 / log2(4)) / (1 + 1 / log2(3))
+    ],
+)
 def test_ndcg_by_hand(ranked, relevant, value):
     assert ndcg(ranked, relevant) == pytest.approx(value)
 
@@ -111,22 +123,34 @@ def test_ndcg_is_a_share_and_earlier_is_never_worse(ranked, relevant):
 
 # ---- reading and paying --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("said", "found"), [
-    ('{"bbox_2d": [10, 20, 30.5, 40], "label": "cup"}', [(10, 20, 30.5, 40)]),
-    ("<|box_start|>(10,20),(30,40)<|box_end|>", [(10, 20, 30, 40)]),
-    ("[[1,2,3,4], [5,6,7,8]]", [(1, 2, 3, 4), (5, 6, 7, 8)]),
-    ("[1, 2, 3] and [1, 2, 3, 4, 5]", []),
-    ("no box", []),
-])
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ('{"bbox_2d": [10, 20, 30.5, 40], "label": "cup"}', [(10, 20, 30.5, 40)]),
+        ("<|box_start|>(10,20),(30,40)<|box_end|>", [(10, 20, 30, 40)]),
+        ("[[1,2,3,4], [5,6,7,8]]", [(1, 2, 3, 4), (5, 6, 7, 8)]),
+        ("[1, 2, 3] and [1, 2, 3, 4, 5]", []),
+        ("no box", []),
+    ],
+)
 def test_boxes_are_read(said, found):
     assert boxes_in(said) == found
 
 
-@pytest.mark.parametrize(("said", "found"), [
-    ("From 12.5 to 30 seconds", [(12.5, 30)]), ("12.5s - 30s", [(12.5, 30)]), ("[12.5, 30]", [(12.5, 30)]),
-    ("1:02 - 1:30.5", [(62, 90.5)]), ("0:01:00 to 01:00:00", [(60, 3600)]), ("between 5 and 7", [(5, 7)]),
-    ("at 12.5", []), ("1-2 and 4-6", [(1, 2), (4, 6)]),
-])
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("From 12.5 to 30 seconds", [(12.5, 30)]),
+        ("12.5s - 30s", [(12.5, 30)]),
+        ("[12.5, 30]", [(12.5, 30)]),
+        ("1:02 - 1:30.5", [(62, 90.5)]),
+        ("0:01:00 to 01:00:00", [(60, 3600)]),
+        ("between 5 and 7", [(5, 7)]),
+        ("at 12.5", []),
+        ("1-2 and 4-6", [(1, 2), (4, 6)]),
+    ],
+)
 def test_spans_are_read(said, found):
     assert spans_in(said) == found
 
@@ -145,8 +169,14 @@ def test_the_last_answer_block_is_read_and_no_observation():
     record = {"ground_truth": [0, 0, 2, 2]}
     think = "perhaps [0, 0, 2, 2] <answer>[5, 5, 6, 6]</answer> no, <answer>[1, 0, 3, 2]</answer>"
     observed = text("observation", "<answer>[0, 0, 2, 2]</answer>", Author.ENVIRONMENT)
-    assert box_iou_reward([boxed(think, record, observed), boxed("[0, 0, 2, 2]", record), boxed("none", record),
-                           boxed("[0, 0, 2, 2]", {})]) == [pytest.approx(1 / 3), 1, 0, None]
+    assert box_iou_reward(
+        [
+            boxed(think, record, observed),
+            boxed("[0, 0, 2, 2]", record),
+            boxed("none", record),
+            boxed("[0, 0, 2, 2]", {}),
+        ]
+    ) == [pytest.approx(1 / 3), 1, 0, None]
 
 
 def test_frames_and_forms():
@@ -170,10 +200,12 @@ def test_frames_and_forms():
 def test_time_frames():
     record = {"ground_truth": [10, 30], "duration": 100, "fps": 2}
     assert temporal_iou_reward([boxed("<answer>10 to 20</answer>", record)]) == [0.5]
-    assert temporal_iou_reward([boxed("<answer>0.1 to 0.3</answer>", record)], frame="unit",
-                               gold_frame="seconds") == [pytest.approx(1)]
-    assert temporal_iou_reward([boxed("<answer>20 to 60</answer>", record)], frame="frames",
-                               gold_frame="seconds") == [pytest.approx(1)]
+    assert temporal_iou_reward([boxed("<answer>0.1 to 0.3</answer>", record)], frame="unit", gold_frame="seconds") == [
+        pytest.approx(1)
+    ]
+    assert temporal_iou_reward([boxed("<answer>20 to 60</answer>", record)], frame="frames", gold_frame="seconds") == [
+        pytest.approx(1)
+    ]
     assert temporal_iou_reward([boxed("0 to 5", {}), boxed("no time", record)]) == [None, 0]
     assert temporal_iou_reward([boxed("10 to 20", record)], threshold=0.5) == [1]
     with pytest.raises(RewardError, match="no 'duration'"):
@@ -186,12 +218,15 @@ def test_a_gold_that_is_no_span_is_named(value):
         temporal_iou_reward([boxed("0 to 1", {"ground_truth": value})])
 
 
-@pytest.mark.parametrize(("function", "options", "message"), [
-    (box_iou_reward, {"frame": "inches"}, "box_iou: no frame 'inches'"),
-    (box_iou_reward, {"gold_form": "polygon"}, "box_iou: no gold_form"),
-    (box_iou_reward, {"threshold": 0}, "threshold is 0"),
-    (temporal_iou_reward, {"gold_frame": "hours"}, "temporal_iou: no gold_frame 'hours'"),
-])
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        (box_iou_reward, {"frame": "inches"}, "box_iou: no frame 'inches'"),
+        (box_iou_reward, {"gold_form": "polygon"}, "box_iou: no gold_form"),
+        (box_iou_reward, {"threshold": 0}, "threshold is 0"),
+        (temporal_iou_reward, {"gold_frame": "hours"}, "temporal_iou: no gold_frame 'hours'"),
+    ],
+)
 def test_options_are_checked_before_anything_is_scored(function, options, message):
     with pytest.raises(UserError, match=message):
         function([], **options)

@@ -14,11 +14,14 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-@pytest.mark.parametrize("name, kind, processes, cpu", [
-    ("single", DistributedType.NO, 1, True),
-    ("ddp", DistributedType.MULTI_GPU, 8, False),
-    ("fsdp2", DistributedType.FSDP, 8, False),
-])
+@pytest.mark.parametrize(
+    "name, kind, processes, cpu",
+    [
+        ("single", DistributedType.NO, 1, True),
+        ("ddp", DistributedType.MULTI_GPU, 8, False),
+        ("fsdp2", DistributedType.FSDP, 8, False),
+    ],
+)
 def test_accelerate_reads_every_preset(name: str, kind: DistributedType, processes: int, cpu: bool):
     config = load_config_from_file(str(CONFIGS / f"accelerate/{name}.yaml"))
     assert isinstance(config, ClusterConfig)

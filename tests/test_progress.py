@@ -32,8 +32,11 @@ def test_without_a_terminal_a_line_comes_every_while_and_at_the_end(clock, capsy
     shown.close()
     lines = capsys.readouterr().err.splitlines()
     # The first at least 15 s after the start: step 4, 3 steps after the first one that was timed, 4 s each.
-    assert lines == ["GRPO 4/10  reward 0.400  0.4 min left", "GRPO 8/10  reward 0.800  0.1 min left",
-                     "GRPO 10/10  reward 1.000"]
+    assert lines == [
+        "GRPO 4/10  reward 0.400  0.4 min left",
+        "GRPO 8/10  reward 0.800  0.1 min left",
+        "GRPO 10/10  reward 1.000",
+    ]
 
 
 def test_a_held_out_score_stays_until_the_next_and_nothing_is_no_number(clock, capsys):

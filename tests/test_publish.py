@@ -92,11 +92,14 @@ def test_a_tensor_that_lies_elsewhere_than_the_manifest_says_is_refused():
     assert not model.b.any()
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda state: state | {"new": torch.zeros(2)}, "its model has no tensor 'new'"),
-    (lambda state: {k: v for k, v in state.items() if k != "short"}, "tensor 'short' of its model is missing"),
-    (lambda state: state | {"wide": torch.zeros(11, 7)}, r"tensor 'wide' is \[11, 7\], but \[7, 11\] in its model"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state | {"new": torch.zeros(2)}, "its model has no tensor 'new'"),
+        (lambda state: {k: v for k, v in state.items() if k != "short"}, "tensor 'short' of its model is missing"),
+        (lambda state: state | {"wide": torch.zeros(11, 7)}, r"tensor 'wide' is \[11, 7\], but \[7, 11\] in its model"),
+    ],
+)
 def test_other_names_and_shapes_are_refused(change, message):
     received = Mixed(2)
     before = weights_of(received)
@@ -123,6 +126,7 @@ def test_versions_only_grow():
 
 
 # ---- the publisher, with a worker in this process that has a policy of its own ----
+
 
 def test_a_worker_takes_up_every_version_and_stamps_it():
     trainer, rollouts = engine(ROLLOUT).policy, LocalRollouts(engine(ROLLOUT, seed=9))
@@ -301,10 +305,23 @@ def test_every_process_publishes_or_none_does(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = Path(__file__).parent.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
-    started = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "out")], cwd=root,
-                                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(root),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": "2",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "out")],
+            cwd=root,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
     assert [process.wait(150) for process in started] == [0, 0]
     main, other = (torch.load(tmp_path / f"out{rank}", weights_only=False) for rank in range(2))
     assert main[0] == (1, main[0][1], True) and other[0][:2] == main[0][:2]

@@ -10,24 +10,55 @@ import pytest
 from underdrawing import quickstart
 from underdrawing.report.page import report_data
 
-SMALL = ["policy.tiny.hidden_size=16", "policy.tiny.num_hidden_layers=1", "policy.tiny.num_attention_heads=2",
-         "policy.tiny.intermediate_size=32", "sft.demonstrations=24", "sft.max_steps=2", "sft.batch_size=8",
-         "sft.logging_steps=1", "rollout.workers=0", "rollout.rows=8", "rollout.max_tokens=60", "grpo.steps=2",
-         "grpo.prompts_per_step=2", "grpo.num_generations=2", "evaluate.prompts=12", "evaluate.samples=2",
-         "track.wandb=disabled", "track.trajectories_every=1"]
+SMALL = [
+    "policy.tiny.hidden_size=16",
+    "policy.tiny.num_hidden_layers=1",
+    "policy.tiny.num_attention_heads=2",
+    "policy.tiny.intermediate_size=32",
+    "sft.demonstrations=24",
+    "sft.max_steps=2",
+    "sft.batch_size=8",
+    "sft.logging_steps=1",
+    "rollout.workers=0",
+    "rollout.rows=8",
+    "rollout.max_tokens=60",
+    "grpo.steps=2",
+    "grpo.prompts_per_step=2",
+    "grpo.num_generations=2",
+    "evaluate.prompts=12",
+    "evaluate.samples=2",
+    "track.wandb=disabled",
+    "track.trajectories_every=1",
+]
 
 
 def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Untrained, it draws nothing right, so groups would have no variance: a reward of the user's own has.
     own = tmp_path / "own.py"
-    own.write_text("def length(completions, trajectories, **columns):\n"
-                   "    return [float(t.num_tokens()) for t in trajectories]\n")
-    arguments = ["--seed", "3", "--run-dir", str(tmp_path / "run"), *SMALL,
-                 f"rewards.parts={{length: {{function: '{own}:length'}}}}", "rewards.total=length"]
+    own.write_text(
+        "def length(completions, trajectories, **columns):\n    return [float(t.num_tokens()) for t in trajectories]\n"
+    )
+    arguments = [
+        "--seed",
+        "3",
+        "--run-dir",
+        str(tmp_path / "run"),
+        *SMALL,
+        f"rewards.parts={{length: {{function: '{own}:length'}}}}",
+        "rewards.total=length",
+    ]
     assert quickstart.main(arguments) == 0
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert {"warm_start", "grpo", "first_sketch", "final_image", "on_policy_gap", "minutes", "report",
-            "run_dir"} <= set(said)
+    assert {
+        "warm_start",
+        "grpo",
+        "first_sketch",
+        "final_image",
+        "on_policy_gap",
+        "minutes",
+        "report",
+        "run_dir",
+    } <= set(said)
     assert said["grpo"] == said["final_image"]
     low, high = said["refinement_interval"]
     assert low - 1e-4 <= said["final_image"] - said["first_sketch"] <= high + 1e-4
@@ -43,8 +74,8 @@ def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pyte
     again = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == written
     assert {k: again[k] for k in ("warm_start", "grpo", "first_sketch")} == {
-        k: said[k] for k in ("warm_start", "grpo", "first_sketch")}
-
+        k: said[k] for k in ("warm_start", "grpo", "first_sketch")
+    }
 
     # Another recipe in the same folder is refused: the old figures are not its own.
     assert quickstart.main([*arguments, "grpo.steps=3"]) == 2
@@ -59,8 +90,9 @@ def test_a_wrong_override_is_one_sentence(capsys: pytest.CaptureFixture[str]) ->
     assert "grpo.step: unknown key; did you mean 'steps'?" in capsys.readouterr().err
 
 
-def test_without_ray_it_rolls_out_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_it_rolls_out_in_this_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # nothing listens there
     assert quickstart.main(["--run-dir", str(tmp_path), *SMALL, "rollout.workers=1", "grpo.steps=1"]) == 0
     said = capsys.readouterr()
@@ -68,8 +100,9 @@ def test_without_ray_it_rolls_out_in_this_process(tmp_path: Path, capsys: pytest
     assert json.loads(said.out.strip().splitlines()[-1])["run_dir"] == str(tmp_path)
 
 
-def test_minutes_are_those_of_every_attempt_and_none_after_a_kill(tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_are_those_of_every_attempt_and_none_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr(quickstart.time, "monotonic", lambda: now[0])
     path = tmp_path / "quickstart.json"

@@ -43,9 +43,17 @@ def test_a_minimal_recipe_takes_every_default(tmp_path):
 
 
 def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
-    recipe = load_recipe(written(tmp_path, MINIMAL), [
-        "grpo.learning_rate=3e-5", "rollout.temperature={default: 0.9, sketch: 1.1}", "rewards.total=2 * r",
-        "grpo.clip_by_kind.code.epsilon=0.1", "task.name=shapes", "policy.path=null"])
+    recipe = load_recipe(
+        written(tmp_path, MINIMAL),
+        [
+            "grpo.learning_rate=3e-5",
+            "rollout.temperature={default: 0.9, sketch: 1.1}",
+            "rewards.total=2 * r",
+            "grpo.clip_by_kind.code.epsilon=0.1",
+            "task.name=shapes",
+            "policy.path=null",
+        ],
+    )
     assert recipe.grpo.learning_rate == 3e-5
     assert recipe.rollout.temperature == {"default": 0.9, "sketch": 1.1}
     assert recipe.rewards.formula() == "2 * r"
@@ -53,25 +61,28 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
     assert recipe.policy.path is None
 
 
-@pytest.mark.parametrize("override, words", [
-    ("grpo.stps=3", ["grpo.stps: unknown key", "did you mean 'steps'?"]),
-    ("rolout.rows=3", ["rolout: unknown key", "did you mean 'rollout'?"]),
-    ("policy.tiny.hiden_size=64", ["policy.tiny.hiden_size: unknown key", "did you mean 'hidden_size'?"]),
-    ("rewards.parts.r.functon=steps", ["rewards.parts.r.functon: unknown key", "did you mean 'function'?"]),
-    ("grpo.clip_by_kind.code.epsilo=1", ["grpo.clip_by_kind.code.epsilo: unknown key", "did you mean 'epsilon'?"]),
-    ("grpo.steps=many", ["grpo.steps", "integer", "'many'"]),
-    ("grpo.steps=0", ["grpo.steps", "greater than or equal to 1", "0"]),
-    ("grpo.loss_type=ppo", ["grpo.loss_type", "'segment'", "'ppo'"]),
-    ("grpo=3", ["grpo", "3"]),
-    ("grpo.num_minibatches=99", ["grpo", "num_minibatches is 99", "prompts_per_step"]),
-    ("rollout.temperature.sketch=-1", ["rollout.temperature.sketch", "-1"]),
-    ("rewards.total=r + detcet", ["detcet"]),
-    ("rewards.parts.r.function=setps", ["setps", "did you mean 'steps'?"]),
-    ("rewards.parts={}", ["rewards.parts", "at least 1"]),
-    ("policy.tiny.hidden_size=30", ["policy.tiny", "hidden_size 30", "num_attention_heads"]),
-    ("format.constrain=everything", ["format.constrain", "'images'", "'everything'"]),
-    ("name=null", ["name", "string"]),
-])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("grpo.stps=3", ["grpo.stps: unknown key", "did you mean 'steps'?"]),
+        ("rolout.rows=3", ["rolout: unknown key", "did you mean 'rollout'?"]),
+        ("policy.tiny.hiden_size=64", ["policy.tiny.hiden_size: unknown key", "did you mean 'hidden_size'?"]),
+        ("rewards.parts.r.functon=steps", ["rewards.parts.r.functon: unknown key", "did you mean 'function'?"]),
+        ("grpo.clip_by_kind.code.epsilo=1", ["grpo.clip_by_kind.code.epsilo: unknown key", "did you mean 'epsilon'?"]),
+        ("grpo.steps=many", ["grpo.steps", "integer", "'many'"]),
+        ("grpo.steps=0", ["grpo.steps", "greater than or equal to 1", "0"]),
+        ("grpo.loss_type=ppo", ["grpo.loss_type", "'segment'", "'ppo'"]),
+        ("grpo=3", ["grpo", "3"]),
+        ("grpo.num_minibatches=99", ["grpo", "num_minibatches is 99", "prompts_per_step"]),
+        ("rollout.temperature.sketch=-1", ["rollout.temperature.sketch", "-1"]),
+        ("rewards.total=r + detcet", ["detcet"]),
+        ("rewards.parts.r.function=setps", ["setps", "did you mean 'steps'?"]),
+        ("rewards.parts={}", ["rewards.parts", "at least 1"]),
+        ("policy.tiny.hidden_size=30", ["policy.tiny", "hidden_size 30", "num_attention_heads"]),
+        ("format.constrain=everything", ["format.constrain", "'images'", "'everything'"]),
+        ("name=null", ["name", "string"]),
+    ],
+)
 def test_what_is_wrong_is_named(tmp_path, override: str, words: list[str]):
     path = written(tmp_path, MINIMAL)
     with pytest.raises(UserError) as caught:
@@ -80,25 +91,31 @@ def test_what_is_wrong_is_named(tmp_path, override: str, words: list[str]):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("override, words", [
-    ("grpo.steps", "override 'grpo.steps': write it as section.key=value"),
-    ("=3", "write it as section.key=value"),
-    ("name.first=Ada", "'name' is a value, not a section"),
-    ("grpo.steps=[1", "the value is not YAML"),
-])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("grpo.steps", "override 'grpo.steps': write it as section.key=value"),
+        ("=3", "write it as section.key=value"),
+        ("name.first=Ada", "'name' is a value, not a section"),
+        ("grpo.steps=[1", "the value is not YAML"),
+    ],
+)
 def test_an_override_that_is_none_is_quoted(tmp_path, override: str, words: str):
     with pytest.raises(RecipeError, match="override") as caught:
         load_recipe(written(tmp_path, MINIMAL), [override])
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("name: [one, two", "line 1: not YAML"),
-    ("name: one\n  seed: 3\n", "line 2: not YAML"),
-    ("- name\n", "a mapping of sections, not list"),
-    ("", "a mapping of sections, not NoneType"),
-    ("name: mine\npolicy: {}\ntask: {}\nformat: {}\n", "rewards: missing"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("name: [one, two", "line 1: not YAML"),
+        ("name: one\n  seed: 3\n", "line 2: not YAML"),
+        ("- name\n", "a mapping of sections, not list"),
+        ("", "a mapping of sections, not NoneType"),
+        ("name: mine\npolicy: {}\ntask: {}\nformat: {}\n", "rewards: missing"),
+    ],
+)
 def test_a_file_that_is_no_recipe_is_named_with_its_line(tmp_path, text: str, words: str):
     path = written(tmp_path, text)
     with pytest.raises(RecipeError) as caught:
@@ -113,8 +130,15 @@ def test_every_fault_is_told_at_once(tmp_path):
     assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == ["grpo.steps", "grpo.beta", "sed"]
 
 
-@pytest.mark.parametrize("name, words", [("", "a YAML text file"), ("none.yaml", "no such recipe"),
-                                         ("picture.yaml/x", "no such recipe"), ("picture.yaml", "a YAML text file")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("", "a YAML text file"),
+        ("none.yaml", "no such recipe"),
+        ("picture.yaml/x", "no such recipe"),
+        ("picture.yaml", "a YAML text file"),
+    ],
+)
 def test_a_path_that_leads_to_no_text_is_named(tmp_path, name: str, words: str):
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
     with pytest.raises(RecipeError) as caught:
@@ -139,12 +163,19 @@ def test_paying_for_the_form_under_full_constraint_is_refused(tmp_path):
         load_recipe(written(tmp_path, data))
 
 
-@pytest.mark.parametrize("given, words", [
-    ({"grpo": {"evaluate_every": 5}, "rollout": {"temperature": {"sketch": 0.9}}},
-     ["rollout.temperature is 0.9 (sketch)", "evaluate.temperature 1,", "make them equal"]),
-    ({"policy": {"device": "cuda"}, "rollout": {"workers": 2}},
-     ["rollout.gpus is 0", "its 2 workers no GPU", "policy.device is cuda"]),
-])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (
+            {"grpo": {"evaluate_every": 5}, "rollout": {"temperature": {"sketch": 0.9}}},
+            ["rollout.temperature is 0.9 (sketch)", "evaluate.temperature 1,", "make them equal"],
+        ),
+        (
+            {"policy": {"device": "cuda"}, "rollout": {"workers": 2}},
+            ["rollout.gpus is 0", "its 2 workers no GPU", "policy.device is cuda"],
+        ),
+    ],
+)
 def test_sections_that_contradict_each_other_are_refused(tmp_path, given, words):
     with pytest.raises(RecipeError) as raised:
         load_recipe(written(tmp_path, MINIMAL | given))
@@ -153,11 +184,12 @@ def test_sections_that_contradict_each_other_are_refused(tmp_path, given, words)
 
 
 def test_sections_that_agree_are_taken(tmp_path):
-    for given in ({"grpo": {"evaluate_every": 5}, "rollout": {"temperature": {"default": 0.9}},
-                   "evaluate": {"temperature": 0.9}},
-                  {"rollout": {"temperature": {"sketch": 0.9}}},
-                  {"policy": {"device": "cuda"}, "rollout": {"workers": 2, "gpus": 0.5}},
-                  {"policy": {"device": "cuda"}}):
+    for given in (
+        {"grpo": {"evaluate_every": 5}, "rollout": {"temperature": {"default": 0.9}}, "evaluate": {"temperature": 0.9}},
+        {"rollout": {"temperature": {"sketch": 0.9}}},
+        {"policy": {"device": "cuda"}, "rollout": {"workers": 2, "gpus": 0.5}},
+        {"policy": {"device": "cuda"}},
+    ):
         load_recipe(written(tmp_path, MINIMAL | given))
 
 

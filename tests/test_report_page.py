@@ -21,14 +21,31 @@ def thought(member: int, tag: str, word: str) -> Trajectory:
     picture = np.full((8, 8, 3), 200, np.uint8)
     segments = [
         Segment("prompt", Author.USER, Modality.TEXT, False, text="a red circle"),
-        Segment("plan", Author.POLICY, Modality.TEXT, True, ids=np.arange(3, dtype=np.int32),
-                text=f"<ins>draw {word}</ins><des>red circle</des>"),
-        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, ids=np.arange(4, dtype=np.int32),
-                picture=picture),
+        Segment(
+            "plan",
+            Author.POLICY,
+            Modality.TEXT,
+            True,
+            ids=np.arange(3, dtype=np.int32),
+            text=f"<ins>draw {word}</ins><des>red circle</des>",
+        ),
+        Segment(
+            "sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, ids=np.arange(4, dtype=np.int32), picture=picture
+        ),
     ]
-    return Trajectory("a red circle", {"tag": tag}, "strokes", segments, group=member, member=0,
-                      stop=StopReason.MAX_TOKENS, rewards={"detect": 1.0, "critique": None}, reward=0.75,
-                      segment_rewards={"pictures": {2: 1.0}}, advantage_S=np.array([0.0, 0.5, -1.25], np.float32))
+    return Trajectory(
+        "a red circle",
+        {"tag": tag},
+        "strokes",
+        segments,
+        group=member,
+        member=0,
+        stop=StopReason.MAX_TOKENS,
+        rewards={"detect": 1.0, "critique": None},
+        reward=0.75,
+        segment_rewards={"pictures": {2: 1.0}},
+        advantage_S=np.array([0.0, 0.5, -1.25], np.float32),
+    )
 
 
 def test_a_filmstrip_shows_every_segment_with_its_advantage_and_credit() -> None:
@@ -68,9 +85,12 @@ def test_before_and_after_show_the_same_prompts_with_the_tags_in_turn(tmp_path: 
 
 
 def test_alarms_that_were_raised_are_told(tmp_path: Path) -> None:
-    rows = [{"step": 1, "reward/mean": 0.1}, {"step": 2, "alarm/diversity": 0.0, "alarm/diversity/value": 0.9},
-            {"step": 3, "alarm/diversity": 1.0, "alarm/diversity/value": 0.2, "alarm/unjudged": 0.0},
-            {"step": 4, "alarm/diversity": 1.0, "alarm/diversity/value": 0.1, "alarm/unjudged": 0.0}]
+    rows = [
+        {"step": 1, "reward/mean": 0.1},
+        {"step": 2, "alarm/diversity": 0.0, "alarm/diversity/value": 0.9},
+        {"step": 3, "alarm/diversity": 1.0, "alarm/diversity/value": 0.2, "alarm/unjudged": 0.0},
+        {"step": 4, "alarm/diversity": 1.0, "alarm/diversity/value": 0.1, "alarm/unjudged": 0.0},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = report_data(tmp_path)
     assert data.notes == ["The alarm 'diversity' was first raised at step 3 at 0.2, and stood in 2 of 4 steps."]
@@ -82,12 +102,29 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
         report_data(tmp_path)
 
 
-@pytest.mark.parametrize("name, advice", [("grpo/summary.json", "evaluate those weights again with --label grpo"),
-                                          ("comparison.json", "remove it, and the report does without")])
-@pytest.mark.parametrize("text", ["", '{"score": 0.5, "by_', "[]", "null", "{}", '{"interval": 3}', '{"interval": [1]}',
-                                  '{"score": "high", "by_tag": {}, "prompts": 3, "interval": ["low", "high"]}',
-                                  '{"score": 0.5, "by_tag": [], "prompts": 3}',
-                                  '{"score": 0.5, "by_tag": {}, "prompts": Infinity}', "\xff"])
+@pytest.mark.parametrize(
+    "name, advice",
+    [
+        ("grpo/summary.json", "evaluate those weights again with --label grpo"),
+        ("comparison.json", "remove it, and the report does without"),
+    ],
+)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"score": 0.5, "by_',
+        "[]",
+        "null",
+        "{}",
+        '{"interval": 3}',
+        '{"interval": [1]}',
+        '{"score": "high", "by_tag": {}, "prompts": 3, "interval": ["low", "high"]}',
+        '{"score": 0.5, "by_tag": [], "prompts": 3}',
+        '{"score": 0.5, "by_tag": {}, "prompts": Infinity}',
+        "\xff",
+    ],
+)
 def test_a_damaged_evaluation_is_named_with_what_to_do(tmp_path: Path, name: str, advice: str, text: str) -> None:
     write_run(tmp_path, ["colors"])
     path = tmp_path / "evaluations" / name
@@ -98,8 +135,10 @@ def test_a_damaged_evaluation_is_named_with_what_to_do(tmp_path: Path, name: str
     assert advice in str(raised.value) and raised.value.exit_code == 2
 
 
-@pytest.mark.parametrize("samples, words", [(None, "4 held-out prompts."), (1, "4 held-out prompts."),
-                                            (3, "4 held-out prompts, 3 answers each.")])
+@pytest.mark.parametrize(
+    "samples, words",
+    [(None, "4 held-out prompts."), (1, "4 held-out prompts."), (3, "4 held-out prompts, 3 answers each.")],
+)
 def test_the_report_says_how_many_answers_a_score_is_of(tmp_path: Path, samples: int | None, words: str) -> None:
     write_run(tmp_path, ["colors"])
     path = tmp_path / "evaluations/grpo/summary.json"
@@ -127,8 +166,10 @@ def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("record.store.flush_one", lambda path: None)
     monkeypatch.setattr(os, "fsync", breaks)
     nothing = Heldout([PromptScore("a prompt", "colors", 0.0, 0.0, 0.0)], [[thought(0, "colors", "well")]], {})
-    for keep in (lambda: keep_evaluation(nothing, folder / "grpo"),
-                 lambda: compare_evaluations(tmp_path, "grpo", "grpo")):
+    for keep in (
+        lambda: keep_evaluation(nothing, folder / "grpo"),
+        lambda: compare_evaluations(tmp_path, "grpo", "grpo"),
+    ):
         with pytest.raises(UserError, match="No space left on device"):
             keep()
     assert [file.read_text() for file in files] == before
@@ -138,9 +179,13 @@ def write_run(folder: Path, tags: list[str]) -> None:
     for label, score in (("warm_start", 0.25), ("grpo", 0.5)):
         evaluation = folder / "evaluations" / label
         evaluation.mkdir(parents=True)
-        (evaluation / "summary.json").write_text(json.dumps({
-            "score": score, "by_tag": {"colors": score}, "first_sketch": 0.2, "final_image": score, "prompts": 4}))
+        (evaluation / "summary.json").write_text(
+            json.dumps(
+                {"score": score, "by_tag": {"colors": score}, "first_sketch": 0.2, "final_image": score, "prompts": 4}
+            )
+        )
         save_trajectories([thought(i, tag, "well") for i, tag in enumerate(tags)], evaluation / "trajectories")
     (folder / "evaluations" / "comparison.json").write_text(json.dumps({"interval": [0.1, 0.3]}))
-    (folder / "metrics.jsonl").write_text("".join(
-        json.dumps({"step": step, "reward/mean": step / 10}) + "\n" for step in range(1, 6)))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "reward/mean": step / 10}) + "\n" for step in range(1, 6))
+    )

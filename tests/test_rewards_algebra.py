@@ -30,26 +30,33 @@ def rows(formula, parts=ROWS, groups=GROUPS):
 
 # ---- over the group and the step ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("formula", "expected"), [
-    ("group_mean(a)", [2, 2, 2, 10, 10]),  # the None leaves the mean; the row that has it gets the mean all the same
-    ("a - group_mean(a)", [-1, 1, None, 0, 0]),
-    ("group_std(a)", [1, 1, 1, 0, 0]),  # divisor n: of 1 and 3, sqrt(((-1)^2 + 1^2) / 2)
-    ("group_max(a) - group_min(a)", [2, 2, 2, 0, 0]),
-    ("group_count(b)", [2, 2, 2, 2, 2]),
-    ("group_any(a > 2)", [1, 1, 1, 1, 1]),
-    ("group_all(a > 2)", [0, 0, 0, 1, 1]),
-    ("group_share(b > 0)", [0.5, 0.5, 0.5, 0.5, 0.5]),
-    ("group_rank(a)", [0, 1, None, 0.5, 0.5]),  # a tie of two: half of the one other
-    ("batch_mean(a)", [6] * 5),
-    ("batch_rank(a)", [0, 1 / 3, None, 2.5 / 3, 2.5 / 3]),  # 10 and 10: two are lower, the equal one counts half
-    ("batch_share(b > 0)", [0.5] * 5),
-    ("batch_max(group_mean(a))", [10] * 5),
-    ("group_mean(a - group_mean(a))", [0, 0, 0, 0, 0]),
-    ("group_mean(a if b > 0 else 0)", [0.5, 0.5, 0.5, 5, 5]),
-    ("a if group_share(b > 0) < 0.6 else 0", [1, 3, None, 10, 10]),
-    ("coalesce(a, group_mean(a))", [1, 3, 2, 10, 10]),
-    ("judged(a) + judged(b)", [2, 1, 1, 2, 2]),
-])
+
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [
+        (
+            "group_mean(a)",
+            [2, 2, 2, 10, 10],
+        ),  # the None leaves the mean; the row that has it gets the mean all the same
+        ("a - group_mean(a)", [-1, 1, None, 0, 0]),
+        ("group_std(a)", [1, 1, 1, 0, 0]),  # divisor n: of 1 and 3, sqrt(((-1)^2 + 1^2) / 2)
+        ("group_max(a) - group_min(a)", [2, 2, 2, 0, 0]),
+        ("group_count(b)", [2, 2, 2, 2, 2]),
+        ("group_any(a > 2)", [1, 1, 1, 1, 1]),
+        ("group_all(a > 2)", [0, 0, 0, 1, 1]),
+        ("group_share(b > 0)", [0.5, 0.5, 0.5, 0.5, 0.5]),
+        ("group_rank(a)", [0, 1, None, 0.5, 0.5]),  # a tie of two: half of the one other
+        ("batch_mean(a)", [6] * 5),
+        ("batch_rank(a)", [0, 1 / 3, None, 2.5 / 3, 2.5 / 3]),  # 10 and 10: two are lower, the equal one counts half
+        ("batch_share(b > 0)", [0.5] * 5),
+        ("batch_max(group_mean(a))", [10] * 5),
+        ("group_mean(a - group_mean(a))", [0, 0, 0, 0, 0]),
+        ("group_mean(a if b > 0 else 0)", [0.5, 0.5, 0.5, 5, 5]),
+        ("a if group_share(b > 0) < 0.6 else 0", [1, 3, None, 10, 10]),
+        ("coalesce(a, group_mean(a))", [1, 3, 2, 10, 10]),
+        ("judged(a) + judged(b)", [2, 1, 1, 2, 2]),
+    ],
+)
 def test_by_hand(formula, expected):
     assert rows(formula) == pytest.approx(expected, nan_ok=False)
 
@@ -88,9 +95,15 @@ def python(parts, groups):
             x = [parts[row]["a"] for row in group if parts[row]["a"] is not None]
             values = {"count": len(x)}
             if x:
-                values |= {"mean": statistics.fmean(x), "std": statistics.pstdev(x), "min": min(x), "max": max(x),
-                           "any": float(any(x)), "all": float(all(x)),
-                           "share": sum(v != 0 for v in x) / len(x)}
+                values |= {
+                    "mean": statistics.fmean(x),
+                    "std": statistics.pstdev(x),
+                    "min": min(x),
+                    "max": max(x),
+                    "any": float(any(x)),
+                    "all": float(all(x)),
+                    "share": sum(v != 0 for v in x) / len(x),
+                }
             for row in group:
                 for name, value in values.items():
                     result[f"{over}_{name}"][row] = value
@@ -121,8 +134,17 @@ def test_an_unjudged_row_moves_nobody_elses_value(step, function):
     assert [whole[row] for row in without] == rows(f"{function}(a)", [parts[row] for row in without], kept)
 
 
-STRICT = ("a + b", "a * b - a", "min(a, b)", "max(a, b, 0)", "clip(a, b - 200, b + 200)", "abs(a) < abs(b)",
-          "a == b or a > 3", "not (a and b)", "a if b > 0 else -a")
+STRICT = (
+    "a + b",
+    "a * b - a",
+    "min(a, b)",
+    "max(a, b, 0)",
+    "clip(a, b - 200, b + 200)",
+    "abs(a) < abs(b)",
+    "a == b or a > 3",
+    "not (a and b)",
+    "a if b > 0 else -a",
+)
 
 
 @relaxed
@@ -164,18 +186,22 @@ def test_the_order_of_the_groups_changes_nothing(step, random):
     assert rows(formula, parts, shuffled) == rows(formula, parts, groups)
 
 
-@pytest.mark.parametrize(("formula", "message"), [
-    ("group_median(a)", "no function 'group_median'; did you mean 'group_mean'"),
-    ("group_mean(a, b)", "group_mean takes 1 plain argument"),
-    ("group_mean", "no reward part 'group_mean'"),
-    ("1 / group_std(a)", r"divides by zero for trajectory 0-3 \(.*group_std\(a\) = 0.0"),
-])
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        ("group_median(a)", "no function 'group_median'; did you mean 'group_mean'"),
+        ("group_mean(a, b)", "group_mean takes 1 plain argument"),
+        ("group_mean", "no reward part 'group_mean'"),
+        ("1 / group_std(a)", r"divides by zero for trajectory 0-3 \(.*group_std\(a\) = 0.0"),
+    ],
+)
 def test_a_wrong_formula_is_named(formula, message):
     with pytest.raises(ExpressionError, match=message):
         Expression(formula, PARTS).rows(ROWS, GROUPS, [f"0-{row}" for row in range(5)])
 
 
 # ---- schedules ----------------------------------------------------------------------------------------------------
+
 
 def test_a_linear_schedule_by_hand():
     schedule = ScheduleConfig.model_validate({100: 0.2, 0: 1.0})
@@ -198,11 +224,18 @@ def test_a_schedule_stays_between_its_values(at, step):
             assert value == pytest.approx(at[step])
 
 
-@pytest.mark.parametrize(("section", "message"), [
-    ({"w": {}}, "Field required"), ({"w": {"at": {}}}, "at least 1 item"), ({"w": {-1: 2}}, "comes before the run"),
-    ({"w": {"at": {0: 1}, "kind": "cosine"}}, "linear"), ({"w": {0: math.nan}}, "finite"),
-    ({"a": {0: 1}}, "a part has this name already"), ({"min": {0: 1}}, "must be a plain word"),
-])
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"w": {}}, "Field required"),
+        ({"w": {"at": {}}}, "at least 1 item"),
+        ({"w": {-1: 2}}, "comes before the run"),
+        ({"w": {"at": {0: 1}, "kind": "cosine"}}, "linear"),
+        ({"w": {0: math.nan}}, "finite"),
+        ({"a": {0: 1}}, "a part has this name already"),
+        ({"min": {0: 1}}, "must be a plain word"),
+    ],
+)
 def test_a_wrong_schedule_is_refused(section, message):
     with pytest.raises(ValidationError, match=message):
         RewardsConfig.model_validate({"parts": {"a": {"function": "format"}}, "schedules": section})
@@ -235,8 +268,11 @@ def judged(section, *groups, step=1):
 
 
 def test_the_formula_sees_the_groups_and_the_step(file):
-    section = {"parts": {"n": file("lengths")}, "schedules": {"w": {0: 1.0, 10: 0.0}},
-               "total": "w * (n - group_mean(n)) + batch_max(n)"}
+    section = {
+        "parts": {"n": file("lengths")},
+        "schedules": {"w": {0: 1.0, 10: 0.0}},
+        "total": "w * (n - group_mean(n)) + batch_max(n)",
+    }
     rewards, report = judged(section, group("aa", "aaaa", ""), group("aaaaaa", "aa", number=1), step=5)
     assert rewards == [[0.5 * -1 + 6, 0.5 * 1 + 6, None], [0.5 * 2 + 6, 0.5 * -2 + 6]]
     assert report.metrics["reward/schedule/w"] == 0.5
@@ -284,21 +320,51 @@ def test_what_a_watched_part_says_of_segments_moves_no_advantage(file):
 
 # ---- the tree -----------------------------------------------------------------------------------------------------
 
+
 def test_the_tree_says_what_each_part_is_and_how_they_are_combined(file):
-    config = RewardsConfig.model_validate({
-        "parts": {"result": {"function": "geneval", "options": {"mode": "graded"}},
-                  "form": {"function": "format", "watch": True},
-                  "mine": {"function": "trl.rewards.think_format_reward", "scope": "row", "timeout_s": 20,
-                           "workers": {"kind": "ray", "count": 2, "num_gpus": 0.25, "batch_size": 8}}},
-        "schedules": {"w": {0: 1.0, 100: 0.2}},
-        "total": "w * result if group_std(result) > 0 else clip(mine, -1, 1)"})
+    config = RewardsConfig.model_validate(
+        {
+            "parts": {
+                "result": {"function": "geneval", "options": {"mode": "graded"}},
+                "form": {"function": "format", "watch": True},
+                "mine": {
+                    "function": "trl.rewards.think_format_reward",
+                    "scope": "row",
+                    "timeout_s": 20,
+                    "workers": {"kind": "ray", "count": 2, "num_gpus": 0.25, "batch_size": 8},
+                },
+            },
+            "schedules": {"w": {0: 1.0, 100: 0.2}},
+            "total": "w * result if group_std(result) > 0 else clip(mine, -1, 1)",
+        }
+    )
     printed = "\n".join(lines(config))
-    for said in ("result [paid] = geneval(mode='graded')", "form [watched] = format()", "GenEval, arXiv:2310.11513",
-                 "in the driver", "in 2 Ray actors of 1 CPU and 0.25 GPU, 8 at a time; 20 s a call, then 1 more",
-                 "w [schedule] = 1 at step 0 -> 0.2 at step 100",
-                 "group_std: over the group, the standard deviation, divisor n", "w (schedule)", "clip"):
+    for said in (
+        "result [paid] = geneval(mode='graded')",
+        "form [watched] = format()",
+        "GenEval, arXiv:2310.11513",
+        "in the driver",
+        "in 2 Ray actors of 1 CPU and 0.25 GPU, 8 at a time; 20 s a call, then 1 more",
+        "w [schedule] = 1 at step 0 -> 0.2 at step 100",
+        "group_std: over the group, the standard deviation, divisor n",
+        "w (schedule)",
+        "clip",
+    ):
         assert said in printed, said
     tree = [line.lstrip(" │├└─") for line in lines(config)]
-    assert tree[tree.index("if"):] == [
-        "if", ">", "group_std: over the group, the standard deviation, divisor n", "result", "0", "then", "*",
-        "w (schedule)", "result", "else", "clip", "mine", "-1", "1"]
+    assert tree[tree.index("if") :] == [
+        "if",
+        ">",
+        "group_std: over the group, the standard deviation, divisor n",
+        "result",
+        "0",
+        "then",
+        "*",
+        "w (schedule)",
+        "result",
+        "else",
+        "clip",
+        "mine",
+        "-1",
+        "1",
+    ]

@@ -26,15 +26,26 @@ from underdrawing.report.trial import BINS, histogram, row_of, seen_of
 from underdrawing.trial import spread
 
 ROOT = Path(__file__).parent.parent
-PARTS = {"right": {"function": "geneval"}, "share": {"function": "geneval", "options": {"mode": "graded"}},
-         "exact": {"function": "geneval", "options": {"mode": "strict"}, "watch": True}}
+PARTS = {
+    "right": {"function": "geneval"},
+    "share": {"function": "geneval", "options": {"mode": "graded"}},
+    "exact": {"function": "geneval", "options": {"mode": "strict"}, "watch": True},
+}
 
 
 def recipe(folder, total="right + 0.5 * share", parts=None, **rewards):
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({
-        "name": "mine", "policy": {}, "task": {"name": "shapes"}, "format": {"name": "strokes"},
-        "rewards": {"parts": PARTS if parts is None else parts, "total": total, **rewards}}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "mine",
+                "policy": {},
+                "task": {"name": "shapes"},
+                "format": {"name": "strokes"},
+                "rewards": {"parts": PARTS if parts is None else parts, "total": total, **rewards},
+            }
+        )
+    )
     return str(path)
 
 
@@ -46,6 +57,7 @@ def said(capsys, *arguments, code=0):
 
 
 # ---- list and explain -------------------------------------------------------------------------------------------
+
 
 def test_list_names_every_reward(capsys):
     out = said(capsys, "rewards", "list")
@@ -60,6 +72,7 @@ def test_explain_tells_all_of_a_reward(capsys, name):
         assert re.sub(r"\s+", " ", words)[:40] in out
     assert ("a detector" in out) >= reward.needs_detector and ("a judge (" in out) == reward.needs_judge
     import inspect
+
     for option, parameter in inspect.signature(reward.load()).parameters.items():
         if option not in ("trajectories", "setting", "log_metric", "log_extra", "columns"):
             assert f" {option} {parameter.default!r}"[:25] in out
@@ -82,11 +95,14 @@ def test_explain_knows_no_other(capsys):
 
 # ---- check ------------------------------------------------------------------------------------------------------
 
+
 def test_check_prints_values_and_verdict(capsys, tmp_path):
-    (tmp_path / "mine.py").write_text(textwrap.dedent("""
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
         def mine(trajectories, level, factor=1, **columns):
             return [None if l is None else float(l * factor * len(t.segments)) for t, l in zip(trajectories, level)]
-    """))
+    """)
+    )
     out = said(capsys, "rewards", "check", f"{tmp_path}/mine.py:mine", "--option", "factor=2", "--column", "level=3")
     assert "18 words alone" in out and "keeps the contract" in out
 
@@ -105,16 +121,19 @@ def test_check_says_that_a_reward_ends_its_process(capsys, tmp_path):
     assert "it raises for every thought: SystemExit: 1" in out and "problem(s)" in out
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["mine.py:mine"], "mine.py, line 2: '(' was never closed"),
-    (["absent.py:mine"], "no file absent.py"),
-    (["mine.py"], "name the function too, as 'mine.py:function'"),
-    (["geneval"], "'geneval' is one of the toolkit's own"),
-    (["good.py:good", "--option", "fast"], "--option 'fast': write it as KEY=VALUE"),
-    (["good.py:good", "--option", "fast=1"], "'fast' is no argument of the function"),
-    (["good.py:good", "--column", "a=[1"], "--column 'a=[1': the value is not YAML"),
-    (["good.py:good", "--trajectories", "nowhere"], "nowhere: there are no trajectories here"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["mine.py:mine"], "mine.py, line 2: '(' was never closed"),
+        (["absent.py:mine"], "no file absent.py"),
+        (["mine.py"], "name the function too, as 'mine.py:function'"),
+        (["geneval"], "'geneval' is one of the toolkit's own"),
+        (["good.py:good", "--option", "fast"], "--option 'fast': write it as KEY=VALUE"),
+        (["good.py:good", "--option", "fast=1"], "'fast' is no argument of the function"),
+        (["good.py:good", "--column", "a=[1"], "--column 'a=[1': the value is not YAML"),
+        (["good.py:good", "--trajectories", "nowhere"], "nowhere: there are no trajectories here"),
+    ],
+)
 def test_check_names_bad_input(capsys, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("def mine(completions):\n    return (1\n")
@@ -124,11 +143,14 @@ def test_check_names_bad_input(capsys, tmp_path, monkeypatch, arguments, words):
 
 # ---- try --------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def demonstrations():
     task = get_task("shapes")
-    return [from_parts(d.record, d.parts, group=n // 2, member=n % 2)
-            for n, d in enumerate(task.demonstrations("strokes", 12, seed=3))]
+    return [
+        from_parts(d.record, d.parts, group=n // 2, member=n % 2)
+        for n, d in enumerate(task.demonstrations("strokes", 12, seed=3))
+    ]
 
 
 @pytest.fixture
@@ -142,7 +164,7 @@ def test_try_on_thoughts_gives_the_judges_numbers_and_a_page(capsys, tmp_path, s
     out = said(capsys, "rewards", "try", path, "--trajectories", stored)
     loaded = load_recipe(path)
     with Judge(loaded.rewards, build.build_task(loaded), build.build_format(loaded)) as judge:
-        metrics = judge.judge([demonstrations[n:n + 2] for n in range(0, 12, 2)]).metrics
+        metrics = judge.judge([demonstrations[n : n + 2] for n in range(0, 12, 2)]).metrics
     for name in ("right", "share", "exact"):
         assert re.search(rf"{name}( \(watched\))? {metrics[f'reward/{name}']:.3f} ", out)
     assert f"reward {metrics['reward/mean']:.3f} {metrics['reward/std']:.3f}" in out
@@ -162,8 +184,12 @@ def test_boxes_stand_where_the_objects_are(demonstrations):
     from rewards.detectors.base import Detected
 
     picture = np.zeros((50, 200, 3), np.uint8)
-    seen = seen_of(picture, {"cat": [Detected((20, 10, 120, 60), 0.7, "black")],
-                             "dog": [Detected((-10, 0, 50, 25), 0.9)]}, False, "expected")
+    seen = seen_of(
+        picture,
+        {"cat": [Detected((20, 10, 120, 60), 0.7, "black")], "dog": [Detected((-10, 0, 50, 25), 0.9)]},
+        False,
+        "expected",
+    )
     dog, cat = seen.boxes
     assert (dog.label, dog.left, dog.top, dog.width, dog.height) == ("dog", 0, 0, 25, 50)
     assert (cat.label, cat.left, cat.top, cat.width, cat.height) == ("black cat", 10, 20, 50, 80)
@@ -187,7 +213,8 @@ def test_the_parts_thresholds_hold_for_the_page_too(demonstrations):
 
 def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images, monkeypatch):
     """Named in the recipe; it is asked for what each record names, and colours are named afterwards."""
-    (tmp_path / "mine.py").write_text(textwrap.dedent("""
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
         from rewards.detectors.base import Detected
 
         class Mine:
@@ -201,7 +228,8 @@ def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images
 
             def name_colors(self, pictures, objects):
                 return [["red"] * len(row) for row in objects]
-    """))
+    """)
+    )
     path = recipe(tmp_path, detector=f"{tmp_path}/mine.py:Mine")
     said(capsys, "rewards", "try", path, "--images", images)
     page = (images / "rewards.html").read_text()
@@ -212,19 +240,30 @@ def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images
     assert "left:0.0%;top:0.0%;width:25.0%;height:50.0%" in first
 
 
-@pytest.mark.parametrize("body, words", [
-    ("def __init__(self): raise ValueError('no weights here')", "Mine' cannot be made: ValueError: no weights here at"),
-    ("def __init__(self, path): pass", "Mine' cannot be made: TypeError: Mine.__init__() missing 1 required"),
-    ("def detect(self): return []", "Mine raises TypeError: Mine.detect() takes 1 positional argument but 2 were"),
-    ("def detect(self, pictures): return [1 / 0]", "Mine raises ZeroDivisionError: division by zero ("),
-    ("def detect(self, pictures): return {}", "Mine gives {}; it must give a list with one {class: [Detected, ...]}"),
-    ("def detect(self, pictures): return [None for _ in pictures]", "Mine gives [None"),
-    ("def detect(self, pictures): raise SystemExit(1)", "Mine raises SystemExit: 1 ("),
-])
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (
+            "def __init__(self): raise ValueError('no weights here')",
+            "Mine' cannot be made: ValueError: no weights here at",
+        ),
+        ("def __init__(self, path): pass", "Mine' cannot be made: TypeError: Mine.__init__() missing 1 required"),
+        ("def detect(self): return []", "Mine raises TypeError: Mine.detect() takes 1 positional argument but 2 were"),
+        ("def detect(self, pictures): return [1 / 0]", "Mine raises ZeroDivisionError: division by zero ("),
+        (
+            "def detect(self, pictures): return {}",
+            "Mine gives {}; it must give a list with one {class: [Detected, ...]}",
+        ),
+        ("def detect(self, pictures): return [None for _ in pictures]", "Mine gives [None"),
+        ("def detect(self, pictures): raise SystemExit(1)", "Mine raises SystemExit: 1 ("),
+    ],
+)
 @pytest.mark.parametrize("rewards", [{}, {"detector_workers": {}}])
 def test_what_a_detector_of_ones_own_raises_is_a_sentence(capsys, tmp_path, stored, body, words, rewards):
-    (tmp_path / "mine.py").write_text("class Mine:\n    classes = ('circle', 'square', 'triangle', 'cross')\n"
-                                      f"    def detect(self, pictures): return []\n    {body}\n")
+    (tmp_path / "mine.py").write_text(
+        "class Mine:\n    classes = ('circle', 'square', 'triangle', 'cross')\n"
+        f"    def detect(self, pictures): return []\n    {body}\n"
+    )
     parts = {name: {**part, "retries": 0} for name, part in PARTS.items()}
     path = recipe(tmp_path, parts=parts, detector=f"{tmp_path}/mine.py:Mine", **rewards)
     out = said(capsys, "rewards", "try", path, "--trajectories", stored, code=2)
@@ -234,8 +273,19 @@ def test_what_a_detector_of_ones_own_raises_is_a_sentence(capsys, tmp_path, stor
 
 def test_the_overrides_of_a_recipe_hold(capsys, tmp_path, stored):
     path = recipe(tmp_path)
-    out = said(capsys, "rewards", "try", path, "rewards.total=2 * right", "--trajectories", stored, "--out",
-               tmp_path / "out" / "page.html", "--most", "3")
+    out = said(
+        capsys,
+        "rewards",
+        "try",
+        path,
+        "rewards.total=2 * right",
+        "--trajectories",
+        stored,
+        "--out",
+        tmp_path / "out" / "page.html",
+        "--most",
+        "3",
+    )
     assert "reward = 2 * right" in out
     page = (tmp_path / "out" / "page.html").read_text()
     assert page.count('<article class="film">') == 3 and "3 of 12" in page
@@ -296,6 +346,7 @@ def test_a_histogram_counts_everybody():
 
 # ---- bad input --------------------------------------------------------------------------------------------------
 
+
 def spoil(images, what):
     first = images / "00000"
     if what == "corrupt":
@@ -305,23 +356,34 @@ def spoil(images, what):
         Image.open(first / "samples" / "0001.png").save(first / "samples" / "0001.jpg")
     elif what == "missing":
         import shutil
+
         shutil.rmtree(images / "00003")
     elif what == "colour":
-        (first / "metadata.jsonl").write_text(json.dumps(
-            {"tag": "colors", "prompt": "a grey circle", "include": [
-                {"class": "circle", "count": 1, "color": "grey"}]}))
+        (first / "metadata.jsonl").write_text(
+            json.dumps(
+                {
+                    "tag": "colors",
+                    "prompt": "a grey circle",
+                    "include": [{"class": "circle", "count": 1, "color": "grey"}],
+                }
+            )
+        )
     elif what == "class":
-        (first / "metadata.jsonl").write_text(json.dumps(
-            {"tag": "single_object", "prompt": "a tirangle", "include": [{"class": "tirangle", "count": 1}]}))
+        (first / "metadata.jsonl").write_text(
+            json.dumps({"tag": "single_object", "prompt": "a tirangle", "include": [{"class": "tirangle", "count": 1}]})
+        )
 
 
-@pytest.mark.parametrize("what, words", [
-    ("corrupt", ["00000/samples/0001.png", "no picture can be read"]),
-    ("twice", ["00000/samples", "0001.jpg and 0001.png"]),
-    ("missing", ["1 of 6 prompts", "00003"]),
-    ("class", ["'tirangle'", "did you mean 'triangle'?"]),
-    ("colour", ["'a grey circle'", "the colour 'grey'", "did you mean 'green'?"]),
-])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("corrupt", ["00000/samples/0001.png", "no picture can be read"]),
+        ("twice", ["00000/samples", "0001.jpg and 0001.png"]),
+        ("missing", ["1 of 6 prompts", "00003"]),
+        ("class", ["'tirangle'", "did you mean 'triangle'?"]),
+        ("colour", ["'a grey circle'", "the colour 'grey'", "did you mean 'green'?"]),
+    ],
+)
 def test_bad_pictures_are_named(capsys, tmp_path, images, what, words):
     spoil(images, what)
     out = said(capsys, "rewards", "try", recipe(tmp_path), "--images", images, code=2)
@@ -370,8 +432,14 @@ def rows_in(folder):
 
 
 def test_answers_that_were_paid_for_outlive_a_division_by_zero(capsys, tmp_path):
-    thoughts = [thought({"prompt": f"p{n}", "question": f"How many is {n}?", "ground_truth": "two"},
-                        text("answer", f"FINAL ANSWER: {n}. TERMINATE"), member=n) for n in range(4)]
+    thoughts = [
+        thought(
+            {"prompt": f"p{n}", "question": f"How many is {n}?", "ground_truth": "two"},
+            text("answer", f"FINAL ANSWER: {n}. TERMINATE"),
+            member=n,
+        )
+        for n in range(4)
+    ]
     save_trajectories(thoughts, tmp_path / "stored")
     with JudgeServer(lambda *_: "yes") as server:
         path = recipe(tmp_path, "1 / (answer - answer)", JUDGED, judge={"base_url": server.url, "model": "judge"})
@@ -383,32 +451,47 @@ def test_answers_that_were_paid_for_outlive_a_division_by_zero(capsys, tmp_path)
 
 
 def test_earlier_rewards_are_not_taken_for_what_the_parts_gave(capsys, tmp_path):
-    demonstration, = get_task("shapes").demonstrations("strokes", 1, seed=3)
+    (demonstration,) = get_task("shapes").demonstrations("strokes", 1, seed=3)
     earlier = from_parts(demonstration.record, demonstration.parts)
     earlier.rewards, earlier.reward, earlier.segment_rewards = {"earlier": 9.0}, 9.0, {"earlier": {1: 9.0}}
     save_trajectories([earlier], tmp_path / "stored")
-    (tmp_path / "mine.py").write_text("def none(completions):\n    return [None for _ in completions]\n"
-                                      "def wrong(completions):\n    return []\n")
+    (tmp_path / "mine.py").write_text(
+        "def none(completions):\n    return [None for _ in completions]\ndef wrong(completions):\n    return []\n"
+    )
     path = recipe(tmp_path, "mine", {"mine": {"function": f"{tmp_path}/mine.py:wrong"}})
     said(capsys, "rewards", "try", path, "--trajectories", tmp_path / "stored", code=2)
     assert not (tmp_path / "stored" / "rewards.jsonl").exists()  # no part has judged
     path = recipe(tmp_path, "mine", {"mine": {"function": f"{tmp_path}/mine.py:none"}}, none_limit=1)
     out = said(capsys, "rewards", "try", path, "--trajectories", tmp_path / "stored", code=2)
     assert "no trajectory had a reward" in out
-    row, = rows_in(tmp_path / "stored")
+    (row,) = rows_in(tmp_path / "stored")
     assert (row["rewards"], row["reward"]) == ({"mine": None}, None)
 
 
 def test_a_judge_that_fails_now_and_then_is_counted_and_its_thoughts_go_unjudged(capsys, tmp_path):
     """Through the whole command: recipe, process of its own, client, server, table."""
-    thoughts = [thought({"prompt": f"p{n}", "question": f"How many is {n}?", "ground_truth": "two"},
-                        text("answer", f"FINAL ANSWER: {n}. TERMINATE"), group=n // 4, member=n % 4) for n in range(8)]
+    thoughts = [
+        thought(
+            {"prompt": f"p{n}", "question": f"How many is {n}?", "ground_truth": "two"},
+            text("answer", f"FINAL ANSWER: {n}. TERMINATE"),
+            group=n // 4,
+            member=n % 4,
+        )
+        for n in range(8)
+    ]
     save_trajectories(thoughts, tmp_path / "stored")
 
     def answer(body, _):
         number = int(re.search(r"How many is (\d)", json.dumps(body))[1])
-        return Answer(status=400) if number == 3 else Answer("who knows") if number == 5 else \
-            "yes" if number % 2 == 0 else "no"
+        return (
+            Answer(status=400)
+            if number == 3
+            else Answer("who knows")
+            if number == 5
+            else "yes"
+            if number % 2 == 0
+            else "no"
+        )
 
     with JudgeServer(answer) as server:
         path = recipe(tmp_path, None, JUDGED, judge={"base_url": server.url, "model": "judge", "backoff_s": 0.01})
@@ -418,10 +501,13 @@ def test_a_judge_that_fails_now_and_then_is_counted_and_its_thoughts_go_unjudged
     assert "answer 0.667 0.471 0.000 1.000 25% 0%" in out
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--trajectories", "nowhere"], "nowhere: there are no trajectories here"),
-    (["--images", "nowhere"], "nowhere: no such folder of pictures"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--trajectories", "nowhere"], "nowhere: there are no trajectories here"),
+        (["--images", "nowhere"], "nowhere: no such folder of pictures"),
+    ],
+)
 def test_folders_that_are_not_there(capsys, tmp_path, arguments, words):
     assert words in said(capsys, "rewards", "try", recipe(tmp_path), *arguments, code=2)
 

@@ -24,19 +24,27 @@ from runtime.errors import UserError
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {"clip": tiny_models.clip(root / "clip"), "open_clip": tiny_models.open_clip_model(root / "open_clip"),
-            "plain": tiny_models.open_clip_model(root / "plain", quick_gelu=False, seed=1)}
+    return {
+        "clip": tiny_models.clip(root / "clip"),
+        "open_clip": tiny_models.open_clip_model(root / "open_clip"),
+        "plain": tiny_models.open_clip_model(root / "plain", quick_gelu=False, seed=1),
+    }
 
 
 @pytest.fixture(scope="module")
 def thoughts():
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((32, 32), (48, 40), (32, 32), (20, 64))]
-    return [thought({"prompt": "a red dog"}, image("sketch", pictures[0]), text("inspect", "no"),
-                    image("sketch", pictures[1])),
-            thought({"prompt": "two cats"}, image("sketch", pictures[2])), thought({"prompt": "nothing"}),
-            thought({"prompt": "a red dog"}, image("sketch", pictures[3]),
-                    image("observation", pictures[0], Author.ENVIRONMENT))]
+    return [
+        thought(
+            {"prompt": "a red dog"}, image("sketch", pictures[0]), text("inspect", "no"), image("sketch", pictures[1])
+        ),
+        thought({"prompt": "two cats"}, image("sketch", pictures[2])),
+        thought({"prompt": "nothing"}),
+        thought(
+            {"prompt": "a red dog"}, image("sketch", pictures[3]), image("observation", pictures[0], Author.ENVIRONMENT)
+        ),
+    ]
 
 
 def cosine(model, preprocess, tokenizer, prompt, picture):
@@ -54,13 +62,16 @@ def final(thoughts):
 def test_clip_similarity_equals_one_pair_at_a_time(models, thoughts, batch_size):
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{models['open_clip']}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{models['open_clip']}")
-    expected = [0.0 if p is None else cosine(model.eval(), preprocess, tokenizer, t.prompt, p)
-                for t, p in zip(thoughts, final(thoughts), strict=True)]
+    expected = [
+        0.0 if p is None else cosine(model.eval(), preprocess, tokenizer, t.prompt, p)
+        for t, p in zip(thoughts, final(thoughts), strict=True)
+    ]
     options = {"path": str(models["open_clip"]), "batch_size": batch_size}
     assert clip_similarity(thoughts, **options) == pytest.approx(expected, abs=1e-5)
     assert len({round(value, 4) for value in expected}) == 4
     assert clip_similarity(thoughts, form="clipscore", **options) == pytest.approx(
-        [2.5 * value for value in expected], abs=1e-5)
+        [2.5 * value for value in expected], abs=1e-5
+    )
     first = cosine(model, preprocess, tokenizer, thoughts[0].prompt, thoughts[0].pictures()[0])
     assert clip_similarity(thoughts, picture="first", **options)[0] == pytest.approx(first, abs=1e-5)
     each = clip_similarity(thoughts, picture="each", **options)
@@ -72,8 +83,9 @@ def test_clipscore_is_never_negative(models, thoughts, tmp_path):
     shutil.copytree(models["open_clip"], tmp_path / "turned")
     tensors = load_file(models["open_clip"] / "open_clip_model.safetensors")
     save_file({**tensors, "visual.proj": -tensors["visual.proj"]}, tmp_path / "turned/open_clip_model.safetensors")
-    plain, turned = (clip_similarity(thoughts, path=str(folder)) for folder in (models["open_clip"],
-                                                                                tmp_path / "turned"))
+    plain, turned = (
+        clip_similarity(thoughts, path=str(folder)) for folder in (models["open_clip"], tmp_path / "turned")
+    )
     assert turned == pytest.approx([-value for value in plain], abs=1e-5) and min(turned) < 0
     assert clip_similarity(thoughts, path=str(tmp_path / "turned"), form="clipscore") == [0.0] * 4
 
@@ -84,14 +96,27 @@ def features(models, prompt, picture):
     model = CLIPModel.from_pretrained(models["clip"]).eval()
     processor = AutoProcessor.from_pretrained(models["clip"])
     with torch.no_grad():
-        output = model(**processor(text=[prompt], images=[Image.fromarray(picture)], return_tensors="pt",
-                                   padding=True, truncation=True, max_length=24))
+        output = model(
+            **processor(
+                text=[prompt],
+                images=[Image.fromarray(picture)],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=24,
+            )
+        )
     return float(output.logits_per_image.detach()), float(model.logit_scale.detach().exp())
 
 
 def test_pickscore_is_the_models_own_logit(models, thoughts):
-    expected, scales = zip(*[(0.0, 1.0) if p is None else features(models, t.prompt, p)
-                             for t, p in zip(thoughts, final(thoughts), strict=True)], strict=True)
+    expected, scales = zip(
+        *[
+            (0.0, 1.0) if p is None else features(models, t.prompt, p)
+            for t, p in zip(thoughts, final(thoughts), strict=True)
+        ],
+        strict=True,
+    )
     options = {"path": str(models["clip"]), "processor": None}
     assert pickscore(thoughts, **options) == pytest.approx(expected, abs=1e-4)
     assert max(abs(value) for value in expected) > 1  # the logit scale is in it
@@ -105,8 +130,10 @@ def test_pickscore_is_the_models_own_logit(models, thoughts):
 def test_hps_is_a_cosine_from_a_folder_or_a_file(models, thoughts, tmp_path, monkeypatch):
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{models['plain']}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{models['plain']}")
-    expected = [0.0 if p is None else cosine(model.eval(), preprocess, tokenizer, t.prompt, p)
-                for t, p in zip(thoughts, final(thoughts), strict=True)]
+    expected = [
+        0.0 if p is None else cosine(model.eval(), preprocess, tokenizer, t.prompt, p)
+        for t, p in zip(thoughts, final(thoughts), strict=True)
+    ]
     assert hps(thoughts, path=str(models["plain"])) == pytest.approx(expected, abs=1e-5)
     # as released: a checkpoint that holds a state_dict, for an architecture that open_clip knows by name
     config = json.loads((models["plain"] / "open_clip_config.json").read_text())["model_cfg"]
@@ -117,17 +144,20 @@ def test_hps_is_a_cosine_from_a_folder_or_a_file(models, thoughts, tmp_path, mon
     assert hps(thoughts, weights=str(weights), model="tiny-for-test") == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda m: clip_similarity([], form="cos", path=str(m["open_clip"])), "no form 'cos'; did you mean 'cosine'"),
-    (lambda m: clip_similarity([], picture="last", path=str(m["open_clip"])), "no picture 'last'"),
-    (lambda m: clip_similarity([], library="timm"), "no library 'timm'"),
-    (lambda m: clip_similarity([], library="transformers"), "clip_similarity: give `path`"),
-    (lambda m: clip_similarity([], path=str(m["plain"])), "computes GELU"),
-    (lambda m: clip_similarity([], library="transformers", path=str(m["open_clip"])), "has no config.json"),
-    (lambda m: pickscore([], path=str(m["clip"]), processor=None, divisor=0), "divisor is 0"),
-    (lambda m: hps([], path=str(m["open_clip"])), "computes QuickGELU.*trained with GELU"),
-    (lambda m: hps([], weights="nowhere.pt"), "no file nowhere.pt"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: clip_similarity([], form="cos", path=str(m["open_clip"])), "no form 'cos'; did you mean 'cosine'"),
+        (lambda m: clip_similarity([], picture="last", path=str(m["open_clip"])), "no picture 'last'"),
+        (lambda m: clip_similarity([], library="timm"), "no library 'timm'"),
+        (lambda m: clip_similarity([], library="transformers"), "clip_similarity: give `path`"),
+        (lambda m: clip_similarity([], path=str(m["plain"])), "computes GELU"),
+        (lambda m: clip_similarity([], library="transformers", path=str(m["open_clip"])), "has no config.json"),
+        (lambda m: pickscore([], path=str(m["clip"]), processor=None, divisor=0), "divisor is 0"),
+        (lambda m: hps([], path=str(m["open_clip"])), "computes QuickGELU.*trained with GELU"),
+        (lambda m: hps([], weights="nowhere.pt"), "no file nowhere.pt"),
+    ],
+)
 def test_what_cannot_be_is_said_before_anything_is_scored(models, call, message):
     with pytest.raises(UserError, match=message):
         call(models)
@@ -135,8 +165,11 @@ def test_what_cannot_be_is_said_before_anything_is_scored(models, call, message)
 
 def test_released_weights_that_the_cache_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for call, name in ((lambda: pickscore([]), "yuvalkirstain/PickScore_v1"), (lambda: hps([]), "xswu/HPSv2"),
-                       (lambda: clip_similarity([]), "timm/vit_large_patch14_clip_224.openai")):
+    for call, name in (
+        (lambda: pickscore([]), "yuvalkirstain/PickScore_v1"),
+        (lambda: hps([]), "xswu/HPSv2"),
+        (lambda: clip_similarity([]), "timm/vit_large_patch14_clip_224.openai"),
+    ):
         with pytest.raises(WeightsError, match=f"{name}.*download: true"):
             call()
 

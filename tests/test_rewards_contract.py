@@ -64,29 +64,43 @@ def thoughts(setting):
     record = demos[0].record
     picture = next(p.picture for p in demos[0].parts if p.picture is not None)
     return [from_parts(d.record, d.parts) for d in demos] + [
-        thought(record), thought({}), thought({}, image("sketch", picture)),
+        thought(record),
+        thought({}),
+        thought({}, image("sketch", picture)),
         thought(record, text("other", "< <ins> ]")),
         thought(record, image("sketch", picture), text("inspect", "<inspect> wrong fine wrong")),
         thought(record, image("sketch", np.zeros_like(picture)), text("inspect", "")),
-        thought({"question": "How many?", "ground_truth": "7"}, text("think", "<think> one by one </think>"),
-                text("answer", "<answer> 7 </answer>")),
+        thought(
+            {"question": "How many?", "ground_truth": "7"},
+            text("think", "<think> one by one </think>"),
+            text("answer", "<answer> 7 </answer>"),
+        ),
         thought({"question": "How many?", "ground_truth": "7"}, text("answer", "\\boxed{8"), group=1),
     ]
 
 
 # Where "7" is no reference of the kind that a reward reads, and what else its records must say.
-REFERENCES = {"box_iou": [0, 0, 2, 2], "temporal_iou": [0, 1], "visual_arft": "<answer> 7 </answer>",
-              "vr_thinker": {"OA": 1, "TA": 0}}
-COLUMNS = {"t2i_r1_yes": {"objects": ["a dog"]}, "vrag": {"file_name": "report.pdf", "reference_pages": [1]},
-           "vista": {"tool_outputs": {"7": "a table"}}}
+REFERENCES = {
+    "box_iou": [0, 0, 2, 2],
+    "temporal_iou": [0, 1],
+    "visual_arft": "<answer> 7 </answer>",
+    "vr_thinker": {"OA": 1, "TA": 0},
+}
+COLUMNS = {
+    "t2i_r1_yes": {"objects": ["a dog"]},
+    "vrag": {"file_name": "report.pdf", "reference_pages": [1]},
+    "vista": {"tool_outputs": {"7": "a table"}},
+}
 GRID = {"grid": ["S.", "#G"]}
 
 
 def fitting(name, setting, thoughts):
     """The setting and the thoughts with records that the reward can read."""
     if name == "vprl":
-        planned = [thought(GRID, *[image("sketch", draw(GRID["grid"], cell)) for cell in cells])
-                   for cells in ([], [(0, 1), (1, 1)], [(1, 1)])]
+        planned = [
+            thought(GRID, *[image("sketch", draw(GRID["grid"], cell)) for cell in cells])
+            for cells in ([], [(0, 1), (1, 1)], [(1, 1)])
+        ]
         return Setting(GridWorld(), setting.fmt), [*thoughts, *planned]
     own = [copy.deepcopy(t) for t in thoughts]
     for t in own:
@@ -100,8 +114,11 @@ def weights(tmp_path_factory):
     """By reward, the options that name its model: real classes, tiny random weights."""
     root = tmp_path_factory.mktemp("weights")
     clip, other = str(tiny_models.clip(root / "clip")), str(tiny_models.open_clip_model(root / "open_clip"))
-    return {"clip_similarity": {"path": other}, "hps": {"path": other, "quick_gelu": True},
-            "pickscore": {"path": clip, "processor": None}}
+    return {
+        "clip_similarity": {"path": other},
+        "hps": {"path": other, "quick_gelu": True},
+        "pickscore": {"path": clip, "processor": None},
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,40 +142,62 @@ def test_one_finite_value_a_thought_whatever_it_is_and_nothing_is_changed(name, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_thoughts_no_values(name, setting, weights):
-    assert call(load_reward(name), name, [], options=weights.get(name, {}), state=TrainerState(), view="auto",
-                setting=setting)[0] == []
+    assert (
+        call(
+            load_reward(name),
+            name,
+            [],
+            options=weights.get(name, {}),
+            state=TrainerState(),
+            view="auto",
+            setting=setting,
+        )[0]
+        == []
+    )
 
 
 # A format's grammar says where an observation may stand, so one elsewhere is a violation.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "format"])
 def test_what_the_environment_wrote_changes_nothing(name, setting, thoughts, weights):
-    noise = [Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, text="wrong color red circle"),
-             Segment("observation", Author.ENVIRONMENT, Modality.IMAGE_TOKENS, False,
-                     picture=np.zeros((32, 32, 3), np.uint8))]
+    noise = [
+        Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, text="wrong color red circle"),
+        Segment(
+            "observation", Author.ENVIRONMENT, Modality.IMAGE_TOKENS, False, picture=np.zeros((32, 32, 3), np.uint8)
+        ),
+    ]
     setting, thoughts = fitting(name, setting, thoughts)
     watched = [copy.deepcopy(t) for t in thoughts]
     for t in watched:
         t.segments += noise
     function = load_reward(name)
-    plain, seen = (call(function, name, rows, options=weights.get(name, {}), state=TrainerState(), view="auto",
-                        setting=setting)[0] for rows in (thoughts, watched))
+    plain, seen = (
+        call(function, name, rows, options=weights.get(name, {}), state=TrainerState(), view="auto", setting=setting)[0]
+        for rows in (thoughts, watched)
+    )
     assert seen == plain
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_misspelt_option_is_refused_at_the_start(name, setting):
-    config = RewardsConfig.model_validate({"parts": {"part": {"function": name, "options": {"no_such": 1},
-                                                              "isolate": False}}, "judge": NO_JUDGE})
+    config = RewardsConfig.model_validate(
+        {"parts": {"part": {"function": name, "options": {"no_such": 1}, "isolate": False}}, "judge": NO_JUDGE}
+    )
     with pytest.raises(RewardError, match="rewards.parts.part.options: 'no_such' is no argument"):
         Judge(config, setting.task)
 
 
-@pytest.mark.parametrize(("name", "options", "message"), [
-    ("geneval", {"mode": "loose"}, "geneval: no mode 'loose'"), ("geneval", {"picture": "last"}, "no picture 'last'"),
-    ("improvement", {"mode": "loose"}, "improvement: no mode"), ("improvement", {"credit": "x"}, "no credit 'x'"),
-    ("critique_consistency", {"named": 3}, "named is 3"), ("format", {"mode": "x"}, "format: no mode 'x'"),
-    ("steps", {"min_turns": 3, "max_turns": 1}, "max_turns is 1"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("geneval", {"mode": "loose"}, "geneval: no mode 'loose'"),
+        ("geneval", {"picture": "last"}, "no picture 'last'"),
+        ("improvement", {"mode": "loose"}, "improvement: no mode"),
+        ("improvement", {"credit": "x"}, "no credit 'x'"),
+        ("critique_consistency", {"named": 3}, "named is 3"),
+        ("format", {"mode": "x"}, "format: no mode 'x'"),
+        ("steps", {"min_turns": 3, "max_turns": 1}, "max_turns is 1"),
+    ],
+)
 def test_an_option_out_of_range_is_refused_at_the_start(name, options, message, setting):
     config = RewardsConfig.model_validate({"parts": {"part": {"function": name, "options": options}}})
     with pytest.raises(UserError, match=message):
@@ -175,8 +214,16 @@ def test_latents_stay_behind_when_a_thought_travels():
     steps = FlowSteps(*[np.zeros(1, np.float32)] * 2, *[np.zeros((1, 2), np.float32)] * 3, np.ones(1, np.float32))
     law = Law(np.ones(1, np.float32), np.full(1, -1, np.int32), ())
     decisions = Decisions(np.full(1, DecisionKind.FLOW, np.int8), np.zeros(1, np.int32), np.zeros(1, np.float32), law)
-    drawn = Segment("sketch", Author.POLICY, Modality.IMAGE_LATENT, True, decisions=decisions, flow=steps,
-                    latent=np.zeros((1, 2), np.float32), picture=np.zeros((2, 2, 3), np.uint8))
+    drawn = Segment(
+        "sketch",
+        Author.POLICY,
+        Modality.IMAGE_LATENT,
+        True,
+        decisions=decisions,
+        flow=steps,
+        latent=np.zeros((1, 2), np.float32),
+        picture=np.zeros((2, 2, 3), np.uint8),
+    )
     travels = lightened(thought({}, drawn, text("inspect", "fine")))
     assert travels.segments[1].flow is None and travels.segments[1].latent is None
     assert travels.segments[1].picture is drawn.picture and drawn.flow is steps
@@ -192,8 +239,9 @@ class Dogs:
 """)
     record = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
     group = [thought(record, image("sketch", np.zeros((4, 4, 3), np.uint8)))]
-    config = RewardsConfig.model_validate({"parts": {"result": {"function": "geneval"}},
-                                           "detector": f"{tmp_path / 'dogs.py'}:Dogs"})
+    config = RewardsConfig.model_validate(
+        {"parts": {"result": {"function": "geneval"}}, "detector": f"{tmp_path / 'dogs.py'}:Dogs"}
+    )
     with Judge(config) as judge:
         judge.judge([group])
     assert group[0].reward == 1
@@ -205,9 +253,14 @@ import time
 def stop(completions): raise KeyboardInterrupt
 def wait(completions): time.sleep(600)
 """)
-    config = RewardsConfig.model_validate({"parts": {
-        "stop": {"function": f"{tmp_path / 'parts.py'}:stop", "isolate": False},
-        "wait": {"function": f"{tmp_path / 'parts.py'}:wait"}}})
+    config = RewardsConfig.model_validate(
+        {
+            "parts": {
+                "stop": {"function": f"{tmp_path / 'parts.py'}:stop", "isolate": False},
+                "wait": {"function": f"{tmp_path / 'parts.py'}:wait"},
+            }
+        }
+    )
     judge, started = Judge(config), time.monotonic()
     process = judge.parts["wait"].workers[0]._process
     with pytest.raises(KeyboardInterrupt):

@@ -55,32 +55,50 @@ def test_no_inspection_weighs_more_than_one(judged):
 
 def test_rates_by_hand():
     judged = inspections((True, "fine"), (True, "wrong"), (False, "fine"), (False, "fine"), (False, "wrong"), named=0.5)
-    assert rates(judged) == pytest.approx({
-        "rubber_stamp_rate": 3 / 5, "unreadable": 0, "wrong_pictures": 3 / 5, "right_fine": 1 / 2,
-        "right_wrong": 1 / 3, "approves_wrong": 2 / 3, "named": 0.5, "described": 1})
+    assert rates(judged) == pytest.approx(
+        {
+            "rubber_stamp_rate": 3 / 5,
+            "unreadable": 0,
+            "wrong_pictures": 3 / 5,
+            "right_fine": 1 / 2,
+            "right_wrong": 1 / 3,
+            "approves_wrong": 2 / 3,
+            "named": 0.5,
+            "described": 1,
+        }
+    )
     assert rates([]) == {}
 
 
 # ---- on rendered scenes -------------------------------------------------------------------------------------------
 
-RED_CIRCLE = {"prompt": "a photo of a red circle", "tag": "colors",
-              "include": [{"class": "circle", "count": 1, "color": "red"}]}
+RED_CIRCLE = {
+    "prompt": "a photo of a red circle",
+    "tag": "colors",
+    "include": [{"class": "circle", "count": 1, "color": "red"}],
+}
 RIGHT = render(Scene((Object("circle", "red", 0),)))
 WRONG = render(Scene((Object("circle", "blue", 0),)))
 
 
 def inspected(picture, words, record=RED_CIRCLE):
-    return thought(record, text("plan", "<ins> draw one circle </ins><des> red circle top-left </des>"),
-                   image("sketch", picture), text("inspect", f"<inspect> {words} </inspect>"))
+    return thought(
+        record,
+        text("plan", "<ins> draw one circle </ins><des> red circle top-left </des>"),
+        image("sketch", picture),
+        text("inspect", f"<inspect> {words} </inspect>"),
+    )
 
 
 def test_verdicts_on_rendered_pictures(setting):
-    thoughts = [inspected(RIGHT, "red circle top-left : fine"),
-                inspected(RIGHT, "red circle top-left : wrong color red circle top-left"),
-                inspected(WRONG, "blue circle top-left : fine"),
-                inspected(WRONG, "blue circle top-left : wrong color blue circle top-left"),
-                inspected(WRONG, "blue circle top-left : wrong shape red square right"),
-                inspected(RIGHT, "green green : perhaps")]
+    thoughts = [
+        inspected(RIGHT, "red circle top-left : fine"),
+        inspected(RIGHT, "red circle top-left : wrong color red circle top-left"),
+        inspected(WRONG, "blue circle top-left : fine"),
+        inspected(WRONG, "blue circle top-left : wrong color blue circle top-left"),
+        inspected(WRONG, "blue circle top-left : wrong shape red square right"),
+        inspected(RIGHT, "green green : perhaps"),
+    ]
     logs = Logs()
     # f = w = 1/2, so everything weighs 1; the fifth is right but names nothing that is so
     assert critique_consistency(thoughts, setting, logs.log_metric) == [1, -1, -1, 1, 0.5, -1]
@@ -97,15 +115,21 @@ def test_none_without_an_inspection_and_before_any_picture(setting):
 
 def test_credit_by_segment_and_the_latest_picture(setting):
     repaired = inspected(WRONG, "blue circle top-left : wrong color blue circle top-left")
-    repaired.segments += [text("refine", "<refine> make blue circle top-left red </refine>"), image("redraw", RIGHT),
-                          text("inspect", "<inspect> red circle top-left : wrong color red circle </inspect>")]
+    repaired.segments += [
+        text("refine", "<refine> make blue circle top-left red </refine>"),
+        image("redraw", RIGHT),
+        text("inspect", "<inspect> red circle top-left : wrong color red circle </inspect>"),
+    ]
     assert critique_consistency([repaired], setting, credit="segments") == [{3: 1, 6: -1}]
     assert critique_consistency([repaired], setting) == [0]
 
 
 def test_a_partial_plan_owes_only_its_own_stroke(setting):
-    record = {"prompt": "a photo of a circle and a square", "tag": "two_object",
-              "include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1}]}
+    record = {
+        "prompt": "a photo of a circle and a square",
+        "tag": "two_object",
+        "include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1}],
+    }
     first = inspected(RIGHT, "red circle top-left : fine", record)
     whole = inspected(RIGHT, "red circle top-left : fine", record)
     whole.segments[1].text = "<ins> draw all </ins><des> red circle top-left , red square right </des>"
@@ -114,8 +138,11 @@ def test_a_partial_plan_owes_only_its_own_stroke(setting):
 
 
 def test_describing_what_is_seen_can_be_paid(setting):
-    thoughts = [inspected(RIGHT, "red circle top-left : fine"), inspected(RIGHT, "red square top-left : fine"),
-                inspected(RIGHT, "red circle top-left , red circle right : fine")]
+    thoughts = [
+        inspected(RIGHT, "red circle top-left : fine"),
+        inspected(RIGHT, "red square top-left : fine"),
+        inspected(RIGHT, "red circle top-left , red circle right : fine"),
+    ]
     # only fine pictures, so verdicts earn nothing; F1 is 1, 0 and 2 * 1 / 3
     assert critique_consistency(thoughts, setting, described=0.5) == pytest.approx([0.5, 0, 1 / 3])
 

@@ -24,8 +24,10 @@ def seen(*boxes, color="red"):
 
 
 BOX, RIGHT, BELOW = (0.0, 0.0, 10.0, 10.0), (30.0, 0.0, 40.0, 10.0), (0.0, 30.0, 10.0, 40.0)
-POSITION = {"tag": "position", "include": [{"class": "cat", "count": 1},
-                                           {"class": "dog", "count": 1, "position": ["right of", 0]}]}
+POSITION = {
+    "tag": "position",
+    "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}],
+}
 
 
 @pytest.mark.parity
@@ -42,26 +44,35 @@ def test_equals_the_released_reward_server():
             assert got == pytest.approx(record["outputs"][key], abs=1e-4), (number, mode)
 
 
-@pytest.mark.parametrize(("record", "found", "score"), [
-    # one wanted: none 0, one 1, two 0, five 1 - 4 = -3
-    ({"include": [{"class": "dog", "count": 1}]}, {}, 0.0),
-    ({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(BOX)}, 1.0),
-    ({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(*[BOX] * 5)}, -3.0),
-    # two red wanted, one of two is: (1 + 1/2) / 2
-    ({"include": [{"class": "dog", "count": 2, "color": "red"}]},
-     {"dog": seen(BOX) + seen(RIGHT, color="blue")}, 0.75),
-    # the count fails, so the colour adds a 0: (1/2 + 0) / 2
-    ({"include": [{"class": "dog", "count": 2, "color": "red"}]}, {"dog": seen(BOX)}, 0.25),
-    (POSITION, {"cat": seen(BOX), "dog": seen(RIGHT)}, 1.0),
-    # wrong place: (1 + 1 + 0 + 1) / 4, where a naive reading pays (1 + 1 + 0) / 3
-    (POSITION, {"cat": seen(RIGHT), "dog": seen(BOX)}, 0.75),
-    # no cat: (0 + 1 + 0) / 3
-    (POSITION, {"dog": seen(RIGHT)}, 1 / 3),
-    # exclude is ignored
-    ({"include": [{"class": "dog", "count": 1}], "exclude": [{"class": "cat", "count": 1}]},
-     {"dog": seen(BOX), "cat": seen(BOX)}, 1.0),
-    ({"include": []}, {}, 0.0),
-])
+@pytest.mark.parametrize(
+    ("record", "found", "score"),
+    [
+        # one wanted: none 0, one 1, two 0, five 1 - 4 = -3
+        ({"include": [{"class": "dog", "count": 1}]}, {}, 0.0),
+        ({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(BOX)}, 1.0),
+        ({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(*[BOX] * 5)}, -3.0),
+        # two red wanted, one of two is: (1 + 1/2) / 2
+        (
+            {"include": [{"class": "dog", "count": 2, "color": "red"}]},
+            {"dog": seen(BOX) + seen(RIGHT, color="blue")},
+            0.75,
+        ),
+        # the count fails, so the colour adds a 0: (1/2 + 0) / 2
+        ({"include": [{"class": "dog", "count": 2, "color": "red"}]}, {"dog": seen(BOX)}, 0.25),
+        (POSITION, {"cat": seen(BOX), "dog": seen(RIGHT)}, 1.0),
+        # wrong place: (1 + 1 + 0 + 1) / 4, where a naive reading pays (1 + 1 + 0) / 3
+        (POSITION, {"cat": seen(RIGHT), "dog": seen(BOX)}, 0.75),
+        # no cat: (0 + 1 + 0) / 3
+        (POSITION, {"dog": seen(RIGHT)}, 1 / 3),
+        # exclude is ignored
+        (
+            {"include": [{"class": "dog", "count": 1}], "exclude": [{"class": "cat", "count": 1}]},
+            {"dog": seen(BOX), "cat": seen(BOX)},
+            1.0,
+        ),
+        ({"include": []}, {}, 0.0),
+    ],
+)
 def test_by_hand(record, found, score):
     assert evaluate(record, found, "flow_grpo")[0] == pytest.approx(score)
 
@@ -83,8 +94,9 @@ def test_it_has_the_options_of_geneval_and_they_hold():
             return [{"dog": [Detected(BOX, 0.2), Detected(RIGHT, 0.5)]} for _ in pictures]
 
     def paid(tag, **options):
-        row = thought({"tag": tag, "include": [{"class": "dog", "count": 1}]},
-                      image("sketch", np.zeros((4, 4, 3), np.uint8)))
+        row = thought(
+            {"tag": tag, "include": [{"class": "dog", "count": 1}]}, image("sketch", np.zeros((4, 4, 3), np.uint8))
+        )
         return flow_grpo_geneval([row], Setting.of(None, None, Dim()), **options)
 
     # one wanted; of scores 0.2 and 0.5 one is above 0.3, none above 0.9, and both above 0.1: 1, 1 - 1 and 1 - 1

@@ -38,18 +38,22 @@ def test_equals_the_released_scorer_on_600_cases():
     if not path.exists():
         pytest.skip(f"no reference cases at {path}; set UNDERDRAWING_FIXTURES")
     cases = [json.loads(line) for line in path.read_text().splitlines()]
-    wrong = [case for case in cases
-             if evaluate(case["metadata"], case["detections"]) != (case["correct"], case["reason"])]
+    wrong = [
+        case for case in cases if evaluate(case["metadata"], case["detections"]) != (case["correct"], case["reason"])
+    ]
     assert len(cases) == 600 and not wrong
 
 
-@pytest.mark.parametrize(("other", "expected"), [
-    (RIGHT, {"left of"}),  # dx = -(30 - 2) / 30 = -0.93
-    (BELOW, {"above"}),
-    ((30.0, 30.0, 40.0, 40.0), {"left of", "above"}),  # -28 / 42.4 = -0.66 on both axes
-    ((1.0, 1.0, 11.0, 11.0), set()),  # offset 1 < 0.1 * (10 + 10)
-    ((30.0, 14.0, 40.0, 24.0), {"left of"}),  # dx = -28 / 33.1 = -0.85, dy = -12 / 33.1 = -0.36
-])
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (RIGHT, {"left of"}),  # dx = -(30 - 2) / 30 = -0.93
+        (BELOW, {"above"}),
+        ((30.0, 30.0, 40.0, 40.0), {"left of", "above"}),  # -28 / 42.4 = -0.66 on both axes
+        ((1.0, 1.0, 11.0, 11.0), set()),  # offset 1 < 0.1 * (10 + 10)
+        ((30.0, 14.0, 40.0, 24.0), {"left of"}),  # dx = -28 / 33.1 = -0.85, dy = -12 / 33.1 = -0.36
+    ],
+)
 def test_relations_by_hand(other, expected):
     inverse = {"left of": "right of", "above": "below"}
     assert relations(BOX, other) == expected
@@ -80,19 +84,27 @@ def test_colour_is_judged_on_the_best_boxes_alone():
     assert evaluate(record, {"dog": found[1:]}) == (True, "")
 
 
-POSITION = {"tag": "position", "include": [{"class": "cat", "count": 1},
-                                           {"class": "dog", "count": 1, "position": ["right of", 0]}]}
+POSITION = {
+    "tag": "position",
+    "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}],
+}
 
 
 def test_position_reasons():
     assert evaluate(POSITION, {"cat": seen((0.9, BOX)), "dog": seen((0.9, RIGHT))}) == (True, "")
     assert evaluate(POSITION, {"cat": seen((0.9, RIGHT)), "dog": seen((0.9, BOX))}) == (
-        False, "expected dog right of target, found left of target")
+        False,
+        "expected dog right of target, found left of target",
+    )
     diagonal = seen((0.9, (-30.0, -30.0, -20.0, -20.0)))
     assert evaluate(POSITION, {"cat": seen((0.9, BOX)), "dog": diagonal}) == (
-        False, "expected dog right of target, found above and left of target")
+        False,
+        "expected dog right of target, found above and left of target",
+    )
     assert evaluate(POSITION, {"dog": seen((0.9, RIGHT))}) == (
-        False, "expected cat>=1, found 0\nno target for dog to be right of")
+        False,
+        "expected cat>=1, found 0\nno target for dog to be right of",
+    )
 
 
 def test_strict_wants_the_exact_count_and_ignores_exclude():
@@ -119,23 +131,41 @@ def test_graded_by_hand():
     # outside counting a surplus is no fault, as in the released scorer
     assert evaluate({"include": [{"class": "dog", "count": 1}]}, {"dog": seen(*[(0.95, BOX)] * 3)}, "graded")[0] == 1
     # ... but not strictly: one dog wanted, 2 found is one too many, 1 - 1 / 1
-    strict = [evaluate({"include": [{"class": "dog", "count": 2}]}, {"dog": seen(*[(0.95, BOX)] * n)},
-                       "graded_strict")[0] for n in range(5)]
+    strict = [
+        evaluate({"include": [{"class": "dog", "count": 2}]}, {"dog": seen(*[(0.95, BOX)] * n)}, "graded_strict")[0]
+        for n in range(5)
+    ]
     assert strict == [0.0, 0.5, 1.0, 0.5, 0.0]
 
 
-objects = st.lists(st.builds(
-    lambda x, y, w, h, score, color: {"box": (x, y, x + w, y + h), "score": score, "color": color},
-    *[st.integers(0, 40)] * 2, *[st.integers(1, 20)] * 2, st.sampled_from([0.2, 0.5, 0.95]),
-    st.sampled_from(["red", "blue", None])), max_size=5)
-clauses = st.lists(st.fixed_dictionaries(
-    {"class": st.sampled_from(["cat", "dog"]), "count": st.integers(1, 3)},
-    optional={"color": st.just("red"), "position": st.just(["left of", 0])}), min_size=1, max_size=3)
+objects = st.lists(
+    st.builds(
+        lambda x, y, w, h, score, color: {"box": (x, y, x + w, y + h), "score": score, "color": color},
+        *[st.integers(0, 40)] * 2,
+        *[st.integers(1, 20)] * 2,
+        st.sampled_from([0.2, 0.5, 0.95]),
+        st.sampled_from(["red", "blue", None]),
+    ),
+    max_size=5,
+)
+clauses = st.lists(
+    st.fixed_dictionaries(
+        {"class": st.sampled_from(["cat", "dog"]), "count": st.integers(1, 3)},
+        optional={"color": st.just("red"), "position": st.just(["left of", 0])},
+    ),
+    min_size=1,
+    max_size=3,
+)
 
 
-@given(clauses, st.lists(st.fixed_dictionaries({"class": st.sampled_from(["cat", "dog", "cow"]),
-                                                "count": st.integers(1, 4)}), max_size=2),
-       st.fixed_dictionaries({"cat": objects, "dog": objects, "cow": objects}), st.sampled_from(["counting", "other"]))
+@given(
+    clauses,
+    st.lists(
+        st.fixed_dictionaries({"class": st.sampled_from(["cat", "dog", "cow"]), "count": st.integers(1, 4)}), max_size=2
+    ),
+    st.fixed_dictionaries({"cat": objects, "dog": objects, "cow": objects}),
+    st.sampled_from(["counting", "other"]),
+)
 def test_graded_is_bounded_and_one_exactly_where_correct(include, exclude, found, tag):
     include[0].pop("position", None)
     record = {"tag": tag, "include": include, "exclude": exclude}
@@ -152,13 +182,22 @@ def test_bad_records_and_modes_are_named():
         evaluate(POSITION, {}, "loose")
 
 
-@pytest.mark.parametrize(("more", "message"), [
-    ({"position": ["on top of", 0]}, "here asks for the relation 'on top of'.* knows left of, right of, above, below"),
-    ({"position": ["left of", 1]}, "here: 'dog' has the position .'left of', 1.; it is .relation, index of an earlier"),
-    ({"position": "left of"}, "'dog' has the position 'left of'"),
-    ({"color": "grey"}, "here asks for the colour 'grey'.*did you mean 'green'.* Known: black, blue"),
-    ({"color": "chartreuse"}, "'chartreuse'.* Known: black, blue"),
-])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"position": ["on top of", 0]},
+            "here asks for the relation 'on top of'.* knows left of, right of, above, below",
+        ),
+        (
+            {"position": ["left of", 1]},
+            "here: 'dog' has the position .'left of', 1.; it is .relation, index of an earlier",
+        ),
+        ({"position": "left of"}, "'dog' has the position 'left of'"),
+        ({"color": "grey"}, "here asks for the colour 'grey'.*did you mean 'green'.* Known: black, blue"),
+        ({"color": "chartreuse"}, "'chartreuse'.* Known: black, blue"),
+    ],
+)
 def test_what_no_picture_can_meet_is_refused(more, message):
     record = {"include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, **more}]}
     with pytest.raises(RecordColumnError, match=message):
@@ -187,8 +226,13 @@ class Placed:
     name, classes = "placed", ("dog", "cat")
 
     def prompts(self, split):
-        return [{"prompt": "a dog on top of a cat", "tag": "position", "include": [
-            {"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["on top of", 0]}]}]
+        return [
+            {
+                "prompt": "a dog on top of a cat",
+                "tag": "position",
+                "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["on top of", 0]}],
+            }
+        ]
 
     def detect(self, picture):
         return []
@@ -209,6 +253,7 @@ def test_a_run_is_refused_at_its_start_unless_its_rewards_know_the_relation(plac
 
 # ---- the reward -------------------------------------------------------------------------------------------------
 
+
 class Marked:
     """Sees one dog where the first pixel is bright."""
 
@@ -219,10 +264,16 @@ class Marked:
 
 
 def drawn(*bright, record=None):
-    segments = [Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True,
-                        picture=np.full((4, 4, 3), 255 * b, np.uint8)) for b in bright]
-    return Trajectory("a photo of a dog", record or {"prompt": "a photo of a dog", "tag": "single_object",
-                                                     "include": [{"class": "dog", "count": 1}]}, "strokes", segments)
+    segments = [
+        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, picture=np.full((4, 4, 3), 255 * b, np.uint8))
+        for b in bright
+    ]
+    return Trajectory(
+        "a photo of a dog",
+        record or {"prompt": "a photo of a dog", "tag": "single_object", "include": [{"class": "dog", "count": 1}]},
+        "strokes",
+        segments,
+    )
 
 
 def test_reward_reads_the_final_or_the_first_picture_and_no_picture_earns_nothing():

@@ -35,10 +35,12 @@ def config(total=None, none_limit=3, **parts):
 @pytest.fixture
 def own(tmp_path):
     """Writes a user's reward file and says how a recipe names a function in it."""
+
     def write(code, name="score"):
         path = tmp_path / "my_rewards.py"
         path.write_text(textwrap.dedent(code))
         return f"{path}:{name}"
+
     return write
 
 
@@ -54,13 +56,19 @@ def judged(configuration, *groups, **kwargs):
 
 # ---- functions of others ------------------------------------------------------------------------------------------
 
+
 def test_trl_rewards_work_unchanged_on_thoughts_with_pictures():
     picture = np.zeros((4, 4, 3), np.uint8)
     group = words("<think>\nhm\n</think>\nyes", "no tags")
     group[0].segments.insert(2, image("sketch", picture))  # after the words, so that TRL reads them around it
-    configuration = config(think="trl.rewards.think_format_reward",
-                           long={"function": "trl.rewards.get_soft_overlong_punishment", "factory": True,
-                                 "options": {"max_completion_len": 20, "soft_punish_cache": 15}})
+    configuration = config(
+        think="trl.rewards.think_format_reward",
+        long={
+            "function": "trl.rewards.get_soft_overlong_punishment",
+            "factory": True,
+            "options": {"max_completion_len": 20, "soft_punish_cache": 15},
+        },
+    )
     rewards, report = judged(configuration, group)
     # 25 and 7 ids: over 20 is -1; (20 - 15 - 7) / 15 = -0.1333
     assert [t.rewards for t in group] == [{"think": 1.0, "long": -1.0}, {"think": 0.0, "long": pytest.approx(-2 / 15)}]
@@ -129,8 +137,16 @@ def test_parts_weights_and_none(own):
     rewards, report = judged(config(a={"function": f"{path}:a", "weight": 2}, b=f"{path}:b"), group)
     assert rewards == [[2.5, None, None]]
     assert [t.rewards for t in group] == [{"a": 1, "b": 0.5}, {"a": 2, "b": None}, {"a": None, "b": 0.25}]
-    expected = {"reward/mean": 2.5, "reward/std": 0, "reward/none": 2 / 3, "reward/a": 1.5, "reward/a/none": 1 / 3,
-                "reward/b": 0.375, "reward/b/none": 1 / 3, "reward/a/failed": 0}
+    expected = {
+        "reward/mean": 2.5,
+        "reward/std": 0,
+        "reward/none": 2 / 3,
+        "reward/a": 1.5,
+        "reward/a/none": 1 / 3,
+        "reward/b": 0.375,
+        "reward/b/none": 1 / 3,
+        "reward/a/failed": 0,
+    }
     assert {key: report.metrics[key] for key in expected} == pytest.approx(expected)
     assert (report.judged, report.unjudged) == (1, 2)
     total = "coalesce(a, 0) * (1 + coalesce(b, -1))"
@@ -152,6 +168,7 @@ def test_a_formula_that_divides_by_zero_names_the_trajectory(own):
 
 # ---- faults -------------------------------------------------------------------------------------------------------
 
+
 def test_a_part_that_raises_is_retried_then_none_and_shown(own):
     path = own("""
         def score(completions): raise ValueError("no server")
@@ -160,8 +177,10 @@ def test_a_part_that_raises_is_retried_then_none_and_shown(own):
     group = words("x", "y")
     rewards, report = judged(config("coalesce(bad, 0) + good", bad=path, good=path.replace(":score", ":fine")), group)
     assert rewards == [[1, 1]] and [t.rewards["bad"] for t in group] == [None, None]
-    assert [(f.part, f.kind, f.attempt, f.rows) for f in report.faults] == [("bad", "raised", 1, 0),
-                                                                            ("bad", "raised", 2, 2)]
+    assert [(f.part, f.kind, f.attempt, f.rows) for f in report.faults] == [
+        ("bad", "raised", 1, 0),
+        ("bad", "raised", 2, 2),
+    ]
     assert "ValueError: no server" in report.sentences()[1] and "my_rewards.py:2" in report.sentences()[1]
     assert "2 trajectories go unjudged" in report.sentences()[1]
     assert report.metrics["reward/bad/failed"] == 1 and report.metrics["reward/bad/none"] == 1
@@ -203,7 +222,7 @@ def test_a_part_that_hangs_is_killed_and_says_where_it_stood(own):
         assert time.monotonic() - started < 30
         assert process.poll() is not None  # dead, not left behind
     assert group[0].rewards == {"slow": None} and group[0].reward == 0
-    fault, = report.faults
+    (fault,) = report.faults
     assert fault.kind == "timeout" and "longer than 0.5 s" in fault.message
     assert "dawdle" in fault.stack and "my_rewards.py" in fault.stack
 
@@ -218,8 +237,13 @@ def test_a_hang_delays_no_other_part_and_the_next_step_works(own, tmp_path):
             return [1.0]
         def quick(completions): return [2.0]
         """)
-    with Judge(config("coalesce(slow, 0) + quick", slow={"function": path, "timeout_s": 0.5, "retries": 0},
-                      quick=path.replace(":score", ":quick"))) as judge:
+    with Judge(
+        config(
+            "coalesce(slow, 0) + quick",
+            slow={"function": path, "timeout_s": 0.5, "retries": 0},
+            quick=path.replace(":score", ":quick"),
+        )
+    ) as judge:
         first, second = words("x"), words("x")
         judge.judge([first])
         judge.judge([second])
@@ -238,12 +262,15 @@ def test_a_part_that_takes_its_process_down_is_a_fault(own):
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-@pytest.mark.parametrize(("body", "message"), [
-    ("return [1.0]", "reward 'mine' returned 1 values for 2 completions"),
-    ("return 1.0", "returned float; it must return a list"),
-    ("return ['good', 'bad']", "returned 'good' for a completion"),
-    ("return [{9: 1.0}, None]", "credits segment 9 of trajectory 0-0, which has segments 0 to 1"),
-])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", "reward 'mine' returned 1 values for 2 completions"),
+        ("return 1.0", "returned float; it must return a list"),
+        ("return ['good', 'bad']", "returned 'good' for a completion"),
+        ("return [{9: 1.0}, None]", "credits segment 9 of trajectory 0-0, which has segments 0 to 1"),
+    ],
+)
 def test_breaking_the_contract_stops_at_once(own, body, message, isolate):
     path = own(f"def score(completions, **kw): {body}")
     with pytest.raises(RewardError, match=message):
@@ -279,8 +306,11 @@ def test_the_run_stops_when_a_part_fails_too_often(own, tmp_path):
         judge.judge([words("x")], step=1)  # a good step starts the count afresh
         (tmp_path / "works").unlink()
         judge.judge([words("x")], step=2)
-        with pytest.raises(RewardFailed, match=r"part 'mine' .*failed in 2 step\(s\) in a row, up to step 3: "
-                                               r"ValueError: no server.*rewards.none_limit"):
+        with pytest.raises(
+            RewardFailed,
+            match=r"part 'mine' .*failed in 2 step\(s\) in a row, up to step 3: "
+            r"ValueError: no server.*rewards.none_limit",
+        ):
             judge.judge([words("x")], step=3)
 
 
@@ -296,14 +326,18 @@ def test_the_run_stops_when_nothing_is_judged(own):
 
 # ---- at the start -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("code", "name", "message"), [
-    ("def score(completions):\n  return [", "score", "line 2"),
-    ("import no_such_package", "score", "does not import: ModuleNotFoundError: No module named 'no_such_package'"),
-    ("def scores(completions): return []", "score", "has no function 'score'; did you mean 'scores'"),
-    ("score = 3", "score", "is int, not a function"),
-    ("class Score: pass", "Score", "is a class; set factory: true"),
-    ("raise RuntimeError('broken')", "score", r"RuntimeError: broken at .*my_rewards.py:1"),
-])
+
+@pytest.mark.parametrize(
+    ("code", "name", "message"),
+    [
+        ("def score(completions):\n  return [", "score", "line 2"),
+        ("import no_such_package", "score", "does not import: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("def scores(completions): return []", "score", "has no function 'score'; did you mean 'scores'"),
+        ("score = 3", "score", "is int, not a function"),
+        ("class Score: pass", "Score", "is a class; set factory: true"),
+        ("raise RuntimeError('broken')", "score", r"RuntimeError: broken at .*my_rewards.py:1"),
+    ],
+)
 def test_files_that_do_not_load_are_named(own, code, name, message):
     path = own(code, name)
     with pytest.raises(RewardError, match=message):
@@ -312,40 +346,52 @@ def test_files_that_do_not_load_are_named(own, code, name, message):
         Judge(config(mine=path))
 
 
-@pytest.mark.parametrize(("spec", "message"), [
-    ("geneva", "no reward 'geneva'; did you mean 'geneval'"),
-    ("missing/file.py:score", "no file missing/file.py"),
-    ("missing/file.py", "name the function too, as 'missing/file.py:function'"),
-])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("geneva", "no reward 'geneva'; did you mean 'geneval'"),
+        ("missing/file.py:score", "no file missing/file.py"),
+        ("missing/file.py", "name the function too, as 'missing/file.py:function'"),
+    ],
+)
 def test_a_recipe_names_what_is_not_there(spec, message):
     with pytest.raises(RewardError, match=message):
         config(mine=spec)
 
 
-@pytest.mark.parametrize(("spec", "message"), [
-    ("no_such_package.score", "no module 'no_such_package' on the path"),
-    ("trl.rewards.think_fromat_reward", "no function 'think_fromat_reward'"),
-])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("no_such_package.score", "no module 'no_such_package' on the path"),
+        ("trl.rewards.think_fromat_reward", "no function 'think_fromat_reward'"),
+    ],
+)
 def test_dotted_paths_that_lead_nowhere(spec, message):
     with pytest.raises(RewardError, match=message):
         load_reward(spec)
 
 
-@pytest.mark.parametrize(("parts", "total", "message"), [
-    ({"min": {"function": "format"}}, None, "must be a plain word"),
-    ({"a b": {"function": "format"}}, None, "must be a plain word"),
-    ({"a": {"function": "format", "weight": 2}}, "a", "weight has no use beside `total`"),
-    ({"a": {"function": "geneval", "scope": "batch"}}, None, "sees a row, which is no matter of choice"),
-    ({"a": {"function": "format", "isolate": False, "workers": {}}}, None, "isolate: false keeps it in the driver"),
-    ({"a": {"function": "format", "workers": {"num_gpus": 1}}}, None, "only Ray deals out GPUs"),
-    ({"a": {"function": "trl.rewards.think_format_reward", "scope": "batch", "workers": {"batch_size": 2}}}, None,
-     "gets it in one call"),
-    ({"a": {"function": "format", "watch": True, "weight": 2}}, None, "a watched part is never paid"),
-    ({"a": {"function": "format", "weight": "w"}}, None, "no schedule 'w'"),
-    ({"group_mean": {"function": "format"}}, None, "must be a plain word"),
-    ({}, None, "at least 1 item"),
-    ({"a": {"function": "format", "timeout": 3}}, None, "Extra inputs"),
-])
+@pytest.mark.parametrize(
+    ("parts", "total", "message"),
+    [
+        ({"min": {"function": "format"}}, None, "must be a plain word"),
+        ({"a b": {"function": "format"}}, None, "must be a plain word"),
+        ({"a": {"function": "format", "weight": 2}}, "a", "weight has no use beside `total`"),
+        ({"a": {"function": "geneval", "scope": "batch"}}, None, "sees a row, which is no matter of choice"),
+        ({"a": {"function": "format", "isolate": False, "workers": {}}}, None, "isolate: false keeps it in the driver"),
+        ({"a": {"function": "format", "workers": {"num_gpus": 1}}}, None, "only Ray deals out GPUs"),
+        (
+            {"a": {"function": "trl.rewards.think_format_reward", "scope": "batch", "workers": {"batch_size": 2}}},
+            None,
+            "gets it in one call",
+        ),
+        ({"a": {"function": "format", "watch": True, "weight": 2}}, None, "a watched part is never paid"),
+        ({"a": {"function": "format", "weight": "w"}}, None, "no schedule 'w'"),
+        ({"group_mean": {"function": "format"}}, None, "must be a plain word"),
+        ({}, None, "at least 1 item"),
+        ({"a": {"function": "format", "timeout": 3}}, None, "Extra inputs"),
+    ],
+)
 def test_a_config_that_contradicts_itself_is_refused(parts, total, message):
     with pytest.raises(ValidationError, match=message):
         RewardsConfig(parts=parts, total=total)
@@ -366,7 +412,8 @@ def test_paying_for_the_format_under_full_constraint_is_refused():
     with pytest.raises(ValueError, match="rewards.parts.form"):  # the plain sum pays too
         config(result="geneval", form="format").refuse_constant_format(FormatConfig(constrain="full"))
     config(result="geneval", form={"function": "format", "weight": 0}).refuse_constant_format(
-        FormatConfig(constrain="full"))
+        FormatConfig(constrain="full")
+    )
 
 
 def test_a_class_that_the_worlds_detector_lacks_is_named_before_any_rollout():
@@ -387,6 +434,7 @@ def test_a_class_that_the_worlds_detector_lacks_is_named_before_any_rollout():
 
 # ---- processes ----------------------------------------------------------------------------------------------------
 
+
 def test_a_part_leaves_when_its_driver_is_gone(own):
     reward = ProcessWorker(PartSpec("mine", own("def score(completions): return [1.0]")))
     reward.start()
@@ -400,6 +448,7 @@ def test_closing_ends_a_call_in_another_thread(own):
     import threading
 
     from rewards.contract import TrainerState
+
     reward = ProcessWorker(PartSpec("mine", own("import time\ndef score(completions): time.sleep(600)")))
     reward.start()
     raised = []
@@ -436,15 +485,29 @@ def test_a_large_batch_crosses_the_pipe(own):
 
 # ---- sharing --------------------------------------------------------------------------------------------------------
 
+
 def test_the_shapes_recipe_shares_one_look_at_each_picture():
     task = get_task("shapes")
     group = []
     for member in range(8):
         demo = task.demonstrations("strokes", 1, seed=member)[0]
         pictures = [render(Scene((Object("circle", "red", place, member % 2),))) for place in range(3)]
-        group.append(thought(demo.record, *[image("sketch", p) for p in pictures],
-                             text("inspect", "<inspect> nothing : fine </inspect>"), member=member))
-    with Judge(config("result + coalesce(critique, 0) + better", result="geneval", critique="critique_consistency",
-                      better="improvement"), task) as judge:
+        group.append(
+            thought(
+                demo.record,
+                *[image("sketch", p) for p in pictures],
+                text("inspect", "<inspect> nothing : fine </inspect>"),
+                member=member,
+            )
+        )
+    with Judge(
+        config(
+            "result + coalesce(critique, 0) + better",
+            result="geneval",
+            critique="critique_consistency",
+            better="improvement",
+        ),
+        task,
+    ) as judge:
         judge.judge([group])
         assert judge.setting.detector.looks == 4  # first and final picture x 2 jitters, however often asked for

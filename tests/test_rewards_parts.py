@@ -39,8 +39,10 @@ OPPOSITE = {"left of": "right", "right of": "left", "above": "bottom", "below": 
 
 @pytest.mark.parametrize("relation", AT)
 def test_relations_pay_and_refuse_on_rendered_scenes(setting, relation):
-    record = {"tag": "position", "include": [{"class": "circle", "count": 1},
-                                             {"class": "square", "count": 1, "position": [relation, 0]}]}
+    record = {
+        "tag": "position",
+        "include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1, "position": [relation, 0]}],
+    }
     held = scene(("square", "red", AT[relation]), ("circle", "blue", OPPOSITE[relation]))
     turned = scene(("circle", "red", AT[relation]), ("square", "blue", OPPOSITE[relation]))
     alone = scene(("square", "red", AT[relation]))
@@ -50,18 +52,25 @@ def test_relations_pay_and_refuse_on_rendered_scenes(setting, relation):
 
 
 def test_colours_and_counts_on_rendered_scenes(setting):
-    record = {"tag": "color_attr", "include": [{"class": "circle", "count": 1, "color": "red"},
-                                               {"class": "square", "count": 1, "color": "blue"}]}
+    record = {
+        "tag": "color_attr",
+        "include": [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1, "color": "blue"}],
+    }
     swapped = scene(("circle", "blue", "left"), ("square", "red", "right"))
     right = scene(("circle", "red", "left"), ("square", "blue", "right"))
     thoughts = [thought(record, image("sketch", picture)) for picture in (right, swapped)]
     assert geneval(thoughts, setting) == [1, 0]
     logs = Logs()
     geneval(thoughts, setting, logs.log_extra)
-    assert logs.columns["reason"] == ["", "expected red circle>=1, found 0 red; and 1 blue\n"
-                                          "expected blue square>=1, found 0 blue; and 1 red"]
-    two = {"tag": "counting", "include": [{"class": "circle", "count": 2}],
-           "exclude": [{"class": "circle", "count": 3}]}
+    assert logs.columns["reason"] == [
+        "",
+        "expected red circle>=1, found 0 red; and 1 blue\nexpected blue square>=1, found 0 blue; and 1 red",
+    ]
+    two = {
+        "tag": "counting",
+        "include": [{"class": "circle", "count": 2}],
+        "exclude": [{"class": "circle", "count": 3}],
+    }
     places = ("top-left", "top-right", "bottom-left")
     drawn = [scene(*[("circle", "red", place) for place in places[:n]]) for n in range(4)]
     assert geneval([thought(two, image("sketch", p)) for p in drawn], setting) == [0, 0, 1, 0]
@@ -69,16 +78,20 @@ def test_colours_and_counts_on_rendered_scenes(setting):
 
 # ---- improvement --------------------------------------------------------------------------------------------------
 
-ATTR = {"tag": "color_attr", "include": [{"class": "circle", "count": 1, "color": "red"},
-                                         {"class": "square", "count": 1, "color": "blue"}]}
+ATTR = {
+    "tag": "color_attr",
+    "include": [{"class": "circle", "count": 1, "color": "red"}, {"class": "square", "count": 1, "color": "blue"}],
+}
 NOTHING = scene()  # graded 0
 ONE = scene(("circle", "red", "left"))  # 2 of 4
 BOTH = scene(("circle", "red", "left"), ("square", "blue", "right"))  # 4 of 4
 
 
 def test_improvement_by_hand(setting):
-    thoughts = [thought(ATTR, *[image("sketch", p) for p in pictures])
-                for pictures in ([NOTHING, ONE, BOTH], [BOTH, ONE], [ONE], [])]
+    thoughts = [
+        thought(ATTR, *[image("sketch", p) for p in pictures])
+        for pictures in ([NOTHING, ONE, BOTH], [BOTH, ONE], [ONE], [])
+    ]
     logs = Logs()
     assert improvement(thoughts, setting, logs.log_metric) == [1, -0.5, 0, None]
     assert logs.metrics == {"better": [1 / 3], "worse": [1 / 3]}
@@ -87,6 +100,7 @@ def test_improvement_by_hand(setting):
 
 
 # ---- steps --------------------------------------------------------------------------------------------------------
+
 
 def test_steps_by_hand():
     def drawing(images, turns=1, stop=StopReason.END):
@@ -103,6 +117,7 @@ def test_steps_by_hand():
 
 
 # ---- format -------------------------------------------------------------------------------------------------------
+
 
 def strokes(*segments):
     return thought({}, *segments)
@@ -130,11 +145,19 @@ def test_format_is_found_by_the_trajectory_when_the_judge_was_given_none():
 
 # ---- completions ----------------------------------------------------------------------------------------------------
 
+
 def test_completions_hold_the_policys_words_and_pictures_alone():
     picture = np.full((4, 4, 3), 7, np.uint8)
-    seen = thought({"tag": "colors", "prompt": "p"}, text("think", "look "), text("call", "closer"),
-                   image("observation", picture, Author.ENVIRONMENT), text("observation", "SECRET", Author.ENVIRONMENT),
-                   text("think", "I see"), image("sketch", picture), text("answer", "done"))
+    seen = thought(
+        {"tag": "colors", "prompt": "p"},
+        text("think", "look "),
+        text("call", "closer"),
+        image("observation", picture, Author.ENVIRONMENT),
+        text("observation", "SECRET", Author.ENVIRONMENT),
+        text("think", "I see"),
+        image("sketch", picture),
+        text("answer", "done"),
+    )
     first, second = completion(seen)
     assert first == {"role": "assistant", "content": "look closer"}
     assert [part["type"] for part in second["content"]] == ["text", "image", "text"]
@@ -146,8 +169,14 @@ def test_completions_hold_the_policys_words_and_pictures_alone():
 
 
 def test_ids_and_columns():
-    rows = [thought({"prompt": "p", "tag": "colors", "include": [1]}, text("plan", "a", ids=[4, 5]),
-                    text("observation", "b", Author.ENVIRONMENT, ids=[6]), image("sketch", NOTHING, ids=[7])),
-            thought({"tag": "position", "extra": 2})]
+    rows = [
+        thought(
+            {"prompt": "p", "tag": "colors", "include": [1]},
+            text("plan", "a", ids=[4, 5]),
+            text("observation", "b", Author.ENVIRONMENT, ids=[6]),
+            image("sketch", NOTHING, ids=[7]),
+        ),
+        thought({"tag": "position", "extra": 2}),
+    ]
     assert policy_ids(rows[0]) == [4, 5, 7]
     assert columns(rows) == {"tag": ["colors", "position"], "include": [[1], None], "extra": [None, 2]}

@@ -55,8 +55,13 @@ def rows(count=2):
 
 
 def test_two_halves_share_the_gpu_and_leave_nothing(one_gpu, function):
-    config = RewardsConfig.model_validate({"parts": {"a": {"function": function, "workers": {
-        "kind": "ray", "count": 2, "num_gpus": 0.5, "num_cpus": 0.5}}}})
+    config = RewardsConfig.model_validate(
+        {
+            "parts": {
+                "a": {"function": function, "workers": {"kind": "ray", "count": 2, "num_gpus": 0.5, "num_cpus": 0.5}}
+            }
+        }
+    )
     assert free(1) == 1
     with Judge(config) as judge:
         assert free(0) == 0

@@ -75,8 +75,10 @@ def ray_cluster():
 
 def some_groups(sizes=(3, 2, 4, 1), seed=0):
     noise = random.Random(seed)
-    return [[thought({}, text("answer", "x" * noise.randrange(6)), group=number, member=member)
-             for member in range(size)] for number, size in enumerate(sizes)]
+    return [
+        [thought({}, text("answer", "x" * noise.randrange(6)), group=number, member=member) for member in range(size)]
+        for number, size in enumerate(sizes)
+    ]
 
 
 def build(total=None, detector=None, **parts):
@@ -86,28 +88,36 @@ def build(total=None, detector=None, **parts):
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("scope", "sizes", "batch_size", "expected"), [
-    ("batch", (2, 3), None, [[(0, 0, None), (1, 0, None)]]),
-    ("row", (2, 3), None, [[(0, 0, None)], [(1, 0, None)]]),
-    ("row", (2, 2, 2), 4, [[(0, 0, None), (1, 0, None)], [(2, 0, None)]]),
-    ("row", (5, 1), 2, [[(0, 0, 2)], [(0, 2, 4)], [(0, 4, None)], [(1, 0, None)]]),
-    ("group", (5, 1), 2, [[(0, 0, None)], [(1, 0, None)]]),  # a part that sees the group gets it whole
-    ("group", (2, 2), 8, [[(0, 0, None), (1, 0, None)]]),
-    ("batch", (), None, []), ("row", (), None, []),
-])
+
+@pytest.mark.parametrize(
+    ("scope", "sizes", "batch_size", "expected"),
+    [
+        ("batch", (2, 3), None, [[(0, 0, None), (1, 0, None)]]),
+        ("row", (2, 3), None, [[(0, 0, None)], [(1, 0, None)]]),
+        ("row", (2, 2, 2), 4, [[(0, 0, None), (1, 0, None)], [(2, 0, None)]]),
+        ("row", (5, 1), 2, [[(0, 0, 2)], [(0, 2, 4)], [(0, 4, None)], [(1, 0, None)]]),
+        ("group", (5, 1), 2, [[(0, 0, None)], [(1, 0, None)]]),  # a part that sees the group gets it whole
+        ("group", (2, 2), 8, [[(0, 0, None), (1, 0, None)]]),
+        ("batch", (), None, []),
+        ("row", (), None, []),
+    ],
+)
 def test_plans_by_hand(scope, sizes, batch_size, expected):
     assert plan(scope, sizes, batch_size) == [tuple(Stretch(*s) for s in call) for call in expected]
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["row", "group", "batch"]), st.lists(st.integers(1, 9), max_size=6),
-       st.one_of(st.none(), st.integers(1, 12)))
+@given(
+    st.sampled_from(["row", "group", "batch"]),
+    st.lists(st.integers(1, 9), max_size=6),
+    st.one_of(st.none(), st.integers(1, 12)),
+)
 def test_every_row_is_in_one_call_and_no_call_is_larger_than_it_may_be(scope, sizes, batch_size):
     calls = plan(scope, sizes, batch_size)
-    rows = [(s.group, row) for call in calls for s in call for row in range(sizes[s.group])[s.start:s.stop]]
+    rows = [(s.group, row) for call in calls for s in call for row in range(sizes[s.group])[s.start : s.stop]]
     assert sorted(rows) == [(group, row) for group, size in enumerate(sizes) for row in range(size)]
     for call in calls:
-        count = sum(len(range(sizes[s.group])[s.start:s.stop]) for s in call)
+        count = sum(len(range(sizes[s.group])[s.start : s.stop]) for s in call)
         if batch_size is not None and scope != "batch":
             assert count <= batch_size or (scope == "group" and len(call) == 1)
 
@@ -129,9 +139,13 @@ def without_time(metrics):
 def test_the_order_of_arrival_changes_nothing(file, place):
     more = PLACES[place]
     batch = {key: value for key, value in more.items() if key != "workers"}
-    config = build("coalesce(n, 0) + s + coalesce(c, 0) + group_mean(n) + batch_max(rows)",
-                   n=file("lengths", scope="row", **more), s=file("share", scope="group", **more),
-                   c=file("credits", scope="row", **more), rows=file("calls", **batch))
+    config = build(
+        "coalesce(n, 0) + s + coalesce(c, 0) + group_mean(n) + batch_max(rows)",
+        n=file("lengths", scope="row", **more),
+        s=file("share", scope="group", **more),
+        c=file("credits", scope="row", **more),
+        rows=file("calls", **batch),
+    )
     sizes = (3, 2, 4, 1)
     with Judge(config) as judge:
         at_once = some_groups(sizes)
@@ -142,7 +156,7 @@ def test_the_order_of_arrival_changes_nothing(file, place):
             order = list(enumerate(groups))
             random.Random(seed).shuffle(order)
             judgement = judge.begin(4, sizes)
-            for index, group in order[:seed + 1]:  # the others are given at the end, as by rollouts that do not stream
+            for index, group in order[: seed + 1]:  # the others are given at the end, as by rollouts that do not stream
                 judgement.add(index, group)
             report = judgement.finish(groups)
             assert everything(groups) == everything(at_once)
@@ -150,8 +164,10 @@ def test_the_order_of_arrival_changes_nothing(file, place):
 
 
 def test_metrics_of_several_calls_are_weighted_by_the_rows_they_judged(file):
-    groups = [[thought({}, text("answer", w), group=n, member=m) for m, w in enumerate(words)]
-              for n, words in enumerate((["aa", "aa", "aa"], ["aaaaaa", ""]))]
+    groups = [
+        [thought({}, text("answer", w), group=n, member=m) for m, w in enumerate(words)]
+        for n, words in enumerate((["aa", "aa", "aa"], ["aaaaaa", ""]))
+    ]
     with Judge(build(n=file("lengths", scope="row", isolate=False))) as judge:
         report = judge.judge(groups)
     assert report.metrics["reward/n/mean"] == pytest.approx((3 * 2 + 1 * 3) / 4)  # 3 and 1 rows had a value
@@ -210,14 +226,17 @@ def test_a_part_that_breaks_the_contract_stops_the_rollout_too(file):
 
 # ---- what hangs ------------------------------------------------------------------------------------------------------
 
+
 def test_one_stuck_group_costs_its_own_rows(file):
     words = [["a", "b"], ["a", "hang"], ["a", "b"]]
-    groups = [[thought({}, text("answer", w), group=n, member=m) for m, w in enumerate(group)]
-              for n, group in enumerate(words)]
+    groups = [
+        [thought({}, text("answer", w), group=n, member=m) for m, w in enumerate(group)]
+        for n, group in enumerate(words)
+    ]
     with Judge(build("s", s=file("sometimes", scope="row", timeout_s=4.0, retries=0))) as judge:
         report = judge.judge(groups)
     assert [[t.reward for t in group] for group in groups] == [[1, 1], [None, None], [1, 1]]
-    fault, = report.faults
+    (fault,) = report.faults
     assert (fault.kind, fault.rows) == ("timeout", 2) and "dawdle" in fault.stack
     assert report.metrics["reward/s/failed"] == pytest.approx(1 / 3)
 
@@ -236,12 +255,17 @@ def test_a_part_that_always_hangs_is_given_up_for_the_step_and_ends_the_run_in_t
 
 # ---- parts of the toolkit in workers -----------------------------------------------------------------------------
 
+
 def drawn(task, count=6):
     groups = []
     for number, demo in enumerate(task.demonstrations("strokes", count, seed=3)):
         pictures = [part.picture for part in demo.parts if part.picture is not None]
-        groups.append([thought(demo.record, image("sketch", picture), group=number, member=member)
-                       for member, picture in enumerate([pictures[-1], np.zeros_like(pictures[-1])])])
+        groups.append(
+            [
+                thought(demo.record, image("sketch", picture), group=number, member=member)
+                for member, picture in enumerate([pictures[-1], np.zeros_like(pictures[-1])])
+            ]
+        )
     return groups
 
 
@@ -250,10 +274,17 @@ def test_a_part_of_the_toolkit_gives_the_same_anywhere(kind, request):
     if kind == "ray":
         request.getfixturevalue("ray_cluster")
     task, fmt = get_task("shapes"), get_format("strokes")
-    config = {"parts": {"here": {"function": "geneval", "options": {"mode": "graded"}},
-                        "there": {"function": "geneval", "options": {"mode": "graded"},
-                                  "workers": {"kind": kind, "batch_size": 3, "num_cpus": 0.5}},
-                        "form": {"function": "format", "workers": {"kind": kind, "num_cpus": 0.5}}}}
+    config = {
+        "parts": {
+            "here": {"function": "geneval", "options": {"mode": "graded"}},
+            "there": {
+                "function": "geneval",
+                "options": {"mode": "graded"},
+                "workers": {"kind": kind, "batch_size": 3, "num_cpus": 0.5},
+            },
+            "form": {"function": "format", "workers": {"kind": kind, "num_cpus": 0.5}},
+        }
+    }
     groups = drawn(task)
     with Judge(RewardsConfig.model_validate(config), task, fmt) as judge:
         judge.judge(groups)
@@ -287,20 +318,30 @@ def test_a_part_asks_the_judge_of_the_recipe_and_its_questions_are_counted(tmp_p
     import judge_server
 
     from rewards.registry import REWARDS
+
     name = next(name for name, entry in REWARDS.items() if entry.needs_judge)
     with pytest.raises(ValueError, match=f"judge: missing; parts.a .{name}. asks a judge: give judge.base_url"):
         build(a={"function": name})
-    with judge_server.JudgeServer(lambda body, number: "yes", models=["other"]) as server, \
-            pytest.raises(Exception, match="has no model 'judge'"):
-        Judge(RewardsConfig.model_validate({"parts": {"a": {"function": name}},
-                                            "judge": {"base_url": server.url, "model": "judge"}}))
+    with (
+        judge_server.JudgeServer(lambda body, number: "yes", models=["other"]) as server,
+        pytest.raises(Exception, match="has no model 'judge'"),
+    ):
+        Judge(
+            RewardsConfig.model_validate(
+                {"parts": {"a": {"function": name}}, "judge": {"base_url": server.url, "model": "judge"}}
+            )
+        )
 
 
 # ---- Ray actors -----------------------------------------------------------------------------------------------------
 
+
 def test_a_ray_part_scores_in_actors(file, ray_cluster):
-    config = build("n + s", n=file("lengths", scope="row", workers={"kind": "ray", "batch_size": 4, "num_cpus": 0.5}),
-                   s=file("share", scope="group", workers={"kind": "ray", "num_cpus": 0.5}))
+    config = build(
+        "n + s",
+        n=file("lengths", scope="row", workers={"kind": "ray", "batch_size": 4, "num_cpus": 0.5}),
+        s=file("share", scope="group", workers={"kind": "ray", "num_cpus": 0.5}),
+    )
     same = build("n + s", n=file("lengths", scope="row", workers={"batch_size": 4}), s=file("share", scope="group"))
     there, here = some_groups(), some_groups()
     with Judge(config) as judge, Judge(same) as processes:
@@ -332,14 +373,15 @@ def test_several_actors_share_the_calls(file, ray_cluster):
 def test_an_actor_that_hangs_is_killed_says_where_it_stood_and_is_replaced(file, ray_cluster):
     words = [["a"], ["hang"], ["b"]]
     groups = [[thought({}, text("answer", w), group=n)] for n, (w,) in enumerate(words)]
-    config = build("s", s=file("sometimes", scope="row", timeout_s=5.0, retries=0,
-                               workers={"kind": "ray", "num_cpus": 0.5}))
+    config = build(
+        "s", s=file("sometimes", scope="row", timeout_s=5.0, retries=0, workers={"kind": "ray", "num_cpus": 0.5})
+    )
     with Judge(config) as judge:
         before = judge.parts["s"].workers[0].pid
         report = judge.judge(groups)
         after = judge.parts["s"].workers[0].pid
     assert [group[0].reward for group in groups] == [1, None, 1]
-    fault, = report.faults
+    (fault,) = report.faults
     assert (fault.kind, fault.rows) == ("timeout", 1) and "dawdle" in fault.stack and "parts.py" in fault.stack
     assert before != after
     with pytest.raises(ProcessLookupError):

@@ -25,15 +25,18 @@ def test_scale_rewards_takes_trls_booleans():
     assert [GrpoConfig(scale_rewards=v).scale_rewards for v in (True, False, "batch")] == ["group", "none", "batch"]
 
 
-@pytest.mark.parametrize("wrong, sentence", [
-    ({"epsilon_low": 0.1}, "Extra inputs are not permitted"),
-    ({"loss_type": "gspo"}, "'segment', 'modality'"),
-    ({"num_generations": 1}, "greater than or equal to 2"),
-    ({"num_minibatches": 20}, "num_minibatches is 20, but a step has only 16 groups"),
-    ({"role_weights": {"plan": -1.0}}, "role_weights.plan is negative"),
-    ({"segment_reward_weights": {"detect": 2.0}}, "needs advantage_level: segment"),
-    ({"clip_by_kind": {"pixel": {}}}, "'word', 'code' or 'flow'"),
-])
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"epsilon_low": 0.1}, "Extra inputs are not permitted"),
+        ({"loss_type": "gspo"}, "'segment', 'modality'"),
+        ({"num_generations": 1}, "greater than or equal to 2"),
+        ({"num_minibatches": 20}, "num_minibatches is 20, but a step has only 16 groups"),
+        ({"role_weights": {"plan": -1.0}}, "role_weights.plan is negative"),
+        ({"segment_reward_weights": {"detect": 2.0}}, "needs advantage_level: segment"),
+        ({"clip_by_kind": {"pixel": {}}}, "'word', 'code' or 'flow'"),
+    ],
+)
 def test_what_is_wrong_is_named(wrong, sentence):
     with pytest.raises(ValidationError, match=sentence):
         GrpoConfig(**wrong)

@@ -11,8 +11,10 @@ from record.trajectory import Author, Context, Modality, Piece, RecordError, Seg
 
 def trajectory(*lengths: int) -> Trajectory:
     """Segments of given lengths; segment s holds ids 10 s, 10 s + 1, ..., in its full history."""
-    segments = [Segment("text", Author.POLICY, Modality.TEXT, True, np.arange(10 * s, 10 * s + n, dtype=np.int32))
-                for s, n in enumerate(lengths)]
+    segments = [
+        Segment("text", Author.POLICY, Modality.TEXT, True, np.arange(10 * s, 10 * s + n, dtype=np.int32))
+        for s, n in enumerate(lengths)
+    ]
     made = Trajectory("", {}, "strokes", segments, group=3, member=1)
     for index, segment in enumerate(segments):
         segment.contexts = (full_history(made, index),)
@@ -20,14 +22,14 @@ def trajectory(*lengths: int) -> Trajectory:
 
 
 def test_plain_trajectory_is_one_row():
-    row, = rows_of(trajectory(2, 3, 1), 5, [(1, "full"), (2, "full")])
+    (row,) = rows_of(trajectory(2, 3, 1), 5, [(1, "full"), (2, "full")])
     assert row.ids_T.tolist() == [0, 1, 10, 11, 12, 20]
     assert row.position_T.tolist() == [0, 1, 2, 3, 4, 5]
     assert row.offsets == {1: 2, 2: 5} and row.trajectory == 5
 
 
 def test_segments_between_that_nobody_scores_are_context():
-    row, = rows_of(trajectory(2, 3, 1, 2), 0, [(1, "full"), (3, "full")])
+    (row,) = rows_of(trajectory(2, 3, 1, 2), 0, [(1, "full"), (3, "full")])
     assert row.ids_T.tolist() == [0, 1, 10, 11, 12, 20, 30, 31]
     assert row.offsets == {1: 2, 3: 6}
 
@@ -65,7 +67,10 @@ def test_branches_have_rows_of_their_own():
         made.segments[index].contexts += (Context("unconditional", (), 0),)
     rows = rows_of(made, 0, [(1, "full"), (1, "unconditional"), (2, "full"), (2, "unconditional")])
     assert [(row.branch, row.ids_T.tolist()) for row in rows] == [
-        ("full", [0, 1, 10, 11, 12, 20, 21, 22]), ("unconditional", [10, 11, 12]), ("unconditional", [20, 21, 22])]
+        ("full", [0, 1, 10, 11, 12, 20, 21, 22]),
+        ("unconditional", [10, 11, 12]),
+        ("unconditional", [20, 21, 22]),
+    ]
 
 
 def test_context_ids():
@@ -76,11 +81,14 @@ def test_context_ids():
     assert len(ids) == len(positions) == 0
 
 
-@pytest.mark.parametrize(("piece", "message"), [
-    (Piece(1, "vit", 0), "segment 1 was seen as 'vit'"),
-    (Piece(4, "ids", 0), "names segment 4 of 2"),
-    (Piece(1, "ids", 0, (2, 9)), "keeps ids 2 to 9 of segment 1, which has 3"),
-])
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        (Piece(1, "vit", 0), "segment 1 was seen as 'vit'"),
+        (Piece(4, "ids", 0), "names segment 4 of 2"),
+        (Piece(1, "ids", 0, (2, 9)), "keeps ids 2 to 9 of segment 1, which has 3"),
+    ],
+)
 def test_wrong_pieces_are_named(piece, message):
     with pytest.raises(RecordError, match=f"trajectory 3-1: .*{message}"):
         context_ids(trajectory(2, 3), Context("full", (piece,), 0))
@@ -89,6 +97,9 @@ def test_wrong_pieces_are_named(piece, message):
 def test_missing_context_is_named():
     made = trajectory(2, 3)
     made.segments[1].contexts = ()
-    with pytest.raises(RecordError, match=r"segment 1 \('text'\) has no recorded context for the branch 'full'; "
-                                          "it has: none"):
+    with pytest.raises(
+        RecordError,
+        match=r"segment 1 \('text'\) has no recorded context for the branch 'full'; "
+        "it has: none",
+    ):
         rows_of(made, 0, [(1, "full")])

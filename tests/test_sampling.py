@@ -24,19 +24,29 @@ def tensors(seed: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), temperature=st.sampled_from([0.25, 1.0, 2.0]),
-       uniform=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2.0**-53])),
-       top_p=st.sampled_from([1.0, 0.7, 0.01]), top_k=st.sampled_from([0, 1, 3]))
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.sampled_from([0.25, 1.0, 2.0]),
+    uniform=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2.0**-53])),
+    top_p=st.sampled_from([1.0, 0.7, 0.01]),
+    top_k=st.sampled_from([0, 1, 3]),
+)
 def test_draws_are_allowed_and_logprobs_are_of_the_renormalised_law(seed, temperature, uniform, top_p, top_k):
     logits_BV, allowed_BV = tensors(seed, 5)
-    drawn = sample(logits_BV, torch.full((5,), temperature), allowed_BV, torch.full((5,), uniform, dtype=torch.float64),
-                   top_p, top_k)
+    drawn = sample(
+        logits_BV,
+        torch.full((5,), temperature),
+        allowed_BV,
+        torch.full((5,), uniform, dtype=torch.float64),
+        top_p,
+        top_k,
+    )
     for b in range(5):
         kept = allowed_BV[b] if drawn.kept_BV is None else drawn.kept_BV[b]
         assert allowed_BV[b, drawn.id_B[b]] and kept[drawn.id_B[b]]
         assert not (kept & ~allowed_BV[b]).any()
         plain = torch.log_softmax((logits_BV[b].double() / temperature)[kept], 0)
-        expected = plain[int(kept[:drawn.id_B[b]].sum())]
+        expected = plain[int(kept[: drawn.id_B[b]].sum())]
         assert abs(float(expected) - float(drawn.logprob_B[b])) < 1e-5
         if top_k:
             assert int(kept.sum()) <= top_k
@@ -72,8 +82,12 @@ def test_frequencies_follow_the_law():
     count = 20_000
     logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0])
     key = np.full(count, noise_key(0, 3, 1), np.uint64)
-    drawn = sample(logits[None].repeat(count, 1), torch.full((count,), 2.0), None,
-                   torch.from_numpy(uniforms(key, np.arange(count))))
+    drawn = sample(
+        logits[None].repeat(count, 1),
+        torch.full((count,), 2.0),
+        None,
+        torch.from_numpy(uniforms(key, np.arange(count))),
+    )
     seen = np.bincount(drawn.id_B.numpy(), minlength=4) / count
     expected = torch.softmax(logits / 2, 0).numpy()
     assert np.abs(seen - expected).max() < 4 * 0.5 / count**0.5
@@ -86,7 +100,7 @@ def test_hash_is_splitmix64():
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(-2**40, 2**40), group=st.integers(0, 2**40))
+@given(seed=st.integers(-(2**40), 2**40), group=st.integers(0, 2**40))
 def test_uniforms_are_uniform_over_decisions_and_over_members(seed, group):
     over_decisions = uniforms(np.full(4096, noise_key(seed, group, 0), np.uint64), np.arange(4096))
     members = np.array([noise_key(seed, group, m) for m in range(256)], np.uint64)

@@ -36,8 +36,14 @@ from tests.chameleon_helpers import WORDS, prompt_segment, small_config, small_p
 from tests.test_trainer_processes import launch
 from training.tracking import Tracker, read_metrics
 
-FAST = {"demonstrations": 1, "batch_size": 4, "warmup_steps": 0, "learning_rate": 3e-3, "logging_steps": 2,
-        "save_steps": 100}
+FAST = {
+    "demonstrations": 1,
+    "batch_size": 4,
+    "warmup_steps": 0,
+    "learning_rate": 3e-3,
+    "logging_steps": 2,
+    "save_steps": 100,
+}
 TIMES = {"sft/tokens_per_s"}
 
 
@@ -52,8 +58,7 @@ def text(policy, role, words, trained=True, author=Author.POLICY):
 def picture(policy, seed, trained=True, role="sketch"):
     v = policy.vocabulary
     codes = np.random.default_rng(seed).choice(v.code_ids, v.codes_per_image)
-    return Segment(role, Author.POLICY, Modality.IMAGE_TOKENS, trained,
-                   np.array([v.boi, *codes, v.eoi], np.int32))
+    return Segment(role, Author.POLICY, Modality.IMAGE_TOKENS, trained, np.array([v.boi, *codes, v.eoi], np.int32))
 
 
 def written(policy, count=12, pictures=(1, 2, 1), seed=0) -> list[Trajectory]:
@@ -64,8 +69,11 @@ def written(policy, count=12, pictures=(1, 2, 1), seed=0) -> list[Trajectory]:
         prompt = " ".join(rng.choice(WORDS[:5], 2))
         segments = [prompt_segment(policy, prompt)]
         for number in range(pictures[group % len(pictures)]):
-            segments += [text(policy, "plan", " ".join(rng.choice(WORDS[:5], 1 + group % 4))),
-                         picture(policy, group % 3 + 10 * number), text(policy, "inspect", "fine .")]
+            segments += [
+                text(policy, "plan", " ".join(rng.choice(WORDS[:5], 1 + group % 4))),
+                picture(policy, group % 3 + 10 * number),
+                text(policy, "inspect", "fine ."),
+            ]
         trajectories.append(Trajectory(prompt, {}, "strokes", segments, group=group, stop=StopReason.DEMONSTRATION))
     return trajectories
 
@@ -74,11 +82,17 @@ def trainer_of(policy, rows, folder, **changes) -> InterleavedSftTrainer:
     from datasets import Dataset
 
     from sft.train import _arguments
+
     config = section(**changes)
     return InterleavedSftTrainer(
-        policy=policy, section=config, model=policy.model, train_dataset=Dataset.from_list(rows),
-        data_collator=Collator(policy.vocabulary.pad), processing_class=policy.vocabulary.tokenizer,
-        args=_arguments(config, folder, 0, cpu=True))
+        policy=policy,
+        section=config,
+        model=policy.model,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=Collator(policy.vocabulary.pad),
+        processing_class=policy.vocabulary.tokenizer,
+        args=_arguments(config, folder, 0, cpu=True),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +102,33 @@ def policy():
 
 # ---- what is learned ----
 
+
 def test_prompt_forced_markers_and_untrained_segments_are_not_learned(policy):
     v = policy.vocabulary
-    trajectory = Trajectory("a red circle", {}, "strokes", [
-        prompt_segment(policy, "a red circle"), text(policy, "plan", "red circle"), picture(policy, 1),
-        text(policy, "observation", "fine", trained=False, author=Author.ENVIRONMENT),
-        picture(policy, 2, trained=False), text(policy, "inspect", "wrong .")])
+    trajectory = Trajectory(
+        "a red circle",
+        {},
+        "strokes",
+        [
+            prompt_segment(policy, "a red circle"),
+            text(policy, "plan", "red circle"),
+            picture(policy, 1),
+            text(policy, "observation", "fine", trained=False, author=Author.ENVIRONMENT),
+            picture(policy, 2, trained=False),
+            text(policy, "inspect", "wrong ."),
+        ],
+    )
     (row,), cut = training_rows([trajectory], 256)
     prompt, plan, sketch, observation, bad, inspect = (len(s.ids) for s in trajectory.segments)
     assert row["input_ids"] == [int(i) for s in trajectory.segments for i in s.ids]
-    expected = ([IGNORE] * prompt + list(trajectory.segments[1].ids) + list(trajectory.segments[2].ids[:-1]) + [IGNORE]
-                + [IGNORE] * (observation + bad) + list(trajectory.segments[5].ids))
+    expected = (
+        [IGNORE] * prompt
+        + list(trajectory.segments[1].ids)
+        + list(trajectory.segments[2].ids[:-1])
+        + [IGNORE]
+        + [IGNORE] * (observation + bad)
+        + list(trajectory.segments[5].ids)
+    )
     assert row["labels"] == expected
     assert row["input_ids"][prompt + plan + sketch - 1] == v.eoi and v.eoi not in row["labels"]
     assert (cut.rows, cut.shortened, cut.dropped) == (1, 0, 0)
@@ -144,17 +174,27 @@ def drawn(policy, value):
 
 
 def strokes(policy, mistakes=()):
-    parts = (Part("plan", "<ins> a red circle </ins><des> circle </des>"), Part("sketch", picture=drawn(policy, 10)),
-             Part("inspect", "<inspect> wrong </inspect>"), Part("refine", "<refine> red </refine>"),
-             Part("redraw", picture=drawn(policy, 200)), Part("inspect", "<inspect> fine </inspect>"))
+    parts = (
+        Part("plan", "<ins> a red circle </ins><des> circle </des>"),
+        Part("sketch", picture=drawn(policy, 10)),
+        Part("inspect", "<inspect> wrong </inspect>"),
+        Part("refine", "<refine> red </refine>"),
+        Part("redraw", picture=drawn(policy, 200)),
+        Part("inspect", "<inspect> fine </inspect>"),
+    )
     return Demonstration("a red circle", {"tag": "single_object"}, parts, mistakes)
 
 
 def test_a_needless_text_is_seen_and_what_it_leads_to_is_learned(policy):
     fine = "<inspect> fine </inspect>"
-    parts = (Part("plan", "<ins> a red circle </ins><des> circle </des>"), Part("sketch", picture=drawn(policy, 10)),
-             Part("inspect", fine), Part("plan", "<ins> red </ins><des> circle </des>"),
-             Part("sketch", picture=drawn(policy, 10)), Part("inspect", fine))
+    parts = (
+        Part("plan", "<ins> a red circle </ins><des> circle </des>"),
+        Part("sketch", picture=drawn(policy, 10)),
+        Part("inspect", fine),
+        Part("plan", "<ins> red </ins><des> circle </des>"),
+        Part("sketch", picture=drawn(policy, 10)),
+        Part("inspect", fine),
+    )
     shown = Demonstration("a red circle", {"tag": "single_object"}, parts, needless=(3,))
     (trajectory,) = demonstrate(OneTask([shown]), get_format("strokes"), policy, section(), seed=0)
     assert [s.trained for s in trajectory.segments] == [False, True, True, True, False, True, True]
@@ -176,11 +216,14 @@ def test_a_mistake_is_seen_and_imitated_only_when_asked_for(policy, learn_mistak
         start += len(s.ids)
     assert learned["sketch"] == learn_mistakes
     assert learned["redraw"] and learned["inspect"] and learned["plan"] and not learned["prompt"]
-    assert list(trajectory.segments[2].ids) == row["input_ids"][len(trajectory.segments[0].ids)
-                                                               + len(trajectory.segments[1].ids):][:18]
+    assert (
+        list(trajectory.segments[2].ids)
+        == row["input_ids"][len(trajectory.segments[0].ids) + len(trajectory.segments[1].ids) :][:18]
+    )
 
 
 # ---- the loss ----
+
 
 def by_hand(policy, rows, image_weight=1.0):
     """Each row by itself, through the full logits."""
@@ -218,24 +261,34 @@ def test_ids_weigh_as_their_role_says_wherever_their_row_stands(policy):
     trajectories = written(policy, 4)
     rows, _ = training_rows(trajectories, 256, {"inspect": 4.0, "sketch": 0.0})
     for row, trajectory in zip(rows, trajectories, strict=True):
-        assert row["weights"] == [{"inspect": 4.0, "sketch": 0.0}.get(segment.role, 1.0)
-                                  for segment in trajectory.segments for _ in segment.ids]
+        assert row["weights"] == [
+            {"inspect": 4.0, "sketch": 0.0}.get(segment.role, 1.0)
+            for segment in trajectory.segments
+            for _ in segment.ids
+        ]
     batch = Collator(policy.vocabulary.pad)(rows)
     learned = targets(batch["labels"], batch["weights"], torch.zeros(policy.vocabulary.size, dtype=torch.bool))
-    expected = sorted((label, weight) for row in rows
-                      for label, weight in zip(row["labels"][1:], row["weights"][1:], strict=True) if label != IGNORE)
+    expected = sorted(
+        (label, weight)
+        for row in rows
+        for label, weight in zip(row["labels"][1:], row["weights"][1:], strict=True)
+        if label != IGNORE
+    )
     assert sorted(zip(learned.id_N.tolist(), learned.weight_N.tolist(), strict=True)) == expected
 
 
 def test_on_words_alone_it_is_the_loss_of_transformers_and_trl(policy, tmp_path):
-    trajectories = [Trajectory("a", {}, "strokes", [prompt_segment(policy, "a red"), text(policy, "plan", words)])
-                    for words in ("red circle", "a blue square left of a red circle", ".")]
+    trajectories = [
+        Trajectory("a", {}, "strokes", [prompt_segment(policy, "a red"), text(policy, "plan", words)])
+        for words in ("red circle", "a blue square left of a red circle", ".")
+    ]
     rows, _ = training_rows(trajectories, 256)
     trainer = trainer_of(policy, rows, tmp_path)
     ours = float(trainer.compute_loss(policy.model, Collator(policy.vocabulary.pad)(rows)))
     padded = Collator(policy.vocabulary.pad, pack=False)(rows)
-    stock = policy.core(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"],
-                        labels=padded["labels"]).loss
+    stock = policy.core(
+        input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], labels=padded["labels"]
+    ).loss
     assert ours == pytest.approx(float(stock), abs=1e-6)
     assert float(trainer.compute_loss(policy.model, padded)) == pytest.approx(ours, abs=1e-6)
     del padded["position_ids"]  # TRL's forward brings its own
@@ -268,6 +321,7 @@ def test_pictures_are_learned_here_and_not_by_the_stock_forward(policy, tmp_path
 
 # ---- lines ----
 
+
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), more=st.integers(0, 30))
 def test_every_row_is_on_one_line_and_no_line_overflows(lengths, more):
@@ -298,8 +352,9 @@ def test_rows_that_share_a_line_do_not_see_each_other(policy, tmp_path):
 
 
 def test_the_first_id_of_a_row_is_never_predicted_by_its_neighbour(policy):
-    rows = [{"input_ids": ids, "labels": ids, "weights": [1.0] * len(ids)}
-            for ids in ([7, 8, 9, 10], [11, 12], [13, 14])]
+    rows = [
+        {"input_ids": ids, "labels": ids, "weights": [1.0] * len(ids)} for ids in ([7, 8, 9, 10], [11, 12], [13, 14])
+    ]
     batch = Collator(pad=1)(rows)
     assert batch["input_ids"].tolist() == [[7, 8, 9, 10], [11, 12, 13, 14]]
     assert batch["labels"].tolist() == [[IGNORE, 8, 9, 10], [IGNORE, 12, IGNORE, 14]]
@@ -310,6 +365,7 @@ def test_the_first_id_of_a_row_is_never_predicted_by_its_neighbour(policy):
 
 
 # ---- visual reconstruction ----
+
 
 def test_visual_loss_regresses_the_code_that_a_position_predicts(policy, tmp_path):
     """The hidden state is made by hand: it says which code comes next, so only the right position has no error."""
@@ -361,17 +417,24 @@ def test_projection_is_trained_and_not_saved(tmp_path):
     trajectories = [written(policy, 1)[0]] * 12
     last = warm_start(policy, trajectories, section(max_steps=4, visual_loss=2.0), tmp_path, tracker=tracker)
     assert (seen[0] - seen[-1]).abs().max() > 1e-3
-    words, codes = (sum(label != IGNORE and (label in set(policy.vocabulary.code_ids.tolist())) == image
-                        for label in training_rows(trajectories[:1], 256)[0][0]["labels"]) for image in (False, True))
+    words, codes = (
+        sum(
+            label != IGNORE and (label in set(policy.vocabulary.code_ids.tolist())) == image
+            for label in training_rows(trajectories[:1], 256)[0][0]["labels"]
+        )
+        for image in (False, True)
+    )
     cross_entropy = (words * last["loss_text"] + codes * last["loss_image"]) / (words + codes)
     assert last["loss"] == pytest.approx(cross_entropy + 2 * last["loss_visual"], rel=1e-5)
     assert not hasattr(policy.core, "visual_reconstruction") and "forward" not in vars(policy.core)
     from safetensors import safe_open
+
     with safe_open(tmp_path / "sft" / "model" / "model.safetensors", "pt") as weights:
         assert not [key for key in weights.keys() if "visual_reconstruction" in key]  # noqa: SIM118
 
 
 # ---- runs ----
+
 
 def test_a_run_learns_and_its_saved_folder_gives_the_same_logits(tmp_path):
     policy = small_policy()
@@ -380,28 +443,38 @@ def test_a_run_learns_and_its_saved_folder_gives_the_same_logits(tmp_path):
     last = warm_start(policy, trajectories, section(max_steps=25, learning_rate=1e-2), tmp_path, tracker=tracker)
     rows = read_metrics(tmp_path / "sft" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [*range(2, 25, 2), 25]
-    for name in ("sft/loss", "sft/loss_text", "sft/loss_image", "sft/grad_norm", "sft/learning_rate",
-                 "sft/tokens_per_s"):
+    for name in (
+        "sft/loss",
+        "sft/loss_text",
+        "sft/loss_image",
+        "sft/grad_norm",
+        "sft/learning_rate",
+        "sft/tokens_per_s",
+    ):
         assert all(row[name] is not None for row in rows), name
     assert rows[-1]["sft/loss"] < 0.6 * rows[0]["sft/loss"]
     assert rows[-1]["sft/loss"] == last["loss"]
     again = load_model(tmp_path / "sft" / "model")
     ids = torch.tensor([training_rows(trajectories, 256)[0][0]["input_ids"]])
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(input_ids=ids).logits, policy.core(input_ids=ids).logits,
-                                   atol=0, rtol=0)
+        torch.testing.assert_close(
+            again.eval()(input_ids=ids).logits, policy.core(input_ids=ids).logits, atol=0, rtol=0
+        )
 
 
 def test_batches_that_accumulate_into_a_step_are_averaged(tmp_path):
     """Two batches of a step give the mean of their gradients, not the sum."""
     norms = []
-    for name, changes in (("whole", {"batch_size": 8}),
-                          ("halves", {"batch_size": 4, "gradient_accumulation_steps": 2})):
+    for name, changes in (
+        ("whole", {"batch_size": 8}),
+        ("halves", {"batch_size": 4, "gradient_accumulation_steps": 2}),
+    ):
         policy = small_policy()
         trajectories = written(policy, 1) * 8  # alike, so that the whole's mean is the mean of the halves' means
         tracker = Tracker(tmp_path / name / "sft")
-        warm_start(policy, trajectories, section(max_steps=1, logging_steps=1, **changes), tmp_path / name,
-                   tracker=tracker)
+        warm_start(
+            policy, trajectories, section(max_steps=1, logging_steps=1, **changes), tmp_path / name, tracker=tracker
+        )
         (row,) = read_metrics(tmp_path / name / "sft" / "metrics.jsonl")
         norms.append((row["sft/loss"], row["sft/grad_norm"]))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -431,8 +504,14 @@ def test_stopped_by_ctrl_c_and_resumed_is_the_run_that_was_never_stopped(tmp_pat
         tracker = Tracker(folder / "sft")
         tracker.listeners += [listener] if listener else []
         try:
-            warm_start(policy, written(policy, 14), section(max_steps=7, logging_steps=3, visual_loss=0.5), folder,
-                       tracker=tracker, resume=resume)
+            warm_start(
+                policy,
+                written(policy, 14),
+                section(max_steps=7, logging_steps=3, visual_loss=0.5),
+                folder,
+                tracker=tracker,
+                resume=resume,
+            )
         finally:
             tracker.close()
         return policy.merged_state() if lora else policy.core.state_dict()
@@ -456,8 +535,9 @@ def test_killed_between_the_last_checkpoint_and_the_end_trains_no_further(tmp_pa
         torch.manual_seed(0)
         policy = small_policy(lora)
         tracker = Tracker(tmp_path / "sft")
-        last = warm_start(policy, written(policy), section(max_steps=3, logging_steps=3), tmp_path, tracker=tracker,
-                          resume=resume)
+        last = warm_start(
+            policy, written(policy), section(max_steps=3, logging_steps=3), tmp_path, tracker=tracker, resume=resume
+        )
         tracker.close()
         return last, {name: tensor.clone() for name, tensor in policy.core.state_dict().items()}
 
@@ -476,11 +556,13 @@ def test_killed_between_the_last_checkpoint_and_the_end_trains_no_further(tmp_pa
 
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path):
     """SIGKILL in the middle of writing leaves a folder without whole.json, and lines of metrics that come again."""
+
     def run(folder, resume=False, steps=6):
         policy = small_policy()
         tracker = Tracker(folder / "sft")
-        warm_start(policy, written(policy), section(max_steps=steps, save_steps=2), folder, tracker=tracker,
-                   resume=resume)
+        warm_start(
+            policy, written(policy), section(max_steps=steps, save_steps=2), folder, tracker=tracker, resume=resume
+        )
 
     run(tmp_path / "whole")
     run(tmp_path / "killed", steps=6)
@@ -564,11 +646,15 @@ def test_of_several_processes_the_first_one_writes(tmp_path):
 
 # ---- bad input ----
 
-@pytest.mark.parametrize("spoil, sentence", [
-    (lambda folder: (folder / "optimizer.pt").write_bytes(b"cut"), "optimizer.pt: not what was written .3 bytes"),
-    (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt: missing from the checkpoint"),
-    (lambda folder: (folder / "whole.json").write_text("{"), "whole.json: not JSON"),
-])
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b"cut"), "optimizer.pt: not what was written .3 bytes"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt: missing from the checkpoint"),
+        (lambda folder: (folder / "whole.json").write_text("{"), "whole.json: not JSON"),
+    ],
+)
 def test_a_corrupt_checkpoint_is_named(tmp_path, spoil, sentence):
     policy = small_policy()
     folder = tmp_path / "sft" / "checkpoint-2"

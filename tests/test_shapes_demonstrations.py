@@ -60,8 +60,9 @@ def test_demonstrations_are_sentences_of_their_format(written, name):
     codes = vocabulary.code_ids[:16]
     for shown in written[name][:200]:
         # render raises when a part is no sentence of the format, and encode when a word is unknown
-        thought = render_thought(fmt, shown.prompt, shown.record, shown.parts, vocabulary,
-                                 [codes] * len(pictures(shown)))
+        thought = render_thought(
+            fmt, shown.prompt, shown.record, shown.parts, vocabulary, [codes] * len(pictures(shown))
+        )
         assert fmt.violations(thought) == []
 
 
@@ -145,7 +146,7 @@ def test_a_repair_changes_one_object_and_keeps_the_rest(written):
     for shown in written["strokes"]:
         for i in shown.mistakes:
             before = {(d.cls, d.color, d.box) for d in TASK.detect(shown.parts[i].picture)}
-            after_index = next(j for j, part in enumerate(shown.parts[i + 1:], i + 1) if part.picture is not None)
+            after_index = next(j for j, part in enumerate(shown.parts[i + 1 :], i + 1) if part.picture is not None)
             if after_index in shown.mistakes:
                 continue  # went wrong again
             after = {(d.cls, d.color, d.box) for d in TASK.detect(shown.parts[after_index].picture)}
@@ -162,12 +163,15 @@ def test_right_pictures_show_what_their_plan_describes(written):
                 planned = parse_plan(part.text)
             if part.picture is not None and i not in shown.mistakes:
                 assert Counter((c.shape, c.color) for c in planned) == Counter(
-                    (d.cls, d.color) for d in TASK.detect(part.picture))
+                    (d.cls, d.color) for d in TASK.detect(part.picture)
+                )
 
 
 def test_first_sketches_mostly_attempt_everything(written):
-    whole = [len(parse_plan(shown.parts[0].text)) == sum(c["count"] for c in shown.record["include"])
-             for shown in written["strokes"]]
+    whole = [
+        len(parse_plan(shown.parts[0].text)) == sum(c["count"] for c in shown.record["include"])
+        for shown in written["strokes"]
+    ]
     assert 0.8 < np.mean(whole) < 0.95
 
 
@@ -175,16 +179,23 @@ def test_a_stroke_trajectory_is_short(written):
     fmt = get_format("strokes")
     vocabulary = Words(tags_of(fmt))
     codes = vocabulary.code_ids[:16]
-    lengths = [render_thought(fmt, s.prompt, s.record, s.parts, vocabulary, [codes] * len(pictures(s))).num_tokens()
-               for s in written["strokes"]]
+    lengths = [
+        render_thought(fmt, s.prompt, s.record, s.parts, vocabulary, [codes] * len(pictures(s))).num_tokens()
+        for s in written["strokes"]
+    ]
     assert np.mean(lengths) < 130 and max(lengths) < 256
 
 
 def test_the_seed_decides():
     def summary(seed):
-        return [(s.prompt, [p.text for p in s.parts], [p.picture.tobytes() for _, p in enumerate(s.parts)
-                                                       if p.picture is not None])
-                for s in TASK.demonstrations("strokes", 20, seed)]
+        return [
+            (
+                s.prompt,
+                [p.text for p in s.parts],
+                [p.picture.tobytes() for _, p in enumerate(s.parts) if p.picture is not None],
+            )
+            for s in TASK.demonstrations("strokes", 20, seed)
+        ]
 
     assert summary(1) == summary(1) and summary(1) != summary(2)
 

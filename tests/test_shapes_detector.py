@@ -34,8 +34,9 @@ def test_rendered_scenes_are_read_exactly():
 
 
 def test_neighbours_of_one_colour_stay_apart():
-    scene = Scene(tuple(Object("square", "blue", place, jitter) for place, jitter in
-                        zip((0, 2, 6, 8), (1, 0, 0, 0), strict=True)))  # top-left leans on both its neighbours
+    scene = Scene(
+        tuple(Object("square", "blue", place, jitter) for place, jitter in zip((0, 2, 6, 8), (1, 0, 0, 0), strict=True))
+    )  # top-left leans on both its neighbours
     assert seen(render(scene)) == truth(scene)
 
 
@@ -47,7 +48,7 @@ def test_blurred_pictures_are_read(noise):
         scene = sample_scene(rng, int(rng.integers(1, 5)))
         picture = render(scene).astype(float)
         padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        blurred = sum(padded[y:y + 32, x:x + 32] for y in range(3) for x in range(3)) / 9
+        blurred = sum(padded[y : y + 32, x : x + 32] for y in range(3) for x in range(3)) / 9
         blurred = np.clip(blurred + rng.normal(0, noise, blurred.shape), 0, 255).astype(np.uint8)
         found = sorted((d.cls, d.color, place_of(d.box)) for d in detect(blurred) if d.score > 0.3)
         right += found == sorted((item.shape, item.color, item.place) for item in scene.objects)

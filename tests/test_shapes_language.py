@@ -32,21 +32,30 @@ RED_SQUARE = Object("square", "red", PLACES.index("right"))
 BLUE_CIRCLE = Object("circle", "blue", PLACES.index("top-left"))
 BOTH = Scene((RED_SQUARE, BLUE_CIRCLE))
 
-clauses = st.builds(Clause, st.sampled_from(SHAPES), st.none() | st.sampled_from(list(COLORS)),
-                    st.none() | st.sampled_from(PLACES))
+clauses = st.builds(
+    Clause, st.sampled_from(SHAPES), st.none() | st.sampled_from(list(COLORS)), st.none() | st.sampled_from(PLACES)
+)
 
 
 def color_attr(a=("circle", "blue"), b=("square", "red")):
-    return {"tag": "color_attr", "prompt": "", "include": [
-        {"class": shape, "count": 1, "color": color} for shape, color in (a, b)]}
+    return {
+        "tag": "color_attr",
+        "prompt": "",
+        "include": [{"class": shape, "count": 1, "color": color} for shape, color in (a, b)],
+    }
 
 
 def counting(shape, count):
-    return {"tag": "counting", "prompt": "", "include": [{"class": shape, "count": count}],
-            "exclude": [{"class": shape, "count": count + 1}]}
+    return {
+        "tag": "counting",
+        "prompt": "",
+        "include": [{"class": shape, "count": count}],
+        "exclude": [{"class": shape, "count": count + 1}],
+    }
 
 
 # ---- descriptions -----------------------------------------------------------------------------------------------
+
 
 def test_a_scene_is_described_in_its_own_order():
     assert describe(BOTH) == "red square right , blue circle top-left"
@@ -60,8 +69,20 @@ def test_what_is_described_is_read_back(said):
     assert {word for clause in said for word in str(clause).split()} <= vocabulary()
 
 
-@pytest.mark.parametrize("text", ["", "red", "red red circle", "circle square", "circle ,", "top circle", "hexagon",
-                                  "red circle right left", "nothing , circle"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "red",
+        "red red circle",
+        "circle square",
+        "circle ,",
+        "top circle",
+        "hexagon",
+        "red circle right left",
+        "nothing , circle",
+    ],
+)
 def test_nonsense_is_no_description(text):
     assert parse_description(text) is None
 
@@ -76,27 +97,34 @@ def test_a_plan_is_read_by_its_last_description():
 
 # ---- claims -----------------------------------------------------------------------------------------------------
 
+
 def test_claims_of_inspections():
     seen = (clause_of(BLUE_CIRCLE), clause_of(RED_SQUARE))
     assert claims(f"<inspect> {inspection(color_attr(), BOTH, None)} </inspect>") == Claim("fine", (), seen)
     wrong = Mistake("color", clause_of(RED_SQUARE))
-    text = ("blue circle = blue circle top-left yes , green square = red square right no : "
-            "wrong color red square right")
+    text = "blue circle = blue circle top-left yes , green square = red square right no : wrong color red square right"
     assert inspection(color_attr(b=("square", "green")), BOTH, wrong) == text
     assert claims(f"<inspect> {text} </inspect>") == Claim("wrong", (wrong,), seen)
     assert claims(f"{text} ; make red square right green") == Claim("wrong", (wrong,), seen)
 
 
-@pytest.mark.parametrize("text, claim", [
-    ("", Claim(None)),
-    ("fine", Claim("fine")),
-    ("red hexagon : fine", Claim("fine")),
-    ("circle : fine wrong", Claim(None, (), (Clause("circle"),))),
-    ("nothing : wrong", Claim("wrong", (), ())),
-    ("circle : wrong missing cross , extra circle", Claim(
-        "wrong", (Mistake("missing", Clause("cross")), Mistake("extra", Clause("circle"))), (Clause("circle"),))),
-    ("circle : wrong circle", Claim("wrong", (), (Clause("circle"),))),
-])
+@pytest.mark.parametrize(
+    "text, claim",
+    [
+        ("", Claim(None)),
+        ("fine", Claim("fine")),
+        ("red hexagon : fine", Claim("fine")),
+        ("circle : fine wrong", Claim(None, (), (Clause("circle"),))),
+        ("nothing : wrong", Claim("wrong", (), ())),
+        (
+            "circle : wrong missing cross , extra circle",
+            Claim(
+                "wrong", (Mistake("missing", Clause("cross")), Mistake("extra", Clause("circle"))), (Clause("circle"),)
+            ),
+        ),
+        ("circle : wrong circle", Claim("wrong", (), (Clause("circle"),))),
+    ],
+)
 def test_claims_of_what_a_policy_might_write(text, claim):
     assert claims(text) == claim
 
@@ -122,22 +150,44 @@ def test_refinements_by_kind():
 GREEN_CIRCLE = Object("circle", "green", PLACES.index("bottom"))
 
 
-@pytest.mark.parametrize("record, objects, said", [
-    # a colour that fits comes before reading order, a shape that fits before one that doesn't
-    (color_attr(("circle", "green"), ("square", "red")), (BLUE_CIRCLE, GREEN_CIRCLE, RED_SQUARE),
-     "green circle = green circle bottom yes , red square = red square right yes"),
-    (color_attr(("cross", "green"), ("square", "red")), (BLUE_CIRCLE, RED_SQUARE),
-     "green cross = blue circle top-left no , red square = red square right yes"),
-    (color_attr(), (RED_SQUARE,), "blue circle = nothing no , red square = red square right yes"),
-    # too many are a fault where the record counts, and only there
-    (counting("circle", 1), (BLUE_CIRCLE, GREEN_CIRCLE),
-     "circle = blue circle top-left yes , nothing = green circle bottom no"),
-    ({"include": [{"class": "circle", "count": 1}]}, (BLUE_CIRCLE, GREEN_CIRCLE), "circle = blue circle top-left yes"),
-    ({"include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}]},
-     (RED_SQUARE, BLUE_CIRCLE), "square = red square right yes , left of circle = blue circle top-left yes"),
-    ({"include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["below", 0]}]},
-     (RED_SQUARE, BLUE_CIRCLE), "square = red square right yes , below circle = blue circle top-left no"),
-])
+@pytest.mark.parametrize(
+    "record, objects, said",
+    [
+        # a colour that fits comes before reading order, a shape that fits before one that doesn't
+        (
+            color_attr(("circle", "green"), ("square", "red")),
+            (BLUE_CIRCLE, GREEN_CIRCLE, RED_SQUARE),
+            "green circle = green circle bottom yes , red square = red square right yes",
+        ),
+        (
+            color_attr(("cross", "green"), ("square", "red")),
+            (BLUE_CIRCLE, RED_SQUARE),
+            "green cross = blue circle top-left no , red square = red square right yes",
+        ),
+        (color_attr(), (RED_SQUARE,), "blue circle = nothing no , red square = red square right yes"),
+        # too many are a fault where the record counts, and only there
+        (
+            counting("circle", 1),
+            (BLUE_CIRCLE, GREEN_CIRCLE),
+            "circle = blue circle top-left yes , nothing = green circle bottom no",
+        ),
+        (
+            {"include": [{"class": "circle", "count": 1}]},
+            (BLUE_CIRCLE, GREEN_CIRCLE),
+            "circle = blue circle top-left yes",
+        ),
+        (
+            {"include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}]},
+            (RED_SQUARE, BLUE_CIRCLE),
+            "square = red square right yes , left of circle = blue circle top-left yes",
+        ),
+        (
+            {"include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["below", 0]}]},
+            (RED_SQUARE, BLUE_CIRCLE),
+            "square = red square right yes , below circle = blue circle top-left no",
+        ),
+    ],
+)
 def test_an_inspection_puts_what_is_seen_beside_what_is_wanted(record, objects, said):
     assert slots(record, Scene(objects)) == said
     listed = claims(f"{said} : fine").seen
@@ -154,6 +204,7 @@ def test_marks_say_no_exactly_where_the_picture_is_wrong():
 
 
 # ---- requirements -----------------------------------------------------------------------------------------------
+
 
 def test_a_whole_plan_owes_the_whole_prompt():
     record = color_attr()
@@ -172,14 +223,18 @@ def test_a_partial_plan_owes_its_part():
 
 
 def test_a_relation_is_owed_where_both_ends_are_planned():
-    record = {"tag": "position", "prompt": "", "include": [
-        {"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}]}
+    record = {
+        "tag": "position",
+        "prompt": "",
+        "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}],
+    }
     assert requirement(record, "<des> circle </des>")["include"] == [{"class": "circle", "count": 1}]
     assert requirement(record, "<des> square </des>")["include"] == [{"class": "square", "count": 1}]
     assert requirement(record, "<des> square , circle </des>") is record
 
 
 # ---- named mistakes ---------------------------------------------------------------------------------------------
+
 
 def look(*items):
     return detect(render(Scene(items)))

@@ -37,17 +37,25 @@ def every_train_record():
 
 
 def test_records_have_genevals_schema_and_wording():
-    by_prompt = {record["prompt"]: record for split in ("train", "heldout") for tag in TAGS
-                 for record in pool(split, tag)}
+    by_prompt = {
+        record["prompt"]: record for split in ("train", "heldout") for tag in TAGS for record in pool(split, tag)
+    }
     # "left of": clause 0 is the reference, clause 1 carries the relation
     assert by_prompt["a photo of a circle left of a square"] == {
-        "tag": "position", "prompt": "a photo of a circle left of a square",
-        "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}]}
+        "tag": "position",
+        "prompt": "a photo of a circle left of a square",
+        "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}],
+    }
     assert by_prompt["a photo of three crosses"] == {
-        "tag": "counting", "prompt": "a photo of three crosses", "include": [{"class": "cross", "count": 3}],
-        "exclude": [{"class": "cross", "count": 4}]}
+        "tag": "counting",
+        "prompt": "a photo of three crosses",
+        "include": [{"class": "cross", "count": 3}],
+        "exclude": [{"class": "cross", "count": 4}],
+    }
     assert by_prompt["an image of an orange circle and a red square"]["include"] == [
-        {"class": "circle", "count": 1, "color": "orange"}, {"class": "square", "count": 1, "color": "red"}]
+        {"class": "circle", "count": 1, "color": "orange"},
+        {"class": "square", "count": 1, "color": "red"},
+    ]
     for record in by_prompt.values():
         assert set(record) <= {"tag", "prompt", "include", "exclude"}
         assert ("exclude" in record) == (record["tag"] == "counting")
@@ -165,8 +173,10 @@ def test_the_task_is_built_by_name_and_refuses_what_it_does_not_know():
 
 
 def test_the_task_imports_no_model():
-    code = ("import sys; from tasks.registry import get_task; task = get_task('shapes');"
-            "shown = task.demonstrations('strokes', 6, 0)[0]; task.detect(shown.parts[1].picture);"
-            "heavy = {'torch', 'transformers', 'ray', 'policy', 'rewards', 'rl', 'sft'} & set(sys.modules);"
-            "assert not heavy, heavy")
+    code = (
+        "import sys; from tasks.registry import get_task; task = get_task('shapes');"
+        "shown = task.demonstrations('strokes', 6, 0)[0]; task.detect(shown.parts[1].picture);"
+        "heavy = {'torch', 'transformers', 'ray', 'policy', 'rewards', 'rl', 'sft'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

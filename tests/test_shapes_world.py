@@ -19,8 +19,13 @@ from tasks.shapes.world import (
 
 
 def every_object():
-    return [Object(shape, color, place, jitter) for shape in SHAPES for color in COLORS
-            for place in range(len(PLACES)) for jitter in range(len(JITTERS))]
+    return [
+        Object(shape, color, place, jitter)
+        for shape in SHAPES
+        for color in COLORS
+        for place in range(len(PLACES))
+        for jitter in range(len(JITTERS))
+    ]
 
 
 def test_pictures_are_made_of_193_patches():
@@ -29,7 +34,7 @@ def test_pictures_are_made_of_193_patches():
         picture = render(Scene((item,)))
         for y in range(0, CANVAS, PATCH):
             for x in range(0, CANVAS, PATCH):
-                patches.add(picture[y:y + PATCH, x:x + PATCH].tobytes())
+                patches.add(picture[y : y + PATCH, x : x + PATCH].tobytes())
     assert len(patches) <= 193
 
 
@@ -43,7 +48,7 @@ def test_objects_stay_in_the_canvas_and_cover_their_box():
 
 def test_shapes_differ_from_one_another():
     for i, a in enumerate(SHAPES):
-        for b in SHAPES[i + 1:]:
+        for b in SHAPES[i + 1 :]:
             overlap = (MASKS[a] & MASKS[b]).sum() / (MASKS[a] | MASKS[b]).sum()
             assert overlap < 0.8, (a, b, overlap)
 
@@ -71,8 +76,9 @@ def test_sampled_objects_keep_a_gap(count):
         assert len(scene.objects) == count
         for i, a in enumerate(scene.objects):
             for b in scene.objects[:i]:
-                gap = max(max(a.box[0], b.box[0]) - min(a.box[2], b.box[2]),
-                          max(a.box[1], b.box[1]) - min(a.box[3], b.box[3]))
+                gap = max(
+                    max(a.box[0], b.box[0]) - min(a.box[2], b.box[2]), max(a.box[1], b.box[1]) - min(a.box[3], b.box[3])
+                )
                 assert gap >= 2, (a, b)
 
 

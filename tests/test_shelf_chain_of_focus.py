@@ -12,14 +12,18 @@ RECORD = {"question": "?", "ground_truth": "red"}
 THINK, CALL = "<think>a</think>", "<tool_call>{}</tool_call>"
 
 
-@pytest.mark.parametrize(("zoomed", "base", "expected"), [
-    ([0, 1, 1, 0, 0], [1.0, 1.0, 0.1, 0.1, 0.0], [1.0, 0.8, 0.5, 0.1, 0.0]),  # a direct one is right
-    ([1, 1, 0, 0], [0.9, 0.0, 0.1, 0.0], [1.0, 0.5, 0.1, 0.0]),  # only by zooming
-    ([1, 0, 0], [0.1, 0.1, 0.0], [0.5, 0.1, 0.0]),  # none: a zoom still pays a half
-    ([0, 1], [None, 1.0], [None, 1.0]),  # the direct one may be right, but nobody judged it: it sets no table
-    ([0, 1], [0.5, 0.5], [0.0, 0.5]),  # one half is not right
-    ([1], [0.1], [0.5]), ([], [], []),
-])
+@pytest.mark.parametrize(
+    ("zoomed", "base", "expected"),
+    [
+        ([0, 1, 1, 0, 0], [1.0, 1.0, 0.1, 0.1, 0.0], [1.0, 0.8, 0.5, 0.1, 0.0]),  # a direct one is right
+        ([1, 1, 0, 0], [0.9, 0.0, 0.1, 0.0], [1.0, 0.5, 0.1, 0.0]),  # only by zooming
+        ([1, 0, 0], [0.1, 0.1, 0.0], [0.5, 0.1, 0.0]),  # none: a zoom still pays a half
+        ([0, 1], [None, 1.0], [None, 1.0]),  # the direct one may be right, but nobody judged it: it sets no table
+        ([0, 1], [0.5, 0.5], [0.0, 0.5]),  # one half is not right
+        ([1], [0.1], [0.5]),
+        ([], [], []),
+    ],
+)
 def test_the_table(zoomed, base, expected):
     assert replaced([bool(z) for z in zoomed], base) == expected
 
@@ -36,30 +40,37 @@ def test_advantages_by_hand():
 
 def base_of(*segments, judge=True, **options):
     scripted = ScriptedJudge(judge)
-    return (chain_of_focus_base([conversation(RECORD, *segments)], judged_by(scripted), **options)[0],
-            [c.answer for c in scripted.checks])
+    return (
+        chain_of_focus_base([conversation(RECORD, *segments)], judged_by(scripted), **options)[0],
+        [c.answer for c in scripted.checks],
+    )
 
 
-@pytest.mark.parametrize(("segments", "judge", "value", "asked"), [
-    ((say(THINK + "<answer>red</answer>"),), True, 1.0, ["red"]),
-    ((say("<answer>red</answer>"),), True, 0.9, ["red"]),  # no thinking
-    ((say(THINK + "<answer>blue</answer><answer>red</answer>"),), True, 1.0, ["red"]),  # the last counts
-    # the tool's reply opens an answer tag: the release reads the answer from there on, and finds the tags unbalanced
-    ((say(THINK + CALL), tool("close with <answer> when ready"), say("<answer>red</answer>")), True, 1.0, ["red"]),
-    ((say(THINK + CALL), tool("<answer>red</answer>", PICTURE), say("done")), True, 0.0, []),
-    ((say(THINK + "<answer> </answer>"),), True, 0.0, []),
-    ((say(THINK + f"<answer>{'a ' * 1000}</answer>"),), False, 0.1, None),
-    ((say(THINK + f"<answer>{'a ' * 1001}</answer>"),), False, 0.0, None),
-    ((say(THINK + "<answer>red</answer>"),), None, None, ["red"]),
-])
+@pytest.mark.parametrize(
+    ("segments", "judge", "value", "asked"),
+    [
+        ((say(THINK + "<answer>red</answer>"),), True, 1.0, ["red"]),
+        ((say("<answer>red</answer>"),), True, 0.9, ["red"]),  # no thinking
+        ((say(THINK + "<answer>blue</answer><answer>red</answer>"),), True, 1.0, ["red"]),  # the last counts
+        # the tool's reply opens an answer tag: the release reads the answer from there on: unbalanced
+        ((say(THINK + CALL), tool("close with <answer> when ready"), say("<answer>red</answer>")), True, 1.0, ["red"]),
+        ((say(THINK + CALL), tool("<answer>red</answer>", PICTURE), say("done")), True, 0.0, []),
+        ((say(THINK + "<answer> </answer>"),), True, 0.0, []),
+        ((say(THINK + f"<answer>{'a ' * 1000}</answer>"),), False, 0.1, None),
+        ((say(THINK + f"<answer>{'a ' * 1001}</answer>"),), False, 0.0, None),
+        ((say(THINK + "<answer>red</answer>"),), None, None, ["red"]),
+    ],
+)
 def test_base_by_hand(segments, judge, value, asked):
     got, checks = base_of(*segments, judge=judge)
     assert got == (None if value is None else pytest.approx(value)) and asked in (None, checks)
 
 
 def test_math_asks_only_where_the_rule_fails():
-    rows = [conversation({"ground_truth": "3/4", "kind": "math"}, say(THINK + f"<answer>{said}</answer>"))
-            for said in ("0.75", "three quarters", "")]
+    rows = [
+        conversation({"ground_truth": "3/4", "kind": "math"}, say(THINK + f"<answer>{said}</answer>"))
+        for said in ("0.75", "three quarters", "")
+    ]
     judge = ScriptedJudge(True)
     assert chain_of_focus_base(rows, judged_by(judge), kind_column="kind") == pytest.approx([1.0, 1.0, 0.0])
     assert [c.answer for c in judge.checks] == ["three quarters"]
@@ -79,8 +90,9 @@ def group(*members, number=0):
 def test_groups_over_trajectories():
     right, wrong = "<answer>red</answer>", "<answer>blue</answer>"
     zoom = say(THINK + CALL), tool("", PICTURE)
-    rows = group((say(THINK + right),), (*zoom, say(right)), (*zoom, say(wrong)), (say(THINK + wrong),),
-                 (say(wrong),)) + group((*zoom, say(right)), (say(THINK + "<answer>?</answer>"),), number=1)
+    rows = group(
+        (say(THINK + right),), (*zoom, say(right)), (*zoom, say(wrong)), (say(THINK + wrong),), (say(wrong),)
+    ) + group((*zoom, say(right)), (say(THINK + "<answer>?</answer>"),), number=1)
     judge = ScriptedJudge(lambda check: None if check.answer == "?" else check.answer == "red")
     logged = {}
     values = chain_of_focus(rows, judged_by(judge), logged.__setitem__)

@@ -26,18 +26,27 @@ def turn(*actions, thought="look"):
 OCR, END = ("OCR", {"image": "img_1"}), ("Terminate", {"ans": "Lisbon"})
 
 
-@pytest.mark.parametrize(("last", "gold", "ours", "release"), [
-    (turn(END), "Lisbon", 1, 1), (turn(END), "<answer> Lisbon </answer>", 1, 1), (turn(END), "Oslo", 0, 0),
-    (turn(("Terminate", {"ans": "lisbon"})), "Lisbon", 1, 0),  # the release compares letter by letter
-    (turn(("Terminate", {"ans": "0.5"})), "1/2", 1, 1), ("Lisbon", "Lisbon", 1, 1),
-    (turn(OCR, END), "Lisbon", 1, 0),  # the release reads the first action only
-    (turn(("OCR", {"ans": "Lisbon"})), "Lisbon", 0, 1),  # whatever that action is
-    (turn(OCR, thought="I count 7."), "7", 0, 1),  # and takes a number in the thought for the answer
-    (turn(("Terminate", {"ans": 7})), "7", 1, 1), (turn(("Terminate", {"answer": "Lisbon"})), "Lisbon", 0, 0),
-    (turn(), "Lisbon", 0, 0), (turn(END)[:-3], "Lisbon", 0, 0), ("", "Lisbon", 0, 0),
-    (f"First: {turn(END)} and done.", "Lisbon", 1, 1),
-    (turn(END, thought="{a {b {c {d {e}}}}}"), "Lisbon", 1, 1),
-])
+@pytest.mark.parametrize(
+    ("last", "gold", "ours", "release"),
+    [
+        (turn(END), "Lisbon", 1, 1),
+        (turn(END), "<answer> Lisbon </answer>", 1, 1),
+        (turn(END), "Oslo", 0, 0),
+        (turn(("Terminate", {"ans": "lisbon"})), "Lisbon", 1, 0),  # the release compares letter by letter
+        (turn(("Terminate", {"ans": "0.5"})), "1/2", 1, 1),
+        ("Lisbon", "Lisbon", 1, 1),
+        (turn(OCR, END), "Lisbon", 1, 0),  # the release reads the first action only
+        (turn(("OCR", {"ans": "Lisbon"})), "Lisbon", 0, 1),  # whatever that action is
+        (turn(OCR, thought="I count 7."), "7", 0, 1),  # and takes a number in the thought for the answer
+        (turn(("Terminate", {"ans": 7})), "7", 1, 1),
+        (turn(("Terminate", {"answer": "Lisbon"})), "Lisbon", 0, 0),
+        (turn(), "Lisbon", 0, 0),
+        (turn(END)[:-3], "Lisbon", 0, 0),
+        ("", "Lisbon", 0, 0),
+        (f"First: {turn(END)} and done.", "Lisbon", 1, 1),
+        (turn(END, thought="{a {b {c {d {e}}}}}"), "Lisbon", 1, 1),
+    ],
+)
 def test_accuracy_by_hand(last, gold, ours, release):
     row = thought({"ground_truth": gold}, text("answer", last))
     assert openthinkimg([row]) == [ours]
@@ -46,11 +55,19 @@ def test_accuracy_by_hand(last, gold, ours, release):
         assert openthinkimg([row], variant="release") == [release]
 
 
-@pytest.mark.parametrize(("last", "ours", "release"), [
-    (turn(END), True, 1), ('{"thoughts": "x"}', True, 1), ('{"actions": []}', True, 1), ('{"other": 1}', False, 0),
-    ("plain", False, 0), ("{'thought': 'x'}", False, 0), ("{broken} " + turn(END), True, 0),
-    (turn(END, thought="{a {b {c {d {e}}}}}"), True, 0),  # brackets in a thought are no deeper object
-])
+@pytest.mark.parametrize(
+    ("last", "ours", "release"),
+    [
+        (turn(END), True, 1),
+        ('{"thoughts": "x"}', True, 1),
+        ('{"actions": []}', True, 1),
+        ('{"other": 1}', False, 0),
+        ("plain", False, 0),
+        ("{'thought': 'x'}", False, 0),
+        ("{broken} " + turn(END), True, 0),
+        (turn(END, thought="{a {b {c {d {e}}}}}"), True, 0),  # brackets in a thought are no deeper object
+    ],
+)
 def test_form_by_hand(last, ours, release):
     assert well_formed(last) is ours and format_release([last]) == release
 
@@ -73,11 +90,14 @@ def test_reading():
 
 def test_over_thoughts():
     observed = text("observation", 'OBSERVATION: {"thought": "x", "actions": []} Lisbon', Author.ENVIRONMENT)
-    rows = [thought({"ground_truth": "Lisbon"}, text("tool_call", turn(OCR)), observed, text("answer", turn(END))),
-            thought({"ground_truth": "Lisbon"}, text("tool_call", "no object"), observed, text("answer", turn(END))),
-            thought({"ground_truth": ["Porto", "Lisbon"]}, text("answer", turn(END) + "<|im_end|>")),
-            thought({"ground_truth": "Lisbon"}, text("tool_call", turn(OCR)), observed),
-            thought({}, text("answer", turn(END))), thought({"ground_truth": "Lisbon"})]
+    rows = [
+        thought({"ground_truth": "Lisbon"}, text("tool_call", turn(OCR)), observed, text("answer", turn(END))),
+        thought({"ground_truth": "Lisbon"}, text("tool_call", "no object"), observed, text("answer", turn(END))),
+        thought({"ground_truth": ["Porto", "Lisbon"]}, text("answer", turn(END) + "<|im_end|>")),
+        thought({"ground_truth": "Lisbon"}, text("tool_call", turn(OCR)), observed),
+        thought({}, text("answer", turn(END))),
+        thought({"ground_truth": "Lisbon"}),
+    ]
     assert openthinkimg(rows) == [1, 1, 1, 0, None, 0]
     # the mean over the policy's turns alone: the observation's object counts for nothing
     assert openthinkimg(rows, format=1.0) == [2, 1.5, 2, 1, None, 0]

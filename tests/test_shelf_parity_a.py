@@ -25,6 +25,7 @@ def every(system, run):
 
 # ---- DeepEyes -------------------------------------------------------------------------------------------------------
 
+
 def deepeyes_by_formula(record):
     inputs, kind = record["inputs"], record["function"]
     reading = deepeyes.read_release(inputs["response_text"], kind)
@@ -53,6 +54,7 @@ def test_deepeyes(run):
 
 # ---- DeepEyesV2 -----------------------------------------------------------------------------------------------------
 
+
 def deepeyes_v2_by_formula(record):
     inputs, kind = record["inputs"], record["function"]
     reading = deepeyes_v2.read(inputs["response_text"], inputs["response_text"], kind, release=True)
@@ -71,6 +73,7 @@ def test_deepeyes_v2(run):
 
 # ---- Thyme ----------------------------------------------------------------------------------------------------------
 
+
 def thyme_by_formula(record):
     inputs = record["inputs"]
     reading = thyme.read(inputs["response_text"])
@@ -78,8 +81,15 @@ def thyme_by_formula(record):
     right = True if ruled else verdict(inputs["result_judge_verdict"])
     got = thyme.score_release(reading, right, verdict(inputs["consistency_judge_verdict"]))
     answered = bool(reading.answer)
-    return differences({**got, "answer_text": reading.answer, "result_judge_called": answered and not ruled,
-                        "consistency_judge_called": answered}, record["outputs"])
+    return differences(
+        {
+            **got,
+            "answer_text": reading.answer,
+            "result_judge_called": answered and not ruled,
+            "consistency_judge_called": answered,
+        },
+        record["outputs"],
+    )
 
 
 def thyme_by_trajectory(record):
@@ -95,6 +105,7 @@ def test_thyme(run):
 
 
 # ---- Chain-of-Focus -------------------------------------------------------------------------------------------------
+
 
 def chain_of_focus_by_formula(record):
     return _focus_group(record) if record["function"] == "group_aware" else _focus_base(record)
@@ -117,30 +128,37 @@ def _focus_group(record):
     scores, advantages = list(inputs["base_scores"]), list(inputs["base_scores"])
     for group in set(inputs["group"]):
         rows = [i for i, name in enumerate(inputs["group"]) if name == group]
-        new = chain_of_focus.replaced([inputs["tool_calls"][i] > 0 for i in rows],
-                                      [inputs["base_scores"][i] for i in rows], alone_keeps=True)
+        new = chain_of_focus.replaced(
+            [inputs["tool_calls"][i] > 0 for i in rows], [inputs["base_scores"][i] for i in rows], alone_keeps=True
+        )
         for row, score, advantage in zip(rows, new, chain_of_focus.advantages(new), strict=True):
             scores[row], advantages[row] = score, advantage
-    return (differences({"total": scores}, {"total": record["outputs"]["total"]})
-            | differences({"advantage": advantages}, {"advantage": record["outputs"]["advantage"]}, 1e-3))
+    return differences({"total": scores}, {"total": record["outputs"]["total"]}) | differences(
+        {"advantage": advantages}, {"advantage": record["outputs"]["advantage"]}, 1e-3
+    )
 
 
 def chain_of_focus_by_trajectory(record):
     inputs, outputs = record["inputs"], record["outputs"]
     if record["function"] == "base":
         try:
-            return by_trajectory(chain_of_focus.chain_of_focus_base, record, data_kind=inputs["data_kind"],
-                                 variant="release")
+            return by_trajectory(
+                chain_of_focus.chain_of_focus_base, record, data_kind=inputs["data_kind"], variant="release"
+            )
         except UserError:
             return {} if "raises" in outputs else {"raises": ("UserError", None)}
     if inputs["response_texts"] is None:
         return {}
     # The judge finds right what scored above one half; a stray tag spoils the format where the score has none.
-    spoiled = [text if round(score * 10) in (1, 10) else text + "</think>"
-               for text, score in zip(inputs["response_texts"], inputs["base_scores"], strict=True)]
+    spoiled = [
+        text if round(score * 10) in (1, 10) else text + "</think>"
+        for text, score in zip(inputs["response_texts"], inputs["base_scores"], strict=True)
+    ]
     names = sorted(set(inputs["group"]))
-    trajectories = [from_record({"response_text": text, "ground_truth": "x"}, names.index(group), i)
-                    for i, (text, group) in enumerate(zip(spoiled, inputs["group"], strict=True))]
+    trajectories = [
+        from_record({"response_text": text, "ground_truth": "x"}, names.index(group), i)
+        for i, (text, group) in enumerate(zip(spoiled, inputs["group"], strict=True))
+    ]
     judge = ScriptedJudge()
     judge.agrees = lambda checks: [score > 0.5 for _, score in zip(checks, inputs["base_scores"], strict=True)]
     base = chain_of_focus.chain_of_focus_base(trajectories, judged_by(judge), variant="release")
@@ -155,20 +173,30 @@ def test_chain_of_focus(run):
 
 # ---- Pixel Reasoner -------------------------------------------------------------------------------------------------
 
+
 def pixel_reasoner_by_formula(record):
     inputs, outputs = record["inputs"], record["outputs"]
-    run = {"group_shaping": _official_shaping, "answer_check": _official_answer, "bonuses": _bonuses,
-           "accuracy": _accuracy}[record["function"]]
+    run = {
+        "group_shaping": _official_shaping,
+        "answer_check": _official_answer,
+        "bonuses": _bonuses,
+        "accuracy": _accuracy,
+    }[record["function"]]
     return run(inputs, outputs)
 
 
 def _official_shaping(inputs, outputs):
-    groups = pixel_reasoner.shape_official([[
-        pixel_reasoner.Sample(s["correct"], s["tool_calls"], s["is_video"], s["last_call_failed"]) for s in group]
-        for group in inputs["groups"]])
+    groups = pixel_reasoner.shape_official(
+        [
+            [pixel_reasoner.Sample(s["correct"], s["tool_calls"], s["is_video"], s["last_call_failed"]) for s in group]
+            for group in inputs["groups"]
+        ]
+    )
     got = {key: [[row[key] for row in group.samples] for group in groups] for key in ("total", "curiosity", "penalty")}
-    got |= {key: [float(getattr(group, key)) for group in groups]
-            for key in ("difficulty_label", "solved_without_tool", "uniform")}
+    got |= {
+        key: [float(getattr(group, key)) for group in groups]
+        for key in ("difficulty_label", "solved_without_tool", "uniform")
+    }
     return differences(got, outputs)
 
 
@@ -187,22 +215,29 @@ def _bonuses(inputs, outputs):
             rows.append({"total": sample["correct"], "accuracy": sample["correct"], "curiosity": None, "penalty": None})
             continue
         group = [sum(bool(c) for c in s["calls"] or ()) for s in inputs["samples"] if s["group"] == sample["group"]]
-        rows.append(pixel_reasoner.shaped(sample["correct"], sum(bool(c) for c in sample["calls"] or ()),
-                                          pixel_reasoner.rate_of(group)))
+        rows.append(
+            pixel_reasoner.shaped(
+                sample["correct"], sum(bool(c) for c in sample["calls"] or ()), pixel_reasoner.rate_of(group)
+            )
+        )
     return differences({key: [row[key] for row in rows] for key in outputs}, outputs)
 
 
 def _accuracy(inputs, outputs):
-    return differences({"total": pixel_reasoner.accuracy_verl_tool(inputs["response_text"], inputs["ground_truth"])},
-                       outputs)
+    return differences(
+        {"total": pixel_reasoner.accuracy_verl_tool(inputs["response_text"], inputs["ground_truth"])}, outputs
+    )
 
 
 def pixel_reasoner_by_trajectory(record):
     """The shaping through trajectories that call, fail and answer as the record says."""
     inputs, outputs = record["inputs"], record["outputs"]
     if record["function"] == "group_shaping":
-        rows = [_shaped(sample["correct"], [True] * sample["tool_calls"], group, sample)
-                for group, members in enumerate(inputs["groups"]) for sample in members]
+        rows = [
+            _shaped(sample["correct"], [True] * sample["tool_calls"], group, sample)
+            for group, members in enumerate(inputs["groups"])
+            for sample in members
+        ]
         values = pixel_reasoner.pixel_reasoner(rows, variant="release_official")
         return differences({"total": values}, {"total": [v for group in outputs["total"] for v in group]})
     if record["function"] == "bonuses" and all("calls" in sample for sample in inputs["samples"]):
@@ -219,8 +254,9 @@ def _shaped(correct, calls, group, sample):
     for place, works in enumerate(calls):
         failed = not works or (sample.get("last_call_failed") and place == len(calls) - 1)
         segments += [say("<tool_call>{}</tool_call>"), tool("Execution error" if failed else "here it is")]
-    trajectory = from_record({"response_text": text, "ground_truth": "7"}, group,
-                             record={"is_video": bool(sample.get("is_video"))})
+    trajectory = from_record(
+        {"response_text": text, "ground_truth": "7"}, group, record={"is_video": bool(sample.get("is_video"))}
+    )
     trajectory.segments[1:1] = segments
     return trajectory
 
@@ -232,6 +268,7 @@ def test_pixel_reasoner(run):
 
 # ---- VTool-R1 -------------------------------------------------------------------------------------------------------
 
+
 def vtool_r1_by_formula(record):
     inputs, outputs = record["inputs"], record["outputs"]
     if record["function"] == "rule_similarity":
@@ -241,10 +278,13 @@ def vtool_r1_by_formula(record):
         right = verdict(inputs["judge_verdict"]) is True
         return differences({"total": right, "answer_text": vtool_r1.answer_v2(inputs["response_text"])}, outputs)
     answers = [vtool_r1.answer_v1(s["response_text"]) for s in inputs["samples"]]
-    right = [a is not None and verdict(s["judge_verdict"]) is True
-             for a, s in zip(answers, inputs["samples"], strict=True)]
-    return differences({"total": right, "accuracy": right, "answer_text": answers,
-                        "judge_called": [a is not None for a in answers]}, outputs)
+    right = [
+        a is not None and verdict(s["judge_verdict"]) is True for a, s in zip(answers, inputs["samples"], strict=True)
+    ]
+    return differences(
+        {"total": right, "accuracy": right, "answer_text": answers, "judge_called": [a is not None for a in answers]},
+        outputs,
+    )
 
 
 def vtool_r1_by_trajectory(record):
@@ -253,8 +293,12 @@ def vtool_r1_by_trajectory(record):
         got = vtool_r1.vtool_r1_similarity([from_record(inputs)], variant="release_v1")
         return differences({"total": got[0]}, {"total": outputs["total"]})
     samples = inputs["samples"] if record["variant"] == "release_v1" else [{"ground_truth": "x", **inputs}]
-    values = [vtool_r1.vtool_r1([from_record(s)], judged_by(ScriptedJudge(verdict(s["judge_verdict"]))),
-                                variant=record["variant"])[0] for s in samples]
+    values = [
+        vtool_r1.vtool_r1(
+            [from_record(s)], judged_by(ScriptedJudge(verdict(s["judge_verdict"]))), variant=record["variant"]
+        )[0]
+        for s in samples
+    ]
     expected = outputs["total"] if record["variant"] == "release_v1" else [outputs["total"]]
     return differences({"total": values}, {"total": expected})
 

@@ -41,11 +41,19 @@ def vrag_outputs(function, inputs):
     for sample in inputs["samples"]:
         reading = vrag.read_release(sample["response_text"])
         names = vrag.reference_names(sample["file_name"], sample["reference_pages"])
-        ranking = ndcg([vrag.page_name(path) for path in sample["retrieved"]], names, repeats=True) \
-            if reading.well_formed and function == "train" else None
+        ranking = (
+            ndcg([vrag.page_name(path) for path in sample["retrieved"]], names, repeats=True)
+            if reading.well_formed and function == "train"
+            else None
+        )
         score = vrag.score(reading, bool(sample["judge_verdict"]), ranking, function)
-        for key, value in {"total": score["total"], "format": score["format"], "ndcg": ranking,
-                           "judge_called": reading.well_formed, "answer_text": reading.answer}.items():
+        for key, value in {
+            "total": score["total"],
+            "format": score["format"],
+            "ndcg": ranking,
+            "judge_called": reading.well_formed,
+            "answer_text": reading.answer,
+        }.items():
             rows[key].append(value)
     return rows
 
@@ -60,8 +68,10 @@ def visual_arft_outputs(function, inputs, variant):
         return inputs["similarity"]
 
     task = variant.removeprefix("release_")
-    return {**visual_arft.score_release(inputs["response_text"], inputs["ground_truth"], task, similarity),
-            "similarity_asked": bool(asked)}
+    return {
+        **visual_arft.score_release(inputs["response_text"], inputs["ground_truth"], task, similarity),
+        "similarity_asked": bool(asked),
+    }
 
 
 def openthinkimg_outputs(function, inputs):
@@ -83,8 +93,12 @@ def vista_outputs(function, inputs):
     if function == "tool_ids":
         return {"tools": tools, "format": 0.0}
     try:
-        found = vista.score_release(inputs["answer_without_tools"], inputs["answer_with_tools"],
-                                    inputs["ground_truth"], inputs["question_matches"])
+        found = vista.score_release(
+            inputs["answer_without_tools"],
+            inputs["answer_with_tools"],
+            inputs["ground_truth"],
+            inputs["question_matches"],
+        )
     except KeyError:
         return {"raises": "KeyError"}
     return {"tools": tools, **found}
@@ -94,8 +108,9 @@ def outputs(record):
     function, inputs = record["function"], record["inputs"]
     if record["system"] == "visual_arft":
         return visual_arft_outputs(function, inputs, record["variant"])
-    return {"vrag": vrag_outputs, "openthinkimg": openthinkimg_outputs,
-            "vista": vista_outputs}[record["system"]](function, inputs)
+    return {"vrag": vrag_outputs, "openthinkimg": openthinkimg_outputs, "vista": vista_outputs}[record["system"]](
+        function, inputs
+    )
 
 
 def close(found, expected):
@@ -121,6 +136,7 @@ def test_every_record_of_the_release(system):
 
 # ---- the same records as thoughts, through the reward functions -----------------------------------------------------
 
+
 class Judge:
     """Gives the record's verdict; as a frozen model it fails."""
 
@@ -141,13 +157,18 @@ def vrag_thought(sample):
         before, rest = rest.split(turn["text"], 1) if turn["text"] else ("", rest)
         own = turn["role"] == "assistant"
         parts += [text("glue", before, Author.ENVIRONMENT)] if before else []
-        parts.append(text("answer" if own else "observation", turn["text"],
-                          Author.POLICY if own else Author.ENVIRONMENT))
-    made = thought({**{key: sample[key] for key in ("question", "ground_truth", "file_name", "reference_pages")}},
-                   *parts, *([text("glue", rest, Author.ENVIRONMENT)] if rest else []))
+        parts.append(
+            text("answer" if own else "observation", turn["text"], Author.POLICY if own else Author.ENVIRONMENT)
+        )
+    made = thought(
+        {**{key: sample[key] for key in ("question", "ground_truth", "file_name", "reference_pages")}},
+        *parts,
+        *([text("glue", rest, Author.ENVIRONMENT)] if rest else []),
+    )
     made.info["retrieved"] = sample["retrieved"]
     assert transcript(made) == sample["response_text"].removeprefix(
-        "" if parts[0].author is Author.POLICY else parts[0].text)
+        "" if parts[0].author is Author.POLICY else parts[0].text
+    )
     return made
 
 
@@ -156,8 +177,10 @@ def rewarded(record):
     function, inputs, expected = record["function"], record["inputs"], record["outputs"].get("total")
     system, silent = record["system"], Setting(judge=Judge())
     if system == "vrag" and function != "ndcg":
-        found = [vrag.vrag([vrag_thought(s)], Setting(judge=Judge(s["judge_verdict"])), mode=function,
-                           variant="release")[0] for s in inputs["samples"]]
+        found = [
+            vrag.vrag([vrag_thought(s)], Setting(judge=Judge(s["judge_verdict"])), mode=function, variant="release")[0]
+            for s in inputs["samples"]
+        ]
         return found, expected
     if system == "visual_arft" and function != "f1":
         task = record["variant"].removeprefix("release_")
@@ -170,9 +193,14 @@ def rewarded(record):
         return openthinkimg.openthinkimg([row], variant="release")[0], expected
     if system == "vista" and function == "tool_gain" and expected is not None:
         picked = ",".join(map(str, sorted(record["outputs"]["tools"] or [])))
-        row = thought({"ground_truth": inputs["ground_truth"], "answer_without_tools": inputs["answer_without_tools"],
-                       "answers_with_tools": {picked: inputs["answer_with_tools"]}},
-                      text("answer", inputs["response_text"]))
+        row = thought(
+            {
+                "ground_truth": inputs["ground_truth"],
+                "answer_without_tools": inputs["answer_without_tools"],
+                "answers_with_tools": {picked: inputs["answer_with_tools"]},
+            },
+            text("answer", inputs["response_text"]),
+        )
         return vista.vista([row], silent, variant="release")[0], expected
     return None
 
@@ -201,11 +229,15 @@ def test_the_repaired_forms_differ_where_the_releases_are_wrong():
     """A guard against a repaired form that is the release under another name: on records with a known bug they part."""
     bugs = [record["inputs"] for record in records("vrag") if record["known_bug"] and record["function"] == "ndcg"]
     assert all(ndcg(i["retrieved"], i["relevant"]) < ndcg(i["retrieved"], i["relevant"], repeats=True) for i in bugs)
-    bugs = [record["inputs"] for record in records("visual_arft")
-            if record["known_bug"] and record["function"] == "code"]
+    bugs = [
+        record["inputs"] for record in records("visual_arft") if record["known_bug"] and record["function"] == "code"
+    ]
     assert all(visual_arft.accuracy(i["response_text"], i["ground_truth"], "code") in (None, 0) for i in bugs)
-    bugs = [record["inputs"] for record in records("openthinkimg")
-            if record["known_bug"] and record["function"] == "trajectory"]
+    bugs = [
+        record["inputs"]
+        for record in records("openthinkimg")
+        if record["known_bug"] and record["function"] == "trajectory"
+    ]
     for i in bugs:
         said = openthinkimg.answer_in(i["turns"][-1])
         assert said is not None and f'"ans": "{said}"' in i["turns"][-1]

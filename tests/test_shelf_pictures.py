@@ -40,6 +40,7 @@ def records(name):
 
 # ---- parity -----------------------------------------------------------------------------------------------------
 
+
 def t2i_score(record, variant):
     given = record["inputs"]
     found = {d["phrase"]: (d["boxes"], d["scores"]) for d in given.get("detections", ())}
@@ -71,10 +72,19 @@ class Placed:
 
     def detect_phrases(self, pictures, phrases):
         width, height = self.size
-        return [{d["phrase"]: [Detected(((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width,
-                                         (y + h / 2) * height), score)
-                               for (x, y, w, h), score in zip(d["boxes"], d["scores"], strict=True)]
-                 for d in self.detections if d["phrase"] in some} for some in phrases]
+        return [
+            {
+                d["phrase"]: [
+                    Detected(
+                        ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height), score
+                    )
+                    for (x, y, w, h), score in zip(d["boxes"], d["scores"], strict=True)
+                ]
+                for d in self.detections
+                if d["phrase"] in some
+            }
+            for some in phrases
+        ]
 
 
 @pytest.mark.parity
@@ -85,11 +95,13 @@ def test_t2i_r1_gives_the_same_through_a_detector_and_a_trajectory():
         given = record["inputs"]
         size = given.get("image_size", [384, 384])
         setting = Setting.of(None, None, Placed(given["detections"], size))
-        row = thought({key: given[key] for key in ("object_1", "object_2", "relation", "counts", "objects")
-                       if key in given}, image("sketch", np.zeros((size[1], size[0], 3), np.uint8)))
+        row = thought(
+            {key: given[key] for key in ("object_1", "object_2", "relation", "counts", "objects") if key in given},
+            image("sketch", np.zeros((size[1], size[0], 3), np.uint8)),
+        )
         for variant, key in (("release", "total"), ("repaired", "total_repaired")):
             if key in record["outputs"]:
-                got_value, = t2i.t2i_r1_detector([row], setting, variant=variant)
+                (got_value,) = t2i.t2i_r1_detector([row], setting, variant=variant)
                 assert got_value == pytest.approx(record["outputs"][key], abs=1e-4), (number, variant)
 
 
@@ -97,8 +109,10 @@ def test_t2i_r1_gives_the_same_through_a_detector_and_a_trajectory():
 def test_janus_pro_r1_equals_the_release():
     for number, record in enumerate(records("janus_pro_r1")):
         given, expected = record["inputs"], record["outputs"]
-        rows = [janus.segments(*row) for row in zip(given["first_score"], given["final_score"],
-                                                    given["self_check_yes"], strict=True)]
+        rows = [
+            janus.segments(*row)
+            for row in zip(given["first_score"], given["final_score"], given["self_check_yes"], strict=True)
+        ]
         assert [sum(row) for row in rows] == pytest.approx(expected["total"], abs=1e-4), number
         for part, name in enumerate(("draw", "self_check", "redraw")):
             column = [row[part] for row in rows]
@@ -140,8 +154,11 @@ def test_janus_pro_r1_gives_the_same_through_trajectories():
         totals = janus.janus_pro_r1(rows, Setting(judge=Says()), credit="trajectory")
         assert totals == pytest.approx(record["outputs"]["total"], abs=1e-3), number
         for row, credited in enumerate(janus.janus_pro_r1(rows, Setting(judge=Says()))):
-            expected = {1: record["outputs"]["draw"][row], 2: record["outputs"]["self_check"][row],
-                        3: record["outputs"]["redraw"][row]}
+            expected = {
+                1: record["outputs"]["draw"][row],
+                2: record["outputs"]["self_check"][row],
+                3: record["outputs"]["redraw"][row],
+            }
             assert credited == pytest.approx({k: expected[k] for k in credited}, abs=1e-3)
 
 
@@ -152,24 +169,27 @@ TOP, CORNER = (0.5, 0.1, 0.2, 0.2), (0.9, 0.9, 0.1, 0.1)
 SIZE = (1000, 1000)
 
 
-@pytest.mark.parametrize(("first", "second", "name", "repaired", "release"), [
-    (LEFT, RIGHT, "left of", 1.0, 1.0),
-    (LEFT, RIGHT, "on the right of", 0.0, 0.0),
-    (TOP, (0.5, 0.9, 0.2, 0.2), "above", 1.0, 0.0),  # the naive reading of "above" is never paid by the release
-    (TOP, (0.5, 0.9, 0.2, 0.2), "on top of", 1.0, 0.0),
-    (TOP, (0.5, 0.9, 0.2, 0.2), "on the top of", 1.0, 1.0),
-    (TOP, (0.5, 0.9, 0.2, 0.2), "below", 0.0, 0.0),
-    ((0.5, 0.9, 0.2, 0.2), TOP, "below", 1.0, 1.0),
-    # a diagonal further apart in y than in x is not "left"
-    ((0.3, 0.1, 0.1, 0.1), (0.6, 0.6, 0.1, 0.1), "left of", 0.0, 0.0),
-    ((0.3, 0.1, 0.1, 0.1), (0.6, 0.3, 0.1, 0.1), "left of", 1.0, 1.0),
-    # boxes 0.4 wide, 0.2 apart: IoU (0.2 * 0.4) / (2 * 0.16 - 0.08) = 1/3, so 0.1 / (1/3)
-    ((0.4, 0.5, 0.4, 0.4), (0.6, 0.5, 0.4, 0.4), "left of", 0.3, 0.3),
-    # 700 and 600 px apart: 150 / 700; the release compares 0.7 with 150
-    ((0.1, 0.1, 0.1, 0.1), (0.8, 0.7, 0.1, 0.1), "next to", 150 / 700, 1.0),
-    ((0.1, 0.1, 0.1, 0.1), (0.8, 0.2, 0.1, 0.1), "near", 1.0, 1.0),  # 100 px apart in y is near, whatever x is
-    (LEFT, RIGHT, "beside", 1.0, 0.0),  # a wording that the release lacks
-])
+@pytest.mark.parametrize(
+    ("first", "second", "name", "repaired", "release"),
+    [
+        (LEFT, RIGHT, "left of", 1.0, 1.0),
+        (LEFT, RIGHT, "on the right of", 0.0, 0.0),
+        (TOP, (0.5, 0.9, 0.2, 0.2), "above", 1.0, 0.0),  # the naive reading of "above" is never paid by the release
+        (TOP, (0.5, 0.9, 0.2, 0.2), "on top of", 1.0, 0.0),
+        (TOP, (0.5, 0.9, 0.2, 0.2), "on the top of", 1.0, 1.0),
+        (TOP, (0.5, 0.9, 0.2, 0.2), "below", 0.0, 0.0),
+        ((0.5, 0.9, 0.2, 0.2), TOP, "below", 1.0, 1.0),
+        # a diagonal further apart in y than in x is not "left"
+        ((0.3, 0.1, 0.1, 0.1), (0.6, 0.6, 0.1, 0.1), "left of", 0.0, 0.0),
+        ((0.3, 0.1, 0.1, 0.1), (0.6, 0.3, 0.1, 0.1), "left of", 1.0, 1.0),
+        # boxes 0.4 wide, 0.2 apart: IoU (0.2 * 0.4) / (2 * 0.16 - 0.08) = 1/3, so 0.1 / (1/3)
+        ((0.4, 0.5, 0.4, 0.4), (0.6, 0.5, 0.4, 0.4), "left of", 0.3, 0.3),
+        # 700 and 600 px apart: 150 / 700; the release compares 0.7 with 150
+        ((0.1, 0.1, 0.1, 0.1), (0.8, 0.7, 0.1, 0.1), "next to", 150 / 700, 1.0),
+        ((0.1, 0.1, 0.1, 0.1), (0.8, 0.2, 0.1, 0.1), "near", 1.0, 1.0),  # 100 px apart in y is near, whatever x is
+        (LEFT, RIGHT, "beside", 1.0, 0.0),  # a wording that the release lacks
+    ],
+)
 def test_relations_by_hand(first, second, name, repaired, release):
     assert t2i.relation(first, second, name, SIZE) == pytest.approx(repaired)
     assert t2i.relation(first, second, name, SIZE, "release") == pytest.approx(release)
@@ -208,20 +228,26 @@ def test_objects_and_yes_by_hand():
 
 def test_t2i_r1_yes_asks_once_a_phrase_and_an_unjudged_phrase_leaves_the_thought_unjudged():
     judge = Says()
-    rows = [thought({"task": "attribute", "phrases": ["a red cat", "a dog"]}, image("sketch", marked(0.5))),
-            thought({"task": "attribute", "objects": ["cat"]}, image("sketch", marked(None))),
-            thought({"task": "numeracy", "objects": ["cat"]}, image("sketch", marked(0.5))),
-            thought({"task": "complex", "objects": []}, image("sketch", marked(0.5))),
-            thought({"task": "complex", "objects": ["cat"]}), thought({})]
+    rows = [
+        thought({"task": "attribute", "phrases": ["a red cat", "a dog"]}, image("sketch", marked(0.5))),
+        thought({"task": "attribute", "objects": ["cat"]}, image("sketch", marked(None))),
+        thought({"task": "numeracy", "objects": ["cat"]}, image("sketch", marked(0.5))),
+        thought({"task": "complex", "objects": []}, image("sketch", marked(0.5))),
+        thought({"task": "complex", "objects": ["cat"]}),
+        thought({}),
+    ]
     assert t2i.t2i_r1_yes(rows, Setting(judge=judge)) == [0.5, None, None, 1.0, 0.0, None]
-    assert judge.asked == ["Does the picture show a red cat? Answer with yes or no.",
-                           "Does the picture show a dog? Answer with yes or no.",
-                           "Does the picture show cat? Answer with yes or no."]
+    assert judge.asked == [
+        "Does the picture show a red cat? Answer with yes or no.",
+        "Does the picture show a dog? Answer with yes or no.",
+        "Does the picture show cat? Answer with yes or no.",
+    ]
     with pytest.raises(RewardError, match="'t2i_r1_yes' asks a judge"):
         t2i.t2i_r1_yes(rows, Setting())
 
 
 # ---- relations on rendered scenes ---------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def shapes():
@@ -231,17 +257,25 @@ def shapes():
 
 def scene(circle, square):
     """A red circle and a blue square at named places."""
-    return render(Scene((Object("circle", "red", PLACES.index(circle)), Object("square", "blue",
-                                                                               PLACES.index(square)))))
+    return render(
+        Scene((Object("circle", "red", PLACES.index(circle)), Object("square", "blue", PLACES.index(square))))
+    )
 
 
 def placed(relation):
-    return {"tag": "position", "prompt": f"a circle {relation} a square",
-            "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": [relation, 0]}]}
+    return {
+        "tag": "position",
+        "prompt": f"a circle {relation} a square",
+        "include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": [relation, 0]}],
+    }
 
 
-HOLDS = {"left of": ("left", "right"), "right of": ("right", "left"), "above": ("top", "bottom"),
-         "below": ("bottom", "top")}
+HOLDS = {
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("top", "bottom"),
+    "below": ("bottom", "top"),
+}
 
 
 @pytest.mark.parametrize("asked", HOLDS)
@@ -260,11 +294,14 @@ def test_every_relation_pays_and_refuses_on_rendered_scenes(shapes, asked, drawn
 
 @pytest.mark.parametrize("wording", [*t2i.LEFT, *t2i.RIGHT, *t2i.ABOVE, *t2i.BELOW])
 def test_every_wording_of_a_relation_pays_and_refuses(shapes, wording):
-    means = next(name for names, name in ((t2i.LEFT, "left of"), (t2i.RIGHT, "right of"), (t2i.ABOVE, "above"),
-                                          (t2i.BELOW, "below")) if wording in names)
+    means = next(
+        name
+        for names, name in ((t2i.LEFT, "left of"), (t2i.RIGHT, "right of"), (t2i.ABOVE, "above"), (t2i.BELOW, "below"))
+        if wording in names
+    )
     columns = {"object_1": "circle", "object_2": "square", "relation": wording}
     for drawn, places in HOLDS.items():
-        paid, = t2i.t2i_r1_detector([thought(columns, image("sketch", scene(*places)))], shapes)
+        (paid,) = t2i.t2i_r1_detector([thought(columns, image("sketch", scene(*places)))], shapes)
         assert paid == pytest.approx(0.9 if drawn == means else 0.4), (wording, drawn)
 
 
@@ -277,12 +314,19 @@ def test_near_pays_and_refuses(shapes, wording):
 
         def detect(self, pictures):
             found = shapes.detector.detector.detect([p[::16, ::16] for p in pictures])
-            return [{name: [Detected(tuple(16 * c for c in o.box), o.score) for o in items]
-                     for name, items in objects.items()} for objects in found]
+            return [
+                {
+                    name: [Detected(tuple(16 * c for c in o.box), o.score) for o in items]
+                    for name, items in objects.items()
+                }
+                for objects in found
+            ]
 
     large = Setting.of(None, None, Large())
-    near, far = (np.kron(scene(*places), np.ones((16, 16, 1), np.uint8)) for places in (
-        ("left", "right"), ("top-left", "bottom-right")))
+    near, far = (
+        np.kron(scene(*places), np.ones((16, 16, 1), np.uint8))
+        for places in (("left", "right"), ("top-left", "bottom-right"))
+    )
     rows = [thought(columns, image("sketch", picture)) for picture in (near, far)]
     paid = t2i.t2i_r1_detector(rows, large)
     assert paid[0] == pytest.approx(0.9)  # on one height
@@ -293,13 +337,20 @@ def test_near_pays_and_refuses(shapes, wording):
 
 def test_t2i_r1_reads_genevals_records_counts_and_objects(shapes):
     two = render(Scene((Object("circle", "red", 0), Object("circle", "blue", 8))))
-    counting = {"tag": "counting", "include": [{"class": "circle", "count": 2}],
-                "exclude": [{"class": "circle", "count": 3}]}
+    counting = {
+        "tag": "counting",
+        "include": [{"class": "circle", "count": 2}],
+        "exclude": [{"class": "circle", "count": 3}],
+    }
     both = {"tag": "two_object", "include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1}]}
-    rows = [thought(counting, image("sketch", two)), thought({**counting, "include": [{"class": "circle", "count": 3}]},
-                                                             image("sketch", two)),
-            thought(both, image("sketch", two)), thought(both), thought({}, image("sketch", two)),
-            thought({"object_1": "circle", "object_2": "square", "relation": "behind"}, image("sketch", two))]
+    rows = [
+        thought(counting, image("sketch", two)),
+        thought({**counting, "include": [{"class": "circle", "count": 3}]}, image("sketch", two)),
+        thought(both, image("sketch", two)),
+        thought(both),
+        thought({}, image("sketch", two)),
+        thought({"object_1": "circle", "object_2": "square", "relation": "behind"}, image("sketch", two)),
+    ]
     assert t2i.t2i_r1_detector(rows, shapes) == [1.0, pytest.approx(0.2), 0.5, 0.0, None, None]
     with pytest.raises(UnknownClass, match="'zebra'"):
         t2i.t2i_r1_detector([thought({"objects": ["zebra"]}, image("sketch", two))], shapes)
@@ -308,6 +359,7 @@ def test_t2i_r1_reads_genevals_records_counts_and_objects(shapes):
 
 
 # ---- Janus-Pro-R1 by hand -----------------------------------------------------------------------------------------
+
 
 def test_janus_by_hand():
     assert janus.segments(0.9, 0.9, True) == pytest.approx((0.9, 0.9, 0.9))
@@ -318,12 +370,19 @@ def test_janus_by_hand():
 
 
 def test_janus_credits_segments_and_leaves_the_unscored_unjudged():
-    rows = [thought({"prompt": "a cat"}, image("sketch", marked(0.8)), text("inspect", "No, the cat is missing"),
-                    image("sketch", marked(0.6))),
-            thought({}, image("sketch", marked(0.8)), text("inspect", "Yes.")),
-            thought({}, image("sketch", marked(0.8)), text("inspect", "hm"), image("sketch", marked(0.6))),
-            thought({}, image("sketch", marked(0.8)), image("sketch", marked(None))), thought({}),
-            thought({}, image("sketch", marked(0.8)))]
+    rows = [
+        thought(
+            {"prompt": "a cat"},
+            image("sketch", marked(0.8)),
+            text("inspect", "No, the cat is missing"),
+            image("sketch", marked(0.6)),
+        ),
+        thought({}, image("sketch", marked(0.8)), text("inspect", "Yes.")),
+        thought({}, image("sketch", marked(0.8)), text("inspect", "hm"), image("sketch", marked(0.6))),
+        thought({}, image("sketch", marked(0.8)), image("sketch", marked(None))),
+        thought({}),
+        thought({}, image("sketch", marked(0.8))),
+    ]
     judge = Says()
     logged = {}
     credited = janus.janus_pro_r1(rows, Setting(judge=judge), lambda name, value: logged.update({name: value}))
@@ -340,8 +399,11 @@ def test_janus_credits_segments_and_leaves_the_unscored_unjudged():
 def test_janus_by_the_detector_on_rendered_scenes(shapes):
     good, bad = scene("left", "right"), scene("right", "left")
     record = placed("left of")
-    rows = [thought(record, image("sketch", bad), text("inspect", "<inspect> wrong"), image("sketch", good)),
-            thought(record, image("sketch", good), text("inspect", "yes")), thought({}, image("sketch", good))]
+    rows = [
+        thought(record, image("sketch", bad), text("inspect", "<inspect> wrong"), image("sketch", good)),
+        thought(record, image("sketch", good), text("inspect", "yes")),
+        thought({}, image("sketch", good)),
+    ]
     fixed, kept, without = janus.janus_pro_r1_geneval(rows, shapes)
     assert fixed == pytest.approx({1: 2 / 3, 2: 1 / 3, 3: 1.0})
     assert kept == {1: 1.0, 2: 1.0} and without is None
@@ -356,6 +418,7 @@ def test_what_a_self_check_says(shapes):
 
 
 # ---- GoT-R1 by hand -----------------------------------------------------------------------------------------------
+
 
 def test_got_formula_by_hand():
     assert got.total(0.8, 0.5, 0.7, 0.5) == pytest.approx(0.48)
@@ -375,15 +438,23 @@ def test_got_pairs_boxes_so_that_the_sum_is_largest():
     assert got.reasoning_image(plan, {"dog": [near_both, far_left]}) == pytest.approx((80 / 120 + 60 / 140) / 2)
 
 
-@pytest.mark.parametrize(("words", "names", "expected"), [
-    ("a playful brown dog (100,200),(350,450) and a cat (500, 0), (900, 400)", (),
-     [("playful brown dog", (100, 200, 350, 450)), ("cat", (500, 0, 900, 400))]),
-    ("a playful brown dog (100,200),(350,450)", ("dog", "cat"), [("dog", (100, 200, 350, 450))]),
-    ("There is a hot dog at [10, 20, 30, 40].", ("dog", "hot dog"), [("hot dog", (10, 20, 30, 40))]),
-    ("A cat. Two dogs at (10,20),(30,40)", ("dog", "cat"), [("dog", (10, 20, 30, 40))]),
-    ("The cup is located at (30,40),(10,20)", (), [("cup", (10, 20, 30, 40))]),  # corners in the other order
-    ("a lion (1,2),(3,4)", ("dog",), []), ("a dog at (1,2)", ("dog",), []), ("", (), []),
-])
+@pytest.mark.parametrize(
+    ("words", "names", "expected"),
+    [
+        (
+            "a playful brown dog (100,200),(350,450) and a cat (500, 0), (900, 400)",
+            (),
+            [("playful brown dog", (100, 200, 350, 450)), ("cat", (500, 0, 900, 400))],
+        ),
+        ("a playful brown dog (100,200),(350,450)", ("dog", "cat"), [("dog", (100, 200, 350, 450))]),
+        ("There is a hot dog at [10, 20, 30, 40].", ("dog", "hot dog"), [("hot dog", (10, 20, 30, 40))]),
+        ("A cat. Two dogs at (10,20),(30,40)", ("dog", "cat"), [("dog", (10, 20, 30, 40))]),
+        ("The cup is located at (30,40),(10,20)", (), [("cup", (10, 20, 30, 40))]),  # corners in the other order
+        ("a lion (1,2),(3,4)", ("dog",), []),
+        ("a dog at (1,2)", ("dog",), []),
+        ("", (), []),
+    ],
+)
 def test_got_reads_plans(words, names, expected):
     assert got.planned_boxes(words, names) == expected
 
@@ -398,12 +469,14 @@ def test_got_on_rendered_scenes(shapes):
         return f"a red circle ({a[0]},{a[1]}),({a[2]},{a[3]}), a blue square ({b[0]},{b[1]}),({b[2]},{b[3]})"
 
     picture = scene("left", "right")
-    rows = [thought(record, text("plan", plan(circle, square)), image("sketch", picture)),
-            thought(record, text("plan", plan(square, circle)), image("sketch", picture)),
-            thought(record, text("plan", "a circle and a square"), image("sketch", picture)),
-            thought(record, text("plan", plan(circle, square))),
-            thought(record, text("hint", plan(circle, square), Author.ENVIRONMENT), image("sketch", picture)),
-            thought(record, image("sketch", picture), text("plan", plan(circle, square)))]
+    rows = [
+        thought(record, text("plan", plan(circle, square)), image("sketch", picture)),
+        thought(record, text("plan", plan(square, circle)), image("sketch", picture)),
+        thought(record, text("plan", "a circle and a square"), image("sketch", picture)),
+        thought(record, text("plan", plan(circle, square))),
+        thought(record, text("hint", plan(circle, square), Author.ENVIRONMENT), image("sketch", picture)),
+        thought(record, image("sketch", picture), text("plan", plan(circle, square))),
+    ]
     values = got.got_r1(rows, shapes)
     assert values[0] == pytest.approx(1.0, abs=0.02) and values[1:] == [0.0] * 5
     pixels = thought(record, text("plan", f"circle [{', '.join(map(str, circle))}]"), image("sketch", picture))

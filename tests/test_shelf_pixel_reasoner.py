@@ -23,19 +23,26 @@ from runtime.errors import UserError
 CALL = "<tool_call>{}</tool_call>"
 
 
-@pytest.mark.parametrize(("correct", "operations", "rate", "total"), [
-    (1, 1, 0.1, 1.1),  # 0.5 (0.3 - 0.1)
-    (0, 1, 0.0, 0.15), (1, 0, 0.0, 1.0), (1, 1, 0.3, 1.0), (1, 1, 0.9, 1.0),
-    (1, 3, 0.5, 0.9),  # two too many
-    (0, 3, 0.1, 0.0),  # 0.1 of curiosity, 0.1 of price
-])
+@pytest.mark.parametrize(
+    ("correct", "operations", "rate", "total"),
+    [
+        (1, 1, 0.1, 1.1),  # 0.5 (0.3 - 0.1)
+        (0, 1, 0.0, 0.15),
+        (1, 0, 0.0, 1.0),
+        (1, 1, 0.3, 1.0),
+        (1, 1, 0.9, 1.0),
+        (1, 3, 0.5, 0.9),  # two too many
+        (0, 3, 0.1, 0.0),  # 0.1 of curiosity, 0.1 of price
+    ],
+)
 def test_the_papers_shaping(correct, operations, rate, total):
     assert shaped(correct, operations, rate)["total"] == pytest.approx(total)
 
 
 def test_other_constants():
     assert shaped(1, 4, 0.2, Shaping(rate=0.5, free=2, alpha=1, beta=0.1)) == pytest.approx(
-        {"total": 1.1, "accuracy": 1, "curiosity": 0.3, "penalty": -0.2})
+        {"total": 1.1, "accuracy": 1, "curiosity": 0.3, "penalty": -0.2}
+    )
 
 
 def test_the_official_shaping():
@@ -63,18 +70,35 @@ def test_the_rate_is_over_what_was_judged():
     assert rate_of([1, 0, 0, 3]) == 0.5 and rate_of([1, None, 0]) == 0.5 and rate_of([]) == 0 and rate_of([None]) == 0
 
 
-@pytest.mark.parametrize(("text", "gold", "right"), [
-    ("so \\boxed{3/4}", "0.75", 1), ("\\boxed{1} no \\boxed{2}", "2", 1), ("\\boxed{Amber}", "amber", 1),
-    ("\\boxed{(B)}", "B", 1), ("\\boxed{29}", "\\boxed{29}", 1), ("the value is 83", "83", 0), ("\\boxed{}", "83", 0),
-    ("\\boxed{Oslo and Lisbon}", "Lisbon, Oslo", 1), ("\\boxed{Oslo}", "Lisbon, Oslo", 0),
-    ("\\boxed{1782}", "1, 2", 0),  # its digits are there, its parts are not
-    ("\\boxed{2, 1}", "1, 2", 1), ("\\boxed{(1, 2)}", "(1,2)", 1), ("\\boxed{(2, 1)}", "(1,2)", 0),
-    ("\\boxed{1,000}", "1000", 1), ("\\boxed{rats}", "star", 0),
-    ("\\boxed{\\text{red}}", "red", 1), ("\\boxed{\\text{New York}}", "New York", 1), ("\\boxed{\\text{5 cm}}", "5", 1),
-    ("\\boxed{\\text{red}, \\text{blue}}", "blue, red", 1), ("\\boxed{\\text{red and blue}}", "blue, red", 1),
-    ("\\boxed{\\text{red}, \\text{blue}}", "red", 0), ("\\boxed{\\text{b}}", "\\text{B}", 1),
-    ("\\boxed{3\\text{ cm}, 4\\text{ cm}}", "3, 4", 1), ("\\boxed{12\\text{ dogs}}", "12", 1),
-])
+@pytest.mark.parametrize(
+    ("text", "gold", "right"),
+    [
+        ("so \\boxed{3/4}", "0.75", 1),
+        ("\\boxed{1} no \\boxed{2}", "2", 1),
+        ("\\boxed{Amber}", "amber", 1),
+        ("\\boxed{(B)}", "B", 1),
+        ("\\boxed{29}", "\\boxed{29}", 1),
+        ("the value is 83", "83", 0),
+        ("\\boxed{}", "83", 0),
+        ("\\boxed{Oslo and Lisbon}", "Lisbon, Oslo", 1),
+        ("\\boxed{Oslo}", "Lisbon, Oslo", 0),
+        ("\\boxed{1782}", "1, 2", 0),  # its digits are there, its parts are not
+        ("\\boxed{2, 1}", "1, 2", 1),
+        ("\\boxed{(1, 2)}", "(1,2)", 1),
+        ("\\boxed{(2, 1)}", "(1,2)", 0),
+        ("\\boxed{1,000}", "1000", 1),
+        ("\\boxed{rats}", "star", 0),
+        ("\\boxed{\\text{red}}", "red", 1),
+        ("\\boxed{\\text{New York}}", "New York", 1),
+        ("\\boxed{\\text{5 cm}}", "5", 1),
+        ("\\boxed{\\text{red}, \\text{blue}}", "blue, red", 1),
+        ("\\boxed{\\text{red and blue}}", "blue, red", 1),
+        ("\\boxed{\\text{red}, \\text{blue}}", "red", 0),
+        ("\\boxed{\\text{b}}", "\\text{B}", 1),
+        ("\\boxed{3\\text{ cm}, 4\\text{ cm}}", "3, 4", 1),
+        ("\\boxed{12\\text{ dogs}}", "12", 1),
+    ],
+)
 def test_the_papers_accuracy(text, gold, right):
     assert accuracy(text, [gold]) == right
 
@@ -91,8 +115,10 @@ def test_the_releases_accuracy():
 
 
 def rows(*members, group=0):
-    return [conversation({"ground_truth": gold}, *segments, group=group, member=i)
-            for i, (gold, *segments) in enumerate(members)]
+    return [
+        conversation({"ground_truth": gold}, *segments, group=group, member=i)
+        for i, (gold, *segments) in enumerate(members)
+    ]
 
 
 def looked(times, said, picture=PICTURE):
@@ -101,8 +127,13 @@ def looked(times, said, picture=PICTURE):
 
 def test_a_group_by_hand():
     # judged: 4, of which 1 looked: rate 0.25, curiosity 0.5 * 0.05
-    group = rows(("7", *looked(2, "7")), ("7", say("\\boxed{7}")), ("7", say("\\boxed{8}")), ("7", say("seven?")),
-                 (None, *looked(1, "7")))
+    group = rows(
+        ("7", *looked(2, "7")),
+        ("7", say("\\boxed{7}")),
+        ("7", say("\\boxed{8}")),
+        ("7", say("seven?")),
+        (None, *looked(1, "7")),
+    )
     logged = {}
     assert pixel_reasoner(group, None, logged.__setitem__) == pytest.approx([0.975, 1, 0, 0, None])
     assert logged["curiosity"] == pytest.approx(0.025 / 4) and logged["penalty"] == pytest.approx(-0.05 / 4)
@@ -117,8 +148,12 @@ def test_calls_that_failed_earn_no_curiosity():
 
 def test_the_rate_is_over_operations_that_worked():
     """Of ten thoughts one looked; a second one tried and failed, an eleventh has no reference."""
-    group = rows(("7", *looked(1, "7")), ("7", say(CALL), tool("Execution error: too small"), say("\\boxed{7}")),
-                 *[("7", say("\\boxed{7}"))] * 8, (None, *looked(1, "7")))
+    group = rows(
+        ("7", *looked(1, "7")),
+        ("7", say(CALL), tool("Execution error: too small"), say("\\boxed{7}")),
+        *[("7", say("\\boxed{7}"))] * 8,
+        (None, *looked(1, "7")),
+    )
     logged = {}
     # rate 1/10, so 0.5 * (0.3 - 0.1) for the one that looked; with the failed call it would be 0.5 * (0.3 - 0.2)
     assert pixel_reasoner(group, None, logged.__setitem__) == pytest.approx([1.1, *[1] * 9, None])
@@ -153,9 +188,15 @@ def test_the_official_release_over_trajectories():
         pixel_reasoner(rows(("7", say("seven"))), variant="release_official")
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"variant": "release"}, "no variant 'release'; did you mean"), ({"rate_over": "step"}, "no rate_over 'step'"),
-    ({"rate": 30}, "rate is 30"), ({"free": -1}, "free -1")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "release"}, "no variant 'release'; did you mean"),
+        ({"rate_over": "step"}, "no rate_over 'step'"),
+        ({"rate": 30}, "rate is 30"),
+        ({"free": -1}, "free -1"),
+    ],
+)
 def test_bad_options_are_named(options, message):
     with pytest.raises(UserError, match=message):
         pixel_reasoner([], **options)

@@ -32,26 +32,57 @@ def test_the_two_formulas():
     assert score_release(Reading("", "", False), False, True)["total"] == 0
 
 
-@pytest.mark.parametrize(("segments", "judge", "reply", "value", "checks", "questions"), [
-    ((say(FORM),), False, YES, 2.0, 0, 1),  # right by rule; the judge is asked about consistency alone
-    ((say(FORM),), False, NO, 1.5, 0, 1),
-    ((say(FORM.replace("<answer>red", "<answer>blue")),), False, YES, 0.5, 1, 0),  # wrong: only the format pays
-    ((say(FORM.replace("<answer>red", "<answer>crimson")),), True, YES, 2.0, 1, 1),
-    ((say("<think>a</think><answer>red</answer>"),), True, YES, 1.5, 0, 1),  # no white space between: not well-formed
-    ((say(FORM + "\n"),), True, YES, 1.5, 0, 1),
-    # a missing answer is a wrong one, whatever the format
-    ((say("<think>a</think>\n<answer> </answer>"),), True, YES, 0.5, 0, 0),
-    ((say("<think>a</think> red"),), True, YES, 0.0, 0, 0),
-    # the sandbox's output is nobody's answer, and spoils no format
-    ((say("<think>a<code>1</code>"), tool("<sandbox_output><answer>red</answer></sandbox_output>"),
-      say("</think>\nIt is blue.")), True, YES, 0.0, 0, 0),
-    ((say("<think>a<code>1</code>"), tool("<sandbox_output><think></sandbox_output>", PICTURE),
-      say("</think>\n<answer>red</answer>")), True, YES, 2.0, 0, 1),
-    # not judged: None where it counts, and only there
-    ((say(FORM.replace("<answer>red", "<answer>crimson")),), None, YES, None, 1, 0),
-    ((say(FORM),), True, None, None, 0, 1), ((say(FORM),), True, "no score", None, 0, 1),
-    ((say(FORM.replace("<answer>red", "<answer>blue")),), False, None, 0.5, 1, 0),
-])
+@pytest.mark.parametrize(
+    ("segments", "judge", "reply", "value", "checks", "questions"),
+    [
+        ((say(FORM),), False, YES, 2.0, 0, 1),  # right by rule; the judge is asked about consistency alone
+        ((say(FORM),), False, NO, 1.5, 0, 1),
+        ((say(FORM.replace("<answer>red", "<answer>blue")),), False, YES, 0.5, 1, 0),  # wrong: only the format pays
+        ((say(FORM.replace("<answer>red", "<answer>crimson")),), True, YES, 2.0, 1, 1),
+        (
+            (say("<think>a</think><answer>red</answer>"),),
+            True,
+            YES,
+            1.5,
+            0,
+            1,
+        ),  # no white space between: not well-formed
+        ((say(FORM + "\n"),), True, YES, 1.5, 0, 1),
+        # a missing answer is a wrong one, whatever the format
+        ((say("<think>a</think>\n<answer> </answer>"),), True, YES, 0.5, 0, 0),
+        ((say("<think>a</think> red"),), True, YES, 0.0, 0, 0),
+        # the sandbox's output is nobody's answer, and spoils no format
+        (
+            (
+                say("<think>a<code>1</code>"),
+                tool("<sandbox_output><answer>red</answer></sandbox_output>"),
+                say("</think>\nIt is blue."),
+            ),
+            True,
+            YES,
+            0.0,
+            0,
+            0,
+        ),
+        (
+            (
+                say("<think>a<code>1</code>"),
+                tool("<sandbox_output><think></sandbox_output>", PICTURE),
+                say("</think>\n<answer>red</answer>"),
+            ),
+            True,
+            YES,
+            2.0,
+            0,
+            1,
+        ),
+        # not judged: None where it counts, and only there
+        ((say(FORM.replace("<answer>red", "<answer>crimson")),), None, YES, None, 1, 0),
+        ((say(FORM),), True, None, None, 0, 1),
+        ((say(FORM),), True, "no score", None, 0, 1),
+        ((say(FORM.replace("<answer>red", "<answer>blue")),), False, None, 0.5, 1, 0),
+    ],
+)
 def test_by_hand(segments, judge, reply, value, checks, questions):
     assert paid(*segments, judge=judge, reply=reply) == (value, checks, questions)
 
@@ -64,15 +95,29 @@ def test_the_release_pays_nothing_better_than_a_wrong_answer():
 
 
 def test_the_release_reads_the_sandbox():
-    segments = (say("<think>a<code>1</code>"), tool("<sandbox_output><answer>red</answer></sandbox_output>"),
-                say("</think>\nIt is blue."))
+    segments = (
+        say("<think>a<code>1</code>"),
+        tool("<sandbox_output><answer>red</answer></sandbox_output>"),
+        say("</think>\nIt is blue."),
+    )
     assert paid(*segments, variant="release")[0] == 1.5 and paid(*segments)[0] == 0
 
 
-@pytest.mark.parametrize(("answer", "gold", "right"), [
-    ("The answer is C", "C", True), ("Red", "red", True), ("50%", "50", True), ("1,000", "1000", True),
-    ("so x is 7", "7", True), ("3/4", "0.75", True), ("12 cm", "12", True), ("12", "21", False), ("A", "C", False),
-    ("", "7", False)])
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("The answer is C", "C", True),
+        ("Red", "red", True),
+        ("50%", "50", True),
+        ("1,000", "1000", True),
+        ("so x is 7", "7", True),
+        ("3/4", "0.75", True),
+        ("12 cm", "12", True),
+        ("12", "21", False),
+        ("A", "C", False),
+        ("", "7", False),
+    ],
+)
 def test_the_releases_rules(answer, gold, right):
     assert by_rule(answer, gold) is right
 
@@ -84,9 +129,20 @@ def test_reading():
     assert read(FORM.replace("</think>\n", "</think>\n\n")).well_formed is False
 
 
-@pytest.mark.parametrize(("reply", "flag"), [
-    ('{"Consistency": 1}', True), ('```\n{"Consistency": 0}\n```', False), ("yes", None), (None, None), ("{1", None),
-    ('{"Score": 1}', None), ('{"Consistency": 7}', None), ('{"Consistency": "x"}', None), ("[1]", None)])
+@pytest.mark.parametrize(
+    ("reply", "flag"),
+    [
+        ('{"Consistency": 1}', True),
+        ('```\n{"Consistency": 0}\n```', False),
+        ("yes", None),
+        (None, None),
+        ("{1", None),
+        ('{"Score": 1}', None),
+        ('{"Consistency": 7}', None),
+        ('{"Consistency": "x"}', None),
+        ("[1]", None),
+    ],
+)
 def test_flags_in_replies(reply, flag):
     assert flag_in(reply, "Consistency") is flag
 

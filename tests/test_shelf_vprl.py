@@ -15,21 +15,26 @@ from rewards.published.vprl import kind_of_step, kinds_of_plan, vprl
 from runtime.errors import UserError
 
 # The short way to G is along the top; the wall parts the start from the cell below.
-GRID = ["S..",
-        "#.G",
-        "..."]
+GRID = ["S..", "#.G", "..."]
 RECORD = {"grid": GRID}
 WORLD = GridWorld()
 
 
-@pytest.mark.parametrize(("before", "after", "kind"), [
-    ((0, 0), (0, 1), "optimal"), ((0, 1), (1, 1), "optimal"), ((0, 1), (0, 2), "optimal"),  # two ways, both shortest
-    ((0, 1), (0, 0), "other"), ((1, 1), (2, 1), "other"),
-    ((0, 0), (1, 0), "invalid"),  # into the wall
-    ((0, 0), (1, 1), "invalid"), ((0, 0), (1, 2), "invalid"),  # nearer to the goal, but no single step: naively +1
-    ((0, 0), (0, 0), "invalid"),  # the same picture again
-    ((0, 0), None, "invalid"),
-])
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        ((0, 0), (0, 1), "optimal"),
+        ((0, 1), (1, 1), "optimal"),
+        ((0, 1), (0, 2), "optimal"),  # two ways, both shortest
+        ((0, 1), (0, 0), "other"),
+        ((1, 1), (2, 1), "other"),
+        ((0, 0), (1, 0), "invalid"),  # into the wall
+        ((0, 0), (1, 1), "invalid"),
+        ((0, 0), (1, 2), "invalid"),  # nearer to the goal, but no single step: naively +1
+        ((0, 0), (0, 0), "invalid"),  # the same picture again
+        ((0, 0), None, "invalid"),
+    ],
+)
 def test_each_step_by_hand(before, after, kind):
     assert kind_of_step(WORLD, RECORD, before, after) == kind
 
@@ -44,11 +49,17 @@ class Ring:
         return {0: 0, 1: 1, 2: 2, 3: 1}[state]
 
 
-@pytest.mark.parametrize(("before", "after", "kind"), [
-    (2, 1, "optimal"), (1, 0, "optimal"),  # 2 to 1, 1 to 0
-    (1, 3, "other"), (3, 1, "other"),  # 1 to 1: possible, and no step nearer
-    (1, 2, "other"), (2, 0, "invalid"),
-])
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        (2, 1, "optimal"),
+        (1, 0, "optimal"),  # 2 to 1, 1 to 0
+        (1, 3, "other"),
+        (3, 1, "other"),  # 1 to 1: possible, and no step nearer
+        (1, 2, "other"),
+        (2, 0, "invalid"),
+    ],
+)
 def test_a_step_that_keeps_the_distance_pays_nothing(before, after, kind):
     assert kind_of_step(Ring(), {}, before, after) == kind
 
@@ -82,13 +93,27 @@ def test_over_thoughts():
     setting = Setting(WORLD)
     other_size = image("sketch", np.zeros((5, 5, 3), np.uint8))
     two_walkers = image("sketch", draw(GRID, (0, 1), (1, 1)))
-    rows = [planned((0, 1), (1, 1), (1, 2)), planned((0, 1), (0, 0), (0, 1)), planned((0, 1), None, (1, 1)),
-            planned(), planned((0, 1), record={}), planned((0, 1), pictures=[other_size]),
-            planned(pictures=[two_walkers]),
-            planned(pictures=[image("observation", draw(GRID, (0, 1)), Author.ENVIRONMENT)])]
+    rows = [
+        planned((0, 1), (1, 1), (1, 2)),
+        planned((0, 1), (0, 0), (0, 1)),
+        planned((0, 1), None, (1, 1)),
+        planned(),
+        planned((0, 1), record={}),
+        planned((0, 1), pictures=[other_size]),
+        planned(pictures=[two_walkers]),
+        planned(pictures=[image("observation", draw(GRID, (0, 1)), Author.ENVIRONMENT)]),
+    ]
     logged = {}
     assert vprl(rows, setting, logged.__setitem__) == [
-        {2: 1, 3: 1, 4: 1}, {2: 1, 3: 0, 4: 1}, {2: 1, 3: -5}, -5, None, {2: 1, 3: -5}, {2: -5}, -5]
+        {2: 1, 3: 1, 4: 1},
+        {2: 1, 3: 0, 4: 1},
+        {2: 1, 3: -5},
+        -5,
+        None,
+        {2: 1, 3: -5},
+        {2: -5},
+        -5,
+    ]
     assert logged == pytest.approx({"reached": 1 / 7, "optimal": 7 / 11, "invalid": 3 / 11})
     assert vprl(rows, setting, credit="trajectory") == pytest.approx([1, 2 / 3, -2, -5, None, -2, -5, -5])
     assert vprl(rows[:2], setting, optimal=2, other=-1) == [{2: 2, 3: 2, 4: 2}, {2: 2, 3: -1, 4: 2}]

@@ -17,11 +17,17 @@ FRAMES = np.zeros((4, 4, 3), np.uint8)
 GOLD = {"OA": 2, "TA": 2, "MQ": 0}
 
 
-@pytest.mark.parametrize(("said", "value"), [
-    ({"OA": 2, "TA": 2, "MQ": 0}, 1), ({"OA": 2, "TA": 1, "MQ": 1}, 0.5), ({"OA": 1, "TA": 2, "MQ": 0}, 0.5),
-    ({"OA": 2, "TA": 2}, 0.75),  # a dimension that is not judged is wrong, not left out
-    ({}, 0), ({"OA": 2, "TA": 2, "MQ": 0, "CF": 3}, 1),
-])
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        ({"OA": 2, "TA": 2, "MQ": 0}, 1),
+        ({"OA": 2, "TA": 1, "MQ": 1}, 0.5),
+        ({"OA": 1, "TA": 2, "MQ": 0}, 0.5),
+        ({"OA": 2, "TA": 2}, 0.75),  # a dimension that is not judged is wrong, not left out
+        ({}, 0),
+        ({"OA": 2, "TA": 2, "MQ": 0, "CF": 3}, 1),
+    ],
+)
 def test_accuracy_by_hand(said, value):
     assert accuracy(said, GOLD) == value
 
@@ -31,12 +37,20 @@ def test_accuracy_without_dimensions_is_the_overall_judgement():
     assert accuracy({"OA": 2}, GOLD, alpha=1) == 1
 
 
-@pytest.mark.parametrize(("rounds", "value"), [
-    ([0.25, 0.75], 0.1), ([0.75, 0.25], -0.1), ([0.5], 0), ([], 0),
-    # paying every rise and forgiving every fall would give 0.3: to err first and mend it would pay
-    ([0.5, 0, 1, 0, 0.5], 0),
-    ([0.5, None, 1], 0.1), ([None, 1], 0), ([0.5, None], -0.1),
-])
+@pytest.mark.parametrize(
+    ("rounds", "value"),
+    [
+        ([0.25, 0.75], 0.1),
+        ([0.75, 0.25], -0.1),
+        ([0.5], 0),
+        ([], 0),
+        # paying every rise and forgiving every fall would give 0.3: to err first and mend it would pay
+        ([0.5, 0, 1, 0, 0.5], 0),
+        ([0.5, None, 1], 0.1),
+        ([None, 1], 0),
+        ([0.5, None], -0.1),
+    ],
+)
 def test_gain_by_hand(rounds, value):
     assert gain(rounds) == pytest.approx(value)
 
@@ -46,11 +60,15 @@ def test_only_the_first_and_the_last_judgement_matter(rounds):
     assert gain(rounds, k=1) == pytest.approx(rounds[-1] - rounds[0])
 
 
-@pytest.mark.parametrize(("looked", "values"), [
-    ([True] + [False] * 7, [0.075] + [0] * 7),  # 0.2 - 1/8
-    ([True, True, False, False], [0] * 4), ([False] * 4, [0] * 4),  # 0.2 for nobody, and none for not looking
-    ([], []),
-])
+@pytest.mark.parametrize(
+    ("looked", "values"),
+    [
+        ([True] + [False] * 7, [0.075] + [0] * 7),  # 0.2 - 1/8
+        ([True, True, False, False], [0] * 4),
+        ([False] * 4, [0] * 4),  # 0.2 for nobody, and none for not looking
+        ([], []),
+    ],
+)
 def test_exploration_by_hand(looked, values):
     assert exploration(looked) == pytest.approx(values)
 
@@ -68,8 +86,10 @@ def said(overall, alignment, quality):
 
 
 def look(judged, tag="recommend answer"):
-    return (f"<snapshot>a boy</snapshot><think>unsure</think><{tag}>{judged}</{tag}>"
-            '<tool_call>{"name": "select_frames"}</tool_call>')
+    return (
+        f"<snapshot>a boy</snapshot><think>unsure</think><{tag}>{judged}</{tag}>"
+        '<tool_call>{"name": "select_frames"}</tool_call>'
+    )
 
 
 def end(judged):
@@ -91,14 +111,21 @@ def test_reading_and_form():
 def judged(*turns, gold=GOLD, group=0, seen=True):
     segments = []
     for turn in turns:
-        segments += [text("answer", turn), image("observation", FRAMES, Author.ENVIRONMENT) if seen else
-                     text("observation", "Error: no such frame", Author.ENVIRONMENT)]
+        segments += [
+            text("answer", turn),
+            image("observation", FRAMES, Author.ENVIRONMENT)
+            if seen
+            else text("observation", "Error: no such frame", Author.ENVIRONMENT),
+        ]
     return thought({"ground_truth": gold} if gold else {}, *segments[:-1], group=group)
 
 
 def test_over_a_group():
-    rows = [judged(look(said(2, 1, 1)), end(said(2, 2, 0))),  # 0.5 then 1
-            *[judged(end(said(2, 2, 0))) for _ in range(6)], judged(end("OA = 2"), gold=None)]
+    rows = [
+        judged(look(said(2, 1, 1)), end(said(2, 2, 0))),  # 0.5 then 1
+        *[judged(end(said(2, 2, 0))) for _ in range(6)],
+        judged(end("OA = 2"), gold=None),
+    ]
     # form 1 + accuracy 1 + gain 0.2 * 0.5 + exploration 0.5 * (0.2 - 1/8)
     assert vr_thinker(rows) == [pytest.approx(2.1375), *[2] * 6, None]
     apart = [*rows[:1], *[judged(end(said(2, 2, 0)), group=1) for _ in range(7)]]

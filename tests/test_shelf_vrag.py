@@ -12,8 +12,12 @@ from rewards.published.vrag import Reading, page_name, read, read_release, refer
 from runtime.errors import UserError
 
 PAGE = np.zeros((4, 4, 3), np.uint8)
-RECORD = {"question": "Where is the kite?", "ground_truth": "on the shelf", "file_name": "drum.pdf",
-          "reference_pages": [3, 7]}
+RECORD = {
+    "question": "Where is the kite?",
+    "ground_truth": "on the shelf",
+    "file_name": "drum.pdf",
+    "reference_pages": [3, 7],
+}
 IDEAL = 1 + 0.6309297535714575  # 1 / log2(2) + 1 / log2(3)
 
 
@@ -34,18 +38,26 @@ def setting(*said):
 
 def retrieval(*pages, answer="<answer>on the shelf</answer>", record=RECORD, search="<search> kite </search>"):
     seen = [image("observation", PAGE, Author.ENVIRONMENT) for _ in pages]
-    made = thought(record, text("think", "<think>first look</think>"), text("search", search), *seen,
-                   text("answer", answer))
+    made = thought(
+        record, text("think", "<think>first look</think>"), text("search", search), *seen, text("answer", answer)
+    )
     made.info["retrieved"] = [f"images/drum_{page}.jpg" for page in pages]
     return made
 
 
-@pytest.mark.parametrize(("formed", "right", "ranking", "mode", "total"), [
-    (True, True, 1.0, "train", 1.0),  # 0.7 + 0.1 + 0.2
-    (True, True, 0.5, "train", 0.9), (True, False, 1.0, "train", 0.3), (True, False, 0.0, "train", 0.1),
-    (False, True, 1.0, "train", 0.0),  # without both blocks the verdict and the ranking are worth nothing
-    (True, True, 0.0, "eval", 1.0), (True, False, 1.0, "eval", 0.0), (False, True, 1.0, "eval", 0.0),
-])
+@pytest.mark.parametrize(
+    ("formed", "right", "ranking", "mode", "total"),
+    [
+        (True, True, 1.0, "train", 1.0),  # 0.7 + 0.1 + 0.2
+        (True, True, 0.5, "train", 0.9),
+        (True, False, 1.0, "train", 0.3),
+        (True, False, 0.0, "train", 0.1),
+        (False, True, 1.0, "train", 0.0),  # without both blocks the verdict and the ranking are worth nothing
+        (True, True, 0.0, "eval", 1.0),
+        (True, False, 1.0, "eval", 0.0),
+        (False, True, 1.0, "eval", 0.0),
+    ],
+)
 def test_the_formula_by_hand(formed, right, ranking, mode, total):
     assert score(Reading("x", formed), right, ranking, mode)["total"] == pytest.approx(total)
 

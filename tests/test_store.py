@@ -58,12 +58,13 @@ def assert_same(this, that, where=""):
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 names = st.sampled_from(["plan", "sketch", "other"])
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-2**40, 2**40) | texts
-                           | st.floats(allow_nan=False, allow_infinity=False),
-                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-                           max_leaves=5)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | texts | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=5,
+)
 maybe_scores = st.none() | st.floats(allow_nan=False)
-int32s = st.integers(-2**31, 2**31 - 1)
+int32s = st.integers(-(2**31), 2**31 - 1)
 
 
 def arrays(dtype, shape, **options):
@@ -78,31 +79,58 @@ def segments(draw):
     if draw(st.booleans()):
         n = draw(st.integers(0, len(ids)))
         sets = tuple(draw(arrays(np.int32, (draw(st.integers(0, 3)), 2))) for _ in range(draw(st.integers(0, 2))))
-        guidance = draw(st.none() | st.builds(Guidance, names, st.dictionaries(names, st.floats(allow_nan=False),
-                                                                               max_size=2)))
+        guidance = draw(
+            st.none() | st.builds(Guidance, names, st.dictionaries(names, st.floats(allow_nan=False), max_size=2))
+        )
         law = Law(draw(arrays(np.float32, n)), draw(arrays(np.int32, n)), sets, guidance)
         decisions = Decisions(draw(arrays(np.int8, n)), np.arange(n, dtype=np.int32), draw(arrays(np.float32, n)), law)
     if draw(st.booleans()):
         n = draw(st.integers(0, 2))
         one, many = arrays(np.float32, n), arrays(np.float32, (n, 2, 3))
-        flow = FlowSteps(*(draw(one if f.name in ("time_N", "time_next_N", "sigma_N") else many)
-                           for f in fields(FlowSteps)))
-    pieces = st.builds(Piece, st.integers(0, 9), st.sampled_from(["ids", "latent"]), st.integers(0, 99),
-                       st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)))
+        flow = FlowSteps(
+            *(draw(one if f.name in ("time_N", "time_next_N", "sigma_N") else many) for f in fields(FlowSteps))
+        )
+    pieces = st.builds(
+        Piece,
+        st.integers(0, 9),
+        st.sampled_from(["ids", "latent"]),
+        st.integers(0, 99),
+        st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    )
     contexts = st.builds(Context, names, st.lists(pieces, max_size=3).map(tuple), st.integers(0, 99))
     size = st.tuples(st.integers(1, 4), st.integers(1, 4), st.just(3))
-    return Segment(draw(names), draw(st.sampled_from(Author)), modality, draw(st.booleans()), ids, draw(texts),
-                   decisions, flow, draw(st.none() | arrays(np.uint8, size)),
-                   draw(st.none() | arrays(np.float32, (2, 1))), tuple(draw(st.lists(contexts, max_size=3))),
-                   draw(st.integers(0, 2**40)))
+    return Segment(
+        draw(names),
+        draw(st.sampled_from(Author)),
+        modality,
+        draw(st.booleans()),
+        ids,
+        draw(texts),
+        decisions,
+        flow,
+        draw(st.none() | arrays(np.uint8, size)),
+        draw(st.none() | arrays(np.float32, (2, 1))),
+        tuple(draw(st.lists(contexts, max_size=3))),
+        draw(st.integers(0, 2**40)),
+    )
 
 
 trajectories = st.builds(
-    Trajectory, texts, st.dictionaries(texts, json_values, max_size=3), names, st.lists(segments(), max_size=4),
-    st.integers(-2**40, 2**40), st.integers(0, 3), st.integers(0, 2**62), st.sampled_from(StopReason),
+    Trajectory,
+    texts,
+    st.dictionaries(texts, json_values, max_size=3),
+    names,
+    st.lists(segments(), max_size=4),
+    st.integers(-(2**40), 2**40),
+    st.integers(0, 3),
+    st.integers(0, 2**62),
+    st.sampled_from(StopReason),
     st.dictionaries(texts, maybe_scores, max_size=2),
     st.dictionaries(texts, st.dictionaries(st.integers(0, 9), maybe_scores, max_size=2), max_size=2),
-    maybe_scores, st.none() | arrays(np.float32, st.integers(0, 4)), st.dictionaries(texts, json_values, max_size=2))
+    maybe_scores,
+    st.none() | arrays(np.float32, st.integers(0, 4)),
+    st.dictionaries(texts, json_values, max_size=2),
+)
 
 
 @settings(max_examples=25, deadline=None)
@@ -118,24 +146,56 @@ def test_what_is_saved_comes_back_without_loss(tmp_path_factory, saved):
 def example():
     """A sketch of two codes under guidance, and a denoised one. The law's temperature 0 has no density: NaN."""
     picture = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-    law = Law(np.array([1, 0.5, 0], np.float32), np.array([-1, 0, 0], np.int32), (np.array([[6, 12]], np.int32),),
-              Guidance("normal", {"full": 2.0}))
-    made = Decisions(np.array([0, 1, 1], np.int8), np.array([0, 1, 2], np.int32),
-                     np.array([-0.25, -1.5, np.nan], np.float32), law)
+    law = Law(
+        np.array([1, 0.5, 0], np.float32),
+        np.array([-1, 0, 0], np.int32),
+        (np.array([[6, 12]], np.int32),),
+        Guidance("normal", {"full": 2.0}),
+    )
+    made = Decisions(
+        np.array([0, 1, 1], np.int8), np.array([0, 1, 2], np.int32), np.array([-0.25, -1.5, np.nan], np.float32), law
+    )
     contexts = (Context("full", (Piece(0, "ids", 0),), 2), Context("unconditional", (), 0))
     ones = np.ones(2, np.float32)
-    flow = FlowSteps(ones, ones * 0.5, np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32),
-                     np.ones((2, 3), np.float32), ones)
+    flow = FlowSteps(
+        ones, ones * 0.5, np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32), np.ones((2, 3), np.float32), ones
+    )
     segments = [
         Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 7], np.int32), "red circle"),
-        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.array([3, 8, 9, 4], np.int32),
-                decisions=made, picture=picture, contexts=contexts, version=7),
-        Segment("sketch", Author.POLICY, Modality.IMAGE_LATENT, True, flow=flow, picture=picture[::-1].copy(),
-                latent=np.full((2, 3), 0.5, np.float32)),
+        Segment(
+            "sketch",
+            Author.POLICY,
+            Modality.IMAGE_TOKENS,
+            True,
+            np.array([3, 8, 9, 4], np.int32),
+            decisions=made,
+            picture=picture,
+            contexts=contexts,
+            version=7,
+        ),
+        Segment(
+            "sketch",
+            Author.POLICY,
+            Modality.IMAGE_LATENT,
+            True,
+            flow=flow,
+            picture=picture[::-1].copy(),
+            latent=np.full((2, 3), 0.5, np.float32),
+        ),
     ]
-    return Trajectory("red circle", {"tag": "colors"}, "strokes", segments, group=3, member=1, seed=11,
-                      rewards={"result": 1.0, "consistency": None}, segment_rewards={"inspect": {2: 0.5}}, reward=None,
-                      advantage_S=np.array([0, 1, -1], np.float32))
+    return Trajectory(
+        "red circle",
+        {"tag": "colors"},
+        "strokes",
+        segments,
+        group=3,
+        member=1,
+        seed=11,
+        rewards={"result": 1.0, "consistency": None},
+        segment_rewards={"inspect": {2: 0.5}},
+        reward=None,
+        advantage_S=np.array([0, 1, -1], np.float32),
+    )
 
 
 def test_it_is_readable_without_our_code(tmp_path):
@@ -161,6 +221,7 @@ def test_the_documented_columns_are_those_that_are_written():
     from pathlib import Path
 
     from record.store import SEGMENTS, TRAJECTORIES
+
     page = (Path(__file__).parent.parent / "docs" / "record.md").read_text()
     for schema in (TRAJECTORIES, SEGMENTS):
         for name in schema.names:
@@ -179,15 +240,18 @@ def test_saving_again_replaces_the_folder_whole(tmp_path):
     save_trajectories([], tmp_path / "empty")
 
 
-@pytest.mark.parametrize("stored, name, words", [
-    (False, "thesis.tex", "holds 'thesis.tex' and no stored trajectories"),
-    (False, "trajectories.parquet", "holds 'trajectories.parquet' and no stored trajectories"),
-    (False, "pictures/0-0-1.png", "holds 'pictures' and no stored trajectories"),
-    (True, "thesis.tex", "holds 'thesis.tex' beside stored trajectories"),
-    (True, ".git/HEAD", "holds '.git' beside stored trajectories"),
-    (True, "rewards.jsonl", "holds 'rewards.jsonl' beside stored trajectories"),
-    (True, "pictures/holiday.png", "holds 'pictures/holiday.png' beside stored trajectories"),
-])
+@pytest.mark.parametrize(
+    "stored, name, words",
+    [
+        (False, "thesis.tex", "holds 'thesis.tex' and no stored trajectories"),
+        (False, "trajectories.parquet", "holds 'trajectories.parquet' and no stored trajectories"),
+        (False, "pictures/0-0-1.png", "holds 'pictures' and no stored trajectories"),
+        (True, "thesis.tex", "holds 'thesis.tex' beside stored trajectories"),
+        (True, ".git/HEAD", "holds '.git' beside stored trajectories"),
+        (True, "rewards.jsonl", "holds 'rewards.jsonl' beside stored trajectories"),
+        (True, "pictures/holiday.png", "holds 'pictures/holiday.png' beside stored trajectories"),
+    ],
+)
 def test_nothing_but_stored_trajectories_is_replaced(tmp_path, stored, name, words):
     if stored:
         saved(tmp_path)
@@ -233,6 +297,7 @@ def test_broken_off_between_two_renames_what_was_there_stays(tmp_path, monkeypat
 
 # ---- what breaks ----
 
+
 def saved(tmp_path):
     save_trajectories([example()], tmp_path / "step")
     return tmp_path / "step"
@@ -246,7 +311,7 @@ FILES = ["trajectories.parquet", "segments.parquet", "latents.safetensors", "pic
 def test_a_truncated_file_is_named(tmp_path, name, keep):
     path = saved(tmp_path) / name
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(len(whole) * keep)])
+    path.write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(RecordError, match=name):
         load_trajectories(tmp_path / "step")
 
@@ -273,7 +338,7 @@ def test_no_altered_byte_goes_unnoticed(tmp_path, name):
     path = saved(tmp_path) / name
     whole = path.read_bytes()
     for at in range(0, len(whole), max(1, len(whole) // 150)):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1:])
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
         try:
             loaded = load_trajectories(tmp_path / "step")
         except RecordError:

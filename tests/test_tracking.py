@@ -24,8 +24,10 @@ def test_metrics_are_lines_of_json_and_no_number_is_null(tmp_path: Path) -> None
     tracker.log(1, {"reward/mean": 0.5, "kl": None})
     tracker.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [{"step": 0, "reward/mean": 0.25, "kl": None, "groups/trained": 3},
-                    {"step": 1, "reward/mean": 0.5, "kl": None}]
+    assert rows == [
+        {"step": 0, "reward/mean": 0.25, "kl": None, "groups/trained": 3},
+        {"step": 1, "reward/mean": 0.5, "kl": None},
+    ]
 
 
 def test_rewind_forgets_the_steps_that_a_resumed_run_writes_again(tmp_path: Path) -> None:
@@ -35,8 +37,12 @@ def test_rewind_forgets_the_steps_that_a_resumed_run_writes_again(tmp_path: Path
     tracker.rewind(3)
     tracker.log(3, {"x": 30})
     tracker.close()
-    assert [(row["step"], row["x"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [(0, 0), (1, 1), (2, 2),
-                                                                                            (3, 30)]
+    assert [(row["step"], row["x"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 30),
+    ]
 
 
 def test_a_half_written_last_line_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
@@ -81,10 +87,10 @@ def wandb_records(run_dir: Path) -> list[Any]:
             if 2**15 - at % 2**15 < 7:
                 at += 2**15 - at % 2**15
                 continue
-            length, kind = struct.unpack("<HB", raw[at + 4:at + 7])
+            length, kind = struct.unpack("<HB", raw[at + 4 : at + 7])
             if at + 7 + length > len(raw):  # still being written
                 break
-            whole += raw[at + 7:at + 7 + length]
+            whole += raw[at + 7 : at + 7 + length]
             at += 7 + length
             if kind in (1, 4):  # whole, last
                 record = Record()
@@ -109,21 +115,34 @@ def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_pictures(tmp_
             break
         assert time.monotonic() < deadline, "W&B's log has no end"
         time.sleep(0.05)
-    history = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-               for record in records if record.WhichOneof("record_type") == "history"]
+    history = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
     metrics = [row for row in history if "reward/mean" in row]
     assert [(row["step"], row["reward/mean"]) for row in metrics] == [(1, 0.25), (2, 0.5)]
     assert not any("kl" in row for row in history)  # no number
-    axes = {(r.metric.name or r.metric.glob_name): r.metric.step_metric for r in records
-            if r.WhichOneof("record_type") == "metric"}
+    axes = {
+        (r.metric.name or r.metric.glob_name): r.metric.step_metric
+        for r in records
+        if r.WhichOneof("record_type") == "metric"
+    }
     assert axes["*"] == "step"
-    config = {item.key: json.loads(item.value_json) for r in records if r.WhichOneof("record_type") == "run"
-              for item in r.run.config.update}
+    config = {
+        item.key: json.loads(item.value_json)
+        for r in records
+        if r.WhichOneof("record_type") == "run"
+        for item in r.run.config.update
+    }
     assert config["seed"] == 7
 
     # A table travels as an artifact: its rows, and the pictures that they name.
-    artifacts = [{entry.path: Path(entry.local_path) for entry in r.artifact.manifest.contents} for r in records
-                 if r.WhichOneof("record_type") == "artifact"]
+    artifacts = [
+        {entry.path: Path(entry.local_path) for entry in r.artifact.manifest.contents}
+        for r in records
+        if r.WhichOneof("record_type") == "artifact"
+    ]
     assert len(artifacts) == 2
     for step, files in enumerate(artifacts, 1):
         table = json.loads(next(file for name, file in files.items() if name.endswith(".table.json")).read_text())
@@ -150,12 +169,19 @@ def drawn_trajectory(prompt: str) -> Trajectory:
     """A thought of words and one picture, judged."""
     picture = np.zeros((8, 8, 3), np.uint8)
     picture[2:5, 2:5] = (255, 0, 0)
-    segments = [Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 2], np.int32), prompt),
-                Segment("plan", Author.POLICY, Modality.TEXT, True, np.array([3, 4], np.int32), "draw it"),
-                Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(6, dtype=np.int32),
-                        picture=picture),
-                Segment("redraw", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(6, dtype=np.int32),
-                        picture=picture[::-1].copy())]
+    segments = [
+        Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 2], np.int32), prompt),
+        Segment("plan", Author.POLICY, Modality.TEXT, True, np.array([3, 4], np.int32), "draw it"),
+        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(6, dtype=np.int32), picture=picture),
+        Segment(
+            "redraw",
+            Author.POLICY,
+            Modality.IMAGE_TOKENS,
+            True,
+            np.arange(6, dtype=np.int32),
+            picture=picture[::-1].copy(),
+        ),
+    ]
     trajectory = Trajectory(prompt, {}, "strokes", segments, 0)
     trajectory.reward, trajectory.rewards, trajectory.stop = 0.5, {"detect": 1.0}, StopReason.END
     return trajectory

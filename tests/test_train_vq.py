@@ -48,8 +48,13 @@ def test_scenes_are_read_right_after_the_round_trip():
 
 
 def test_every_object_is_read_right_alone():
-    singles = [Scene((Object(shape, color, place, jitter),)) for shape in SHAPES for color in COLORS
-               for place in (0, 4, 8) for jitter in range(len(JITTERS))]
+    singles = [
+        Scene((Object(shape, color, place, jitter),))
+        for shape in SHAPES
+        for color in COLORS
+        for place in (0, 4, 8)
+        for jitter in range(len(JITTERS))
+    ]
     made, _ = round_trip(load_shapes_vq(), [render(scene) for scene in singles])
     wrong = [scene for scene, picture in zip(singles, made, strict=True) if not read_right(picture, scene)]
     assert not wrong

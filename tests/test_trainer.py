@@ -89,7 +89,8 @@ def test_one_step_is_adamw_on_the_gradient_of_the_formula():
         trajectory = trajectories[scored.trajectory_N[n]]
         segment = trajectory.segments[scored.segment_N[n]]
         loss = loss - float(trajectory.advantage_S[scored.segment_N[n]]) * scored.logprob_N[n] / (
-            len(segment.decisions) * len(trajectories))
+            len(segment.decisions) * len(trajectories)
+        )
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
     torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.0).step()
@@ -158,7 +159,8 @@ def test_metrics_tell_words_from_codes():
     assert 0 < metrics["entropy/code"] <= np.log(4) + 1e-6 and 0 < metrics["entropy/word"] <= np.log(4) + 1e-6
     assert metrics["entropy"] == pytest.approx(
         (metrics["entropy/code"] * metrics["trained/code_decisions"] + metrics["entropy/word"] * words)
-        / (words + metrics["trained/code_decisions"]))
+        / (words + metrics["trained/code_decisions"])
+    )
 
 
 def test_nothing_to_train_on_moves_nothing():
@@ -205,8 +207,9 @@ def test_frozen_parameters_stay():
 def test_weights_of_16_bits_are_not_trained(dtype):
     policy = BigramPolicy()
     policy.model.head.to(getattr(torch, dtype))
-    with pytest.raises(TrainingError, match=f"'head.weight' is to be trained in {dtype}, .*policy.dtype: float32, or "
-                                            "train adapters"):
+    with pytest.raises(
+        TrainingError, match=f"'head.weight' is to be trained in {dtype}, .*policy.dtype: float32, or train adapters"
+    ):
         Trainer(policy, GrpoConfig(), Accelerator(cpu=True))
     policy.model.head.requires_grad_(False)
     Trainer(policy, GrpoConfig(), Accelerator(cpu=True))
@@ -256,8 +259,10 @@ def test_a_policy_that_leaves_decisions_out_is_found_out():
 
 def test_the_schedule_warms_up_and_state_continues_it():
     policy, config, trainer = make(warmup_steps=4, lr_scheduler_type="linear", steps=10)
-    rates = [trainer.update(credited(policy, config, first=4 * s, version=trainer.version))["learning_rate"]
-             for s in range(3)]
+    rates = [
+        trainer.update(credited(policy, config, first=4 * s, version=trainer.version))["learning_rate"]
+        for s in range(3)
+    ]
     assert rates == pytest.approx([0.0, 0.0025, 0.005])
 
     other = BigramPolicy(seed=5)
@@ -278,8 +283,16 @@ def test_a_state_goes_on_with_the_optimiser_that_the_config_asks_for():
         trainer.update(credited(policy, config, first=4 * step, version=trainer.version))
     state = copy.deepcopy(trainer.state())
 
-    policy, config, changed = make(learning_rate=0.001, warmup_steps=2, lr_scheduler_type="linear", steps=14,
-                                   adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=1e-5, weight_decay=0.1)
+    policy, config, changed = make(
+        learning_rate=0.001,
+        warmup_steps=2,
+        lr_scheduler_type="linear",
+        steps=14,
+        adam_beta1=0.5,
+        adam_beta2=0.9,
+        adam_epsilon=1e-5,
+        weight_decay=0.1,
+    )
     changed.load(state)
     # six steps are done: 8 of the 12 after the warm-up are left
     assert changed.scheduler.get_last_lr() == pytest.approx([0.001 * 8 / 12] * 2)
@@ -313,8 +326,11 @@ def test_a_run_that_started_from_other_weights_is_not_gone_on_with():
     state = torch.load(buffer, weights_only=True)
     other = Trainer(BigramPolicy(seed=5), config, Accelerator(cpu=True), "runs/other")
     before = weights(other.policy)
-    with pytest.raises(TrainingError, match=r"KL term .*: it started from runs/warm \(fingerprint [0-9a-f]{8}\), this "
-                                            r"one from runs/other \([0-9a-f]{8}\)\. .*: --weights runs/warm$"):
+    with pytest.raises(
+        TrainingError,
+        match=r"KL term .*: it started from runs/warm \(fingerprint [0-9a-f]{8}\), this "
+        r"one from runs/other \([0-9a-f]{8}\)\. .*: --weights runs/warm$",
+    ):
         other.load(state)
     assert all(torch.equal(before[name], value) for name, value in weights(other.policy).items())
     with pytest.raises(TrainingError, match="it started from runs/warm .*this one from runs/warm .*a folder that"):
@@ -380,6 +396,11 @@ def test_every_process_makes_equally_many_passes_and_weights_add_up(processes):
     real = [b for batches in plans for b in batches if b.weight_BS.any()]
     assert sorted(t.key for b in real for t in b.trajectories) == sorted(t.key for t in trajectories)
     # three segments of weight one each, averaged over trajectories
-    total = sum(float(b.weight_BS[row, s]) * len(segment.decisions) for b in real
-                for row, t in enumerate(b.trajectories) for s, segment in enumerate(t.segments) if segment.decisions)
+    total = sum(
+        float(b.weight_BS[row, s]) * len(segment.decisions)
+        for b in real
+        for row, t in enumerate(b.trajectories)
+        for s, segment in enumerate(t.segments)
+        if segment.decisions
+    )
     assert total == pytest.approx(3.0, rel=1e-5)

@@ -46,14 +46,35 @@ def launch(processes: int, script: str, *args: str) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = Path(__file__).parent.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(root),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     started = []
     for rank in range(processes):
-        ranks = {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                 "LOCAL_WORLD_SIZE": str(processes)} if processes > 1 else {}
-        started.append(subprocess.Popen([sys.executable, "-c", script, *args], cwd=root, env={**environment, **ranks},
-                                        stderr=subprocess.PIPE, text=True))
+        ranks = (
+            {
+                "WORLD_SIZE": str(processes),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(processes),
+            }
+            if processes > 1
+            else {}
+        )
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script, *args],
+                cwd=root,
+                env={**environment, **ranks},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     for process in started:
         _, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors

@@ -26,8 +26,13 @@ from policy.chameleon.vq import (
 
 FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 SMALL = {
-    "embed_dim": 8, "num_embeddings": 32, "latent_channels": 8, "resolution": 16, "base_channels": 32,
-    "channel_multiplier": [1, 1, 2], "num_res_blocks": 1,
+    "embed_dim": 8,
+    "num_embeddings": 32,
+    "latent_channels": 8,
+    "resolution": 16,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 2],
+    "num_res_blocks": 1,
 }
 
 
@@ -72,9 +77,15 @@ def test_decoder_has_the_released_names_and_shapes():
 def test_stands_as_vqmodel_and_travels_in_a_checkpoint():
     vq = small()
     config = ChameleonConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, vq_config=SMALL, vocabulary_map={"<image>": 40} | {f"IMGIMG{'ABCDEFGHIJ'[i // 10]}"
-        f"{'ABCDEFGHIJ'[i % 10]}Z": 4 + i for i in range(32)},
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vq_config=SMALL,
+        vocabulary_map={"<image>": 40}
+        | {f"IMGIMG{'ABCDEFGHIJ'[i // 10]}{'ABCDEFGHIJ'[i % 10]}Z": 4 + i for i in range(32)},
     )
     model = ChameleonForConditionalGeneration(config)
     model.model.vqmodel = vq

@@ -36,14 +36,21 @@ pytestmark = pytest.mark.timeout(900)  # starting processes takes minutes on a b
 
 
 def requests(groups: int, members: int = 3, records: dict[int, dict] | None = None) -> list[RolloutRequest]:
-    return [RolloutRequest(10 + group, "a red dot", (records or {}).get(group, {}), tuple(range(members)), seed=5)
-            for group in range(groups)]
+    return [
+        RolloutRequest(10 + group, "a red dot", (records or {}).get(group, {}), tuple(range(members)), seed=5)
+        for group in range(groups)
+    ]
 
 
 def decided(groups) -> list[tuple]:
     """All that was sampled, to the last bit."""
-    return [(t.group, t.member, s.role, s.ids.tobytes(), s.decisions.logprob_N.tobytes())
-            for group in groups for t in group for s in t.segments if s.decisions]
+    return [
+        (t.group, t.member, s.role, s.ids.tobytes(), s.decisions.logprob_N.tobytes())
+        for group in groups
+        for t in group
+        for s in t.segments
+        if s.decisions
+    ]
 
 
 def ids(groups) -> list[list[int]]:
@@ -51,6 +58,7 @@ def ids(groups) -> list[list[int]]:
 
 
 # ---- who writes what: no process is started ----
+
 
 def test_reproducible_slots_have_groups_of_their_own():
     assignment = Assignment(5, slots=2, fill=1, retries=2, reproducible=True)
@@ -102,14 +110,16 @@ def test_every_group_is_finished_or_dropped_once(groups, slots, fill, retries, r
 
 # ---- in this process ----
 
+
 def test_local_groups_come_in_the_order_of_requests_and_members():
     asked = [RolloutRequest(7, "a dot", {}, (2, 0), 1), RolloutRequest(3, "red", {}, (0, 1, 2), 1)]
     result = LocalRollouts(engine(ROLLOUT)).generate(asked)
     written = [[(t.group, t.member) for t in group] for group in result.groups]
     assert written == [[(7, 2), (7, 0)], [(3, 0), (3, 1), (3, 2)]]
     assert result.metrics["rollout/groups"] == 2 and result.metrics["rollout/trajectories"] == 5
-    assert result.metrics["rollout/tokens"] == sum(t.num_tokens() - len(t.segments[0].ids)
-                                                   for group in result.groups for t in group)
+    assert result.metrics["rollout/tokens"] == sum(
+        t.num_tokens() - len(t.segments[0].ids) for group in result.groups for t in group
+    )
 
 
 def test_groups_are_told_apart():
@@ -153,6 +163,7 @@ def test_no_free_port_is_said_at_once(monkeypatch):
 
 # ---- with Ray: one cluster for the module ----
 
+
 @pytest.fixture(scope="module")
 def cluster():
     os.environ.pop("RAY_ADDRESS", None)
@@ -163,15 +174,19 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def pool(cluster):
-    pool = RayRollouts(EngineSpec({"rollout": ROLLOUT}, "tests.worker_factories.engine"),
-                       RolloutConfig(workers=2, retries=2, timeout_s=60, **ROLLOUT))
+    pool = RayRollouts(
+        EngineSpec({"rollout": ROLLOUT}, "tests.worker_factories.engine"),
+        RolloutConfig(workers=2, retries=2, timeout_s=60, **ROLLOUT),
+    )
     yield pool
     pool.close()
 
 
 def lone_worker(factory: str = "engine", **config) -> RayRollouts:
-    return RayRollouts(EngineSpec({"rollout": ROLLOUT}, f"tests.worker_factories.{factory}"),
-                       RolloutConfig(**{"workers": 1, "retries": 1, **ROLLOUT, **config}))
+    return RayRollouts(
+        EngineSpec({"rollout": ROLLOUT}, f"tests.worker_factories.{factory}"),
+        RolloutConfig(**{"workers": 1, "retries": 1, **ROLLOUT, **config}),
+    )
 
 
 def test_ray_listens_on_the_loopback_alone(cluster):

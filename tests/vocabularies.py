@@ -45,8 +45,25 @@ class WordVocabulary(_Pieces):
 class PieceVocabulary(_Pieces):
     """Single characters and some merges, taken greedily: tags are several ids, and `><` joins two of them."""
 
-    MERGES = ("</", "><", "<i", "ins", "des", "in", "sp", "ect", "ref", "ine>", ">\n", ">.", " red", " circle", "e ",
-              "<a", "\ufffd")
+    MERGES = (
+        "</",
+        "><",
+        "<i",
+        "ins",
+        "des",
+        "in",
+        "sp",
+        "ect",
+        "ref",
+        "ine>",
+        ">\n",
+        ">.",
+        " red",
+        " circle",
+        "e ",
+        "<a",
+        "\ufffd",
+    )
 
     def __init__(self) -> None:
         super().__init__([*self.MERGES, *"abcdefghijklmnopqrstuvwxyz<>/ .\n"])
@@ -56,5 +73,5 @@ class PieceVocabulary(_Pieces):
         while text:
             piece = max((p for p in self.ids if text.startswith(p)), key=len)
             ids.append(self.ids[piece])
-            text = text[len(piece):]
+            text = text[len(piece) :]
         return ids

@@ -55,8 +55,15 @@ class Checkpoint:
         return self.folder / "weights"
 
 
-def save(root: Path, step: int, write: Callable[[Path], Any], trainer: dict[str, Any], cursor: dict[str, Any],
-         recipe: dict[str, Any], keep: int = 2) -> Path:
+def save(
+    root: Path,
+    step: int,
+    write: Callable[[Path], Any],
+    trainer: dict[str, Any],
+    cursor: dict[str, Any],
+    recipe: dict[str, Any],
+    keep: int = 2,
+) -> Path:
     """Write checkpoints/step-<step> under `root` and delete all but the newest `keep`.
 
     Args:
@@ -163,8 +170,10 @@ def verify(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: missing; the checkpoint is incomplete{_other(folder)}")
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise CheckpointError(f"{path}: {size} bytes where {expected['bytes']} were written; the file was cut or "
-                                  f"altered{_other(folder)}")
+            raise CheckpointError(
+                f"{path}: {size} bytes where {expected['bytes']} were written; the file was cut or "
+                f"altered{_other(folder)}"
+            )
         if measure(path) != expected:
             raise CheckpointError(f"{path}: its checksum is not the one written; the file is corrupt{_other(folder)}")
     return state
@@ -175,8 +184,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{folder}: no checkpoint: it has no state.json. A checkpoint is a folder "
-                              f"checkpoints/step-* of a run") from None
+        raise CheckpointError(
+            f"{folder}: no checkpoint: it has no state.json. A checkpoint is a folder checkpoints/step-* of a run"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); the file was cut or altered{_other(folder)}") from None
     except OSError as error:
@@ -196,8 +206,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: '{key}' is no {kind.__name__}; the file was altered{_other(folder)}")
     for name, written in state["files"].items():
         if not (isinstance(written, dict) and all(isinstance(written.get(key), int) for key in ("bytes", "crc32"))):
-            raise CheckpointError(f"{path}: 'files' tells no size and checksum of '{name}'; the file was altered"
-                                  f"{_other(folder)}")
+            raise CheckpointError(
+                f"{path}: 'files' tells no size and checksum of '{name}'; the file was altered{_other(folder)}"
+            )
     return state
 
 

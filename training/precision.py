@@ -14,6 +14,8 @@ def half_precision(model: torch.nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             dtype = str(parameter.dtype).removeprefix("torch.")
-            return (f"policy.dtype: '{name}' is to be trained in {dtype}, in which small steps are rounded away and "
-                    "nothing is learned; set policy.dtype: float32, or train adapters (policy.lora), which are float32")
+            return (
+                f"policy.dtype: '{name}' is to be trained in {dtype}, in which small steps are rounded away and "
+                "nothing is learned; set policy.dtype: float32, or train adapters (policy.lora), which are float32"
+            )
     return None

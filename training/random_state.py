@@ -1,4 +1,4 @@
-"""Every generator that a process draws from, as plain values: what a checkpoint keeps so that resuming is the same run."""
+"""Every random generator of a process, as plain values: a checkpoint keeps them, so that resuming is the same run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 def random_state() -> dict[str, Any]:
     """Python's, numpy's and torch's generators, as plain values and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {"python": list(random.getstate()[1]), "python_gauss": random.getstate()[2],
-             "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-             "torch": torch.get_rng_state()}
+    state = {
+        "python": list(random.getstate()[1]),
+        "python_gauss": random.getstate()[2],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 

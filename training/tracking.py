@@ -28,7 +28,8 @@ class TrackConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     wandb: Literal["online", "offline", "disabled", "auto"] = Field(
-        "auto", description="auto: online with a login, else offline")
+        "auto", description="auto: online with a login, else offline"
+    )
     wandb_project: str = Field("underdrawing", description="W&B project")
     wandb_entity: str | None = Field(None, description="W&B team; None: your default")
     trajectories_every: int = Field(10, ge=1, description="steps between stored sets of trajectories")
@@ -53,8 +54,14 @@ class Tracker:
         recipe: the resolved recipe, stored with the W&B run.
     """
 
-    def __init__(self, run_dir: Path, config: TrackConfig | None = None, *, name: str = "run",
-                 recipe: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackConfig | None = None,
+        *,
+        name: str = "run",
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config = config or TrackConfig(wandb="disabled")
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / "metrics.jsonl"
@@ -122,8 +129,11 @@ class Tracker:
         for t in sample:
             # One image a cell, which every view of W&B shows.
             shown = [(segment.role, segment.picture) for segment in t.segments if segment.picture is not None]
-            pictures = wandb.Image(filmstrip([picture for _, picture in shown]),
-                                   caption=", ".join(role for role, _ in shown)) if shown else None
+            pictures = (
+                wandb.Image(filmstrip([picture for _, picture in shown]), caption=", ".join(role for role, _ in shown))
+                if shown
+                else None
+            )
             thought = "\n".join(f"[{s.role}] {s.text}" for s in t.segments[1:])
             self._table.add_data(step, t.prompt, thought, pictures, t.reward, json.dumps(t.rewards), str(t.stop))
         self._wandb.log({"step": step, "trajectories": self._table})
@@ -133,9 +143,14 @@ def filmstrip(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """uint8 [height, width, 3]: pictures side by side in their order, small ones enlarged by a whole factor."""
     tall = max(picture.shape[0] for picture in pictures)
     times = max(1, STRIP_HEIGHT // tall)
-    frames = [np.pad(picture.repeat(times, 0).repeat(times, 1),
-                     ((0, (tall - picture.shape[0]) * times), (0, STRIP_GAP), (0, 0)), constant_values=255)
-              for picture in pictures]
+    frames = [
+        np.pad(
+            picture.repeat(times, 0).repeat(times, 1),
+            ((0, (tall - picture.shape[0]) * times), (0, STRIP_GAP), (0, 0)),
+            constant_values=255,
+        )
+        for picture in pictures
+    ]
     return np.concatenate(frames, 1)[:, :-STRIP_GAP]
 
 
@@ -190,9 +205,17 @@ def _start_wandb(config: TrackConfig, run_dir: Path, name: str, recipe: Mapping[
     with writing(marker):
         identity = marker.read_text().strip() if marker.exists() else uuid.uuid4().hex[:12]
         marker.write_text(identity)
-    run = wandb.init(project=config.wandb_project, entity=config.wandb_entity, name=name, dir=str(run_dir), mode=mode,
-                     id=identity, resume="allow", config=dict(recipe or {}),
-                     settings=wandb.Settings(console="off", silent=True))
+    run = wandb.init(
+        project=config.wandb_project,
+        entity=config.wandb_entity,
+        name=name,
+        dir=str(run_dir),
+        mode=mode,
+        id=identity,
+        resume="allow",
+        config=dict(recipe or {}),
+        settings=wandb.Settings(console="off", silent=True),
+    )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

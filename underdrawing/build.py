@@ -62,8 +62,11 @@ def build_alarms(recipe: Recipe) -> Alarms:
     """Watched are the parts that move no advantage: neither the formula names them, nor are segments credited by
     them."""
     paid, by_segment = recipe.rewards.expression().names, recipe.grpo.advantage_level == "segment"
-    watched = [name for name, part in recipe.rewards.parts.items() if part.watch or name not in paid
-               and not (by_segment and recipe.grpo.segment_reward_weights.get(name, 1.0))]
+    watched = [
+        name
+        for name, part in recipe.rewards.parts.items()
+        if part.watch or name not in paid and not (by_segment and recipe.grpo.segment_reward_weights.get(name, 1.0))
+    ]
     return Alarms(recipe.rewards.alarms, watched)
 
 
@@ -99,8 +102,10 @@ def starting_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
     if (folder / "config.json").is_file():
         return folder
     if recipe.policy.path is None:
-        raise UserError(f"{folder}: no warm start there, and policy.path is not set; run `underdrawing sft` with this "
-                        "recipe first, or give --weights")
+        raise UserError(
+            f"{folder}: no warm start there, and policy.path is not set; run `underdrawing sft` with this "
+            "recipe first, or give --weights"
+        )
     return None
 
 
@@ -108,8 +113,9 @@ def check_policy_path(recipe: Recipe) -> None:
     """Raises UserError where policy.path is no folder with a model of a known family."""
     path = recipe.policy.path
     if path is not None and recipe.policy.family in FAMILIES and not (Path(path) / "config.json").is_file():
-        raise UserError(f"policy.path: no model in {path} (config.json is missing); give a folder in the released "
-                        "layout")
+        raise UserError(
+            f"policy.path: no model in {path} (config.json is missing); give a folder in the released layout"
+        )
 
 
 def write_recipe(recipe: Recipe, refused: bool = False) -> None:

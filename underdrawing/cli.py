@@ -15,8 +15,20 @@ from typing import Any
 
 from runtime.errors import UserError
 
-OUR_PACKAGES = ("underdrawing", "rl", "sft", "evals", "training", "rewards", "rollout", "tasks", "policy", "formats",
-                "record", "runtime")
+OUR_PACKAGES = (
+    "underdrawing",
+    "rl",
+    "sft",
+    "evals",
+    "training",
+    "rewards",
+    "rollout",
+    "tasks",
+    "policy",
+    "formats",
+    "record",
+    "runtime",
+)
 RECIPE_HELP = "a YAML recipe; shipped ones are under configs/"
 
 
@@ -48,8 +60,12 @@ def quieten() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
     for name in OUR_PACKAGES:
         logging.getLogger(name).setLevel(logging.INFO)
-    for name, value in (("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TOKENIZERS_PARALLELISM", "false"),
-                        ("TRANSFORMERS_VERBOSITY", "error"), ("DS_ACCELERATOR", "" if _has_gpu() else "cpu")):
+    for name, value in (
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DS_ACCELERATOR", "" if _has_gpu() else "cpu"),
+    ):
         if value:
             os.environ.setdefault(name, value)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -66,8 +82,9 @@ def _has_gpu() -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="underdrawing", description="Reinforcement-learning post-training for models that think in pictures "
-                                         "and words.")
+        prog="underdrawing",
+        description="Reinforcement-learning post-training for models that think in pictures and words.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str, recipe: bool = True) -> argparse.ArgumentParser:
@@ -207,8 +224,17 @@ def _evaluate(options: argparse.Namespace) -> int:
     table.add_row("[bold]mean of tags", f"[bold]{heldout.final_image:.3f}")
     table.add_row("first sketch alone", f"{heldout.first_sketch:.3f}")
     Console().print(table)
-    print(json.dumps({"score": heldout.final_image, "first_sketch": heldout.first_sketch, "by_tag": heldout.tags,
-                      "prompts": len(heldout.prompts), "weights": str(weights)}))
+    print(
+        json.dumps(
+            {
+                "score": heldout.final_image,
+                "first_sketch": heldout.first_sketch,
+                "by_tag": heldout.tags,
+                "prompts": len(heldout.prompts),
+                "weights": str(weights),
+            }
+        )
+    )
     return 0
 
 

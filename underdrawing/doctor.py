@@ -21,8 +21,18 @@ from rich.table import Table
 from runtime.ray_cluster import ClusterError, start_ray
 
 State = Literal["ok", "warning", "broken"]
-PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "accelerate", "deepspeed", "ray", "wandb",
-            "open_clip_torch")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "ray",
+    "wandb",
+    "open_clip_torch",
+)
 
 
 @dataclass(frozen=True)
@@ -38,17 +48,24 @@ class Finding:
 MENDS = {
     "torch": "pip install --force-reinstall torch torchvision",
     "GPU": "torch's CUDA build does not run on this driver: install the one for the CUDA that nvidia-smi names, or "
-           "hide the GPU with CUDA_VISIBLE_DEVICES=",
+    "hide the GPU with CUDA_VISIBLE_DEVICES=",
     "torchvision": "torch and torchvision are of different builds: pip install --force-reinstall torch torchvision, "
-                   "both from one index",
+    "both from one index",
 }
 
 
 def examine(ray: bool = True) -> list[Finding]:
     """Run every check. ray=False leaves out the one that starts processes (some seconds)."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
-        ("packages", _packages), ("torch", _torch), ("GPU", _gpu), ("bf16", _bf16), ("torchvision", _torchvision),
-        ("W&B", _wandb), ("memory", _memory), ("disk", _disk), ("loopback", _loopback),
+        ("packages", _packages),
+        ("torch", _torch),
+        ("GPU", _gpu),
+        ("bf16", _bf16),
+        ("torchvision", _torchvision),
+        ("W&B", _wandb),
+        ("memory", _memory),
+        ("disk", _disk),
+        ("loopback", _loopback),
     ]
     if ray:
         checks.append(("Ray", _ray))
@@ -57,8 +74,14 @@ def examine(ray: bool = True) -> list[Finding]:
         try:
             findings.append(check())
         except Exception as error:  # the report is the boundary: a broken check is a finding
-            findings.append(Finding(name, "broken", f"{type(error).__name__}: {error}",
-                                    MENDS.get(name, "a fault of this check: please report it with the message")))
+            findings.append(
+                Finding(
+                    name,
+                    "broken",
+                    f"{type(error).__name__}: {error}",
+                    MENDS.get(name, "a fault of this check: please report it with the message"),
+                )
+            )
     return findings
 
 
@@ -97,8 +120,11 @@ def _torch() -> Finding:
     for _ in range(5):
         a @ a
     gflops = 5 * 2 * 1024**3 / (time.perf_counter() - begin) / 1e9
-    return Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, "
-                                  f"{gflops:.0f} GFLOP/s in fp32 on the CPU")
+    return Finding(
+        "torch",
+        "ok",
+        f"{torch.__version__}, {torch.get_num_threads()} threads, {gflops:.0f} GFLOP/s in fp32 on the CPU",
+    )
 
 
 def _gpu() -> Finding:
@@ -126,8 +152,12 @@ def _bf16() -> Finding:
         seconds[dtype] = time.perf_counter() - begin
     slower = seconds[torch.bfloat16] / max(seconds[torch.float32], 1e-9)
     if slower > 5:
-        return Finding("bf16", "warning", f"matrix products {slower:.0f} times slower than fp32 on this {device}",
-                       "set policy.dtype: float32")
+        return Finding(
+            "bf16",
+            "warning",
+            f"matrix products {slower:.0f} times slower than fp32 on this {device}",
+            "set policy.dtype: float32",
+        )
     return Finding("bf16", "ok", f"{slower:.1f} times the time of fp32 on this {device}")
 
 
@@ -144,8 +174,12 @@ def _wandb() -> Finding:
 
     if wandb_login():
         return Finding("W&B", "ok", "a login was found; runs are mirrored online")
-    return Finding("W&B", "warning", "no login: runs are stored offline under run_dir/wandb",
-                   "`wandb login`, or `wandb sync <folder>` later")
+    return Finding(
+        "W&B",
+        "warning",
+        "no login: runs are stored offline under run_dir/wandb",
+        "`wandb login`, or `wandb sync <folder>` later",
+    )
 
 
 def _memory() -> Finding:
@@ -154,8 +188,12 @@ def _memory() -> Finding:
     memory = psutil.virtual_memory()
     cores = os.cpu_count()
     state: State = "ok" if memory.available > 4 * 2**30 else "warning"
-    return Finding("memory", state, f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, "
-                                    f"{cores} cores", "" if state == "ok" else "the quickstart needs about 4 GiB")
+    return Finding(
+        "memory",
+        state,
+        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free, {cores} cores",
+        "" if state == "ok" else "the quickstart needs about 4 GiB",
+    )
 
 
 def _disk() -> Finding:
@@ -185,8 +223,12 @@ def _ray() -> Finding:
     try:
         answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=60)
     except ray.exceptions.RayError as error:
-        return Finding("Ray", "broken", f"{ray.__version__}, {where} ran no task ({type(error).__name__}: "
-                       f"{str(error).splitlines()[0]})", "set rollout.workers: 0 to roll out in process")
+        return Finding(
+            "Ray",
+            "broken",
+            f"{ray.__version__}, {where} ran no task ({type(error).__name__}: {str(error).splitlines()[0]})",
+            "set rollout.workers: 0 to roll out in process",
+        )
     finally:
         cluster.stop()
     assert answer == 42

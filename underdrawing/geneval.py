@@ -21,21 +21,44 @@ logger = logging.getLogger(__name__)
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """GenEval's options of the command `evaluate`."""
-    group = parser.add_argument_group(f"evaluate {NAME}", "GenEval on a folder of pictures: DIR/00000/metadata.jsonl "
-                                                          "and DIR/00000/samples/0000.png")
+    group = parser.add_argument_group(
+        f"evaluate {NAME}", "GenEval on a folder of pictures: DIR/00000/metadata.jsonl and DIR/00000/samples/0000.png"
+    )
     group.add_argument("--images", type=Path, metavar="DIR", help="pictures in GenEval's layout")
-    group.add_argument("--out", type=Path, metavar="FILE", help="result rows; a file that is there is gone on with "
-                                                                "(default DIR/results.jsonl)")
-    group.add_argument("--prompts", type=Path, metavar="FILE", help="GenEval's evaluation_metadata.jsonl: every prompt "
-                                                                    "of it must be there")
-    group.add_argument("--detector", metavar="WHAT", help="mask2former (default), grounding_dino, owlv2 or shapes; "
-                       "mask2former:FOLDER; a mapping in YAML as under rewards.detector, or a file that holds one; or "
-                       "your own, package.module:Class")
-    group.add_argument("--detections", type=Path, metavar="FILE", help="judge detections made elsewhere, a JSON object "
-                       "a line: {filename, detections: {class: [{box, score, color}]}}; without --images also metadata")
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="result rows; a file that is there is gone on with (default DIR/results.jsonl)",
+    )
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="GenEval's evaluation_metadata.jsonl: every prompt of it must be there",
+    )
+    group.add_argument(
+        "--detector",
+        metavar="WHAT",
+        help="mask2former (default), grounding_dino, owlv2 or shapes; "
+        "mask2former:FOLDER; a mapping in YAML as under rewards.detector, or a file that holds one; or "
+        "your own, package.module:Class",
+    )
+    group.add_argument(
+        "--detections",
+        type=Path,
+        metavar="FILE",
+        help="judge detections made elsewhere, a JSON object "
+        "a line: {filename, detections: {class: [{box, score, color}]}}; without --images also metadata",
+    )
     group.add_argument("--mode", choices=("standard", "strict"), help="standard (default) or exact counts")
-    group.add_argument("--thresholds", type=float, nargs=2, metavar=("SCORE", "COUNTING"),
-                       help="scores that an object, and one that is counted, must exceed (default 0.3 0.9)")
+    group.add_argument(
+        "--thresholds",
+        type=float,
+        nargs=2,
+        metavar=("SCORE", "COUNTING"),
+        help="scores that an object, and one that is counted, must exceed (default 0.3 0.9)",
+    )
     group.add_argument("--batch-size", type=int, metavar="N", help="pictures looked at between two writes (default 32)")
 
 
@@ -43,8 +66,10 @@ def refuse_options(options: argparse.Namespace) -> None:
     """Raises UserError for GenEval's options beside a recipe."""
     given = [name for name in (*OPTIONS, "out") if getattr(options, name) is not None]
     if given:
-        raise UserError(f"--{given[0].replace('_', '-')} belongs to `underdrawing evaluate {NAME}`; with a recipe, the "
-                        f"recipe says what is evaluated")
+        raise UserError(
+            f"--{given[0].replace('_', '-')} belongs to `underdrawing evaluate {NAME}`; with a recipe, the "
+            f"recipe says what is evaluated"
+        )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -64,8 +89,11 @@ def run(options: argparse.Namespace) -> int:
     if options.detections is not None and options.detector is not None:
         raise UserError("--detections are what a detector saw: leave out --detector")
     if options.images is None and (options.out is None or options.prompts is not None):
-        raise UserError(f"evaluate {NAME}: without --images give --out, the file for the rows"
-                        if options.out is None else "--prompts says what --images must hold: give both")
+        raise UserError(
+            f"evaluate {NAME}: without --images give --out, the file for the rows"
+            if options.out is None
+            else "--prompts says what --images must hold: give both"
+        )
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"--batch-size: {options.batch_size}; at least 1")
     thresholds = geneval.check_thresholds(options.thresholds or THRESHOLDS)
@@ -81,14 +109,26 @@ def run(options: argparse.Namespace) -> int:
     there = len({json.dumps(sample.record) for sample in samples})
     expected = there if options.prompts is not None else geneval.prompts_of_benchmark(samples)
     if expected is not None and there < expected:
-        logger.warning("%d of GenEval's %d prompts are there, which makes no score of the benchmark; of another set of "
-                       "prompts --prompts says what belongs to it", there, expected)
+        logger.warning(
+            "%d of GenEval's %d prompts are there, which makes no score of the benchmark; of another set of "
+            "prompts --prompts says what belongs to it",
+            there,
+            expected,
+        )
     out = options.out or options.images / "results.jsonl"
     results = geneval.Results(out, said)
     bar = StepProgress(f"GenEval, {len(samples)} pictures", len(samples))
     try:
-        rows = geneval.judge(samples, sees, results, mode, thresholds, options.batch_size or 32, options.images,
-                             lambda done: bar.heard(done, {}))
+        rows = geneval.judge(
+            samples,
+            sees,
+            results,
+            mode,
+            thresholds,
+            options.batch_size or 32,
+            options.images,
+            lambda done: bar.heard(done, {}),
+        )
     finally:
         bar.close()
     summary = geneval.summarise(rows, expected)
@@ -98,8 +138,11 @@ def run(options: argparse.Namespace) -> int:
     for tag, score in summary.tags.items():
         table.add_row(tag, f"{score:.4f}", "{} / {}".format(*summary.counts[tag]))
     table.add_section()
-    table.add_row("[bold]overall: mean of tags", f"[bold]{summary.overall:.4f}",
-                  f"[bold red]incomplete: {summary.num_prompts} of {expected} prompts" if summary.incomplete else "")
+    table.add_row(
+        "[bold]overall: mean of tags",
+        f"[bold]{summary.overall:.4f}",
+        f"[bold red]incomplete: {summary.num_prompts} of {expected} prompts" if summary.incomplete else "",
+    )
     table.add_row("images correct", f"{summary.images:.4f}", f"{summary.num_images} images")
     table.add_row("prompts with a correct image", f"{summary.prompts:.4f}", f"{summary.num_prompts} prompts")
     Console().print(table)
@@ -118,6 +161,9 @@ def _detector(text: str | None, samples: Any) -> tuple[Any, Any]:
 
     spec = detector_spec(text if text is not None else "mask2former")
     detector = SettingSpec(detector=spec).detector_or_none()
-    said = spec.model_dump(exclude_unset=True, exclude={"device", "batch_size", "download"}) \
-        if isinstance(spec, DetectorConfig) else spec
+    said = (
+        spec.model_dump(exclude_unset=True, exclude={"device", "batch_size", "download"})
+        if isinstance(spec, DetectorConfig)
+        else spec
+    )
     return said, by_detector(Setting.of(None, None, detector), samples)

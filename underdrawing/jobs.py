@@ -50,8 +50,10 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task)
     if not isinstance(policy, ChameleonPolicy):
-        raise UserError(f"policy.family: '{recipe.policy.family}' has no warm start; `underdrawing sft` serves the "
-                        "family 'chameleon'")
+        raise UserError(
+            f"policy.family: '{recipe.policy.family}' has no warm start; `underdrawing sft` serves the "
+            "family 'chameleon'"
+        )
     demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
     check_demonstrations(demonstrations, fmt)
     tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft") if first else None
@@ -59,8 +61,16 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
     if tracker is not None:
         tracker.listeners.append(progress)
     try:
-        warm_start(policy, demonstrations, recipe.sft, recipe.run_dir, seed=recipe.seed, tracker=tracker,
-                   resume=resume, resume_command=resume_command)
+        warm_start(
+            policy,
+            demonstrations,
+            recipe.sft,
+            recipe.run_dir,
+            seed=recipe.seed,
+            tracker=tracker,
+            resume=resume,
+            resume_command=resume_command,
+        )
     finally:
         for part in (progress, tracker):
             if part is not None:
@@ -68,8 +78,7 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
     return build.warm_start_folder(recipe)
 
 
-def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False,
-             resume_command: str = RESUME) -> Path:
+def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, resume_command: str = RESUME) -> Path:
     """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights."""
     build.seed_everything(recipe.seed)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
@@ -92,11 +101,23 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False,
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             tracker.listeners.append(progress)
         heldout = _heldout_metrics(recipe, task, rollouts, judge.setting) if judge else None
-        run = Run(policy=policy, config=recipe.grpo, accelerator=accelerator, prompts=task.prompts("train"),
-                  rollouts=rollouts, judge=judge, tracker=tracker, folder=recipe.run_dir, seed=recipe.seed,
-                  recipe=recipe.model_dump(mode="json"), weights=start or recipe.policy.path, evaluate=heldout,
-                  alarms=build.build_alarms(recipe) if first else None, show_every=recipe.track.trajectories_every,
-                  resume_command=resume_command)
+        run = Run(
+            policy=policy,
+            config=recipe.grpo,
+            accelerator=accelerator,
+            prompts=task.prompts("train"),
+            rollouts=rollouts,
+            judge=judge,
+            tracker=tracker,
+            folder=recipe.run_dir,
+            seed=recipe.seed,
+            recipe=recipe.model_dump(mode="json"),
+            weights=start or recipe.policy.path,
+            evaluate=heldout,
+            alarms=build.build_alarms(recipe) if first else None,
+            show_every=recipe.track.trajectories_every,
+            resume_command=resume_command,
+        )
         train(run, newest if resume else None)
     finally:
         for part in (progress, judge, rollouts, tracker):
@@ -138,26 +159,38 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
     policy = build.build_policy(recipe, task, weights)
     records = task.prompts("heldout" if split == "heldout" else "train")[:count]
     with build.build_judge(recipe, task, fmt) as judge:
-        rollouts = open_rollouts(policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format,
-                                 recipe.rollout, task.words)
+        rollouts = open_rollouts(
+            policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format, recipe.rollout, task.words
+        )
         groups: dict[int, list[Trajectory]] = {}  # by request, as they finish
         try:
             try:
-                result = rollouts.generate([RolloutRequest(group, record["prompt"], record, (0,), recipe.seed)
-                                            for group, record in enumerate(records)],
-                                           each=groups.__setitem__)
+                result = rollouts.generate(
+                    [
+                        RolloutRequest(group, record["prompt"], record, (0,), recipe.seed)
+                        for group, record in enumerate(records)
+                    ],
+                    each=groups.__setitem__,
+                )
             finally:
                 rollouts.close()
             if result.failed:
-                log.warning("%d of %d prompts got no answer; the first is group %d: %s", len(result.failed),
-                            len(records), result.failed[0].group,
-                            f"{result.failed[0].reason}: {result.failed[0].detail}")
+                log.warning(
+                    "%d of %d prompts got no answer; the first is group %d: %s",
+                    len(result.failed),
+                    len(records),
+                    result.failed[0].group,
+                    f"{result.failed[0].reason}: {result.failed[0].detail}",
+                )
             judge.judge(result.groups)
         except BaseException as error:  # neither Ctrl-C nor a formula that fails loses a thought
             stored = _store(groups, folder) if groups else []
             judged = sum(t.reward is not None for t in stored)
-            told = f"{len(stored)} trajectories are saved in {folder}, {judged} of them judged" if stored \
+            told = (
+                f"{len(stored)} trajectories are saved in {folder}, {judged} of them judged"
+                if stored
                 else f"no trajectory was finished, and {folder} is as it was"
+            )
             if isinstance(error, KeyboardInterrupt):
                 raise Interrupted(f"stopped after {len(groups)} of {len(records)} prompts; {told}") from None
             if isinstance(error, UserError):
@@ -180,11 +213,21 @@ def keep_evaluation(heldout: Heldout, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         heldout.save(folder / "prompts.jsonl")
         save_trajectories(answers[::stride], folder / "trajectories")
-        write_whole(folder / "summary.json", json.dumps({
-            "score": heldout.final_image, "by_tag": heldout.tags, "first_sketch": heldout.first_sketch,
-            "final_image": heldout.final_image, "prompts": len(heldout.prompts),
-            "samples": len(heldout.trajectories[0]), "metrics": heldout.as_metrics(),
-        }, indent=1))
+        write_whole(
+            folder / "summary.json",
+            json.dumps(
+                {
+                    "score": heldout.final_image,
+                    "by_tag": heldout.tags,
+                    "first_sketch": heldout.first_sketch,
+                    "final_image": heldout.final_image,
+                    "prompts": len(heldout.prompts),
+                    "samples": len(heldout.trajectories[0]),
+                    "metrics": heldout.as_metrics(),
+                },
+                indent=1,
+            ),
+        )
 
 
 def compare_evaluations(run_dir: Path, before: str, after: str) -> Interval:
@@ -192,8 +235,17 @@ def compare_evaluations(run_dir: Path, before: str, after: str) -> Interval:
     folder = run_dir / "evaluations"
     interval = compare(*(read_prompt_scores(folder / label / "prompts.jsonl") for label in (before, after)))
     with writing(folder):
-        write_whole(folder / "comparison.json", json.dumps({
-            "before": before, "after": after, "gain": interval.difference, "interval": [interval.low, interval.high]}))
+        write_whole(
+            folder / "comparison.json",
+            json.dumps(
+                {
+                    "before": before,
+                    "after": after,
+                    "gain": interval.difference,
+                    "interval": [interval.low, interval.high],
+                }
+            ),
+        )
     return interval
 
 
@@ -257,4 +309,3 @@ def local(recipe: Recipe, threads: int | None = None) -> Recipe:
         update["threads"] = threads
     rollout: RolloutConfig = recipe.rollout.model_copy(update=update)
     return recipe.model_copy(update={"rollout": rollout})
-

@@ -10,9 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY_S = 15.0
-SHOWN = (("reward/mean", "reward"), ("heldout/score", "held-out"), ("sft/loss", "loss"), ("kl", "kl"),
-         ("groups/trained", "groups"), ("rollout/tokens_per_s", "tok/s"),
-         ("sft/tokens_per_s", "tok/s"))
+SHOWN = (
+    ("reward/mean", "reward"),
+    ("heldout/score", "held-out"),
+    ("sft/loss", "loss"),
+    ("kl", "kl"),
+    ("groups/trained", "groups"),
+    ("rollout/tokens_per_s", "tok/s"),
+    ("sft/tokens_per_s", "tok/s"),
+)
 
 
 class StepProgress:
@@ -31,9 +37,14 @@ class StepProgress:
         self._first_step: int | None = None
         self._bar: Progress | None = None
         if self.console.is_terminal:
-            self._bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                                 TextColumn("{task.fields[shown]}"), TimeRemainingColumn(compact=True),
-                                 console=self.console)
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
             self._bar.start()
             self._task = self._bar.add_task(title, total=steps, shown="")
 

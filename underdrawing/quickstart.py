@@ -63,8 +63,10 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
         console.print(f"[bold]{sentence}[/]", highlight=False, soft_wrap=True)
 
     if not clock.has("sft"):
-        say(f"1/5  Warm start: {recipe.sft.max_steps} steps on {recipe.sft.demonstrations} demonstrations that plan, "
-            "sketch, inspect and refine")
+        say(
+            f"1/5  Warm start: {recipe.sft.max_steps} steps on {recipe.sft.demonstrations} demonstrations that plan, "
+            "sketch, inspect and refine"
+        )
         with clock.stage("sft"):
             run_sft(recipe, resume=True, resume_command=AGAIN)
     warm = recipe.run_dir / "sft" / "model"
@@ -75,8 +77,10 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
             run_evaluate(local(recipe, threads=2), warm, "warm_start")
 
     if not clock.has("grpo"):
-        say(f"3/5  GRPO: {recipe.grpo.steps} steps of {recipe.grpo.prompts_per_step} prompts x "
-            f"{recipe.grpo.num_generations}, reward = {recipe.rewards.formula()}")
+        say(
+            f"3/5  GRPO: {recipe.grpo.steps} steps of {recipe.grpo.prompts_per_step} prompts x "
+            f"{recipe.grpo.num_generations}, reward = {recipe.rewards.formula()}"
+        )
         with clock.stage("grpo"):
             try:
                 run_grpo(recipe, warm, resume=True, resume_command=AGAIN)
@@ -87,8 +91,10 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
 
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
     if newest is None:
-        raise UserError(f"{recipe.run_dir}: GRPO is marked as done, but checkpoints/ is empty; delete "
-                        f"{recipe.run_dir / STATE} and run again")
+        raise UserError(
+            f"{recipe.run_dir}: GRPO is marked as done, but checkpoints/ is empty; delete "
+            f"{recipe.run_dir / STATE} and run again"
+        )
     if not clock.has("after"):
         say("4/5  Held-out score after GRPO")
         with clock.stage("after"):
@@ -98,23 +104,39 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     with clock.stage("report"):
         gain = compare_evaluations(recipe.run_dir, "warm_start", "grpo")
         refined = refinement(read_prompt_scores(recipe.run_dir / "evaluations" / "grpo" / "prompts.jsonl"))
-        report = write_report(report_data(recipe.run_dir, title=f"{recipe.name}, seed {seed}"),
-                              recipe.run_dir / "report.html")
-    before, after = (json.loads((recipe.run_dir / "evaluations" / label / "summary.json").read_text())
-                     for label in ("warm_start", "grpo"))
-    gaps = [row["on_policy_gap"] for row in read_metrics(recipe.run_dir / "metrics.jsonl")
-            if row.get("on_policy_gap") is not None]
+        report = write_report(
+            report_data(recipe.run_dir, title=f"{recipe.name}, seed {seed}"), recipe.run_dir / "report.html"
+        )
+    before, after = (
+        json.loads((recipe.run_dir / "evaluations" / label / "summary.json").read_text())
+        for label in ("warm_start", "grpo")
+    )
+    gaps = [
+        row["on_policy_gap"]
+        for row in read_metrics(recipe.run_dir / "metrics.jsonl")
+        if row.get("on_policy_gap") is not None
+    ]
     say(f"held-out score: {before['score']:.3f} after the warm start, {after['score']:.3f} after GRPO: {gain}")
-    say(f"its first sketches score {after['first_sketch']:.3f}, its final images {after['final_image']:.3f}: "
-        f"{refined}")
+    say(f"its first sketches score {after['first_sketch']:.3f}, its final images {after['final_image']:.3f}: {refined}")
     say(f"report: {report}")
-    print(json.dumps({
-        "warm_start": round(before["score"], 4), "grpo": round(after["score"], 4),
-        "first_sketch": round(after["first_sketch"], 4), "final_image": round(after["final_image"], 4),
-        "gain_interval": [round(gain.low, 4), round(gain.high, 4)],
-        "refinement_interval": [round(refined.low, 4), round(refined.high, 4)],
-        "on_policy_gap": gaps[0] if gaps else None, "minutes": clock.minutes(), "report": str(report),
-        "run_dir": str(recipe.run_dir), "seed": seed, "stages": clock.rounded()}))
+    print(
+        json.dumps(
+            {
+                "warm_start": round(before["score"], 4),
+                "grpo": round(after["score"], 4),
+                "first_sketch": round(after["first_sketch"], 4),
+                "final_image": round(after["final_image"], 4),
+                "gain_interval": [round(gain.low, 4), round(gain.high, 4)],
+                "refinement_interval": [round(refined.low, 4), round(refined.high, 4)],
+                "on_policy_gap": gaps[0] if gaps else None,
+                "minutes": clock.minutes(),
+                "report": str(report),
+                "run_dir": str(recipe.run_dir),
+                "seed": seed,
+                "stages": clock.rounded(),
+            }
+        )
+    )
     return 0
 
 
@@ -143,14 +165,26 @@ class _Clock:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it to run all stages again") from None
             if made_by != self.recipe:
-                raise UserError(f"{path.parent} holds stages of another recipe or other overrides; choose another "
-                                f"--run-dir, or remove that folder")
+                raise UserError(
+                    f"{path.parent} holds stages of another recipe or other overrides; choose another "
+                    f"--run-dir, or remove that folder"
+                )
 
     def save(self) -> None:
         with writing(self.path, "free some space and give the same command again"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps({"recipe": self.recipe, "seconds": self.seconds, "begun": self.begun,
-                                               "running": self.running, "killed": self.killed}))
+            write_whole(
+                self.path,
+                json.dumps(
+                    {
+                        "recipe": self.recipe,
+                        "seconds": self.seconds,
+                        "begun": self.begun,
+                        "running": self.running,
+                        "killed": self.killed,
+                    }
+                ),
+            )
 
     def has(self, stage: str) -> bool:
         return stage in self.seconds

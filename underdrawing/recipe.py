@@ -37,8 +37,7 @@ class EvaluateConfig(BaseModel):
 
     prompts: int = Field(300, ge=1, description="held-out prompts, spread evenly over the tags")
     samples: int = Field(1, ge=1, description="answers to each prompt, whose scores are averaged; GenEval draws 4")
-    temperature: float = Field(1.0, ge=0, description="of every role; top_p, top_k and guidance "
-                                         "are the rollout's")
+    temperature: float = Field(1.0, ge=0, description="of every role; top_p, top_k and guidance are the rollout's")
     seed: int = Field(1234, description="of the sampling noise; the same for every evaluated policy")
 
 
@@ -72,16 +71,20 @@ class Recipe(BaseModel):
         other = {role: value for role, value in self.rollout.temperature.items() if value != self.evaluate.temperature}
         if self.grpo.evaluate_every is not None and other:
             role, value = next(iter(other.items()))
-            raise ValueError(f"grpo.evaluate_every: rollout.temperature is {value:g} ({role}) and evaluate.temperature "
-                             f"{self.evaluate.temperature:g}, so scores during training and after it would not "
-                             f"compare; make them equal, or leave evaluate_every out and evaluate checkpoints")
+            raise ValueError(
+                f"grpo.evaluate_every: rollout.temperature is {value:g} ({role}) and evaluate.temperature "
+                f"{self.evaluate.temperature:g}, so scores during training and after it would not "
+                f"compare; make them equal, or leave evaluate_every out and evaluate checkpoints"
+            )
         return self
 
     @model_validator(mode="after")
     def _workers_have_what_they_run_on(self) -> Recipe:
         if self.policy.device.startswith("cuda") and self.rollout.workers and not self.rollout.gpus:
-            raise ValueError(f"rollout.gpus is 0, so Ray shows its {self.rollout.workers} workers no GPU, and "
-                             f"policy.device is {self.policy.device}; give each worker a GPU or a fraction of one")
+            raise ValueError(
+                f"rollout.gpus is 0, so Ray shows its {self.rollout.workers} workers no GPU, and "
+                f"policy.device is {self.policy.device}; give each worker a GPU or a fraction of one"
+            )
         return self
 
 
@@ -105,8 +108,9 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     except (IsADirectoryError, UnicodeDecodeError):
         raise RecipeError(f"{path}: a recipe is a YAML text file") from None
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror or error}); give a recipe that you may read") \
-            from None
+        raise RecipeError(
+            f"{path}: cannot be read ({error.strerror or error}); give a recipe that you may read"
+        ) from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}:" if where else ""

@@ -36,29 +36,48 @@ def add_parser(commands: Any) -> None:
     sub = command("check", check, "hold a reward of one's own to the contract, and say what is wrong")
     sub.add_argument("reward", help="file.py:function or package.module.function")
     sub.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="as in a part's options; YAML")
-    sub.add_argument("--column", action="append", default=[], metavar="KEY=VALUE",
-                     help="an example of a column that its records have; YAML")
+    sub.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an example of a column that its records have; YAML",
+    )
     sub.add_argument("--factory", action="store_true", help="the function makes the reward, from the options")
     sub.add_argument("--completions", choices=("auto", "interleaved", "text"), default="auto")
     sub.add_argument("--scope", choices=tuple(SCOPES), help="what the recipe says of it")
     sub.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds a call may take (default 20)")
-    sub.add_argument("--trajectories", type=Path, metavar="FOLDER", help="stored ones to try it on, in place of eight "
-                                                                         "made-up ones")
+    sub.add_argument(
+        "--trajectories", type=Path, metavar="FOLDER", help="stored ones to try it on, in place of eight made-up ones"
+    )
 
-    sub = command("try", try_recipe, "judge pictures or stored thoughts by a recipe's reward: a table of its parts, "
-                                     "and a page with what the detector sees")
+    sub = command(
+        "try",
+        try_recipe,
+        "judge pictures or stored thoughts by a recipe's reward: a table of its parts, "
+        "and a page with what the detector sees",
+    )
     sub.add_argument("recipe", type=Path, help="a YAML recipe; shipped ones are under configs/")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     which = sub.add_mutually_exclusive_group(required=True)
-    which.add_argument("--images", type=Path, metavar="FOLDER",
-                       help="pictures in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png")
+    which.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="pictures in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png",
+    )
     which.add_argument("--trajectories", type=Path, metavar="FOLDER", help="stored thoughts")
-    sub.add_argument("--out", type=Path, metavar="FILE", help="the page (default rewards.html in the folder); its rows "
-                                                              "stand beside it as .jsonl")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page (default rewards.html in the folder); its rows stand beside it as .jsonl",
+    )
     sub.add_argument("--most", type=int, default=60, help="pictures or thoughts on the page (default 60)")
 
 
 # ---- list and explain -------------------------------------------------------------------------------------------
+
 
 def list_rewards(options: argparse.Namespace) -> int:
     from rewards.registry import REWARDS
@@ -73,8 +92,11 @@ def list_rewards(options: argparse.Namespace) -> int:
         table.add_row(reward.name, _plain(reward.formula), SCOPES[reward.scope], ", ".join(needs) or "–")
     console = _console()
     console.print(table)
-    console.print(f"{len(REWARDS)} rewards. `underdrawing rewards explain NAME` says all of one; your own is "
-                  f"file.py:function (docs/rewards.md).", highlight=False)
+    console.print(
+        f"{len(REWARDS)} rewards. `underdrawing rewards explain NAME` says all of one; your own is "
+        f"file.py:function (docs/rewards.md).",
+        highlight=False,
+    )
     return 0
 
 
@@ -92,12 +114,17 @@ def explain(options: argparse.Namespace) -> int:
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
     if own is not None:
-        needs = (["a detector (rewards.detector)"] * own.needs_detector
-                 + ["a judge (rewards.judge)"] * own.needs_judge)
+        needs = ["a detector (rewards.detector)"] * own.needs_detector + ["a judge (rewards.judge)"] * own.needs_judge
         where = "in the driver" if own.place == "driver" else "in a process of its own"
-        for name, fact in (("pays", own.formula), ("source", own.source), ("reads", own.inputs),
-                           ("variants", own.differs), ("needs", " and ".join(needs)),
-                           ("a value depends on", SCOPES[own.scope]), ("runs", where)):
+        for name, fact in (
+            ("pays", own.formula),
+            ("source", own.source),
+            ("reads", own.inputs),
+            ("variants", own.differs),
+            ("needs", " and ".join(needs)),
+            ("a value depends on", SCOPES[own.scope]),
+            ("runs", where),
+        ):
             if fact:
                 facts.add_row(name, _plain(fact))
     source = inspect.unwrap(function)
@@ -135,8 +162,11 @@ def option_rows(function: Any) -> list[tuple[str, str, str]]:
         hints = {}
     rows = []
     for name, parameter in parameters.items():
-        if name in RESERVED or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or \
-                parameter.default is parameter.empty:
+        if (
+            name in RESERVED
+            or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+            or parameter.default is parameter.empty
+        ):
             continue
         rows.append((name, repr(parameter.default), _may_be(hints.get(name))))
     return rows
@@ -152,14 +182,22 @@ def _may_be(hint: Any) -> str:
 
 # ---- check ------------------------------------------------------------------------------------------------------
 
+
 def check(options: argparse.Namespace) -> int:
     from record.store import load_trajectories
     from rewards.check import check_reward
 
     trajectories = load_trajectories(options.trajectories) if options.trajectories else None
-    found = check_reward(options.reward, options=_pairs(options.option, "--option"), factory=options.factory,
-                         completions=options.completions, columns=_pairs(options.column, "--column"),
-                         trajectories=trajectories, scope=options.scope, timeout_s=options.timeout)
+    found = check_reward(
+        options.reward,
+        options=_pairs(options.option, "--option"),
+        factory=options.factory,
+        completions=options.completions,
+        columns=_pairs(options.column, "--column"),
+        trajectories=trajectories,
+        scope=options.scope,
+        timeout_s=options.timeout,
+    )
     console = _console()
     for value, thought in zip(found.values, found.thoughts, strict=False):
         console.print(f"  {_number(value):>12}  {_plain(thought)}", highlight=False)
@@ -192,6 +230,7 @@ def _number(value: Any) -> str:
 
 
 # ---- try --------------------------------------------------------------------------------------------------------
+
 
 def try_recipe(options: argparse.Namespace) -> int:
     from underdrawing.recipe import load_recipe

@@ -49,19 +49,30 @@ class Trial:
         rewards, paid = self.recipe.rewards, self.recipe.rewards.expression().names
         rows = []
         for name, part in rewards.parts.items():
-            kind = "watched" if part.watch else "" if name in paid else \
-                "by segment" if self._credits(name) else "not paid"
+            kind = (
+                "watched" if part.watch else "" if name in paid else "by segment" if self._credits(name) else "not paid"
+            )
             what = REWARDS[part.function].formula if is_own(part.function) else part.function
             what += "".join(f" · {option}: {value}" for option, value in part.options.items())
-            rows.append(row_of(name, [t.rewards.get(name) for t in self.trajectories], kind=kind, what=what,
-                               failed=self.report.metrics.get(f"reward/{name}/failed", 0.0)))
+            rows.append(
+                row_of(
+                    name,
+                    [t.rewards.get(name) for t in self.trajectories],
+                    kind=kind,
+                    what=what,
+                    failed=self.report.metrics.get(f"reward/{name}/failed", 0.0),
+                )
+            )
         return [*rows, row_of("reward", [t.reward for t in self.trajectories], total=True)]
 
     def _credits(self, part: str) -> bool:
         """Whether what it says of segments moves their advantages."""
         grpo = self.recipe.grpo
-        return grpo.advantage_level == "segment" and grpo.segment_reward_weights.get(part, 1.0) != 0 and \
-            any(part in t.segment_rewards for t in self.trajectories)
+        return (
+            grpo.advantage_level == "segment"
+            and grpo.segment_reward_weights.get(part, 1.0) != 0
+            and any(part in t.segment_rewards for t in self.trajectories)
+        )
 
     def by_tag(self) -> list[tuple[str, int, list[float | None]]]:
         """(tag, how many, the mean of each row), where the records have tags."""
@@ -70,28 +81,51 @@ class Trial:
             if "tag" in trajectory.record:
                 tags.setdefault(str(trajectory.record["tag"]), []).append(trajectory)
         parts = list(self.recipe.rewards.parts)
-        return [(tag, len(members), [*(_mean([t.rewards.get(part) for t in members]) for part in parts),
-                                     _mean([t.reward for t in members])]) for tag, members in tags.items()]
+        return [
+            (
+                tag,
+                len(members),
+                [
+                    *(_mean([t.rewards.get(part) for t in members]) for part in parts),
+                    _mean([t.reward for t in members]),
+                ],
+            )
+            for tag, members in tags.items()
+        ]
 
     def page(self, most: int) -> TrialPage:
         shown = spread(self.trajectories, most)
-        films = (picture_films(shown, self.seen, self.pictures) if self.pictures
-                 else thought_films(shown, self.seen))
+        films = picture_films(shown, self.seen, self.pictures) if self.pictures else thought_films(shown, self.seen)
         unit = "pictures" if self.pictures else "thoughts"
         count = f"{len(self.trajectories)} {unit}"
-        heading = unit.capitalize() + (f", {len(shown)} of {len(self.trajectories)}"
-                                       if len(shown) < len(self.trajectories) else "")
-        return TrialPage(f"{self.recipe.name}: its reward on {count}", self.source, self.recipe.rewards.formula(),
-                         self.rows(), self.by_tag(), unit, heading, films, self.report.sentences(),
-                         side=262 if self.pictures else 150)
+        heading = unit.capitalize() + (
+            f", {len(shown)} of {len(self.trajectories)}" if len(shown) < len(self.trajectories) else ""
+        )
+        return TrialPage(
+            f"{self.recipe.name}: its reward on {count}",
+            self.source,
+            self.recipe.rewards.formula(),
+            self.rows(),
+            self.by_tag(),
+            unit,
+            heading,
+            films,
+            self.report.sentences(),
+            side=262 if self.pictures else 150,
+        )
 
     def write_rows(self, path: Path) -> None:
         """One JSON object a thought or picture: where it is from, its parts, its reward, and what the parts said."""
         lines = []
         for t in self.trajectories:
             row: dict[str, Any] = {"file": self.pictures[id(t)]} if self.pictures else {"key": t.key}
-            row |= {"prompt": t.prompt, "tag": t.record.get("tag"), "reward": t.reward, "rewards": t.rewards,
-                    "said": t.info.get("rewards", {})}
+            row |= {
+                "prompt": t.prompt,
+                "tag": t.record.get("tag"),
+                "reward": t.reward,
+                "rewards": t.rewards,
+                "said": t.info.get("rewards", {}),
+            }
             lines.append(json.dumps(row, default=str) + "\n")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +157,10 @@ def try_on_pictures(recipe: Recipe, folder: Path) -> Trial:
         group = groups.setdefault(sample.name.split("/")[0], len(groups))
         member = members[group] = members.get(group, -1) + 1
         prompt = str(sample.record["prompt"])
-        segments = [Segment("prompt", Author.USER, Modality.TEXT, False, text=prompt),
-                    Segment("image", Author.POLICY, Modality.IMAGE_TOKENS, True, picture=load_picture(sample))]
+        segments = [
+            Segment("prompt", Author.USER, Modality.TEXT, False, text=prompt),
+            Segment("image", Author.POLICY, Modality.IMAGE_TOKENS, True, picture=load_picture(sample)),
+        ]
         trajectory = Trajectory(prompt, sample.record, recipe.format.name, segments, group, member)
         trajectories.append(trajectory)
         names[id(trajectory)] = sample.name
@@ -152,8 +188,9 @@ def _judge(recipe: Recipe, trajectories: list[Trajectory], source: str, names: M
 
 def _detector(recipe: Recipe, task: Any, judge: Judge) -> CachedDetector | None:
     """The one that the parts look with; None where no part does."""
-    needed = any(is_own(part.function) and REWARDS[part.function].needs_detector
-                 for part in recipe.rewards.parts.values())
+    needed = any(
+        is_own(part.function) and REWARDS[part.function].needs_detector for part in recipe.rewards.parts.values()
+    )
     if not needed:
         return None
     if judge.setting.detector is not None:
@@ -170,17 +207,25 @@ def _thresholds(recipe: Recipe) -> tuple[float, float]:
     return THRESHOLDS
 
 
-def look(trajectories: Sequence[Trajectory], detector: CachedDetector,
-         thresholds: tuple[float, float] = THRESHOLDS) -> dict[int, dict[int, Seen]]:
+def look(
+    trajectories: Sequence[Trajectory], detector: CachedDetector, thresholds: tuple[float, float] = THRESHOLDS
+) -> dict[int, dict[int, Seen]]:
     """What is seen in every picture above the thresholds, with GenEval's verdict where the record asks for
     something."""
-    places = [(t, index, picture) for t in trajectories for index, picture in policy_pictures(t)
-              if classes_of(t.record) or not detector.open_vocabulary]
+    places = [
+        (t, index, picture)
+        for t in trajectories
+        for index, picture in policy_pictures(t)
+        if classes_of(t.record) or not detector.open_vocabulary
+    ]
     seen: dict[int, dict[int, Seen]] = {}
     for start in range(0, len(places), DETECTED_AT_ONCE):
-        batch = places[start:start + DETECTED_AT_ONCE]
-        found = detector.detect([picture for _, _, picture in batch], [classes_of(t.record) for t, _, _ in batch],
-                                [colored_of(t.record) for t, _, _ in batch])
+        batch = places[start : start + DETECTED_AT_ONCE]
+        found = detector.detect(
+            [picture for _, _, picture in batch],
+            [classes_of(t.record) for t, _, _ in batch],
+            [colored_of(t.record) for t, _, _ in batch],
+        )
         for (trajectory, index, picture), objects in zip(batch, found, strict=True):
             record = trajectory.record
             correct, reason = None, ""
@@ -188,8 +233,11 @@ def look(trajectories: Sequence[Trajectory], detector: CachedDetector,
                 verdict, reason = evaluate(record, objects, "standard", thresholds)
                 correct = bool(verdict)
             named = set(classes_of(record)) or set(objects)
-            shown = {name: items for name, items in kept(record, objects, thresholds).items() if items and
-                     (name in named or not detector.names_colors)}
+            shown = {
+                name: items
+                for name, items in kept(record, objects, thresholds).items()
+                if items and (name in named or not detector.names_colors)
+            }
             seen.setdefault(id(trajectory), {})[index] = seen_of(picture, shown, correct, reason)
     return seen
 

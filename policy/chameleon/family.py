@@ -44,8 +44,13 @@ class ChameleonPolicy:
 
     family = "chameleon"
 
-    def __init__(self, model: InterleavedChameleon, vocabulary: ChameleonVocabulary, score_chunk: int = 256,
-                 lora: LoraSection | None = None):
+    def __init__(
+        self,
+        model: InterleavedChameleon,
+        vocabulary: ChameleonVocabulary,
+        score_chunk: int = 256,
+        lora: LoraSection | None = None,
+    ):
         self.vocabulary = vocabulary
         self.score_chunk = score_chunk
         self.max_length = int(model.config.max_position_embeddings)
@@ -71,12 +76,18 @@ class ChameleonPolicy:
         weight = self.core.model.embed_tokens.weight
         length = min(length, self.max_length)
         heads = config.num_key_value_heads or config.num_attention_heads
-        return RowCache(rows, length, config.num_hidden_layers, heads,
-                        config.hidden_size // config.num_attention_heads, weight.dtype, weight.device)
+        return RowCache(
+            rows,
+            length,
+            config.num_hidden_layers,
+            heads,
+            config.hidden_size // config.num_attention_heads,
+            weight.dtype,
+            weight.device,
+        )
 
     @torch.inference_mode()
-    def prefill(self, cache: RowCache, row_B: Sequence[int],
-                contexts: Sequence[tuple[Trajectory, Context]]) -> Tensor:
+    def prefill(self, cache: RowCache, row_B: Sequence[int], contexts: Sequence[tuple[Trajectory, Context]]) -> Tensor:
         cache.reset(row_B)
         known = [context_ids(trajectory, context) for trajectory, context in contexts]
         logits_BV = self._extend(cache, row_B, known, [trajectory.key for trajectory, _ in contexts])
@@ -94,21 +105,29 @@ class ChameleonPolicy:
         row = np.asarray(row_B, np.int64)
         self._check_room(cache, row, np.ones(len(row), np.int64), None)
         position_B = cache.position_R[row]
-        hidden_BD = self._decoder()(cache, row, inputs.ids_B.to(cache.device)[:, None], position_B[:, None],
-                                    np.ones(len(row), np.int64))
+        hidden_BD = self._decoder()(
+            cache, row, inputs.ids_B.to(cache.device)[:, None], position_B[:, None], np.ones(len(row), np.int64)
+        )
         cache.position_R[row] += 1
         return Categorical(self.core.lm_head(hidden_BD).float())
 
     @torch.inference_mode()
     def append(self, cache: RowCache, row_B: Sequence[int], pieces: Sequence[tuple[Trajectory, int, str]]) -> Tensor:
-        known = [piece_ids(trajectory, Piece(segment, form, int(cache.position_R[row])))
-                 for row, (trajectory, segment, form) in zip(row_B, pieces, strict=True)]
+        known = [
+            piece_ids(trajectory, Piece(segment, form, int(cache.position_R[row])))
+            for row, (trajectory, segment, form) in zip(row_B, pieces, strict=True)
+        ]
         logits_BV = self._extend(cache, row_B, known, [trajectory.key for trajectory, _, _ in pieces])
         cache.position_R[list(row_B)] += [len(ids) for ids, _ in known]
         return logits_BV
 
-    def _extend(self, cache: RowCache, row_B: Sequence[int], known: Sequence[tuple[np.ndarray, np.ndarray]],
-                names: Sequence[str]) -> Tensor:
+    def _extend(
+        self,
+        cache: RowCache,
+        row_B: Sequence[int],
+        known: Sequence[tuple[np.ndarray, np.ndarray]],
+        names: Sequence[str],
+    ) -> Tensor:
         """Append ids at their positions; logits_BV after the last of each row (zeros where a row got none)."""
         row = np.asarray(row_B, np.int64)
         count_B = np.array([len(ids) for ids, _ in known], np.int64)
@@ -125,8 +144,9 @@ class ChameleonPolicy:
             ids_BT[place, : len(ids)], position_BT[place, : len(ids)] = ids, positions
         if int(position_BT.max()) >= self.max_length:
             raise ContextOverflow(f"position {int(position_BT.max())} in a context: the model has {self.max_length}")
-        hidden_BD = self._decoder()(cache, row[some], torch.from_numpy(ids_BT).to(cache.device), position_BT,
-                                    count_B[some])
+        hidden_BD = self._decoder()(
+            cache, row[some], torch.from_numpy(ids_BT).to(cache.device), position_BT, count_B[some]
+        )
         logits_BV[torch.from_numpy(some).to(cache.device)] = self.core.lm_head(hidden_BD).float()
         return logits_BV
 
@@ -136,9 +156,11 @@ class ChameleonPolicy:
             return
         worst = int(needed_B.argmax())
         what = f"trajectory {names[worst]}" if names else f"row {int(row[worst])}"
-        raise ContextOverflow(f"{what} needs {int(needed_B[worst])} ids, but a row holds {cache.length}: shorten the "
-                              "prompt or raise the length that rollouts allocate (at most the model's "
-                              f"{self.max_length})")
+        raise ContextOverflow(
+            f"{what} needs {int(needed_B[worst])} ids, but a row holds {cache.length}: shorten the "
+            "prompt or raise the length that rollouts allocate (at most the model's "
+            f"{self.max_length})"
+        )
 
     def _decoder(self) -> Decode:
         if self._decode is None or self._decode.cos_Pd.device != self.device:
@@ -158,8 +180,10 @@ class ChameleonPolicy:
             return []
         for content in contents:
             if len(content) != self.vocabulary.codes_per_image:
-                raise UserError(f"a picture of {len(content)} codes: this model draws from exactly "
-                                f"{self.vocabulary.codes_per_image}")
+                raise UserError(
+                    f"a picture of {len(content)} codes: this model draws from exactly "
+                    f"{self.vocabulary.codes_per_image}"
+                )
         codes_BN = self.vocabulary.to_codes(np.stack(contents))
         return self.core.model.vqmodel.draw(torch.from_numpy(codes_BN))
 
@@ -168,8 +192,13 @@ class ChameleonPolicy:
     def guide(self, branches: dict[str, Tensor], guidance: Guidance) -> Tensor:
         return combine(branches, guidance)
 
-    def score(self, trajectories: Sequence[Trajectory], old: Scored | None = None,
-              reference: Scored | None = None, entropy: bool = False) -> Scored:
+    def score(
+        self,
+        trajectories: Sequence[Trajectory],
+        old: Scored | None = None,
+        reference: Scored | None = None,
+        entropy: bool = False,
+    ) -> Scored:
         replay = plan(trajectories, self.vocabulary.pad, entropy, self.score_chunk, self.device)
         if replay.batch is None:
             logprob_N, entropy_N = torch.zeros(0, device=self.device), None
@@ -177,8 +206,11 @@ class ChameleonPolicy:
             # All ones rather than nothing: without a mask, transformers takes a jump in the position ids for the
             # seam of packed sequences. Padding is on the right, so causality hides it.
             logprob_N, entropy_N = self.model(
-                input_ids=replay.ids_RT, position_ids=replay.position_RT,
-                attention_mask=torch.ones_like(replay.ids_RT), decisions=replay.batch)
+                input_ids=replay.ids_RT,
+                position_ids=replay.position_RT,
+                attention_mask=torch.ones_like(replay.ids_RT),
+                decisions=replay.batch,
+            )
         behaviour_N = replay.behaviour_N
         _check_same(replay.target_count, old, "old")
         _check_same(replay.target_count, reference, "reference")
@@ -188,8 +220,16 @@ class ChameleonPolicy:
             # k3 (Schulman, "Approximating KL Divergence", 2020): exp(r) - r - 1 with r = log ref - log new
             gap_N = reference.logprob_N.detach() - logprob_N
             divergence_N = torch.exp(gap_N) - gap_N - 1
-        return Scored(replay.trajectory_N, replay.segment_N, replay.kind_N, logprob_N, behaviour_N,
-                      logprob_N - base_N, divergence_N, entropy_N)
+        return Scored(
+            replay.trajectory_N,
+            replay.segment_N,
+            replay.kind_N,
+            logprob_N,
+            behaviour_N,
+            logprob_N - base_N,
+            divergence_N,
+            entropy_N,
+        )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -199,8 +239,10 @@ class ChameleonPolicy:
             return
         if self._frozen is None:
             if self._weights_version() != self._versions:
-                raise ReferenceLost("the reference policy was first asked for after the weights had changed: call "
-                                    "policy.keep_reference() before the first update (a KL term does so by itself)")
+                raise ReferenceLost(
+                    "the reference policy was first asked for after the weights had changed: call "
+                    "policy.keep_reference() before the first update (a KL term does so by itself)"
+                )
             self.keep_reference()
         assert self._frozen is not None
         trained = self.parameters()
@@ -246,21 +288,29 @@ class ChameleonPolicy:
 
 def _check_same(count: int, scored: Scored | None, name: str) -> None:
     if scored is not None and len(scored.logprob_N) != count:
-        raise ValueError(f"score: `{name}` holds {len(scored.logprob_N)} decisions, the trajectories {count}; it must "
-                         "come from the same call's trajectories")
+        raise ValueError(
+            f"score: `{name}` holds {len(scored.logprob_N)} decisions, the trajectories {count}; it must "
+            "come from the same call's trajectories"
+        )
 
 
 def _with_adapters(model: InterleavedChameleon, lora: LoraSection) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    known = {name.rpartition(".")[2] for name, module in model.model.layers.named_modules()
-             if isinstance(module, nn.Linear)}
+    known = {
+        name.rpartition(".")[2] for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)
+    }
     for target in lora.target_modules:
         if target not in known:
-            raise UserError(f"policy.lora.target_modules: the model has no linear layer '{target}'; "
-                            f"{nearest(target, known)}")
-    return get_peft_model(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-                                            target_modules=list(lora.target_modules)))
+            raise UserError(
+                f"policy.lora.target_modules: the model has no linear layer '{target}'; {nearest(target, known)}"
+            )
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules)
+        ),
+    )
 
 
 def load(config: PolicyConfig, words: Sequence[str] = ()) -> ChameleonPolicy:

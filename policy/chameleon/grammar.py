@@ -29,12 +29,18 @@ class PictureGrammar:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, max_length: int) -> PictureGrammar:
-        return cls(vocabulary.boi, vocabulary.eoi, torch.from_numpy(vocabulary.code_ids),
-                   vocabulary.codes_per_image, vocabulary.size, max_length)
+        return cls(
+            vocabulary.boi,
+            vocabulary.eoi,
+            torch.from_numpy(vocabulary.code_ids),
+            vocabulary.codes_per_image,
+            vocabulary.size,
+            max_length,
+        )
 
     def allowed(self, prefix_T: Tensor) -> Tensor:
         """Boolean mask [V] over the id that follows a prefix."""
-        tail = prefix_T[-(self.codes_per_image + 1):]
+        tail = prefix_T[-(self.codes_per_image + 1) :]
         begun = (tail == self.boi).nonzero()
         if len(begun):
             codes_so_far = len(tail) - 1 - int(begun[-1])
@@ -54,7 +60,7 @@ class PictureLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         grammar = self.grammar
-        tail_BT = input_ids[:, -(grammar.codes_per_image + 1):]
+        tail_BT = input_ids[:, -(grammar.codes_per_image + 1) :]
         # Ids since the last BOI, or more than a picture's where there is none.
         back_T = torch.arange(tail_BT.shape[1] - 1, -1, -1, device=tail_BT.device)
         since_B = torch.where(tail_BT == grammar.boi, back_T, grammar.codes_per_image + 1).min(1).values

@@ -84,20 +84,33 @@ class InterleavedChameleon(ChameleonForConditionalGeneration):
         time and at decision positions only. It is a mode of `forward` so that DDP's and FSDP's hooks see it.
         """
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            cache=cache, inputs_embeds=inputs_embeds,
-            use_cache=False if decisions is not None else use_cache, **kwargs)
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if decisions is not None else use_cache,
+            **kwargs,
+        )
         hidden_RTD = outputs[0]
         if decisions is not None:
             return self._score(hidden_RTD, decisions)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
-            slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)
+        keep = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else (slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)
+        )
         logits_RTV = self.lm_head(hidden_RTD[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_RTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_RTV, cache=outputs.cache,
-                                      hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_RTV,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def _score(self, hidden_RTD: Tensor, decisions: DecisionBatch) -> tuple[Tensor, Tensor | None]:
         flat_MD = hidden_RTD.reshape(-1, hidden_RTD.shape[-1])
@@ -107,12 +120,21 @@ class InterleavedChameleon(ChameleonForConditionalGeneration):
             # The head has no bias, so combining hidden states combines logits.
             hidden_KND = flat_MD[decisions.index_KN]
             hidden_ND = (decisions.weight_KN[..., None].to(hidden_KND.dtype) * hidden_KND).sum(0)
-        return token_logprobs(hidden_ND, self.lm_head.weight, decisions.target_N, decisions.temperature_N,
-                              decisions.allowed_N, decisions.sets, decisions.entropy, decisions.chunk)
+        return token_logprobs(
+            hidden_ND,
+            self.lm_head.weight,
+            decisions.target_N,
+            decisions.temperature_N,
+            decisions.allowed_N,
+            decisions.sets,
+            decisions.entropy,
+            decisions.chunk,
+        )
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32,
-               attn_implementation: str = "sdpa") -> InterleavedChameleon:
+def load_model(
+    folder: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> InterleavedChameleon:
     """The model of a folder in the released layout, on the CPU.
 
     Raises ModelFileError naming the file and key that is missing, corrupt or of another shape.
@@ -122,7 +144,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32,
     _check_weights(folder, config)
     try:
         return InterleavedChameleon.from_pretrained(
-            str(folder), config=config, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True)
+            str(folder), config=config, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True
+        )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ModelFileError(f"{folder}: the weights cannot be loaded ({error})") from error
 
@@ -132,13 +155,16 @@ def _read_config(folder: Path) -> ChameleonConfig:
     try:
         values = json.loads(file.read_text())
     except OSError as error:
-        raise ModelFileError(f"{file}: cannot be read ({error.strerror}); policy.path is a folder with config.json, "
-                             f"{SINGLE} and the tokenizer's files") from error
+        raise ModelFileError(
+            f"{file}: cannot be read ({error.strerror}); policy.path is a folder with config.json, "
+            f"{SINGLE} and the tokenizer's files"
+        ) from error
     except ValueError as error:
         raise ModelFileError(f"{file}: not valid JSON ({error})") from error
     if values.get("model_type") != "chameleon":
-        raise ModelFileError(f"{file}: model_type is {values.get('model_type')!r}; the family 'chameleon' reads "
-                             "'chameleon'")
+        raise ModelFileError(
+            f"{file}: model_type is {values.get('model_type')!r}; the family 'chameleon' reads 'chameleon'"
+        )
     if not values.get("vocabulary_map"):
         raise ModelFileError(f"{file}: it has no vocabulary_map, without which no id is known to be a visual code")
     try:
@@ -176,17 +202,25 @@ def _check_weights(folder: Path, config: ChameleonConfig) -> None:
     missing = [key for key in wanted if key not in found]
     where = folder / INDEX if (folder / INDEX).is_file() else folder / SINGLE
     if missing:
-        hint = ("; without the decoder nothing can be drawn: take a checkpoint in Anole's layout"
-                if all(".decoder." in key for key in missing) else "")
+        hint = (
+            "; without the decoder nothing can be drawn: take a checkpoint in Anole's layout"
+            if all(".decoder." in key for key in missing)
+            else ""
+        )
         raise ModelFileError(f"{where}: {len(missing)} weights are missing, first '{missing[0]}'{hint}")
     for key, shape in wanted.items():
         if found[key] != shape:
-            raise ModelFileError(f"{home[key]}: '{key}' has shape {list(found[key])}; config.json asks for "
-                                 f"{list(shape)}")
+            raise ModelFileError(
+                f"{home[key]}: '{key}' has shape {list(found[key])}; config.json asks for {list(shape)}"
+            )
 
 
-def save_model(model: InterleavedChameleon, tokenizer: PreTrainedTokenizerFast, folder: str | Path,
-               state: dict[str, Tensor] | None = None) -> None:
+def save_model(
+    model: InterleavedChameleon,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str | Path,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write the released layout. The folder appears whole or not at all; one that is there is replaced.
 
     `state`: weights to write in place of the model's own (merged adapters).

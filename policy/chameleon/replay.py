@@ -54,8 +54,11 @@ def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int
     rows: list[Row] = []
     row_of: dict[tuple[int, int, str], int] = {}
     for index, trajectory in enumerate(trajectories):
-        mine = [found for segment in range(len(trajectory.segments))
-                if (found := _choose(trajectory, index, segment)) is not None]
+        mine = [
+            found
+            for segment in range(len(trajectory.segments))
+            if (found := _choose(trajectory, index, segment)) is not None
+        ]
         wanted = [(item.segment, branch) for item in mine for branch in _branches(item)]
         for row in rows_of(trajectory, index, wanted):
             row_of.update({(index, segment, row.branch): len(rows) for segment in row.offsets})
@@ -70,8 +73,15 @@ def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int
 
     if not chosen:
         none = torch.zeros(0, dtype=torch.long, device=device)
-        return Replay(torch.from_numpy(ids_RT).to(device), torch.from_numpy(position_RT).to(device), None,
-                      none, none, none, torch.zeros(0, device=device))
+        return Replay(
+            torch.from_numpy(ids_RT).to(device),
+            torch.from_numpy(position_RT).to(device),
+            None,
+            none,
+            none,
+            none,
+            torch.zeros(0, device=device),
+        )
 
     branches = list(dict.fromkeys(branch for item in chosen for branch in (FULL, *_branches(item))))
     pieces = [_place(trajectories, item, rows, row_of, steps, branches) for item in chosen]
@@ -94,9 +104,17 @@ def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int
                 ranges.append(held)
             place_of[local] = sets[key]
         pick = item.pick_N
-        for column, values in zip(columns, (
-            segment.ids[decisions.position_N[pick]], law.temperature_N[pick], place_of[law.allowed_N[pick]],
-            decisions.kind_N[pick], decisions.logprob_N[pick]), strict=True):
+        for column, values in zip(
+            columns,
+            (
+                segment.ids[decisions.position_N[pick]],
+                law.temperature_N[pick],
+                place_of[law.allowed_N[pick]],
+                decisions.kind_N[pick],
+                decisions.logprob_N[pick],
+            ),
+            strict=True,
+        ):
             column.append(values)
     target, temperature, allowed, kind, behaviour = (np.concatenate(column) for column in columns)
 
@@ -105,15 +123,25 @@ def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int
 
     plain = len(branches) == 1
     batch = DecisionBatch(
-        tensor(index_KN, torch.long), None if plain else tensor(weight_KN, torch.float32),
-        tensor(target, torch.long), tensor(temperature, torch.float32), tensor(allowed, torch.long),
-        tuple(ranges), entropy, chunk)
+        tensor(index_KN, torch.long),
+        None if plain else tensor(weight_KN, torch.float32),
+        tensor(target, torch.long),
+        tensor(temperature, torch.float32),
+        tensor(allowed, torch.long),
+        tuple(ranges),
+        entropy,
+        chunk,
+    )
     sizes = [len(item.pick_N) for item in chosen]
     return Replay(
-        torch.from_numpy(ids_RT).to(device), torch.from_numpy(position_RT).to(device), batch,
+        torch.from_numpy(ids_RT).to(device),
+        torch.from_numpy(position_RT).to(device),
+        batch,
         tensor(np.repeat([item.trajectory for item in chosen], sizes), torch.long),
         tensor(np.repeat([item.segment for item in chosen], sizes), torch.long),
-        tensor(kind, torch.long), tensor(behaviour, torch.float32))
+        tensor(kind, torch.long),
+        tensor(behaviour, torch.float32),
+    )
 
 
 def _choose(trajectory: Trajectory, index: int, number: int) -> _Chosen | None:
@@ -122,8 +150,10 @@ def _choose(trajectory: Trajectory, index: int, number: int) -> _Chosen | None:
     if not segment.trained or decisions is None or not len(decisions):
         return None
     if (decisions.kind_N == DecisionKind.FLOW).any():
-        raise RecordError(f"trajectory {trajectory.key}: segment {number} ('{segment.role}') has denoising steps; "
-                          "the family 'chameleon' scores words and codes")
+        raise RecordError(
+            f"trajectory {trajectory.key}: segment {number} ('{segment.role}') has denoising steps; "
+            "the family 'chameleon' scores words and codes"
+        )
     pick_N = np.flatnonzero(~decisions.law.greedy_N)
     if not len(pick_N):
         return None
@@ -137,8 +167,14 @@ def _branches(item: _Chosen) -> list[str]:
     return list(dict.fromkeys([*needed, *item.weights])) if item.guided_N.any() else [FULL]
 
 
-def _place(trajectories: Sequence[Trajectory], item: _Chosen, rows: list[Row], row_of: dict[tuple[int, int, str], int],
-           steps: int, branches: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _place(
+    trajectories: Sequence[Trajectory],
+    item: _Chosen,
+    rows: list[Row],
+    row_of: dict[tuple[int, int, str], int],
+    steps: int,
+    branches: list[str],
+) -> tuple[np.ndarray, np.ndarray]:
     """index_KN into the flattened rows and weight_KN of one segment's decisions; unused branches weigh 0."""
     trajectory = trajectories[item.trajectory]
     decisions = trajectory.segments[item.segment].decisions
@@ -152,9 +188,11 @@ def _place(trajectories: Sequence[Trajectory], item: _Chosen, rows: list[Row], r
         before_N = rows[number].offsets[item.segment] + position_N - 1
         weight_N = np.where(item.guided_N, item.weights.get(branch, 0.0), float(branch == FULL))
         if (before_N[weight_N != 0] < 0).any():
-            raise RecordError(f"trajectory {trajectory.key}: the first id of segment {item.segment} "
-                              f"('{trajectory.segments[item.segment].role}') is a decision, but nothing precedes it "
-                              f"in the branch '{branch}'")
+            raise RecordError(
+                f"trajectory {trajectory.key}: the first id of segment {item.segment} "
+                f"('{trajectory.segments[item.segment].role}') is a decision, but nothing precedes it "
+                f"in the branch '{branch}'"
+            )
         place = branches.index(branch)
         index_KN[place] = number * steps + np.maximum(before_N, 0)
         weight_KN[place] = weight_N

@@ -35,8 +35,9 @@ def tiny_tokenizer(words: Sequence[str], tags: Sequence[str], codes: int) -> Pre
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # a hyphen ends no word
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, pad_token=PAD, eos_token=EOS,
-                                   unk_token=UNK, sep_token=SEP)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, pad_token=PAD, eos_token=EOS, unk_token=UNK, sep_token=SEP
+    )
 
 
 def tiny_vq(section: TinySection) -> ChameleonVQ:

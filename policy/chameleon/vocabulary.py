@@ -82,8 +82,10 @@ class ChameleonVocabulary:
         self._silent[self.code_ids] = True
         self._silent[[id for id in structural if id is not None]] = True
         self._bytes, self._words, self._tags = _pieces(tokenizer, self.size)
-        self._text = ["" if silent else piece.decode("utf-8", "replace")
-                      for piece, silent in zip(self._bytes, self._silent, strict=True)]
+        self._text = [
+            "" if silent else piece.decode("utf-8", "replace")
+            for piece, silent in zip(self._bytes, self._silent, strict=True)
+        ]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or EOS.
@@ -98,8 +100,10 @@ class ChameleonVocabulary:
         if self._words and self.map.get(UNK) in ids:
             tags = "|".join(re.escape(str(self.tokenizer.convert_ids_to_tokens(id))) for id in self._tags)
             unknown = sorted(set(re.sub(tags, " ", text).split()) - set(self.map))
-            raise VocabularyError(f"the tokenizer has no word for {', '.join(map(repr, unknown))} in {text!r}; it "
-                                  "knows the task's words, spaces between them (policy.tiny.words adds others)")
+            raise VocabularyError(
+                f"the tokenizer has no word for {', '.join(map(repr, unknown))} in {text!r}; it "
+                "knows the task's words, spaces between them (policy.tiny.words adds others)"
+            )
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

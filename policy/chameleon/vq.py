@@ -233,12 +233,16 @@ def load_checkpoint_entries(vq: ChameleonVQ, state: Mapping[str, Tensor], source
     unknown = sorted(given.keys() - wanted.keys())
     misshapen = sorted(name for name in wanted.keys() & given.keys() if wanted[name].shape != given[name].shape)
     if missing and all(name.startswith("decoder.") for name in missing):
-        raise TokenizerError(f"{source}: it has no decoder weights ({prefix}{missing[0]}, ...), so nothing can be "
-                             "drawn with it; take a checkpoint in Anole's layout, which has them")
+        raise TokenizerError(
+            f"{source}: it has no decoder weights ({prefix}{missing[0]}, ...), so nothing can be "
+            "drawn with it; take a checkpoint in Anole's layout, which has them"
+        )
     for names, what in ((missing, "lacks"), (unknown, "has unknown"), (misshapen, "has in another shape")):
         if names:
-            raise TokenizerError(f"{source}: {what} {len(names)} tokenizer entries, first '{prefix}{names[0]}'; "
-                                 "the configuration beside it must be the one it was trained with")
+            raise TokenizerError(
+                f"{source}: {what} {len(names)} tokenizer entries, first '{prefix}{names[0]}'; "
+                "the configuration beside it must be the one it was trained with"
+            )
     vq.load_state_dict({name: tensor.float() for name, tensor in given.items()})
 
 
@@ -254,12 +258,16 @@ def vq_config(values: Mapping[str, Any], source: str = "vq_config") -> Chameleon
     except Exception as error:  # transformers validates with exceptions of huggingface_hub
         raise TokenizerError(f"{source}: {error}") from error
     if config.resolution % factor:
-        raise TokenizerError(f"{source}: resolution {config.resolution} is no multiple of {factor}, which the "
-                             f"{len(config.channel_multiplier)} levels of channel_multiplier ask for")
+        raise TokenizerError(
+            f"{source}: resolution {config.resolution} is no multiple of {factor}, which the "
+            f"{len(config.channel_multiplier)} levels of channel_multiplier ask for"
+        )
     for multiplier in config.channel_multiplier:
         if config.base_channels * multiplier % 32:
-            raise TokenizerError(f"{source}: base_channels {config.base_channels} x {multiplier} is no multiple of 32, "
-                                 "the number of normalisation groups")
+            raise TokenizerError(
+                f"{source}: base_channels {config.base_channels} x {multiplier} is no multiple of 32, "
+                "the number of normalisation groups"
+            )
     return config
 
 
@@ -267,8 +275,20 @@ def save_vq(vq: ChameleonVQ, path: str | Path, dtype: torch.dtype = torch.float1
     """Write `path` (.safetensors) and its configuration beside it (.json). `dtype` is that of storage only."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    keys = ("embed_dim", "num_embeddings", "double_latent", "latent_channels", "resolution", "in_channels",
-            "base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions", "dropout", "attn_type")
+    keys = (
+        "embed_dim",
+        "num_embeddings",
+        "double_latent",
+        "latent_channels",
+        "resolution",
+        "in_channels",
+        "base_channels",
+        "channel_multiplier",
+        "num_res_blocks",
+        "attn_resolutions",
+        "dropout",
+        "attn_type",
+    )
     path.with_suffix(".json").write_text(json.dumps({key: getattr(vq.config, key) for key in keys}, indent=2) + "\n")
     partial = path.with_name(path.name + ".partial")
     save_file({name: tensor.detach().to(dtype).contiguous() for name, tensor in vq.state_dict().items()}, partial)

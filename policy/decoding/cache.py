@@ -23,8 +23,9 @@ class RowCache:
     context has gaps (a window of frames keeps its positions).
     """
 
-    def __init__(self, rows: int, length: int, layers: int, heads: int, width: int, dtype: torch.dtype,
-                 device: torch.device):
+    def __init__(
+        self, rows: int, length: int, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+    ):
         self.rows, self.length = rows, length
         shape = (rows, heads, length, width)
         # Zeros, not empty: what lies beyond a row's length is masked, but NaN times 0 would still be NaN.

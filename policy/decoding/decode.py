@@ -49,8 +49,9 @@ class Decode:
         # Signed, so that x * cos + roll(x) * sin is the rotation of both halves.
         self.sin_Pd = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
 
-    def __call__(self, cache: RowCache, row_B: np.ndarray, ids_BT: Tensor, position_BT: np.ndarray,
-                 count_B: np.ndarray) -> Tensor:
+    def __call__(
+        self, cache: RowCache, row_B: np.ndarray, ids_BT: Tensor, position_BT: np.ndarray, count_B: np.ndarray
+    ) -> Tensor:
         """Extend each row by its first `count` ids. Returns the last one's hidden state, normed, [B, D].
 
         Rows of fewer than T ids are padded on the right with any valid id. The caller has checked capacity.
@@ -65,8 +66,10 @@ class Decode:
 
         row, step = np.nonzero(np.arange(steps) < count_B[:, None])
         where = _Where(
-            rows=rows, used=used,
-            row_M=torch.from_numpy(row_B[row]).to(device), at_M=torch.from_numpy(used_B[row] + step).to(device),
+            rows=rows,
+            used=used,
+            row_M=torch.from_numpy(row_B[row]).to(device),
+            at_M=torch.from_numpy(used_B[row] + step).to(device),
             pick_M=None if len(row) == len(row_B) * steps else torch.from_numpy(row * steps + step).to(device),
             mask=self._mask(rows, used_B, steps, used, cos_BT1d.dtype, device),
         )
@@ -98,20 +101,24 @@ class Decode:
         assert self.fused is not None
         self.fused.refresh()
         for number, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-            def attend(query_BQd: Tensor, key_BHd: Tensor, value_BHd: Tensor, keys: Tensor = keys,
-                       values: Tensor = values) -> Tensor:
+
+            def attend(
+                query_BQd: Tensor, key_BHd: Tensor, value_BHd: Tensor, keys: Tensor = keys, values: Tensor = values
+            ) -> Tensor:
                 keys[where.row_M, :, where.at_M] = key_BHd
                 values[where.row_M, :, where.at_M] = value_BHd
                 query_W1Qd = where.rows.spread(query_BQd).unsqueeze(1)
-                out_W1Qd = self._single(query_W1Qd, where.rows.history(keys, where.used),
-                                        where.rows.history(values, where.used), where.mask)
+                out_W1Qd = self._single(
+                    query_W1Qd, where.rows.history(keys, where.used), where.rows.history(values, where.used), where.mask
+                )
                 return where.rows.collect(out_W1Qd).flatten(1)
 
             hidden_BD = self.fused(number, hidden_BD, cos_B1d, sin_B1d, attend)
         return hidden_BD
 
-    def _mask(self, rows: Rows, used_B: np.ndarray, steps: int, used: int, dtype: torch.dtype,
-              device: torch.device) -> Tensor | None:
+    def _mask(
+        self, rows: Rows, used_B: np.ndarray, steps: int, used: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
         """Additive mask [W, 1, T, L]: the id at offset t of a row sees the row's past and its own first t + 1 ids."""
         if steps == 1 and (used_B + 1 == used).all():
             return None
@@ -121,8 +128,16 @@ class Decode:
         mask_BTL.masked_fill_(hidden_BTL, torch.finfo(dtype).min)
         return rows.spread(mask_BTL)[:, None]
 
-    def _attend(self, attention: ChameleonAttention, x_BTD: Tensor, cos_BT1d: Tensor, sin_BT1d: Tensor,
-                keys_RHPd: Tensor, values_RHPd: Tensor, where: _Where) -> Tensor:
+    def _attend(
+        self,
+        attention: ChameleonAttention,
+        x_BTD: Tensor,
+        cos_BT1d: Tensor,
+        sin_BT1d: Tensor,
+        keys_RHPd: Tensor,
+        values_RHPd: Tensor,
+        where: _Where,
+    ) -> Tensor:
         B, T, _ = x_BTD.shape
         Q, H, d = self.heads, self.kv_heads, self.width
         qk = torch.cat([attention.q_proj(x_BTD), attention.k_proj(x_BTD)], -1).view(B, T, Q + H, d)
@@ -142,7 +157,12 @@ class Decode:
             out_WTQd = self._single(query_WTQd, key_WHLd, value_WHLd, where.mask)
         else:
             out_WTQd = F.scaled_dot_product_attention(
-                query_WTQd.transpose(1, 2), key_WHLd, value_WHLd, where.mask, scale=self.scale, enable_gqa=Q != H,
+                query_WTQd.transpose(1, 2),
+                key_WHLd,
+                value_WHLd,
+                where.mask,
+                scale=self.scale,
+                enable_gqa=Q != H,
             ).transpose(1, 2)
         return attention.o_proj(where.rows.collect(out_WTQd).reshape(B, T, Q * d))
 

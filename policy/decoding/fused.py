@@ -41,14 +41,23 @@ def fusible(model: ChameleonModel) -> bool:
         return False
     layers: Any = model.layers
     return model.embed_tokens.weight.dtype == torch.float32 and all(
-        type(layer) is ChameleonDecoderLayer and all(
-            type(module) is nn.Linear and module.bias is None for module in _linears(layer)) for layer in layers)
+        type(layer) is ChameleonDecoderLayer
+        and all(type(module) is nn.Linear and module.bias is None for module in _linears(layer))
+        for layer in layers
+    )
 
 
 def _linears(layer: Any) -> list[Any]:
     attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
-            mlp.down_proj]
+    return [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    ]
 
 
 class FusedLayers:
@@ -87,10 +96,17 @@ class FusedLayers:
             attention.o_proj.weight.t().contiguous(),
             (torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * (second.weight * scale)).t().contiguous(),
             mlp.down_proj.weight.t().contiguous(),
-            (torch.tensor(D * first.variance_epsilon), torch.tensor(D * second.variance_epsilon)))
+            (torch.tensor(D * first.variance_epsilon), torch.tensor(D * second.variance_epsilon)),
+        )
 
-    def __call__(self, number: int, hidden_BD: Tensor, cos_B1d: Tensor, sin_B1d: Tensor,
-                 attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def __call__(
+        self,
+        number: int,
+        hidden_BD: Tensor,
+        cos_B1d: Tensor,
+        sin_B1d: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
         """Layer `number`. `attend` takes queries [B, Q, d], keys and values [B, H, d], returns [B, Q d]."""
         layer = self.layers[number]
         B, N, d = len(hidden_BD), self.heads + self.kv_heads, self.width
@@ -98,7 +114,7 @@ class FusedLayers:
         qk_BNd = heads_BNd[:, :N]
         qk_BNd = torch.addcmul(layer.bias_Nd, qk_BNd * _inverse_norm(qk_BNd, self.epsilon), layer.gain_Nd)
         qk_BNd = torch.addcmul(qk_BNd * cos_B1d, qk_BNd.roll(d // 2, -1), sin_B1d)
-        attended_BM = attend(qk_BNd[:, :self.heads], qk_BNd[:, self.heads:], heads_BNd[:, N:])
+        attended_BM = attend(qk_BNd[:, : self.heads], qk_BNd[:, self.heads :], heads_BNd[:, N:])
         hidden_BD = torch.addmm(hidden_BD, attended_BM, layer.out_MD)
         gate_up_BM = (hidden_BD * _inverse_norm(hidden_BD, layer.epsilon[1])).mm(layer.gate_up_DM)
         gate_BE, up_BE = gate_up_BM.chunk(2, -1)

@@ -45,12 +45,14 @@ def token_logprobs(
     temperature = torch.ones_like(target_N, dtype=torch.float32) if temperature_N is None else temperature_N
     allowed = np.full(len(target_N), -1) if allowed_N is None else allowed_N.cpu().numpy()
     logprob_N, entropy_N = _ChunkedLogprobs.apply(
-        hidden_ND, weight_VD, target_N, temperature.float(), allowed, tuple(sets), entropy, chunk)
+        hidden_ND, weight_VD, target_N, temperature.float(), allowed, tuple(sets), entropy, chunk
+    )
     return logprob_N, entropy_N if entropy else None
 
 
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, temperature_C: Tensor, allowed_C: np.ndarray,
-            sets: tuple[np.ndarray, ...]) -> Tensor:
+def _logits(
+    hidden_CD: Tensor, weight_VD: Tensor, temperature_C: Tensor, allowed_C: np.ndarray, sets: tuple[np.ndarray, ...]
+) -> Tensor:
     """Law's logits [C, V] in float32: divided by the temperature, -inf outside the allowed sets."""
     logits_CV = (hidden_CD @ weight_VD.T).float()
     if bool((temperature_C != 1).any()):
@@ -66,9 +68,17 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, temperature_C: Tensor, allowed
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, temperature_N: Tensor,
-                allowed_N: np.ndarray, sets: tuple[np.ndarray, ...], entropy: bool,
-                chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        target_N: Tensor,
+        temperature_N: Tensor,
+        allowed_N: np.ndarray,
+        sets: tuple[np.ndarray, ...],
+        entropy: bool,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
         count = len(target_N)
         logprob_N = hidden_ND.new_empty(count, dtype=torch.float32)
         normalizer_N = hidden_ND.new_empty(count, dtype=torch.float32)

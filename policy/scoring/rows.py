@@ -37,16 +37,21 @@ def piece_ids(trajectory: Trajectory, piece: Piece) -> tuple[np.ndarray, np.ndar
     Raises RecordError for another form than "ids", a segment that is not there, or a range outside it.
     """
     if piece.form != "ids":
-        raise RecordError(f"trajectory {trajectory.key}: segment {piece.segment} was seen as '{piece.form}'; "
-                          "a policy over tokens sees 'ids'")
+        raise RecordError(
+            f"trajectory {trajectory.key}: segment {piece.segment} was seen as '{piece.form}'; "
+            "a policy over tokens sees 'ids'"
+        )
     if not 0 <= piece.segment < len(trajectory.segments):
-        raise RecordError(f"trajectory {trajectory.key}: a context names segment {piece.segment} of "
-                          f"{len(trajectory.segments)}")
+        raise RecordError(
+            f"trajectory {trajectory.key}: a context names segment {piece.segment} of {len(trajectory.segments)}"
+        )
     ids = trajectory.segments[piece.segment].ids
     start, stop = piece.keep if piece.keep is not None else (0, len(ids))
     if not 0 <= start <= stop <= len(ids):
-        raise RecordError(f"trajectory {trajectory.key}: a context keeps ids {start} to {stop} of segment "
-                          f"{piece.segment}, which has {len(ids)}")
+        raise RecordError(
+            f"trajectory {trajectory.key}: a context keeps ids {start} to {stop} of segment "
+            f"{piece.segment}, which has {len(ids)}"
+        )
     return ids[start:stop], np.arange(piece.start, piece.start + stop - start, dtype=np.int32)
 
 
@@ -87,7 +92,7 @@ def rows_of(trajectory: Trajectory, index: int, wanted: Iterable[tuple[int, str]
         if row is None or row.pieces != pieces[: len(row.pieces)]:
             row = latest[branch] = _Open()
             rows.append((branch, row))
-        for piece in pieces[len(row.pieces):]:
+        for piece in pieces[len(row.pieces) :]:
             row.add(piece)
         row.offsets[segment] = row.length
         row.add((segment, context.start, 0, len(trajectory.segments[segment].ids)))
@@ -100,8 +105,10 @@ def _recorded(trajectory: Trajectory, segment: int, branch: str) -> Context:
         if context.branch == branch:
             return context
     have = ", ".join(context.branch for context in contexts) or "none"
-    raise RecordError(f"trajectory {trajectory.key}: segment {segment} ('{trajectory.segments[segment].role}') has no "
-                      f"recorded context for the branch '{branch}'; it has: {have}")
+    raise RecordError(
+        f"trajectory {trajectory.key}: segment {segment} ('{trajectory.segments[segment].role}') has no "
+        f"recorded context for the branch '{branch}'; it has: {have}"
+    )
 
 
 def _whole(trajectory: Trajectory, piece: Piece) -> tuple[int, int, int, int]:

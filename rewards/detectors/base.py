@@ -64,8 +64,12 @@ class CachedDetector:
         self._seen: dict[Any, Detections] = {}
         self._colors: dict[Any, str] = {}  # by picture, class and place in its list
 
-    def detect(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]] | None = None,
-               colored: Sequence[Mapping[str, int]] | None = None) -> list[Detections]:
+    def detect(
+        self,
+        pictures: Sequence[np.ndarray],
+        phrases: Sequence[Sequence[str]] | None = None,
+        colored: Sequence[Mapping[str, int]] | None = None,
+    ) -> list[Detections]:
         """Objects in each picture.
 
         Args:
@@ -86,29 +90,48 @@ class CachedDetector:
         new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._seen}
         if new:
             looked = list(new.values())
-            found = (self.detector.detect_phrases(looked, [some for _, some in new]) if self.open_vocabulary
-                     else self.detector.detect(looked))
+            found = (
+                self.detector.detect_phrases(looked, [some for _, some in new])
+                if self.open_vocabulary
+                else self.detector.detect(looked)
+            )
             self._seen.update(zip(new, found, strict=True))
             self.looks += len(new)
         objects = [self._seen[key] for key in keys]
         return self._with_colors(keys, pictures, objects, colored) if self.names_colors else objects
 
-    def _with_colors(self, keys: Sequence[Any], pictures: Sequence[np.ndarray], found: Sequence[Detections],
-                     colored: Sequence[Mapping[str, int]] | None) -> list[Detections]:
+    def _with_colors(
+        self,
+        keys: Sequence[Any],
+        pictures: Sequence[np.ndarray],
+        found: Sequence[Detections],
+        colored: Sequence[Mapping[str, int]] | None,
+    ) -> list[Detections]:
         """The same detections, coloured as far as asked; each object's colour is named once."""
         chosen = [best_of(objects, colored[i] if colored is not None else None) for i, objects in enumerate(found)]
-        todo = {(key, name, at): (index, name, found[index][name][at])
-                for index, key in enumerate(keys) for name, places in chosen[index].items() for at in places
-                if (key, name, at) not in self._colors}
+        todo = {
+            (key, name, at): (index, name, found[index][name][at])
+            for index, key in enumerate(keys)
+            for name, places in chosen[index].items()
+            for at in places
+            if (key, name, at) not in self._colors
+        }
         if todo:
             indices = sorted({index for index, _, _ in todo.values()})
             rows = [[(name, item) for at, name, item in todo.values() if at == index] for index in indices]
             order = [key for index in indices for key, (at, _, _) in todo.items() if at == index]
             named = self.detector.name_colors([pictures[index] for index in indices], rows)
             self._colors.update(zip(order, (color for row in named for color in row), strict=True))
-        return [{name: [replace(item, color=self._colors.get((key, name, at))) if at in places.get(name, ()) else item
-                        for at, item in enumerate(items)] for name, items in objects.items()}
-                for key, objects, places in zip(keys, found, chosen, strict=True)]
+        return [
+            {
+                name: [
+                    replace(item, color=self._colors.get((key, name, at))) if at in places.get(name, ()) else item
+                    for at, item in enumerate(items)
+                ]
+                for name, items in objects.items()
+            }
+            for key, objects, places in zip(keys, found, chosen, strict=True)
+        ]
 
     def clear(self) -> None:
         self._seen.clear()
@@ -120,8 +143,9 @@ class CachedDetector:
             return
         for name in classes:
             if name not in self.classes:
-                raise UnknownClass(f"{where} asks for '{name}', which the detector cannot see; "
-                                   f"{nearest(name, self.classes)}")
+                raise UnknownClass(
+                    f"{where} asks for '{name}', which the detector cannot see; {nearest(name, self.classes)}"
+                )
 
     def require_colors(self, where: str) -> None:
         """Make sure that colours can be named: loads what names them. Raises UserError where nothing does.
@@ -139,8 +163,11 @@ def best_of(objects: Detections, counts: Mapping[str, int] | None) -> dict[str, 
     """By class, the places of the `count` best-scored objects; all of every class without counts."""
     if counts is None:
         return {name: list(range(len(items))) for name, items in objects.items()}
-    return {name: sorted(range(len(objects[name])), key=lambda at: -objects[name][at].score)[:count]
-            for name, count in counts.items() if name in objects}
+    return {
+        name: sorted(range(len(objects[name])), key=lambda at: -objects[name][at].score)[:count]
+        for name, count in counts.items()
+        if name in objects
+    }
 
 
 def _key(picture: np.ndarray) -> tuple[tuple[int, ...], bytes]:

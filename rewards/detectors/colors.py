@@ -40,8 +40,9 @@ class ColorNamer:
             self._encoder = OpenClipEncoder(self.config, "rewards.detector.colors")
         return self._encoder
 
-    def name(self, pictures: Sequence[np.ndarray],
-             objects: Sequence[Sequence[tuple[str, Detected]]]) -> list[list[str]]:
+    def name(
+        self, pictures: Sequence[np.ndarray], objects: Sequence[Sequence[tuple[str, Detected]]]
+    ) -> list[list[str]]:
         """One of COLORS for each (class, object) of each picture, uint8 [height, width, 3]."""
         crops = [crop_of(picture, item) for picture, items in zip(pictures, objects, strict=True) for _, item in items]
         names = [name for items in objects for name, _ in items]
@@ -87,8 +88,9 @@ class Colored:
     def detect_phrases(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> Any:
         return self.detector.detect_phrases(pictures, phrases)
 
-    def name_colors(self, pictures: Sequence[np.ndarray],
-                    objects: Sequence[Sequence[tuple[str, Detected]]]) -> list[list[str]]:
+    def name_colors(
+        self, pictures: Sequence[np.ndarray], objects: Sequence[Sequence[tuple[str, Detected]]]
+    ) -> list[list[str]]:
         return self.namer.name(pictures, objects)
 
     def require_colors(self, where: str) -> None:

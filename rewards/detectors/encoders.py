@@ -28,11 +28,17 @@ class OpenClipConfig(BaseModel):
 
     model: str = Field("ViT-L-14-quickgelu", description="open_clip's name of the architecture (without `path`).")
     pretrained: str = Field("openai", description="open_clip's tag of the weights, or a file of weights for `model`.")
-    path: str | None = Field(None, description="Folder or hub id in open_clip's layout (open_clip_config.json and "
-                             "weights), in place of model and pretrained.")
-    quick_gelu: bool | None = Field(None, description="The activation that the weights were trained with. None: as "
-                                    "the tag says; a folder or a file must agree with what is written here, and "
-                                    "without it with OpenAI's, which is true.")
+    path: str | None = Field(
+        None,
+        description="Folder or hub id in open_clip's layout (open_clip_config.json and "
+        "weights), in place of model and pretrained.",
+    )
+    quick_gelu: bool | None = Field(
+        None,
+        description="The activation that the weights were trained with. None: as "
+        "the tag says; a folder or a file must agree with what is written here, and "
+        "without it with OpenAI's, which is true.",
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU where there is one.")
     batch_size: int = Field(64, ge=1)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -77,16 +83,19 @@ class OpenClipEncoder:
         """[N, D] unit vectors."""
         rows = []
         for start in range(0, len(pictures), self.batch_size):
-            batch = torch.stack([self.preprocess(p) for p in pictures[start:start + self.batch_size]])
+            batch = torch.stack([self.preprocess(p) for p in pictures[start : start + self.batch_size]])
             rows.append(self.model.encode_image(batch.to(self.device, self.dtype), normalize=True).float())
         return torch.cat(rows) if rows else torch.empty(0, 0)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """[N, D] unit vectors; words past the context length are cut, as the tokenizer does."""
-        rows = [self.model.encode_text(self.tokenizer(list(texts[start:start + self.batch_size])).to(self.device),
-                                       normalize=True).float()
-                for start in range(0, len(texts), self.batch_size)]
+        rows = [
+            self.model.encode_text(
+                self.tokenizer(list(texts[start : start + self.batch_size])).to(self.device), normalize=True
+            ).float()
+            for start in range(0, len(texts), self.batch_size)
+        ]
         return torch.cat(rows) if rows else torch.empty(0, 0)
 
 
@@ -99,21 +108,25 @@ def _architecture(config: OpenClipConfig, where: str) -> tuple[str, Path, dict[s
 
     known = open_clip.get_model_config(config.model)
     if known is None:
-        raise WeightsError(f"{where}.model: open_clip has no '{config.model}'; "
-                           f"{nearest(config.model, open_clip.list_models())}")
+        raise WeightsError(
+            f"{where}.model: open_clip has no '{config.model}'; {nearest(config.model, open_clip.list_models())}"
+        )
     activation = bool(known.get("quick_gelu", False))
     tag = get_pretrained_cfg(config.model, config.pretrained)
     if tag:
         trained = bool(tag.get("quick_gelu", False))
         if activation != trained or config.quick_gelu not in (None, trained):
-            raise WeightsError(_mismatch(where, config.model, f"the weights '{config.pretrained}'", activation,
-                                         trained))
+            raise WeightsError(
+                _mismatch(where, config.model, f"the weights '{config.pretrained}'", activation, trained)
+            )
         normalised = {"image_mean": tag.get("mean"), "image_std": tag.get("std")}
         return config.model, _cached_file(tag, config, where), {k: v for k, v in normalised.items() if v}
     file = Path(config.pretrained).expanduser()
     if not file.is_file():
-        raise WeightsError(f"{where}.pretrained: '{config.pretrained}' is neither a file nor a tag of {config.model}; "
-                           f"{nearest(config.pretrained, list_pretrained_tags_by_model(config.model))}")
+        raise WeightsError(
+            f"{where}.pretrained: '{config.pretrained}' is neither a file nor a tag of {config.model}; "
+            f"{nearest(config.pretrained, list_pretrained_tags_by_model(config.model))}"
+        )
     trained = config.quick_gelu if config.quick_gelu is not None else True
     if activation != trained:
         raise WeightsError(_mismatch(where, config.model, f"the weights {file}", activation, trained))
@@ -131,8 +144,10 @@ def _cached_file(tag: dict[str, Any], config: OpenClipConfig, where: str) -> Pat
         with contextlib.suppress(LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
             return Path(hf_hub_download(repository, candidate, local_files_only=not config.download))
     hint = "the hub could not be reached" if config.download else "set `download: true` to fetch it"
-    raise WeightsError(f"{where}: {config.model} with the weights '{config.pretrained}' ({repository}) is not in the "
-                       f"hub cache; {hint}, or give `path`, a folder in open_clip's layout")
+    raise WeightsError(
+        f"{where}: {config.model} with the weights '{config.pretrained}' ({repository}) is not in the "
+        f"hub cache; {hint}, or give `path`, a folder in open_clip's layout"
+    )
 
 
 def _refuse_other_activation(folder: Path, config: OpenClipConfig, where: str) -> None:
@@ -146,18 +161,32 @@ def _refuse_other_activation(folder: Path, config: OpenClipConfig, where: str) -
 
 def _mismatch(where: str, model: str, weights: str, activation: bool, trained: bool) -> str:
     named = {True: "QuickGELU", False: "GELU"}
-    right = (f"name {model}-quickgelu" if trained and not activation and "/" not in model
-             else "name the architecture without -quickgelu" if activation and not trained and "/" not in model
-             else f"if that is how they were trained, write quick_gelu: {str(activation).lower()}")
-    return (f"{where}: {model} computes {named[activation]}, but {weights} were trained with {named[trained]}; "
-            f"embeddings would be off without a word of warning. Instead, {right}")
+    right = (
+        f"name {model}-quickgelu"
+        if trained and not activation and "/" not in model
+        else "name the architecture without -quickgelu"
+        if activation and not trained and "/" not in model
+        else f"if that is how they were trained, write quick_gelu: {str(activation).lower()}"
+    )
+    return (
+        f"{where}: {model} computes {named[activation]}, but {weights} were trained with {named[trained]}; "
+        f"embeddings would be off without a word of warning. Instead, {right}"
+    )
 
 
 class ClipEncoder:
     """A CLIPModel of transformers, loaded: CLIP itself, PickScore, and others in its layout."""
 
-    def __init__(self, path: str, device: str = "auto", batch_size: int = 64, dtype: str = "float32",
-                 processor: str | None = None, download: bool = False, where: str = "clip") -> None:
+    def __init__(
+        self,
+        path: str,
+        device: str = "auto",
+        batch_size: int = 64,
+        dtype: str = "float32",
+        processor: str | None = None,
+        download: bool = False,
+        where: str = "clip",
+    ) -> None:
         """Load it.
 
         Args:
@@ -172,11 +201,16 @@ class ClipEncoder:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "clip":
             raise WeightsError(f"{where}.path: {path} holds a model of type '{config.model_type}', not clip")
-        beside = folder if processor is None else folder_of(processor, "preprocessor_config.json", download,
-                                                            f"{where}.processor")
+        beside = (
+            folder
+            if processor is None
+            else folder_of(processor, "preprocessor_config.json", download, f"{where}.processor")
+        )
         if not (beside / "preprocessor_config.json").is_file():
-            raise WeightsError(f"{where}.path: {path} has no preprocessor_config.json; name the folder or hub id that "
-                               f"has one as `processor`")
+            raise WeightsError(
+                f"{where}.path: {path} has no preprocessor_config.json; name the folder or hub id that "
+                f"has one as `processor`"
+            )
         self.device, self.batch_size = device_of(device, f"{where}.device"), batch_size
         model: Any = CLIPModel.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.model = model.to(self.device).eval()
@@ -191,7 +225,7 @@ class ClipEncoder:
         """[N, D] unit vectors."""
         rows = []
         for start in range(0, len(pictures), self.batch_size):
-            inputs = self.processor(images=list(pictures[start:start + self.batch_size]), return_tensors="pt")
+            inputs = self.processor(images=list(pictures[start : start + self.batch_size]), return_tensors="pt")
             pixels = inputs["pixel_values"].to(self.device, self.model.dtype)
             rows.append(_unit(self.model.get_image_features(pixel_values=pixels)))
         return torch.cat(rows) if rows else torch.empty(0, 0)
@@ -201,11 +235,18 @@ class ClipEncoder:
         """[N, D] unit vectors; words past the model's context are cut."""
         rows = []
         for start in range(0, len(texts), self.batch_size):
-            inputs = self.processor(text=list(texts[start:start + self.batch_size]), padding=True, truncation=True,
-                                    max_length=self.model.config.text_config.max_position_embeddings,
-                                    return_tensors="pt").to(self.device)
-            rows.append(_unit(self.model.get_text_features(input_ids=inputs["input_ids"],
-                                                           attention_mask=inputs["attention_mask"])))
+            inputs = self.processor(
+                text=list(texts[start : start + self.batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            ).to(self.device)
+            rows.append(
+                _unit(
+                    self.model.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+                )
+            )
         return torch.cat(rows) if rows else torch.empty(0, 0)
 
 

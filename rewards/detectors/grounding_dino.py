@@ -26,8 +26,16 @@ class GroundingDinoDetector(PhraseDetector):
     model_type = "grounding-dino"
     model_class = "GroundingDinoForObjectDetection"
 
-    def __init__(self, path: str, device: str = "auto", batch_size: int = 4, dtype: str = "float32",
-                 min_score: float = 0.35, overlap: float | None = None, download: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        device: str = "auto",
+        batch_size: int = 4,
+        dtype: str = "float32",
+        min_score: float = 0.35,
+        overlap: float | None = None,
+        download: bool = False,
+    ) -> None:
         """As PhraseDetector."""
         super().__init__(path, device, batch_size, dtype, min_score, overlap, download)
         self.max_tokens = int(self.config.max_text_len)
@@ -38,19 +46,25 @@ class GroundingDinoDetector(PhraseDetector):
         offsets = words.pop("offset_mapping")
         if words["input_ids"].shape[1] > self.max_tokens:
             longest = max(captions, key=len)
-            raise UserError(f"grounding_dino reads {self.max_tokens} tokens at once; '{longest[:80]}...' has more: "
-                            f"ask for fewer phrases")
+            raise UserError(
+                f"grounding_dino reads {self.max_tokens} tokens at once; '{longest[:80]}...' has more: "
+                f"ask for fewer phrases"
+            )
         # Pictures of a batch have one size, so nothing is padded and shares refer to the whole picture.
         seen = self.processor(images=list(pictures), return_tensors="pt")
-        output = self.model(pixel_values=seen["pixel_values"].to(self.device, self.model.dtype),
-                            pixel_mask=seen["pixel_mask"].to(self.device), **words.to(self.device))
+        output = self.model(
+            pixel_values=seen["pixel_values"].to(self.device, self.model.dtype),
+            pixel_mask=seen["pixel_mask"].to(self.device),
+            **words.to(self.device),
+        )
         found = []
         size = (pictures[0].shape[0], pictures[0].shape[1])
         for row, some in enumerate(phrases):
             probability = output.logits[row].float().sigmoid()
             score_QP = torch.stack([probability[:, tokens_of(offsets[row], span)].amax(1) for span in spans[row]], 1)
-            found.append(by_phrase(score_QP, output.pred_boxes[row].float(), some, size, size, self.min_score,
-                                   self.overlap))
+            found.append(
+                by_phrase(score_QP, output.pred_boxes[row].float(), some, size, size, self.min_score, self.overlap)
+            )
         return found
 
 
@@ -66,5 +80,8 @@ def caption_of(phrases: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
 
 def tokens_of(offsets_T2: torch.Tensor, span: tuple[int, int]) -> list[int]:
     """Places of the tokens that lie inside a span of characters; special tokens cover none."""
-    return [place for place, (start, stop) in enumerate(offsets_T2.tolist())
-            if start < stop and start >= span[0] and stop <= span[1]]
+    return [
+        place
+        for place, (start, stop) in enumerate(offsets_T2.tolist())
+        if start < stop and start >= span[0] and stop <= span[1]
+    ]

@@ -52,8 +52,13 @@ def resized_size(height: int, width: int, test_size: tuple[int, int] = TEST_SIZE
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
-def prepared(pictures: Sequence[np.ndarray], mean: Sequence[float], std: Sequence[float],
-             test_size: tuple[int, int] = TEST_SIZE, device: str = "cpu") -> torch.Tensor:
+def prepared(
+    pictures: Sequence[np.ndarray],
+    mean: Sequence[float],
+    std: Sequence[float],
+    test_size: tuple[int, int] = TEST_SIZE,
+    device: str = "cpu",
+) -> torch.Tensor:
     """Pictures of one size to the network's input [B, 3, H, W]: resized bilinearly to whole grey levels (no
     antialiasing), normalised by mean and std of the unit range, padded with zeros."""
     stacked = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float()
@@ -64,9 +69,15 @@ def prepared(pictures: Sequence[np.ndarray], mean: Sequence[float], std: Sequenc
     return F.pad((resized - shift) / scale, (0, -width % DIVISOR, 0, -height % DIVISOR))
 
 
-def instances(class_logits_BQC1: torch.Tensor, mask_logits_BQhw: torch.Tensor, padded: tuple[int, int],
-              resized: tuple[int, int], original: tuple[int, int], min_score: float = 0.0,
-              top: int = TOP) -> list[Found]:
+def instances(
+    class_logits_BQC1: torch.Tensor,
+    mask_logits_BQhw: torch.Tensor,
+    padded: tuple[int, int],
+    resized: tuple[int, int],
+    original: tuple[int, int],
+    min_score: float = 0.0,
+    top: int = TOP,
+) -> list[Found]:
     """The rule at the top of this file over a batch of pictures of one size; sizes are (height, width)."""
     probability_BQC = class_logits_BQC1.float().softmax(-1)[..., :-1]
     classes = probability_BQC.shape[-1]
@@ -89,14 +100,19 @@ def instances(class_logits_BQC1: torch.Tensor, mask_logits_BQhw: torch.Tensor, p
     return found
 
 
-def _masks(logits_Nhw: torch.Tensor, chosen_U: torch.Tensor, padded: tuple[int, int], resized: tuple[int, int],
-           original: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _masks(
+    logits_Nhw: torch.Tensor,
+    chosen_U: torch.Tensor,
+    padded: tuple[int, int],
+    resized: tuple[int, int],
+    original: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Masks [U, H, W] of the chosen queries, the mean probability inside each [U], and their boxes [U, 4]."""
     masks, sure, boxes = [], [], []
     for chunk in chosen_U.split(CHUNK):
         logits = logits_Nhw[chunk][:, None].float()
         logits = F.interpolate(logits, size=padded, mode="bilinear", align_corners=False)
-        logits = logits[:, :, :resized[0], :resized[1]]
+        logits = logits[:, :, : resized[0], : resized[1]]
         logits = F.interpolate(logits, size=original, mode="bilinear", align_corners=False)[:, 0]
         mask = logits > 0
         inside = mask.float()
@@ -105,8 +121,11 @@ def _masks(logits_Nhw: torch.Tensor, chosen_U: torch.Tensor, padded: tuple[int, 
         masks.append(mask)
     if not masks:
         device = logits_Nhw.device
-        return (torch.zeros(0, *original, dtype=torch.bool, device=device), torch.zeros(0, device=device),
-                torch.zeros(0, 4, device=device))
+        return (
+            torch.zeros(0, *original, dtype=torch.bool, device=device),
+            torch.zeros(0, device=device),
+            torch.zeros(0, 4, device=device),
+        )
     return torch.cat(masks), torch.cat(sure), torch.cat(boxes)
 
 
@@ -127,9 +146,17 @@ class Mask2FormerDetector:
 
     sees_colors = False  # colors.py names them afterwards
 
-    def __init__(self, path: str, device: str = "auto", batch_size: int = 8, dtype: str = "float32",
-                 min_score: float = 0.3, test_size: tuple[int, int] = TEST_SIZE, top: int = TOP,
-                 download: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        device: str = "auto",
+        batch_size: int = 8,
+        dtype: str = "float32",
+        min_score: float = 0.3,
+        test_size: tuple[int, int] = TEST_SIZE,
+        top: int = TOP,
+        download: bool = False,
+    ) -> None:
         """Load the network.
 
         Args:
@@ -170,14 +197,22 @@ class Mask2FormerDetector:
         pixels = prepared(pictures, self.mean, self.std, self.test_size, self.device)
         padded = (int(pixels.shape[2]), int(pixels.shape[3]))
         output = self.model(pixel_values=pixels.to(self.model.dtype), output_auxiliary_logits=False)
-        seen = instances(output.class_queries_logits, output.masks_queries_logits, padded,
-                         resized_size(height, width, self.test_size), (height, width), self.min_score, self.top)
+        seen = instances(
+            output.class_queries_logits,
+            output.masks_queries_logits,
+            padded,
+            resized_size(height, width, self.test_size),
+            (height, width),
+            self.min_score,
+            self.top,
+        )
         return [self._named(one) for one in seen]
 
     def _named(self, found: Found) -> Detections:
         objects: Detections = {}
-        scores, labels, boxes, masks = (values.cpu().numpy() for values in (found.scores_K, found.labels_K,
-                                                                            found.boxes_K4, found.masks_KHW))
+        scores, labels, boxes, masks = (
+            values.cpu().numpy() for values in (found.scores_K, found.labels_K, found.boxes_K4, found.masks_KHW)
+        )
         for score, label, box, mask in zip(scores, labels, boxes, masks, strict=True):
             corners = (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
             objects.setdefault(self.classes[label], []).append(Detected(corners, float(score), None, mask))
@@ -189,4 +224,4 @@ def same_size(pictures: Sequence[np.ndarray], batch_size: int) -> list[list[int]
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, picture in enumerate(pictures):
         by_size.setdefault(picture.shape, []).append(index)
-    return [rows[start:start + batch_size] for rows in by_size.values() for start in range(0, len(rows), batch_size)]
+    return [rows[start : start + batch_size] for rows in by_size.values() for start in range(0, len(rows), batch_size)]

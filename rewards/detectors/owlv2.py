@@ -22,9 +22,17 @@ class Owlv2Detector(PhraseDetector):
     model_type = "owlv2"
     model_class = "Owlv2ForObjectDetection"
 
-    def __init__(self, path: str, device: str = "auto", batch_size: int = 4, dtype: str = "float32",
-                 min_score: float = 0.2, overlap: float | None = None, template: str = "a photo of a {}",
-                 download: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        device: str = "auto",
+        batch_size: int = 4,
+        dtype: str = "float32",
+        min_score: float = 0.2,
+        overlap: float | None = None,
+        template: str = "a photo of a {}",
+        download: bool = False,
+    ) -> None:
         """As PhraseDetector; `template` is the sentence that a phrase is put into."""
         if "{}" not in template:
             raise UserError(f"rewards.detector.template: '{template}' has no {{}} for the phrase")
@@ -36,13 +44,26 @@ class Owlv2Detector(PhraseDetector):
         most = max(len(some) for some in phrases)
         # The network wants equally many phrases for every picture; the last one is repeated and its copies not read.
         sentences = [self.template.format(some[min(place, len(some) - 1)]) for some in phrases for place in range(most)]
-        words = self.tokenizer(sentences, padding="max_length", truncation=True, max_length=self.context,
-                               return_tensors="pt").to(self.device)
+        words = self.tokenizer(
+            sentences, padding="max_length", truncation=True, max_length=self.context, return_tensors="pt"
+        ).to(self.device)
         seen = self.processor(images=list(pictures), return_tensors="pt")
-        output = self.model(input_ids=words["input_ids"], attention_mask=words["attention_mask"],
-                            pixel_values=seen["pixel_values"].to(self.device, self.model.dtype))
+        output = self.model(
+            input_ids=words["input_ids"],
+            attention_mask=words["attention_mask"],
+            pixel_values=seen["pixel_values"].to(self.device, self.model.dtype),
+        )
         height, width = pictures[0].shape[:2]
         side = float(max(height, width))
-        return [by_phrase(output.logits[row, :, :len(some)].float().sigmoid(), output.pred_boxes[row].float(), some,
-                          (side, side), (height, width), self.min_score, self.overlap)
-                for row, some in enumerate(phrases)]
+        return [
+            by_phrase(
+                output.logits[row, :, : len(some)].float().sigmoid(),
+                output.pred_boxes[row].float(),
+                some,
+                (side, side),
+                (height, width),
+                self.min_score,
+                self.overlap,
+            )
+            for row, some in enumerate(phrases)
+        ]

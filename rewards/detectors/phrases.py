@@ -29,8 +29,16 @@ class PhraseDetector:
     model_type: str  # in the released config.json
     model_class: str  # of transformers
 
-    def __init__(self, path: str, device: str, batch_size: int, dtype: str, min_score: float, overlap: float | None,
-                 download: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        device: str,
+        batch_size: int,
+        dtype: str,
+        min_score: float,
+        overlap: float | None,
+        download: bool,
+    ) -> None:
         """Load the network.
 
         Args:
@@ -47,8 +55,9 @@ class PhraseDetector:
         folder = folder_of(path, "config.json", download, where)
         self.config: Any = transformers.AutoConfig.from_pretrained(folder)
         if self.config.model_type != self.model_type:
-            raise WeightsError(f"{where}: {path} holds a model of type '{self.config.model_type}', not "
-                               f"{self.model_type}")
+            raise WeightsError(
+                f"{where}: {path} holds a model of type '{self.config.model_type}', not {self.model_type}"
+            )
         self.device = device_of(device, "rewards.detector.device")
         self.processor: Any = transformers.AutoImageProcessor.from_pretrained(folder)
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
@@ -76,8 +85,15 @@ class PhraseDetector:
         raise NotImplementedError
 
 
-def by_phrase(score_QP: torch.Tensor, box_Q4: torch.Tensor, phrases: Sequence[str], scale: tuple[float, float],
-              size: tuple[int, int], min_score: float, overlap: float | None) -> Detections:
+def by_phrase(
+    score_QP: torch.Tensor,
+    box_Q4: torch.Tensor,
+    phrases: Sequence[str],
+    scale: tuple[float, float],
+    size: tuple[int, int],
+    min_score: float,
+    overlap: float | None,
+) -> Detections:
     """Objects of one picture, best first. Every box belongs to the phrase that it scores best for.
 
     Args:
@@ -91,8 +107,9 @@ def by_phrase(score_QP: torch.Tensor, box_Q4: torch.Tensor, phrases: Sequence[st
     left = (score_Q > min_score).nonzero(as_tuple=True)[0]
     left = left[score_Q[left].argsort(descending=True, stable=True)]
     height, width = scale
-    corners = box_convert(box_Q4[left], "cxcywh", "xyxy") * torch.tensor([width, height, width, height],
-                                                                         device=box_Q4.device)
+    corners = box_convert(box_Q4[left], "cxcywh", "xyxy") * torch.tensor(
+        [width, height, width, height], device=box_Q4.device
+    )
     corners = clip_boxes_to_image(corners, size)
     found: Detections = {}
     for place in range(len(phrases)):
@@ -100,6 +117,8 @@ def by_phrase(score_QP: torch.Tensor, box_Q4: torch.Tensor, phrases: Sequence[st
         if overlap is not None:
             mine = mine[nms(corners[mine].float(), score_Q[left][mine].float(), overlap)]
         if len(mine):
-            found[phrases[place]] = [Detected((x0, y0, x1, y1), score) for (x0, y0, x1, y1), score in
-                                     zip(corners[mine].tolist(), score_Q[left][mine].tolist(), strict=True)]
+            found[phrases[place]] = [
+                Detected((x0, y0, x1, y1), score)
+                for (x0, y0, x1, y1), score in zip(corners[mine].tolist(), score_Q[left][mine].tolist(), strict=True)
+            ]
     return found

@@ -40,23 +40,36 @@ class DetectorConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     backend: str = Field(description="mask2former, grounding_dino, owlv2 or shapes.")
-    path: str | None = Field(None, description="Folder in the released layout, or a hub id found in the hub cache. "
-                             "None: the backend's usual release.")
+    path: str | None = Field(
+        None,
+        description="Folder in the released layout, or a hub id found in the hub cache. "
+        "None: the backend's usual release.",
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU where there is one.")
     batch_size: int | None = Field(None, ge=1, description="Pictures of one forward pass.")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(None, description="Of the weights; float32 unless "
-                                                                    "given.")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="Of the weights; float32 unless given."
+    )
     min_score: float | None = Field(None, ge=0, lt=1, description="Objects at or below this score are left out.")
-    test_size: tuple[int, int] | None = Field(None, description="mask2former: longest and shortest side in px that "
-                                              "pictures are resized to; GenEval's are 1333 and 800.")
+    test_size: tuple[int, int] | None = Field(
+        None,
+        description="mask2former: longest and shortest side in px that "
+        "pictures are resized to; GenEval's are 1333 and 800.",
+    )
     top: int | None = Field(None, ge=1, description="mask2former: (query, class) pairs looked at; GenEval's are 100.")
-    overlap: float | None = Field(None, gt=0, le=1, description="grounding_dino, owlv2: of two boxes of one phrase "
-                                  "that overlap more (IoU) the worse is dropped.")
+    overlap: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="grounding_dino, owlv2: of two boxes of one phrase that overlap more (IoU) the worse is dropped.",
+    )
     template: str | None = Field(None, description="owlv2: the sentence that a phrase is put into, with {}.")
     download: bool = Field(False, description="Fetch weights that the hub cache lacks.")
     colors: dict[str, Any] | None = Field(
-        default_factory=dict, description="The open_clip model that names colours (model, pretrained, path, device, "
-        "batch_size ...); nothing: GenEval's, ViT-L-14-quickgelu of openai. null: no colours are named.")
+        default_factory=dict,
+        description="The open_clip model that names colours (model, pretrained, path, device, "
+        "batch_size ...); nothing: GenEval's, ViT-L-14-quickgelu of openai. null: no colours are named.",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> DetectorConfig:
@@ -120,6 +133,5 @@ def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> A
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}.colors.{key}: {first['msg']}; "
-                        f"{nearest(key, OpenClipConfig.model_fields)}") from None
+        raise UserError(f"{where}.colors.{key}: {first['msg']}; {nearest(key, OpenClipConfig.model_fields)}") from None
     return Colored(detector, ColorNamer(colors))

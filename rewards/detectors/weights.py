@@ -69,7 +69,7 @@ def file_of(path: str, download: bool = False, where: str = "path") -> Path:
 
 
 def device_of(name: str, where: str = "device") -> str:
-    """"auto" is a CUDA device where there is one, else the CPU. Raises WeightsError for a device that is not there."""
+    """ "auto" is a CUDA device where there is one, else the CPU. Raises WeightsError for a device that is not there."""
     import torch
 
     if name == "auto":

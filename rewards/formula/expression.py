@@ -28,8 +28,10 @@ class ExpressionError(UserError):
 
 def _strict(function: Callable[..., Any]) -> Callable[..., Any]:
     """None if any argument is None."""
+
     def or_none(*values: Any) -> Any:
         return None if any(value is None for value in values) else function(*values)
+
     return or_none
 
 
@@ -53,10 +55,21 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int | None]] = {
 # Those of groupwise.py take one expression; they are worked out for all rows before the rest of the formula is.
 ALL_FUNCTIONS = (*FUNCTIONS, *groupwise.FUNCTIONS)
 _OPERATORS: dict[type, Callable[..., Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.Mod: operator.mod, ast.Pow: safe_power, ast.USub: operator.neg, ast.UAdd: operator.pos,
-    ast.Not: operator.not_, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
-    ast.Eq: operator.eq, ast.NotEq: operator.ne,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Mod: operator.mod,
+    ast.Pow: safe_power,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
 }
 _NO_NUMBER = (ZeroDivisionError, OverflowError, InvalidExpression, TypeError)  # no value, or one past every bound
 
@@ -67,6 +80,7 @@ def _or_nan(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*values)
         except _NO_NUMBER:
             return math.nan
+
     return forgiving
 
 
@@ -90,7 +104,7 @@ class _Evaluator(SimpleEval):
             if value is None:
                 return None
             if bool(value) is deciding:
-                return None if any(self._is_none(rest) for rest in node.values[place + 1:]) else deciding
+                return None if any(self._is_none(rest) for rest in node.values[place + 1 :]) else deciding
         return not deciding
 
     def _is_none(self, node: ast.expr) -> bool:
@@ -134,8 +148,9 @@ class _Aggregates(ast.NodeTransformer):
 class Expression:
     """A checked formula. Evaluating it changes nothing that shows; one thread at a time."""
 
-    def __init__(self, text: str, known: Iterable[str], where: str = "rewards.total",
-                 withheld: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, text: str, known: Iterable[str], where: str = "rewards.total", withheld: Mapping[str, str] | None = None
+    ) -> None:
         """`withheld`: names that exist and may not be used, each with the reason.
 
         Raises ExpressionError for bad syntax, a name outside `known`, or a construct outside the whitelist.
@@ -145,8 +160,9 @@ class Expression:
         try:
             with_line = ast.parse(self.text, mode="eval")
         except SyntaxError as error:
-            raise ExpressionError(f"{where}: '{self.text}' is no formula: {error.msg} at column "
-                                  f"{error.offset}") from None
+            raise ExpressionError(
+                f"{where}: '{self.text}' is no formula: {error.msg} at column {error.offset}"
+            ) from None
         except (RecursionError, MemoryError):  # before there is a tree whose depth could be measured
             raise self._too_deep() from None
         if _deeper(with_line, MAX_DEPTH):
@@ -162,15 +178,22 @@ class Expression:
                     raise ExpressionError(f"{where}: '{node.id}' {withheld[node.id]}")
                 raise ExpressionError(f"{where}: no reward part '{node.id}'; {nearest(node.id, known)}")
             if isinstance(node, ast.expr) and not isinstance(node, _NODES):
-                raise ExpressionError(f"{where}: '{ast.unparse(node)}' is not allowed; a formula has numbers, parts, "
-                                      f"arithmetic, comparisons, conditions and {', '.join(FUNCTIONS)}")
+                raise ExpressionError(
+                    f"{where}: '{ast.unparse(node)}' is not allowed; a formula has numbers, parts, "
+                    f"arithmetic, comparisons, conditions and {', '.join(FUNCTIONS)}"
+                )
             if isinstance(node, ast.Constant) and not isinstance(node.value, int | float | None):
                 raise ExpressionError(f"{where}: {node.value!r} is no number")
             if isinstance(node, ast.operator | ast.unaryop | ast.cmpop) and type(node) not in _OPERATORS:
-                raise ExpressionError(f"{where}: the operator {type(node).__name__} is not allowed; use + - * / % **, "
-                                      f"comparisons, and, or, not")
-        self.names = tuple(sorted({node.id for node in ast.walk(with_line)
-                                   if isinstance(node, ast.Name) and id(node) not in functions}))
+                raise ExpressionError(
+                    f"{where}: the operator {type(node).__name__} is not allowed; use + - * / % **, "
+                    f"comparisons, and, or, not"
+                )
+        self.names = tuple(
+            sorted(
+                {node.id for node in ast.walk(with_line) if isinstance(node, ast.Name) and id(node) not in functions}
+            )
+        )
         self.tree: ast.expr = copy.deepcopy(with_line.body)  # as written
         aggregates = _Aggregates()
         self._tree = aggregates.visit(with_line.body)
@@ -183,8 +206,10 @@ class Expression:
         return bool(self._aggregates)
 
     def _too_deep(self) -> ExpressionError:
-        return ExpressionError(f"{self.where}: '{self.text[:40]} ...' has more than {MAX_DEPTH} terms inside each "
-                               f"other; write it shorter, or work a part of it out in a reward of your own")
+        return ExpressionError(
+            f"{self.where}: '{self.text[:40]} ...' has more than {MAX_DEPTH} terms inside each "
+            f"other; write it shorter, or work a part of it out in a reward of your own"
+        )
 
     def _check_call(self, node: ast.Call) -> None:
         name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
@@ -199,8 +224,9 @@ class Expression:
         """The value for one trajectory that is alone in its group; see `rows`."""
         return self.rows([parts], [[0]], [row])[0]
 
-    def rows(self, parts: Sequence[Mapping[str, float | None]], groups: Sequence[Sequence[int]],
-             names: Sequence[str] = ()) -> list[float | None]:
+    def rows(
+        self, parts: Sequence[Mapping[str, float | None]], groups: Sequence[Sequence[int]], names: Sequence[str] = ()
+    ) -> list[float | None]:
         """The value for every trajectory of a step; None where it rests on an unjudged part.
 
         Args:

@@ -32,8 +32,10 @@ WHOLE: dict[str, tuple[Callable[[Sequence[float]], float], str]] = {
     "all": (lambda x: float(all(x)), "1 if all are true (not 0), else 0"),
     "share": (_share, "share that is true (not 0)"),
 }
-OWN = {"rank": "share of the others that are lower, those that are equal counting half; alone: 0.5",
-       "count": "how many there are"}
+OWN = {
+    "rank": "share of the others that are lower, those that are equal counting half; alone: 0.5",
+    "count": "how many there are",
+}
 NAMES = (*WHOLE, *OWN)
 OVER = ("group", "batch")
 FUNCTIONS = tuple(f"{scope}_{name}" for scope in OVER for name in NAMES)

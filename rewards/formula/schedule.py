@@ -1,8 +1,8 @@
 """Numbers that change over a run: the recipe's `rewards.schedules`, which `total` and weights name like parts.
 
-    schedules:
-      w: {0: 1.0, 100: 0.2}                            straight from 1 to 0.2 over the first 100 steps, then 0.2
-      strict: {kind: steps, at: {0: 0, 50: 1}}         0 before step 50, 1 from it on
+schedules:
+  w: {0: 1.0, 100: 0.2}                            straight from 1 to 0.2 over the first 100 steps, then 0.2
+  strict: {kind: steps, at: {0: 0, 50: 1}}         0 before step 50, 1 from it on
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ class ScheduleConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    at: dict[int, float] = Field(min_length=1, description="Value by step; before the first step its value, after the "
-                                                           "last one its.")
-    kind: Literal["linear", "steps"] = Field("linear", description="Between two steps. linear: straight. steps: the "
-                                                                   "earlier value.")
+    at: dict[int, float] = Field(
+        min_length=1, description="Value by step; before the first step its value, after the last one its."
+    )
+    kind: Literal["linear", "steps"] = Field(
+        "linear", description="Between two steps. linear: straight. steps: the earlier value."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -38,6 +38,7 @@ _LABEL = re.compile(r"(?:final answer|answer)\s*(?:is\b|:)\s*", re.I)
 
 # ---- comparisons ------------------------------------------------------------------------------------------------
 
+
 def normalised(text: str) -> str:
     """SQuAD's normal form: lower case, no punctuation, no articles, single blanks."""
     bare = "".join(c for c in str(text).lower() if c not in string.punctuation)
@@ -117,13 +118,21 @@ def choice_letter(text: str, letters: str = "ABCDEFGH") -> str | None:
     for pattern in (rf"[(\[]?({either})[)\].:,]*", rf"[(\[]({either})[)\]].*", rf"({either})[).:](?:\s.*|$)"):
         if found := re.fullmatch(pattern, bare, re.DOTALL):
             return found.group(1).upper()
-    named = {found.upper() for found in re.findall(
-        rf"(?:answer|option|choice)\s*(?:is|:)?\s*[(\[]?({either})(?:[)\].:,;!]|\s*$|\s+(?:because|since|as)\b)", bare,
-        re.I)}
+    named = {
+        found.upper()
+        for found in re.findall(
+            rf"(?:answer|option|choice)\s*(?:is|:)?\s*[(\[]?({either})(?:[)\].:,;!]|\s*$|\s+(?:because|since|as)\b)",
+            bare,
+            re.I,
+        )
+    }
     if len(named) == 1:
         return named.pop()
-    alone = {found for found in re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", bare)
-             if found != "A" or not re.search(r"(?<![\w'])A\s+[a-z]", bare)}
+    alone = {
+        found
+        for found in re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", bare)
+        if found != "A" or not re.search(r"(?<![\w'])A\s+[a-z]", bare)
+    }
     return alone.pop() if len(alone) == 1 and not named else None
 
 
@@ -191,8 +200,10 @@ def verified(gold: list[Any], answer: list[Any], timeout_s: int = 5) -> bool | N
 
 def _in_main_thread() -> None:
     if threading.current_thread() is not threading.main_thread():
-        raise RewardError("math-verify keeps its time limits only in the main thread of a process; run this part in a "
-                          "process of its own (isolate: true)")
+        raise RewardError(
+            "math-verify keeps its time limits only in the main thread of a process; run this part in a "
+            "process of its own (isolate: true)"
+        )
 
 
 def _unboxed(text: str) -> str:
@@ -211,8 +222,12 @@ def plainly(compare: Comparison) -> Comparison:
 
 
 COMPARISONS: dict[str, Comparison] = {
-    "math": math_agrees, "choice": plainly(choice), "exact": plainly(exact), "f1": plainly(token_f1),
-    "anls": plainly(anls), "numeric": plainly(relaxed),
+    "math": math_agrees,
+    "choice": plainly(choice),
+    "exact": plainly(exact),
+    "f1": plainly(token_f1),
+    "anls": plainly(anls),
+    "numeric": plainly(relaxed),
 }
 
 
@@ -225,6 +240,7 @@ def best(compare: Comparison, answer: str, golds: Sequence[str]) -> float | None
 
 # ---- the reward -------------------------------------------------------------------------------------------------
 
+
 def answer_of(trajectory: Trajectory, place: Place = "auto") -> str | None:
     r"""What the policy gave as its final answer, from its own words alone; None where it gave none.
 
@@ -236,8 +252,9 @@ def answer_of(trajectory: Trajectory, place: Place = "auto") -> str | None:
     readings: dict[str, Callable[[], str | None]] = {
         "tag": lambda: _last(blocks(own, "answer")),
         "boxed": lambda: _last(boxed(own)),
-        "segment": lambda: _last([s.text for s in trajectory.segments
-                                  if s.author is Author.POLICY and s.role == "answer"]),
+        "segment": lambda: _last(
+            [s.text for s in trajectory.segments if s.author is Author.POLICY and s.role == "answer"]
+        ),
         "label": lambda: _labelled(last_turn(trajectory)),
         "text": lambda: last_turn(trajectory) or None,
     }
@@ -259,9 +276,18 @@ def references(record: dict[str, Any], gold: str) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def answer(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: Any = None, log_extra: Any = None,
-           kind: Kind = "exact", place: Place = "auto", gold: str = "ground_truth", tolerance: float = 0.05,
-           threshold: float = 0.5, **columns: Any) -> list[float | None]:
+def answer(
+    trajectories: Sequence[Trajectory],
+    setting: Any = None,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    kind: Kind = "exact",
+    place: Place = "auto",
+    gold: str = "ground_truth",
+    tolerance: float = 0.05,
+    threshold: float = 0.5,
+    **columns: Any,
+) -> list[float | None]:
     """How right the final answer is, in [0, 1]; 0 where the policy gave none, None without a reference.
 
     Args:
@@ -275,10 +301,14 @@ def answer(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: 
         if value not in known:
             raise UserError(f"answer: no {name} '{value}'; {nearest(str(value), known)}")
     if tolerance < 0 or not 0 <= threshold <= 1:
-        raise UserError(f"answer: tolerance is {tolerance} and threshold {threshold}; tolerance is at least 0, "
-                        f"threshold a share, 0 to 1")
-    compare = {"numeric": plainly(lambda a, g: relaxed(a, g, tolerance)),
-               "anls": plainly(lambda a, g: anls(a, g, threshold))}.get(kind, COMPARISONS[kind])
+        raise UserError(
+            f"answer: tolerance is {tolerance} and threshold {threshold}; tolerance is at least 0, "
+            f"threshold a share, 0 to 1"
+        )
+    compare = {
+        "numeric": plainly(lambda a, g: relaxed(a, g, tolerance)),
+        "anls": plainly(lambda a, g: anls(a, g, threshold)),
+    }.get(kind, COMPARISONS[kind])
     found = [answer_of(t, place) for t in trajectories]
     values: list[float | None] = []
     for trajectory, given in zip(trajectories, found, strict=True):
@@ -299,4 +329,4 @@ def _labelled(text: str) -> str | None:
     found = list(_LABEL.finditer(text))
     if not found:
         return None
-    return text[found[-1].end():].strip().partition("\n")[0].removesuffix("TERMINATE").strip().rstrip(".") or None
+    return text[found[-1].end() :].strip().partition("\n")[0].removesuffix("TERMINATE").strip().rstrip(".") or None

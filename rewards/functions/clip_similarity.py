@@ -26,11 +26,20 @@ Which = Literal["final", "first", "each"]
 CLIPSCORE_SCALE = 2.5
 
 
-def clip_similarity(trajectories: Sequence[Trajectory], form: Form = "cosine", picture: Which = "final",
-                    library: Library = "open_clip", path: str | None = None, model: str = "ViT-L-14-quickgelu",
-                    pretrained: str = "openai", quick_gelu: bool | None = None, device: str = "auto",
-                    batch_size: int = 64, download: bool = False,
-                    **columns: Any) -> list[float | dict[int, float] | None]:
+def clip_similarity(
+    trajectories: Sequence[Trajectory],
+    form: Form = "cosine",
+    picture: Which = "final",
+    library: Library = "open_clip",
+    path: str | None = None,
+    model: str = "ViT-L-14-quickgelu",
+    pretrained: str = "openai",
+    quick_gelu: bool | None = None,
+    device: str = "auto",
+    batch_size: int = 64,
+    download: bool = False,
+    **columns: Any,
+) -> list[float | dict[int, float] | None]:
     """Cosine of prompt and picture, in [-1, 1]; 0 for a thought without a picture.
 
     Args:
@@ -45,17 +54,22 @@ def clip_similarity(trajectories: Sequence[Trajectory], form: Form = "cosine", p
     check(picture, get_args(Which), "clip_similarity", "picture")
     encoder: OpenClipEncoder | ClipEncoder
     if library == "open_clip":
-        encoder = open_clip_encoder("clip_similarity", model, pretrained, path, quick_gelu, device, batch_size,
-                                    download)
+        encoder = open_clip_encoder(
+            "clip_similarity", model, pretrained, path, quick_gelu, device, batch_size, download
+        )
     else:
         encoder = clip_encoder("clip_similarity", path, None, device, batch_size, download)
     scale, least = (CLIPSCORE_SCALE, 0.0) if form == "clipscore" else (1.0, -1.0)
-    return scored(trajectories, picture, lambda texts, pictures: [
-        scale * max(cosine, least) for cosine in cosines(encoder, texts, pictures)])
+    return scored(
+        trajectories,
+        picture,
+        lambda texts, pictures: [scale * max(cosine, least) for cosine in cosines(encoder, texts, pictures)],
+    )
 
 
-def cosines(encoder: OpenClipEncoder | ClipEncoder, texts: Sequence[str],
-            pictures: Sequence[Image.Image]) -> list[float]:
+def cosines(
+    encoder: OpenClipEncoder | ClipEncoder, texts: Sequence[str], pictures: Sequence[Image.Image]
+) -> list[float]:
     """Of each text with its picture; a text is embedded once."""
     unique = list(dict.fromkeys(texts))
     text_UD, picture_ND = encoder.texts(unique), encoder.pictures(pictures)
@@ -85,16 +99,36 @@ def scored(trajectories: Sequence[Trajectory], which: Which, score: Any) -> list
 
 # Loaded once a process, whichever part or call asks for it.
 
+
 @lru_cache(maxsize=4)
-def open_clip_encoder(where: str, model: str, pretrained: str, path: str | None, quick_gelu: bool | None, device: str,
-                      batch_size: int, download: bool) -> OpenClipEncoder:
-    return OpenClipEncoder(OpenClipConfig(model=model, pretrained=pretrained, path=path, quick_gelu=quick_gelu,
-                                          device=device, batch_size=batch_size, download=download), where)
+def open_clip_encoder(
+    where: str,
+    model: str,
+    pretrained: str,
+    path: str | None,
+    quick_gelu: bool | None,
+    device: str,
+    batch_size: int,
+    download: bool,
+) -> OpenClipEncoder:
+    return OpenClipEncoder(
+        OpenClipConfig(
+            model=model,
+            pretrained=pretrained,
+            path=path,
+            quick_gelu=quick_gelu,
+            device=device,
+            batch_size=batch_size,
+            download=download,
+        ),
+        where,
+    )
 
 
 @lru_cache(maxsize=4)
-def clip_encoder(where: str, path: str | None, processor: str | None, device: str, batch_size: int,
-                 download: bool) -> ClipEncoder:
+def clip_encoder(
+    where: str, path: str | None, processor: str | None, device: str, batch_size: int, download: bool
+) -> ClipEncoder:
     if path is None:
         raise WeightsError(f"{where}: give `path`, a folder or hub id in transformers' layout")
     return ClipEncoder(path, device, batch_size, processor=processor, download=download, where=where)

@@ -46,10 +46,16 @@ class Inspection:
         return self.said == ("fine" if self.fine else "wrong")
 
 
-def critique_consistency(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None,
-                         roles: Sequence[str] = ("inspect", "critique"), named: float = 0.5, described: float = 0.0,
-                         credit: Literal["trajectory", "segments"] = "trajectory",
-                         **columns: Any) -> list[float | dict[int, float] | None]:
+def critique_consistency(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    roles: Sequence[str] = ("inspect", "critique"),
+    named: float = 0.5,
+    described: float = 0.0,
+    credit: Literal["trajectory", "segments"] = "trajectory",
+    **columns: Any,
+) -> list[float | dict[int, float] | None]:
     """The mean over a thought's inspections of what each earns, in [-1, 1]; None where it made none.
 
     Logs rubber_stamp_rate (share of inspections that say "fine"), right_wrong and right_fine (share of wrong and of
@@ -127,22 +133,33 @@ def inspect_all(trajectories: Sequence[Trajectory], setting: Setting, roles: Seq
                 next_plan = segment.text
             elif segment.role in roles and segment.modality is Modality.TEXT and picture is not None:
                 places.append((row, index, picture, plan))
-    seen = detector.detect([picture for _, _, picture, _ in places],
-                           [classes_of(trajectories[row].record) for row, *_ in places])
-    return [_inspection(row, index, trajectories[row], plan, objects, task)
-            for (row, index, _, plan), objects in zip(places, seen, strict=True)]
+    seen = detector.detect(
+        [picture for _, _, picture, _ in places], [classes_of(trajectories[row].record) for row, *_ in places]
+    )
+    return [
+        _inspection(row, index, trajectories[row], plan, objects, task)
+        for (row, index, _, plan), objects in zip(places, seen, strict=True)
+    ]
 
 
-def _inspection(row: int, index: int, trajectory: Trajectory, plan: str, objects: Detections,
-                task: Any) -> Inspection:
+def _inspection(row: int, index: int, trajectory: Trajectory, plan: str, objects: Detections, task: Any) -> Inspection:
     owed = task.requirement(trajectory.record, plan)
     fine, _ = evaluate(owed, objects)
     claim = task.claims(trajectory.segments[index].text)
-    certain = [Detection(name, o.color, o.box, o.score, o.mask)  # type: ignore[arg-type]
-               for name, found in kept(owed, objects).items() for o in found]
+    certain = [
+        Detection(name, o.color, o.box, o.score, o.mask)  # type: ignore[arg-type]
+        for name, found in kept(owed, objects).items()
+        for o in found
+    ]
     true = [task.holds(mistake, owed, certain) for mistake in claim.mistakes]
-    return Inspection(row, index, claim.verdict, bool(fine), sum(true) / len(true) if true else 0.0,
-                      _f1(claim.seen, task.seen_in(certain)))
+    return Inspection(
+        row,
+        index,
+        claim.verdict,
+        bool(fine),
+        sum(true) / len(true) if true else 0.0,
+        _f1(claim.seen, task.seen_in(certain)),
+    )
 
 
 def _f1(said: Sequence[Any] | None, seen: Sequence[Any]) -> float:
@@ -162,6 +179,8 @@ def _f1(said: Sequence[Any] | None, seen: Sequence[Any]) -> float:
 def _task_that_reads(setting: Setting) -> Any:
     lacking = [name for name in ("claims", "requirement", "holds", "seen_in") if not hasattr(setting.task, name)]
     if lacking:
-        raise RewardError(f"critique_consistency needs a task that reads inspections; "
-                          f"'{getattr(setting.task, 'name', 'none')}' has no function '{lacking[0]}'")
+        raise RewardError(
+            f"critique_consistency needs a task that reads inspections; "
+            f"'{getattr(setting.task, 'name', 'none')}' has no function '{lacking[0]}'"
+        )
     return setting.task

@@ -14,8 +14,13 @@ from rewards.contract import Setting
 from runtime.errors import UserError
 
 
-def format_reward(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any = None,
-                  mode: Literal["strict", "graded"] = "strict", **columns: Any) -> list[float]:
+def format_reward(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_extra: Any = None,
+    mode: Literal["strict", "graded"] = "strict",
+    **columns: Any,
+) -> list[float]:
     """strict: 1 without a violation, else 0. graded: the share of the policy's segments without one, in [0, 1],
     where the thought as a whole counts as one segment more (a missing part belongs to none)."""
     if mode not in ("strict", "graded"):
@@ -27,8 +32,11 @@ def format_reward(trajectories: Sequence[Trajectory], setting: Setting, log_extr
         return [float(not violations) for violations in found]
     values = []
     for trajectory, violations in zip(trajectories, found, strict=True):
-        own = {i for i, s in enumerate(trajectory.segments)
-               if s.author is Author.POLICY and (s.picture is not None or s.text.strip())}
+        own = {
+            i
+            for i, s in enumerate(trajectory.segments)
+            if s.author is Author.POLICY and (s.picture is not None or s.text.strip())
+        }
         at_fault = {v.segment if v.segment in own else None for v in violations}
         values.append(1 - len(at_fault) / (len(own) + 1))
     return values

@@ -31,8 +31,12 @@ class RecordColumnError(UserError):
     """A record that GenEval's schema does not allow."""
 
 
-def evaluate(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]],
-             mode: Mode = "standard", thresholds: tuple[float, float] = THRESHOLDS) -> tuple[bool | float, str]:
+def evaluate(
+    metadata: Mapping[str, Any],
+    detections: Mapping[str, Sequence[Any]],
+    mode: Mode = "standard",
+    thresholds: tuple[float, float] = THRESHOLDS,
+) -> tuple[bool | float, str]:
     """Judge one picture against one record.
 
     Args:
@@ -77,14 +81,16 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
     return {name for name, holds in zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5), strict=True) if holds}
 
 
-def kept(metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]],
-         thresholds: tuple[float, float] = THRESHOLDS) -> Detections:
+def kept(
+    metadata: Mapping[str, Any], detections: Mapping[str, Sequence[Any]], thresholds: tuple[float, float] = THRESHOLDS
+) -> Detections:
     """Above the threshold, best first, at most MAX_OBJECTS a class."""
     threshold = thresholds[metadata.get("tag") == "counting"]
     best: Detections = {}
     for name, found in detections.items():
-        objects = [o if isinstance(o, Detected) else Detected(tuple(o["box"]), o["score"], o.get("color"))
-                   for o in found]
+        objects = [
+            o if isinstance(o, Detected) else Detected(tuple(o["box"]), o["score"], o.get("color")) for o in found
+        ]
         above = [o for o in objects if o.score > threshold]
         best[name] = sorted(above, key=lambda o: -o.score)[:MAX_OBJECTS]
     return best
@@ -127,8 +133,9 @@ def _color_fault(clause: Mapping[str, Any], found: Sequence[Detected]) -> str | 
     return f"expected {wanted} {clause['class']}>={count}, found {hits} {wanted}; and {seen}"
 
 
-def _position_fault(clause: Mapping[str, Any], found: Sequence[Detected],
-                    groups: Sequence[list[Detected] | None]) -> str | None:
+def _position_fault(
+    clause: Mapping[str, Any], found: Sequence[Detected], groups: Sequence[list[Detected] | None]
+) -> str | None:
     if clause.get("position") is None:
         return None
     wanted, name = clause["position"][0], clause["class"]
@@ -146,8 +153,10 @@ def _position_fault(clause: Mapping[str, Any], found: Sequence[Detected],
 def _targets(clause: Mapping[str, Any], groups: Sequence[Any]) -> Any:
     index = clause["position"][1]
     if not 0 <= index < len(groups):
-        raise RecordColumnError(f"a record's include clause '{clause['class']}' is placed relative to clause {index}; "
-                                f"it must name an earlier one (0 to {len(groups) - 1})")
+        raise RecordColumnError(
+            f"a record's include clause '{clause['class']}' is placed relative to clause {index}; "
+            f"it must name an earlier one (0 to {len(groups) - 1})"
+        )
     return groups[index]
 
 
@@ -254,21 +263,32 @@ def check_clauses(record: Mapping[str, Any], where: str, colors: Sequence[str] =
     for index, clause in enumerate(record.get("include") or ()):
         color, position = clause.get("color"), clause.get("position")
         if color is not None and color not in colors:
-            raise RecordColumnError(f"{where} asks for the colour '{color}', which no object is ever said to have; "
-                                    f"{nearest(str(color), colors)}")
+            raise RecordColumnError(
+                f"{where} asks for the colour '{color}', which no object is ever said to have; "
+                f"{nearest(str(color), colors)}"
+            )
         if position is None:
             continue
         if not isinstance(position, list | tuple) or len(position) != 2 or position[1] not in range(index):
-            raise RecordColumnError(f"{where}: '{clause['class']}' has the position {position!r}; it is [relation, "
-                                    f"index of an earlier clause]")
+            raise RecordColumnError(
+                f"{where}: '{clause['class']}' has the position {position!r}; it is [relation, "
+                f"index of an earlier clause]"
+            )
         if position[0] not in RELATIONS:
-            raise RecordColumnError(f"{where} asks for the relation '{position[0]}', which GenEval's rule does not "
-                                    f"know; it knows {', '.join(RELATIONS)}")
+            raise RecordColumnError(
+                f"{where} asks for the relation '{position[0]}', which GenEval's rule does not "
+                f"know; it knows {', '.join(RELATIONS)}"
+            )
 
 
-def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str, Any]], setting: Setting, mode: Mode,
-                   reward: str = "geneval",
-                   thresholds: tuple[float, float] = THRESHOLDS) -> list[tuple[bool | float, str]]:
+def score_pictures(
+    pictures: Sequence[np.ndarray],
+    records: Sequence[Mapping[str, Any]],
+    setting: Setting,
+    mode: Mode,
+    reward: str = "geneval",
+    thresholds: tuple[float, float] = THRESHOLDS,
+) -> list[tuple[bool | float, str]]:
     """`evaluate` for each picture and its record, through the shared detector.
 
     Raises UserError as `check_record`.
@@ -276,15 +296,22 @@ def score_pictures(pictures: Sequence[np.ndarray], records: Sequence[Mapping[str
     detector = setting.detector_for(reward)
     for record in records:
         check_record(detector, record, f"prompt '{record.get('prompt', '')}'")
-    found = detector.detect(pictures, [classes_of(record) for record in records],
-                            [colored_of(record) for record in records])
+    found = detector.detect(
+        pictures, [classes_of(record) for record in records], [colored_of(record) for record in records]
+    )
     return [evaluate(record, objects, mode, thresholds) for record, objects in zip(records, found, strict=True)]
 
 
-def geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any = None,
-            picture: Literal["final", "first", "each"] = "final", mode: Mode = "standard",
-            threshold: float = SCORE_THRESHOLD, counting_threshold: float = COUNTING_THRESHOLD,
-            **columns: Any) -> list[float | dict[int, float] | None]:
+def geneval(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_extra: Any = None,
+    picture: Literal["final", "first", "each"] = "final",
+    mode: Mode = "standard",
+    threshold: float = SCORE_THRESHOLD,
+    counting_threshold: float = COUNTING_THRESHOLD,
+    **columns: Any,
+) -> list[float | dict[int, float] | None]:
     """Whether the final (or first) picture shows what the prompt asks for: 1 or 0, or a share of it when graded.
 
     A thought without a picture earns 0: the task was to draw. A record without `include` has no ground truth: None.
@@ -295,8 +322,9 @@ def geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any
     check_mode(mode)
     thresholds = (threshold, counting_threshold)
     if not all(0 <= score < 1 for score in thresholds):
-        raise UserError(f"geneval: thresholds are {threshold} and {counting_threshold}; they are scores, from 0 to "
-                        f"below 1")
+        raise UserError(
+            f"geneval: thresholds are {threshold} and {counting_threshold}; they are scores, from 0 to below 1"
+        )
     if picture == "each":
         return _each(trajectories, setting, mode, thresholds)
     if picture not in ("final", "first"):
@@ -304,22 +332,38 @@ def geneval(trajectories: Sequence[Trajectory], setting: Setting, log_extra: Any
     drawn = [[p for _, p in policy_pictures(t)] for t in trajectories]
     rows = [i for i, t in enumerate(trajectories) if t.record.get("include") and drawn[i]]
     chosen = [drawn[i][-1 if picture == "final" else 0] for i in rows]
-    verdicts = dict(zip(rows, score_pictures(chosen, [trajectories[i].record for i in rows], setting, mode,
-                                             thresholds=thresholds), strict=True))
+    verdicts = dict(
+        zip(
+            rows,
+            score_pictures(chosen, [trajectories[i].record for i in rows], setting, mode, thresholds=thresholds),
+            strict=True,
+        )
+    )
     reasons = [verdicts[i][1] if i in verdicts else "no picture" for i in range(len(trajectories))]
     if log_extra is not None:
         log_extra("reason", reasons)
-    return [float(verdicts[i][0]) if i in verdicts else 0.0 if t.record.get("include") else None
-            for i, t in enumerate(trajectories)]
+    return [
+        float(verdicts[i][0]) if i in verdicts else 0.0 if t.record.get("include") else None
+        for i, t in enumerate(trajectories)
+    ]
 
 
-def _each(trajectories: Sequence[Trajectory], setting: Setting, mode: Mode,
-          thresholds: tuple[float, float]) -> list[float | dict[int, float] | None]:
-    places = [(row, segment, drawn) for row, t in enumerate(trajectories) if t.record.get("include")
-              for segment, drawn in policy_pictures(t)]
-    verdicts = score_pictures([drawn for _, _, drawn in places],
-                              [trajectories[row].record for row, _, _ in places], setting, mode,
-                              thresholds=thresholds)
+def _each(
+    trajectories: Sequence[Trajectory], setting: Setting, mode: Mode, thresholds: tuple[float, float]
+) -> list[float | dict[int, float] | None]:
+    places = [
+        (row, segment, drawn)
+        for row, t in enumerate(trajectories)
+        if t.record.get("include")
+        for segment, drawn in policy_pictures(t)
+    ]
+    verdicts = score_pictures(
+        [drawn for _, _, drawn in places],
+        [trajectories[row].record for row, _, _ in places],
+        setting,
+        mode,
+        thresholds=thresholds,
+    )
     credits: dict[int, dict[int, float]] = {}
     for (row, segment, _), (score, _reason) in zip(places, verdicts, strict=True):
         credits.setdefault(row, {})[segment] = float(score)

@@ -15,9 +15,14 @@ from rewards.functions.geneval import Mode, check_mode, score_pictures
 from runtime.errors import UserError
 
 
-def improvement(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, mode: Mode = "graded",
-                credit: Literal["trajectory", "segments"] = "trajectory",
-                **columns: Any) -> list[float | dict[int, float] | None]:
+def improvement(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    mode: Mode = "graded",
+    credit: Literal["trajectory", "segments"] = "trajectory",
+    **columns: Any,
+) -> list[float | dict[int, float] | None]:
     """Final less first, in [-1, 1]; 0 for a thought with one picture; None without pictures or without `include`.
 
     credit "segments": every picture after the first is credited with its own score less that of the picture before

@@ -23,19 +23,20 @@ _TAG = re.compile(r"</?[A-Za-z][\w ]*/?>")
 
 # ---- formulas ------------------------------------------------------------------------------------------------------
 
+
 def repeated_share(stretches: Sequence[Sequence[Hashable]], n: int) -> float:
     """1 - distinct n-grams / n-grams, over all stretches; no n-gram runs from one into the next. 0 where there is
     none."""
-    grams = [tuple(s[i:i + n]) for s in stretches for i in range(len(s) - n + 1)]
+    grams = [tuple(s[i : i + n]) for s in stretches for i in range(len(s) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def soft_overlong(length: int, max_length: int, cache: int) -> float:
     """DAPO's soft overlong punishment, in [-1, 0] (arXiv:2503.14476, equation 13):
 
-        0                                      up to max_length - cache
-        ((max_length - cache) - length)/cache  from there to max_length
-        -1                                     above
+    0                                      up to max_length - cache
+    ((max_length - cache) - length)/cache  from there to max_length
+    -1                                     above
     """
     free = max_length - cache
     if length <= free:
@@ -55,9 +56,15 @@ def group_length(lengths: Sequence[int | None]) -> list[float | None]:
 
 # ---- rewards -------------------------------------------------------------------------------------------------------
 
-def repetition_penalty(trajectories: Sequence[Trajectory], n: int = 3, penalty: float = 1.0,
-                       unit: Literal["words", "tokens"] = "words", tags: bool = False,
-                       **columns: Any) -> list[float | None]:
+
+def repetition_penalty(
+    trajectories: Sequence[Trajectory],
+    n: int = 3,
+    penalty: float = 1.0,
+    unit: Literal["words", "tokens"] = "words",
+    tags: bool = False,
+    **columns: Any,
+) -> list[float | None]:
     """-penalty * (1 - distinct n-grams / n-grams) over the policy's words, in [-penalty, 0].
 
     Args:
@@ -87,20 +94,27 @@ def repetition_penalty(trajectories: Sequence[Trajectory], n: int = 3, penalty: 
     return values
 
 
-def overlong_penalty(trajectories: Sequence[Trajectory], max_length: int = 20480, cache: int = 4096,
-                     unit: Unit = "tokens", **columns: Any) -> list[float | None]:
+def overlong_penalty(
+    trajectories: Sequence[Trajectory],
+    max_length: int = 20480,
+    cache: int = 4096,
+    unit: Unit = "tokens",
+    **columns: Any,
+) -> list[float | None]:
     """DAPO's soft overlong punishment (`soft_overlong`) of the policy's words, in [-1, 0]; None where tokens are to be
     counted and none were recorded. Defaults are the paper's."""
     if not 0 < cache <= max_length:
-        raise UserError(f"overlong_penalty: cache is {cache} and max_length {max_length}; cache is above 0 and at most "
-                        f"max_length")
+        raise UserError(
+            f"overlong_penalty: cache is {cache} and max_length {max_length}; cache is above 0 and at most max_length"
+        )
     _check_unit("overlong_penalty", unit)
     lengths = [length_of(t, unit) for t in trajectories]
     return [None if length is None else soft_overlong(length, max_length, cache) for length in lengths]
 
 
-def length_penalty(trajectories: Sequence[Trajectory], log_metric: Any = None, unit: Unit = "tokens",
-                   **columns: Any) -> list[float | None]:
+def length_penalty(
+    trajectories: Sequence[Trajectory], log_metric: Any = None, unit: Unit = "tokens", **columns: Any
+) -> list[float | None]:
     """Kimi k1.5's length reward (`group_length`), the shortest of a group 0.5 and the longest -0.5.
 
     The paper pays it in full to right answers and only its negative part to wrong ones, which the recipe says:

@@ -25,20 +25,26 @@ Span = tuple[float, float]  # start, end with start < end
 Frame = Literal["pixels", "unit", "thousand"]
 TimeFrame = Literal["seconds", "unit", "frames"]
 Form = Literal["corners", "corner_size", "center_size"]
-FRAMES, TIME_FRAMES, FORMS = ("pixels", "unit", "thousand"), ("seconds", "unit", "frames"), \
-    ("corners", "corner_size", "center_size")
+FRAMES, TIME_FRAMES, FORMS = (
+    ("pixels", "unit", "thousand"),
+    ("seconds", "unit", "frames"),
+    ("corners", "corner_size", "center_size"),
+)
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _COMMA = r"\s*,\s*"
 # [x0, y0, x1, y1] or (x0, y0), (x1, y1), as grounding models write them
-_BOX = re.compile(rf"[\[(]\s*({_NUMBER}){_COMMA}({_NUMBER})\s*(?:\)?\s*,\s*\(?|\)\s*\()\s*({_NUMBER}){_COMMA}"
-                  rf"({_NUMBER})\s*[\])]")
+_BOX = re.compile(
+    rf"[\[(]\s*({_NUMBER}){_COMMA}({_NUMBER})\s*(?:\)?\s*,\s*\(?|\)\s*\()\s*({_NUMBER}){_COMMA}"
+    rf"({_NUMBER})\s*[\])]"
+)
 _TIME = r"(?:\d+:)?\d+:\d+(?:\.\d+)?|\d+(?:\.\d+)?"
 _UNIT = r"(?:\s*(?:seconds|second|secs|sec|s))?"
 _SPAN = re.compile(rf"(?<![\d.:])({_TIME}){_UNIT}\s*(?:-|–|—|~|,|to|and|until)\s*({_TIME})(?![\d:])")
 
 
 # ---- measures ------------------------------------------------------------------------------------------------------
+
 
 def area(box: Sequence[float]) -> float:
     """Width times height; 0 for a box whose corners are in the wrong order."""
@@ -55,8 +61,9 @@ def box_iou(box: Sequence[float], other: Sequence[float]) -> float:
     return min(1.0, common / (sizes[0] + sizes[1] - common))
 
 
-def matched_iou(boxes: Sequence[Sequence[float]], gold: Sequence[Sequence[float]],
-                threshold: float | None = None) -> float:
+def matched_iou(
+    boxes: Sequence[Sequence[float]], gold: Sequence[Sequence[float]], threshold: float | None = None
+) -> float:
     """The best one-to-one matching's IoU, summed, over the larger number of boxes: a superfluous box costs what a
     missing one does. With a threshold a pair counts 1 from there on and 0 below. 1 where both are empty."""
     if not boxes or not gold:
@@ -111,6 +118,7 @@ def ndcg(ranked: Sequence[Hashable], relevant: Sequence[Hashable], repeats: bool
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
+
 def boxes_in(text: str) -> list[Box]:
     """Every [a, b, c, d] or (a, b), (c, d) of four numbers, in order."""
     return [tuple(float(number) for number in found) for found in _BOX.findall(text)]  # type: ignore[misc]
@@ -122,7 +130,7 @@ def spans_in(text: str) -> list[Span]:
 
 
 def seconds(time: str) -> float:
-    """"75.5", "1:15.5" or "0:01:15.5" in seconds."""
+    """ "75.5", "1:15.5" or "0:01:15.5" in seconds."""
     total = 0.0
     for field in time.split(":"):
         total = total * 60 + float(field)
@@ -148,8 +156,10 @@ def to_unit(box: Sequence[float], frame: Frame, size: Sequence[float] | None) ->
     elif frame == "thousand":
         width = height = 1000.0
     elif size is None:
-        raise RewardError("box_iou: the frames differ and the picture's size is unknown: give the record a column "
-                          "'image_size' [width, height], or name it with the option `size`")
+        raise RewardError(
+            "box_iou: the frames differ and the picture's size is unknown: give the record a column "
+            "'image_size' [width, height], or name it with the option `size`"
+        )
     else:
         width, height = (float(side) for side in size)
     return box[0] / width, box[1] / height, box[2] / width, box[3] / height
@@ -157,10 +167,19 @@ def to_unit(box: Sequence[float], frame: Frame, size: Sequence[float] | None) ->
 
 # ---- rewards -------------------------------------------------------------------------------------------------------
 
-def box_iou_reward(trajectories: Sequence[Trajectory], gold: str = "ground_truth", frame: Frame = "pixels",
-                   gold_frame: Frame | None = None, size: str = "image_size", policy_size: str | None = None,
-                   form: Form = "corners", gold_form: Form = "corners", threshold: float | None = None,
-                   **columns: Any) -> list[float | None]:
+
+def box_iou_reward(
+    trajectories: Sequence[Trajectory],
+    gold: str = "ground_truth",
+    frame: Frame = "pixels",
+    gold_frame: Frame | None = None,
+    size: str = "image_size",
+    policy_size: str | None = None,
+    form: Form = "corners",
+    gold_form: Form = "corners",
+    threshold: float | None = None,
+    **columns: Any,
+) -> list[float | None]:
     """IoU of the answered boxes with the record's, in [0, 1]; None where the record has none.
 
     Boxes are read from the last answer block, or from all of the policy's words where there is none. Several are
@@ -177,8 +196,12 @@ def box_iou_reward(trajectories: Sequence[Trajectory], gold: str = "ground_truth
         threshold: pay 1 from this IoU on and 0 below, instead of the IoU.
     """
     gold_frame = gold_frame or frame
-    for name, value, known in (("frame", frame, FRAMES), ("gold_frame", gold_frame, FRAMES), ("form", form, FORMS),
-                               ("gold_form", gold_form, FORMS)):
+    for name, value, known in (
+        ("frame", frame, FRAMES),
+        ("gold_frame", gold_frame, FRAMES),
+        ("form", form, FORMS),
+        ("gold_form", gold_form, FORMS),
+    ):
         _check_choice("box_iou", name, value, known)
     _check_threshold("box_iou", threshold)
     plain = frame == gold_frame and policy_size is None
@@ -198,9 +221,16 @@ def box_iou_reward(trajectories: Sequence[Trajectory], gold: str = "ground_truth
     return values
 
 
-def temporal_iou_reward(trajectories: Sequence[Trajectory], gold: str = "ground_truth", frame: TimeFrame = "seconds",
-                        gold_frame: TimeFrame | None = None, duration: str = "duration", fps: str = "fps",
-                        threshold: float | None = None, **columns: Any) -> list[float | None]:
+def temporal_iou_reward(
+    trajectories: Sequence[Trajectory],
+    gold: str = "ground_truth",
+    frame: TimeFrame = "seconds",
+    gold_frame: TimeFrame | None = None,
+    duration: str = "duration",
+    fps: str = "fps",
+    threshold: float | None = None,
+    **columns: Any,
+) -> list[float | None]:
     """IoU of the answered spans of time with the record's, in [0, 1]; None where the record has none.
 
     Args:
@@ -234,14 +264,17 @@ def _answer(t: Trajectory) -> str:
     return found[-1] if found else own
 
 
-def _in_seconds(t: Trajectory, spans: Sequence[Sequence[float]], frame: TimeFrame, duration: str,
-                fps: str) -> list[Span]:
+def _in_seconds(
+    t: Trajectory, spans: Sequence[Sequence[float]], frame: TimeFrame, duration: str, fps: str
+) -> list[Span]:
     if frame == "seconds":
         return [(start, end) for start, end in spans]
     column = duration if frame == "unit" else fps
     if not t.record.get(column):
-        raise RewardError(f"temporal_iou: the record of '{t.prompt}' has no '{column}', which turns "
-                          f"{'shares of the video' if frame == 'unit' else 'frame numbers'} into seconds")
+        raise RewardError(
+            f"temporal_iou: the record of '{t.prompt}' has no '{column}', which turns "
+            f"{'shares of the video' if frame == 'unit' else 'frame numbers'} into seconds"
+        )
     scale = float(t.record[column]) if frame == "unit" else 1 / float(t.record[column])
     return [(start * scale, end * scale) for start, end in spans]
 
@@ -252,12 +285,14 @@ def _listed(t: Trajectory, column: str, length: int) -> list[list[float]]:
     several = value if isinstance(value, Sequence) and value and isinstance(value[0], Sequence) else [value]
     try:
         listed = [[float(number) for number in one] for one in several]
-        if any(len(one) != length or isinstance(source, Mapping | str)
-               for one, source in zip(listed, several, strict=True)):
+        if any(
+            len(one) != length or isinstance(source, Mapping | str) for one, source in zip(listed, several, strict=True)
+        ):
             raise ValueError
     except (TypeError, ValueError):
-        raise RewardError(f"the record of '{t.prompt}' has {value!r} in '{column}'; it must be {length} numbers, or a "
-                          f"list of such") from None
+        raise RewardError(
+            f"the record of '{t.prompt}' has {value!r} in '{column}'; it must be {length} numbers, or a list of such"
+        ) from None
     return listed
 
 

@@ -24,10 +24,17 @@ PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's rep
 HPS = "xswu/HPSv2/HPS_v2.1_compressed.pt"
 
 
-def pickscore(trajectories: Sequence[Trajectory], picture: Which = "final", path: str = PICKSCORE,
-              processor: str | None = PICKSCORE_PROCESSOR, divisor: float = 1.0, device: str = "auto",
-              batch_size: int = 32, download: bool = False,
-              **columns: Any) -> list[float | dict[int, float] | None]:
+def pickscore(
+    trajectories: Sequence[Trajectory],
+    picture: Which = "final",
+    path: str = PICKSCORE,
+    processor: str | None = PICKSCORE_PROCESSOR,
+    divisor: float = 1.0,
+    device: str = "auto",
+    batch_size: int = 32,
+    download: bool = False,
+    **columns: Any,
+) -> list[float | dict[int, float] | None]:
     """PickScore of the prompt and the picture (about 18 to 23 undivided); 0 for a thought without a picture.
 
     Args:
@@ -40,13 +47,23 @@ def pickscore(trajectories: Sequence[Trajectory], picture: Which = "final", path
         raise UserError(f"pickscore: divisor is {divisor}; it must be positive")
     encoder = clip_encoder("pickscore", path, processor, device, batch_size, download)
     scale = encoder.scale / divisor
-    return scored(trajectories, picture, lambda texts, pictures: [
-        scale * cosine for cosine in cosines(encoder, texts, pictures)])
+    return scored(
+        trajectories, picture, lambda texts, pictures: [scale * cosine for cosine in cosines(encoder, texts, pictures)]
+    )
 
 
-def hps(trajectories: Sequence[Trajectory], picture: Which = "final", weights: str = HPS, model: str = "ViT-H-14",
-        path: str | None = None, quick_gelu: bool = False, device: str = "auto", batch_size: int = 32,
-        download: bool = False, **columns: Any) -> list[float | dict[int, float] | None]:
+def hps(
+    trajectories: Sequence[Trajectory],
+    picture: Which = "final",
+    weights: str = HPS,
+    model: str = "ViT-H-14",
+    path: str | None = None,
+    quick_gelu: bool = False,
+    device: str = "auto",
+    batch_size: int = 32,
+    download: bool = False,
+    **columns: Any,
+) -> list[float | dict[int, float] | None]:
     """HPS v2 of the prompt and the picture (about 0.2 to 0.35); 0 for a thought without a picture.
 
     Args:
@@ -60,7 +77,8 @@ def hps(trajectories: Sequence[Trajectory], picture: Which = "final", weights: s
 
 
 @lru_cache(maxsize=2)
-def _hps(weights: str, model: str, path: str | None, quick_gelu: bool, device: str, batch_size: int,
-         download: bool) -> OpenClipEncoder:
+def _hps(
+    weights: str, model: str, path: str | None, quick_gelu: bool, device: str, batch_size: int, download: bool
+) -> OpenClipEncoder:
     file = "" if path is not None else str(file_of(weights, download, "hps.weights"))
     return open_clip_encoder("hps", model, file, path, quick_gelu, device, batch_size, download)

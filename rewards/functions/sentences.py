@@ -23,8 +23,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 class SentenceEncoder:
     """One sentence model, loaded."""
 
-    def __init__(self, path: str = MINILM, download: bool = False, device: str = "cpu",
-                 where: str = "encoder") -> None:
+    def __init__(self, path: str = MINILM, download: bool = False, device: str = "cpu", where: str = "encoder") -> None:
         """Load it.
 
         Args:
@@ -52,8 +51,13 @@ class SentenceEncoder:
 
         rows = [np.empty((0, self.model.config.hidden_size), np.float32)]
         for start in range(0, len(sentences), batch_size):
-            tokens = self.tokenizer(list(sentences[start:start + batch_size]), padding=True, truncation=True,
-                                    max_length=self.max_length, return_tensors="pt").to(self.device)
+            tokens = self.tokenizer(
+                list(sentences[start : start + batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            ).to(self.device)
             with torch.no_grad():
                 states_NTD = self.model(**tokens).last_hidden_state.float()
             mask_NT1 = tokens["attention_mask"].unsqueeze(-1)  # padding would pull short sentences together

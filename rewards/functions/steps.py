@@ -14,9 +14,17 @@ from runtime.errors import UserError
 CUT_OFF = (StopReason.MAX_TOKENS, StopReason.MAX_IMAGES, StopReason.MAX_CONTEXT)
 
 
-def steps(trajectories: Sequence[Trajectory], min_images: int = 1, max_images: int | None = None, min_turns: int = 0,
-          max_turns: int | None = None, penalty: float = 0.5, per_image: float = 0.0, cut_off: float = 0.5,
-          **columns: Any) -> list[float]:
+def steps(
+    trajectories: Sequence[Trajectory],
+    min_images: int = 1,
+    max_images: int | None = None,
+    min_turns: int = 0,
+    max_turns: int | None = None,
+    penalty: float = 0.5,
+    per_image: float = 0.0,
+    cut_off: float = 0.5,
+    **columns: Any,
+) -> list[float]:
     """max(0, 1 - penalty * outside - per_image * (images - min_images)+ - cut_off * [hit a limit]), in [0, 1].
 
     Args:

@@ -12,8 +12,10 @@ import re
 from record.trajectory import Author, Trajectory
 
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"  # how Qwen2.5-VL's template writes a picture
-WRAPPER = re.compile(r"\\(?:text(?:bf|it|md|normal|rm|sc|sf|sl|tt|up)?|math(?:bf|it|rm|sf|tt)|mbox|hbox|emph)"
-                      r"\s*\{([^{}]*)\}")
+WRAPPER = re.compile(
+    r"\\(?:text(?:bf|it|md|normal|rm|sc|sf|sl|tt|up)?|math(?:bf|it|rm|sf|tt)|mbox|hbox|emph)"
+    r"\s*\{([^{}]*)\}"
+)
 CHAT_MARKS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "</s>")
 
 
@@ -54,7 +56,7 @@ def boxed(text: str) -> list[str]:
             if text[place] in "{}" and text[place - 1] != "\\":
                 depth += 1 if text[place] == "{" else -1
             if depth == 0:
-                found.append(text[start.end():place].strip())
+                found.append(text[start.end() : place].strip())
                 break
     return found
 
@@ -99,5 +101,6 @@ def transcript(trajectory: Trajectory, picture: str = PICTURE) -> str:
     first = next((i for i, s in enumerate(trajectory.segments) if s.author is Author.POLICY), None)
     if first is None:
         return ""
-    return "".join(segment.text if segment.picture is None else segment.text or picture
-                   for segment in trajectory.segments[first:])
+    return "".join(
+        segment.text if segment.picture is None else segment.text or picture for segment in trajectory.segments[first:]
+    )

@@ -18,8 +18,11 @@ ROLES = ("tool_call", "code", "search", "tool")  # of a policy segment that is a
 TAGS = ("tool_call", "code")  # of a call inside a segment with another role
 FAILED_ROLES = ("error", "tool_error")
 # At the start of what the tool answered, behind any opening tags and labels.
-_FAILURE = re.compile(r"(?:<[^<>]*>\s*)*(?:observation\s*:?\s*)?"
-                      r"(?:execution error|error|traceback|exception|code execution failed|failed|invalid)\b", re.I)
+_FAILURE = re.compile(
+    r"(?:<[^<>]*>\s*)*(?:observation\s*:?\s*)?"
+    r"(?:execution error|error|traceback|exception|code execution failed|failed|invalid)\b",
+    re.I,
+)
 _GLUE = re.compile(r"<\|im_start\|>\s*\w*|<\|im_end\|>|<\|vision_start\|>|<\|vision_end\|>|<\|image_pad\|>")
 
 
@@ -80,8 +83,9 @@ def _shows(segment: Segment) -> bool:
 def _answered(pending: list[int], answers: list[Segment]) -> list[ToolCall]:
     spoken = [s for s in answers if _shows(s) or _words(s)]
     if len(pending) > 1 and len(pending) == len(spoken):
-        return [ToolCall(call, not failed(answer), _shows(answer))
-                for call, answer in zip(pending, spoken, strict=True)]
+        return [
+            ToolCall(call, not failed(answer), _shows(answer)) for call, answer in zip(pending, spoken, strict=True)
+        ]
     # A picture is an answer that worked, whatever words go with it; words alone are judged by how they begin.
     pictured = any(_shows(s) for s in spoken)
     ok = pictured or (bool(spoken) and not any(failed(s) for s in spoken))

@@ -52,8 +52,13 @@ class Question:
     temperature: float | None = None  # None: the configuration's
 
     @staticmethod
-    def of(text: str, pictures: Sequence[Picture] = (), system: str = "", max_tokens: int | None = None,
-           temperature: float | None = None) -> Question:
+    def of(
+        text: str,
+        pictures: Sequence[Picture] = (),
+        system: str = "",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+    ) -> Question:
         """A user's turn: the pictures, then the text."""
         content: Any = text
         if len(pictures):
@@ -93,10 +98,12 @@ class JudgeLike(Protocol):
     def ask(self, questions: Sequence[Question]) -> list[Reply]: ...
     def agrees(self, checks: Sequence[AnswerCheck]) -> list[bool | None]: ...
     def yes_probability(self, questions: Sequence[Question]) -> list[float | None]: ...
-    def rubric(self, questions: Sequence[Question], criteria: Sequence[str],
-               top: int = 2) -> list[dict[str, int] | None]: ...
-    def checklist(self, questions: Sequence[Question],
-                  items: Sequence[Sequence[str]]) -> list[list[bool | None] | None]: ...
+    def rubric(
+        self, questions: Sequence[Question], criteria: Sequence[str], top: int = 2
+    ) -> list[dict[str, int] | None]: ...
+    def checklist(
+        self, questions: Sequence[Question], items: Sequence[Sequence[str]]
+    ) -> list[list[bool | None] | None]: ...
     def compare(self, comparisons: Sequence[Comparison]) -> list[float | None]: ...
 
 
@@ -105,8 +112,10 @@ class StandIn:
     the same for the same words, and a third of the questions goes unjudged."""
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
-        return [Reply(None, "timeout", "a stand-in's timeout") if lot is None else Reply("yes" if lot % 2 else "no")
-                for lot in map(_lot, questions)]
+        return [
+            Reply(None, "timeout", "a stand-in's timeout") if lot is None else Reply("yes" if lot % 2 else "no")
+            for lot in map(_lot, questions)
+        ]
 
     def agrees(self, checks: Sequence[AnswerCheck]) -> list[bool | None]:
         return [None if lot is None else bool(lot % 2) for lot in map(_lot, checks)]
@@ -114,15 +123,21 @@ class StandIn:
     def yes_probability(self, questions: Sequence[Question]) -> list[float | None]:
         return [None if lot is None else lot % 101 / 100 for lot in map(_lot, questions)]
 
-    def rubric(self, questions: Sequence[Question], criteria: Sequence[str],
-               top: int = 2) -> list[dict[str, int] | None]:
-        return [None if lot is None else {name: (lot + at) % (top + 1) for at, name in enumerate(criteria)}
-                for lot in map(_lot, questions)]
+    def rubric(
+        self, questions: Sequence[Question], criteria: Sequence[str], top: int = 2
+    ) -> list[dict[str, int] | None]:
+        return [
+            None if lot is None else {name: (lot + at) % (top + 1) for at, name in enumerate(criteria)}
+            for lot in map(_lot, questions)
+        ]
 
-    def checklist(self, questions: Sequence[Question],
-                  items: Sequence[Sequence[str]]) -> list[list[bool | None] | None]:
-        return [None if lot is None else [bool((lot + at) % 2) for at, _ in enumerate(statements)]
-                for lot, statements in zip(map(_lot, questions), items, strict=True)]
+    def checklist(
+        self, questions: Sequence[Question], items: Sequence[Sequence[str]]
+    ) -> list[list[bool | None] | None]:
+        return [
+            None if lot is None else [bool((lot + at) % 2) for at, _ in enumerate(statements)]
+            for lot, statements in zip(map(_lot, questions), items, strict=True)
+        ]
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[float | None]:
         return [None if lot is None else lot % 3 / 2 for lot in map(_lot, comparisons)]

@@ -66,8 +66,9 @@ class ReplyCache:
                 raise
         except OSError as error:  # a full disk costs the cache, not the run
             if not self._warned:
-                logger.warning("rewards.judge.cache_dir %s: replies are no longer kept (%s)", self.folder,
-                               error.strerror)
+                logger.warning(
+                    "rewards.judge.cache_dir %s: replies are no longer kept (%s)", self.folder, error.strerror
+                )
             self._warned = True
 
     def _path(self, key: str) -> Path:

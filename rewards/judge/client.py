@@ -62,23 +62,28 @@ class JudgeClient:
 
     def agrees(self, checks: Sequence[AnswerCheck]) -> list[bool | None]:
         """Whether each answer says the same as its reference. None: not judged."""
-        return self._verdicts([verdicts.agreement(check) for check in checks],
-                              lambda reply: verdicts.read_yes_no(reply.text or ""))
+        return self._verdicts(
+            [verdicts.agreement(check) for check in checks], lambda reply: verdicts.read_yes_no(reply.text or "")
+        )
 
     def yes_probability(self, questions: Sequence[Question]) -> list[float | None]:
         """P(yes) / (P(yes) + P(no)) at the first token of the reply, from its log-probs (verdicts.share). A score of
         this kind is VQAScore's (arXiv:2404.01291, section 3). None: not judged, log-probs missing included."""
         return self._verdicts(questions, lambda reply: verdicts.share(reply.first, "yes", "no"), logprobs=True)
 
-    def rubric(self, questions: Sequence[Question], criteria: Sequence[str],
-               top: int = 2) -> list[dict[str, int] | None]:
+    def rubric(
+        self, questions: Sequence[Question], criteria: Sequence[str], top: int = 2
+    ) -> list[dict[str, int] | None]:
         """A whole number from 0 to `top` for each criterion, all or none. The instruction to score is added to the
         question. `wiscore` makes WISE's score of them."""
-        return self._verdicts([verdicts.with_rubric(q, criteria, top) for q in questions],
-                              lambda reply: verdicts.read_rubric(reply.text or "", criteria, top))
+        return self._verdicts(
+            [verdicts.with_rubric(q, criteria, top) for q in questions],
+            lambda reply: verdicts.read_rubric(reply.text or "", criteria, top),
+        )
 
-    def checklist(self, questions: Sequence[Question],
-                  items: Sequence[Sequence[str]]) -> list[list[bool | None] | None]:
+    def checklist(
+        self, questions: Sequence[Question], items: Sequence[Sequence[str]]
+    ) -> list[list[bool | None] | None]:
         """For each question, each of its statements: True, False, or None where the judge cannot decide it. None in
         place of the list: not judged."""
         asked = [verdicts.with_checklist(q, statements) for q, statements in zip(questions, items, strict=True)]
@@ -95,6 +100,7 @@ class JudgeClient:
 
         by_logprobs: each order gives P(A) / (P(A) + P(B)) in place of 1, 0, or 0.5 for a tie.
         """
+
         def preference(reply: Reply) -> float | None:
             if by_logprobs:
                 return verdicts.share(reply.first, "a", "b")
@@ -103,8 +109,10 @@ class JudgeClient:
 
         asked = [verdicts.pairwise(pair, swapped) for pair in comparisons for swapped in (False, True)]
         shown = self._verdicts(asked, preference, logprobs=by_logprobs)
-        return [None if there is None or back is None else (there + 1 - back) / 2
-                for there, back in zip(shown[::2], shown[1::2], strict=True)]
+        return [
+            None if there is None or back is None else (there + 1 - back) / 2
+            for there, back in zip(shown[::2], shown[1::2], strict=True)
+        ]
 
     # ---- start, end, counts -------------------------------------------------------------------------------------
 
@@ -120,13 +128,17 @@ class JudgeClient:
             known = wire.run(wire.models())
         except Failed as failure:
             if failure.cause in ("timeout", "connection"):
-                raise JudgeDown(f"{where} cannot be reached ({failure.message}). Start it, correct base_url, or set "
-                                f"check_at_start: false") from None
+                raise JudgeDown(
+                    f"{where} cannot be reached ({failure.message}). Start it, correct base_url, or set "
+                    f"check_at_start: false"
+                ) from None
             key = self.config.api_key_env
             hint = ""
             if failure.status in (401, 403):
-                hint = f". The key is read from the environment variable {key}, which is " \
-                       f"{'set' if os.environ.get(key) else 'not set'}"
+                hint = (
+                    f". The key is read from the environment variable {key}, which is "
+                    f"{'set' if os.environ.get(key) else 'not set'}"
+                )
             raise JudgeDown(f"{where} does not answer: {failure.message}{hint}") from None
         if known and self.config.model not in known:
             raise JudgeDown(f"{where} has no model '{self.config.model}'; {nearest(self.config.model, known)}")
@@ -155,8 +167,9 @@ class JudgeClient:
     def _verdicts(self, questions: Sequence[Question], read: Reader[T], logprobs: bool = False) -> list[T | None]:
         return [verdict for _, verdict in self._asked(questions, [read] * len(questions), logprobs)]
 
-    def _asked(self, questions: Sequence[Question], readers: Sequence[Reader[T]],
-               logprobs: bool = False) -> list[tuple[Reply, T | None]]:
+    def _asked(
+        self, questions: Sequence[Question], readers: Sequence[Reader[T]], logprobs: bool = False
+    ) -> list[tuple[Reply, T | None]]:
         """Reply and verdict of each question. Equal requests of a batch are one, but where they are meant as samples:
         at a temperature above 0, without a cache."""
         if not questions:
@@ -165,8 +178,10 @@ class JudgeClient:
         keys = [request_key(body) for body in bodies]
         names = keys
         if self.cache is None:
-            names = [key if body["temperature"] == 0 else f"{key} {index}"
-                     for index, (key, body) in enumerate(zip(keys, bodies, strict=True))]
+            names = [
+                key if body["temperature"] == 0 else f"{key} {index}"
+                for index, (key, body) in enumerate(zip(keys, bodies, strict=True))
+            ]
         distinct = dict(zip(names, zip(keys, bodies, readers, strict=True), strict=True))
         wire = self._connected()
         answered = dict(zip(distinct, wire.run(self._all(wire, list(distinct.values()))), strict=True))
@@ -174,8 +189,9 @@ class JudgeClient:
         self._count(results)
         return results
 
-    async def _all(self, wire: Wire,
-                   requests: Sequence[tuple[str, dict[str, Any], Reader[T]]]) -> list[tuple[Reply, T | None]]:
+    async def _all(
+        self, wire: Wire, requests: Sequence[tuple[str, dict[str, Any], Reader[T]]]
+    ) -> list[tuple[Reply, T | None]]:
         return list(await asyncio.gather(*(self._one(wire, *request) for request in requests)))
 
     async def _one(self, wire: Wire, key: str, body: dict[str, Any], read: Reader[T]) -> tuple[Reply, T | None]:
@@ -192,8 +208,9 @@ class JudgeClient:
             except Failed as failure:
                 wait = self._wait(failure, attempt)
                 if wait is None:
-                    failed = Reply(None, failure.cause, failure.message, attempts=attempt,
-                                   seconds=time.monotonic() - started)
+                    failed = Reply(
+                        None, failure.cause, failure.message, attempts=attempt, seconds=time.monotonic() - started
+                    )
                     return failed, None
                 await asyncio.sleep(wait)
         reply = replace(reply, attempts=attempt, seconds=time.monotonic() - started)
@@ -239,8 +256,12 @@ class JudgeClient:
                     seen.add(id(reply))
                     self._counts["retried"] += max(reply.attempts - 1, 0)
         for reply in news:
-            logger.warning("the judge left a question unjudged after %d attempt(s): %s (further ones of this kind are "
-                           "only counted)", reply.attempts, reply.error)
+            logger.warning(
+                "the judge left a question unjudged after %d attempt(s): %s (further ones of this kind are "
+                "only counted)",
+                reply.attempts,
+                reply.error,
+            )
 
 
 def wiscore(scores: Mapping[str, int] | None) -> float | None:

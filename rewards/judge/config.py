@@ -1,7 +1,7 @@
 """The section `rewards.judge` of a recipe: the endpoint that some rewards ask, and how patiently.
 
-    rewards:
-      judge: {base_url: "http://localhost:8000/v1", model: Qwen/Qwen2.5-VL-72B-Instruct, cache_dir: runs/judge_cache}
+rewards:
+  judge: {base_url: "http://localhost:8000/v1", model: Qwen/Qwen2.5-VL-72B-Instruct, cache_dir: runs/judge_cache}
 """
 
 from __future__ import annotations
@@ -19,28 +19,48 @@ class JudgeConfig(BaseModel):
 
     base_url: str = Field(description="Where the API is, with its version: http://localhost:8000/v1.")
     model: str = Field(description="The model's name, as the endpoint knows it.")
-    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key; where it is "
-                                                           "not set, no key is sent.")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the key; where it is not set, no key is sent."
+    )
     timeout_s: float = Field(60.0, gt=0, description="Seconds one attempt may take from first to last byte.")
-    retries: int = Field(3, ge=0, description="Further attempts after a timeout, a dropped connection, 429, 5xx or a "
-                                              "reply that is no completion; then the question goes unjudged.")
-    backoff_s: float = Field(0.5, ge=0, description="Seconds before the first retry, doubled at each further one, "
-                                                    "with jitter of half to one and a half; Retry-After is honoured.")
-    backoff_max_s: float = Field(30.0, ge=0, description="The longest wait before a retry that the endpoint did not "
-                                                         "ask for.")
-    retry_after_max_s: float = Field(120.0, ge=0, description="The longest Retry-After that is waited for; after a "
-                                                              "longer one the question goes unjudged.")
+    retries: int = Field(
+        3,
+        ge=0,
+        description="Further attempts after a timeout, a dropped connection, 429, 5xx or a "
+        "reply that is no completion; then the question goes unjudged.",
+    )
+    backoff_s: float = Field(
+        0.5,
+        ge=0,
+        description="Seconds before the first retry, doubled at each further one, "
+        "with jitter of half to one and a half; Retry-After is honoured.",
+    )
+    backoff_max_s: float = Field(
+        30.0, ge=0, description="The longest wait before a retry that the endpoint did not ask for."
+    )
+    retry_after_max_s: float = Field(
+        120.0,
+        ge=0,
+        description="The longest Retry-After that is waited for; after a longer one the question goes unjudged.",
+    )
     concurrency: int = Field(16, ge=1, description="Requests in flight at once.")
-    cache_dir: Path | None = Field(None, description="Folder that keeps replies, by the whole request; None: none are "
-                                                     "kept. Failures never are.")
+    cache_dir: Path | None = Field(
+        None, description="Folder that keeps replies, by the whole request; None: none are kept. Failures never are."
+    )
     max_tokens: int = Field(512, ge=1, description="Tokens of a reply.")
     temperature: float = Field(0.0, ge=0, description="The judge's sampling temperature.")
-    top_logprobs: int = Field(20, ge=1, le=20, description="Candidates asked for where a probability is read from "
-                                                           "log-probs.")
-    check_at_start: bool = Field(True, description="Ask the endpoint for its models before the run, so that one that "
-                                                   "is down or lacks the model stops it at once.")
-    extra_body: dict[str, Any] = Field(default_factory=dict, description="Further keys of every request, as "
-                                       "chat_template_kwargs: {enable_thinking: false} for vLLM.")
+    top_logprobs: int = Field(
+        20, ge=1, le=20, description="Candidates asked for where a probability is read from log-probs."
+    )
+    check_at_start: bool = Field(
+        True,
+        description="Ask the endpoint for its models before the run, so that one that "
+        "is down or lacks the model stops it at once.",
+    )
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further keys of every request, as chat_template_kwargs: {enable_thinking: false} for vLLM.",
+    )
 
     @property
     def patience_s(self) -> float:

@@ -102,8 +102,9 @@ class Wire:
         await self.complete(body_of(Question.of("Say yes.", max_tokens=16), self.config))
         return []
 
-    async def _send(self, method: str, path: str,
-                    body: Mapping[str, Any] | None = None) -> tuple[int, Mapping[str, str], bytes]:
+    async def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> tuple[int, Mapping[str, str], bytes]:
         import httpx2
 
         limit = self.config.timeout_s
@@ -111,13 +112,16 @@ class Wire:
         if self._http is None:
             key = os.environ.get(self.config.api_key_env)
             self._http = httpx2.AsyncClient(
-                headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=None,  # one limit, over all of it
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=None,  # one limit, over all of it
                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=self.config.concurrency),
-                trust_env=not _is_loopback(self.config.base_url))  # a proxy has no way to this machine's own ports
+                trust_env=not _is_loopback(self.config.base_url),
+            )  # a proxy has no way to this machine's own ports
         try:
             async with asyncio.timeout(limit):
-                response = await self._http.request(method, self.config.base_url + path, content=content,
-                                                    headers={"Content-Type": "application/json"})
+                response = await self._http.request(
+                    method, self.config.base_url + path, content=content, headers={"Content-Type": "application/json"}
+                )
             return response.status_code, response.headers, response.content
         except TimeoutError:
             raise Failed("timeout", f"no whole reply within {limit:g} s") from None
@@ -145,8 +149,10 @@ def _content(content: Any) -> Any:
     """Pictures as data URLs; everything else as it stands."""
     if isinstance(content, str):
         return content
-    return [{"type": "image_url", "image_url": {"url": data_url(part["image"])}} if part["type"] == "image" else part
-            for part in content]
+    return [
+        {"type": "image_url", "image_url": {"url": data_url(part["image"])}} if part["type"] == "image" else part
+        for part in content
+    ]
 
 
 def data_url(picture: Picture) -> str:
@@ -171,8 +177,10 @@ def read_completion(content: bytes, logprobs: bool) -> tuple[Reply, bool]:
         try:
             first = _first_word(choice["logprobs"]["content"])
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise Failed("no_logprobs", "the reply has no log-probs; serve the judge with them, or use a reward that "
-                                         "reads its words") from None
+            raise Failed(
+                "no_logprobs",
+                "the reply has no log-probs; serve the judge with them, or use a reward that reads its words",
+            ) from None
     if not text or not text.strip():
         if first:  # a bare special token, but with candidates
             return Reply(text or "", first=first), cut

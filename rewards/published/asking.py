@@ -24,8 +24,9 @@ def one_of(reward: str, option: str, value: Any, known: Sequence[str]) -> None:
         raise UserError(f"{reward}: no {option} '{value}'; {nearest(str(value), known)}")
 
 
-def column_or(trajectories: Sequence[Trajectory], column: str | None, value: str, reward: str,
-              known: Sequence[str]) -> list[str]:
+def column_or(
+    trajectories: Sequence[Trajectory], column: str | None, value: str, reward: str, known: Sequence[str]
+) -> list[str]:
     """What each record says in `column`, or `value` where no column is named.
 
     Raises:
@@ -37,8 +38,10 @@ def column_or(trajectories: Sequence[Trajectory], column: str | None, value: str
     for trajectory in trajectories:
         said = trajectory.record.get(column)
         if said not in known:
-            raise UserError(f"{reward}: the record of trajectory {trajectory.key} has {said!r} in column '{column}'; "
-                            f"{nearest(str(said), known)}")
+            raise UserError(
+                f"{reward}: the record of trajectory {trajectory.key} has {said!r} in column '{column}'; "
+                f"{nearest(str(said), known)}"
+            )
     return [trajectory.record[column] for trajectory in trajectories]
 
 
@@ -67,18 +70,30 @@ def verdicts(setting: Setting, reward: str, checks: Sequence[AnswerCheck | None]
     return [None if c is None else next(said) for c in checks]
 
 
-def settled(setting: Setting, reward: str, trajectories: Sequence[Trajectory], asked: Sequence[str | None],
-            known: Sequence[bool | None], gold: str, unread: bool | None = None) -> list[bool | None]:
+def settled(
+    setting: Setting,
+    reward: str,
+    trajectories: Sequence[Trajectory],
+    asked: Sequence[str | None],
+    known: Sequence[bool | None],
+    gold: str,
+    unread: bool | None = None,
+) -> list[bool | None]:
     """Whether each row's answer is right: what is `known` without asking, else the judge's word on `asked`.
 
     `unread` stands for a verdict that could not be had: None, or False in a release that pays it as wrong. A row that
     is neither known nor asked is None.
     """
     asking = [answer if right is None else None for answer, right in zip(asked, known, strict=True)]
-    said = verdicts(setting, reward, [None if answer is None else check(t, answer, gold)
-                                      for t, answer in zip(trajectories, asking, strict=True)])
-    return [right if right is not None else None if answer is None else unread if verdict is None else verdict
-            for right, answer, verdict in zip(known, asking, said, strict=True)]
+    said = verdicts(
+        setting,
+        reward,
+        [None if answer is None else check(t, answer, gold) for t, answer in zip(trajectories, asking, strict=True)],
+    )
+    return [
+        right if right is not None else None if answer is None else unread if verdict is None else verdict
+        for right, answer, verdict in zip(known, asking, said, strict=True)
+    ]
 
 
 def log_parts(parts: Sequence[dict[str, float] | None], log_metric: Any, log_extra: Any) -> None:

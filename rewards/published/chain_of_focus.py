@@ -65,8 +65,11 @@ def read(text: str, data_kind: DataKind, release: bool = False) -> Reading:
     one_of("chain_of_focus", "kind of data", data_kind, get_args(DataKind))
     found = blocks(text, "answer")
     answer = found[-1] if found else ""
-    formed = (balanced(text, "think", needed=True) and balanced(text, "answer", needed=True)
-              and len(answer.split()) <= TOO_MANY_WORDS)
+    formed = (
+        balanced(text, "think", needed=True)
+        and balanced(text, "answer", needed=True)
+        and len(answer.split()) <= TOO_MANY_WORDS
+    )
     return Reading(answer, formed and (release or bool(answer)), bool(answer) or (release and data_kind != "math"))
 
 
@@ -76,8 +79,9 @@ def score(reading: Reading, right: bool, accuracy: float = 0.9, format: float = 
     return {"total": accuracy * parts["accuracy"] + format * parts["format"], **parts}
 
 
-def replaced(zoomed: Sequence[bool], base: Sequence[float | None], table: Table = Table(),
-             alone_keeps: bool = False) -> list[float | None]:
+def replaced(
+    zoomed: Sequence[bool], base: Sequence[float | None], table: Table = Table(), alone_keeps: bool = False
+) -> list[float | None]:
     """The table at the top of this file over one group; None for a member without a base score.
 
     Args:
@@ -87,10 +91,13 @@ def replaced(zoomed: Sequence[bool], base: Sequence[float | None], table: Table 
     """
     if alone_keeps and len(base) == 1:
         return list(base)
-    direct_right = any(score is not None and score > RIGHT and not zoom
-                       for zoom, score in zip(zoomed, base, strict=True))
-    return [None if score is None else _replaced(zoom, score, direct_right, table)
-            for zoom, score in zip(zoomed, base, strict=True)]
+    direct_right = any(
+        score is not None and score > RIGHT and not zoom for zoom, score in zip(zoomed, base, strict=True)
+    )
+    return [
+        None if score is None else _replaced(zoom, score, direct_right, table)
+        for zoom, score in zip(zoomed, base, strict=True)
+    ]
 
 
 def _replaced(zoomed: bool, base: float, direct_right: bool, table: Table) -> float:
@@ -113,10 +120,19 @@ def advantages(scores: Sequence[float], epsilon: float = 1e-6) -> list[float]:
     return [(s - mean) / (deviation + epsilon) for s in scores]
 
 
-def chain_of_focus_base(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None,
-                        log_extra: Any = None, data_kind: DataKind = "perception", kind_column: str | None = None,
-                        variant: Variant = "repaired", gold: str = "ground_truth", accuracy: float = 0.9,
-                        format: float = 0.1, **columns: Any) -> list[float | None]:
+def chain_of_focus_base(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    data_kind: DataKind = "perception",
+    kind_column: str | None = None,
+    variant: Variant = "repaired",
+    gold: str = "ground_truth",
+    accuracy: float = 0.9,
+    format: float = 0.1,
+    **columns: Any,
+) -> list[float | None]:
     """0.9 accuracy + 0.1 format; None without a reference or a verdict.
 
     Args:
@@ -128,27 +144,53 @@ def chain_of_focus_base(trajectories: Sequence[Trajectory], setting: Setting, lo
     one_of("chain_of_focus", "variant", variant, get_args(Variant))
     release = variant == "release"
     kinds = column_or(trajectories, kind_column, data_kind, "chain_of_focus", get_args(DataKind))
-    readings = [None if gold_of(t, gold) is None
-                else read(transcript(t) if release else without_chat_marks(policy_text(t)),
-                          of, release)  # type: ignore[arg-type]
-                for t, of in zip(trajectories, kinds, strict=True)]
+    readings = [
+        None
+        if gold_of(t, gold) is None
+        else read(transcript(t) if release else without_chat_marks(policy_text(t)), of, release)  # type: ignore[arg-type]
+        for t, of in zip(trajectories, kinds, strict=True)
+    ]
     rule = same_reading if release else math_agrees
-    known = [None if reading is None else False if not reading.asks
-             else True if of == "math" and rule(reading.answer, gold_of(t, gold) or "") else None
-             for t, of, reading in zip(trajectories, kinds, readings, strict=True)]
-    right = settled(setting, "chain_of_focus", trajectories,
-                    [None if reading is None else reading.answer for reading in readings], known, gold,
-                    unread=False if release else None)
-    parts = [None if reading is None or correct is None else score(reading, correct, accuracy, format)
-             for reading, correct in zip(readings, right, strict=True)]
+    known = [
+        None
+        if reading is None
+        else False
+        if not reading.asks
+        else True
+        if of == "math" and rule(reading.answer, gold_of(t, gold) or "")
+        else None
+        for t, of, reading in zip(trajectories, kinds, readings, strict=True)
+    ]
+    right = settled(
+        setting,
+        "chain_of_focus",
+        trajectories,
+        [None if reading is None else reading.answer for reading in readings],
+        known,
+        gold,
+        unread=False if release else None,
+    )
+    parts = [
+        None if reading is None or correct is None else score(reading, correct, accuracy, format)
+        for reading, correct in zip(readings, right, strict=True)
+    ]
     log_parts(parts, log_metric, log_extra)
     return totals(parts)
 
 
-def chain_of_focus(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, log_extra: Any = None,
-                   data_kind: DataKind = "perception", kind_column: str | None = None, variant: Variant = "repaired",
-                   gold: str = "ground_truth", zoom_right: float = 0.8, zoom_wrong: float = 0.5,
-                   **columns: Any) -> list[float | None]:
+def chain_of_focus(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    data_kind: DataKind = "perception",
+    kind_column: str | None = None,
+    variant: Variant = "repaired",
+    gold: str = "ground_truth",
+    zoom_right: float = 0.8,
+    zoom_wrong: float = 0.5,
+    **columns: Any,
+) -> list[float | None]:
     """The group-aware score: it replaces chain_of_focus_base by the table over each group; None as there.
 
     Args:
@@ -163,8 +205,12 @@ def chain_of_focus(trajectories: Sequence[Trajectory], setting: Setting, log_met
         zoomed = [bool(tool_calls(t)) for t in trajectories]
     values: list[float | None] = [None] * len(trajectories)
     for rows in groups_of(trajectories):
-        scores = replaced([zoomed[i] for i in rows], [base[i] for i in rows],
-                          Table(zoom_right=zoom_right, zoom_wrong=zoom_wrong), alone_keeps=variant == "release")
+        scores = replaced(
+            [zoomed[i] for i in rows],
+            [base[i] for i in rows],
+            Table(zoom_right=zoom_right, zoom_wrong=zoom_wrong),
+            alone_keeps=variant == "release",
+        )
         for row, value in zip(rows, scores, strict=True):
             values[row] = value
     if log_metric is not None and trajectories:

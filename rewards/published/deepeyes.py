@@ -67,10 +67,15 @@ MATH_WEIGHTS = Weights(1.2, 0.4, 0.0)
 def score(reading: Reading, right: bool, weights: Weights = Weights()) -> dict[str, float]:
     """The formula at the top of this file: total, accuracy, format, tool."""
     accuracy = float(right and not reading.void)
-    parts = {"accuracy": accuracy, "format": 0.0 if reading.well_formed else -1.0,
-             "tool": float(reading.looked and accuracy > 0.5)}
-    return {"total": weights.accuracy * parts["accuracy"] + weights.format * parts["format"]
-            + weights.tool * parts["tool"], **parts}
+    parts = {
+        "accuracy": accuracy,
+        "format": 0.0 if reading.well_formed else -1.0,
+        "tool": float(reading.looked and accuracy > 0.5),
+    }
+    return {
+        "total": weights.accuracy * parts["accuracy"] + weights.format * parts["format"] + weights.tool * parts["tool"],
+        **parts,
+    }
 
 
 def read_release(text: str, kind: Kind) -> Reading:
@@ -110,10 +115,20 @@ def read(own: str, final: str, looked: bool, kind: Kind) -> Reading:
     return Reading(answer, balanced(own, "think") and balanced(tail, "answer") and usable, looked, asks=usable)
 
 
-def deepeyes(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, log_extra: Any = None,
-             kind: Kind = "vstar_chart", kind_column: str | None = None, variant: Variant = "repaired",
-             gold: str = "ground_truth", accuracy: float | None = None, format: float | None = None,
-             tool: float | None = None, **columns: Any) -> list[float | None]:
+def deepeyes(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    kind: Kind = "vstar_chart",
+    kind_column: str | None = None,
+    variant: Variant = "repaired",
+    gold: str = "ground_truth",
+    accuracy: float | None = None,
+    format: float | None = None,
+    tool: float | None = None,
+    **columns: Any,
+) -> list[float | None]:
     """0.8 accuracy + 0.2 format + 1.2 tool, for math 1.2 accuracy + 0.4 format; None without a reference or verdict.
 
     Args:
@@ -124,19 +139,38 @@ def deepeyes(trajectories: Sequence[Trajectory], setting: Setting, log_metric: A
     """
     one_of("deepeyes", "variant", variant, get_args(Variant))
     kinds = column_or(trajectories, kind_column, kind, "deepeyes", get_args(Kind))
-    readings = [None if gold_of(t, gold) is None else _read(t, of, variant)  # type: ignore[arg-type]
-                for t, of in zip(trajectories, kinds, strict=True)]
-    known = [None if reading is None else False if reading.void or not reading.asks
-             else _by_rule(reading.answer or "", gold_of(t, gold) or "", variant) if of == "math" else None
-             for t, of, reading in zip(trajectories, kinds, readings, strict=True)]
-    right = settled(setting, "deepeyes", trajectories,
-                    [None if reading is None else reading.answer or "" for reading in readings], known, gold,
-                    unread=False if variant == "release" else None)
+    readings = [
+        None if gold_of(t, gold) is None else _read(t, of, variant)  # type: ignore[arg-type]
+        for t, of in zip(trajectories, kinds, strict=True)
+    ]
+    known = [
+        None
+        if reading is None
+        else False
+        if reading.void or not reading.asks
+        else _by_rule(reading.answer or "", gold_of(t, gold) or "", variant)
+        if of == "math"
+        else None
+        for t, of, reading in zip(trajectories, kinds, readings, strict=True)
+    ]
+    right = settled(
+        setting,
+        "deepeyes",
+        trajectories,
+        [None if reading is None else reading.answer or "" for reading in readings],
+        known,
+        gold,
+        unread=False if variant == "release" else None,
+    )
     parts: list[dict[str, float] | None] = []
     for of, reading, correct in zip(kinds, readings, right, strict=True):
         usual = MATH_WEIGHTS if of == "math" else Weights()
-        weights = Weights(*(own if given is None else given for own, given in (
-            (usual.accuracy, accuracy), (usual.format, format), (usual.tool, tool))))
+        weights = Weights(
+            *(
+                own if given is None else given
+                for own, given in ((usual.accuracy, accuracy), (usual.format, format), (usual.tool, tool))
+            )
+        )
         parts.append(None if reading is None or correct is None else score(reading, correct, weights))
     log_parts(parts, log_metric, log_extra)
     return totals(parts)

@@ -38,8 +38,9 @@ class Reading:
     asks: bool
 
 
-def score(reading: Reading, right: bool, kind: Kind, accuracy: float = 0.8, format: float = 0.2,
-          searched: float = SEARCHED) -> dict[str, float]:
+def score(
+    reading: Reading, right: bool, kind: Kind, accuracy: float = 0.8, format: float = 0.2, searched: float = SEARCHED
+) -> dict[str, float]:
     """The formula at the top of this file: total, accuracy, format."""
     share = searched if kind == "search" and reading.searched else 1.0
     parts = {"accuracy": float(right and reading.asks), "format": float(reading.well_formed)}
@@ -57,15 +58,31 @@ def read(text: str, final: str, kind: Kind, release: bool = False) -> Reading:
     found = blocks(tail, "answer")
     answer = found[0] if found else None
     short = answer is None or len(answer) < TOO_LONG
-    formed = (balanced(text, "think", needed=True) and balanced(text, "code") and bool(answer) and short
-              and balanced(tail, "answer", needed=True) and (kind != "search" or balanced(text, "tool_call")))
+    formed = (
+        balanced(text, "think", needed=True)
+        and balanced(text, "code")
+        and bool(answer)
+        and short
+        and balanced(tail, "answer", needed=True)
+        and (kind != "search" or balanced(text, "tool_call"))
+    )
     return Reading(answer, formed, "<tool_call>" in text, short if release else bool(answer) and short)
 
 
-def deepeyes_v2(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, log_extra: Any = None,
-                kind: Kind = "perception", kind_column: str | None = None, variant: Variant = "repaired",
-                gold: str = "ground_truth", accuracy: float = 0.8, format: float = 0.2, searched: float = SEARCHED,
-                **columns: Any) -> list[float | None]:
+def deepeyes_v2(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    kind: Kind = "perception",
+    kind_column: str | None = None,
+    variant: Variant = "repaired",
+    gold: str = "ground_truth",
+    accuracy: float = 0.8,
+    format: float = 0.2,
+    searched: float = SEARCHED,
+    **columns: Any,
+) -> list[float | None]:
     """0.8 accuracy + 0.2 format, the accuracy at 90 % where a search thought called; None without reference or verdict.
 
     Args:
@@ -76,15 +93,23 @@ def deepeyes_v2(trajectories: Sequence[Trajectory], setting: Setting, log_metric
     """
     one_of("deepeyes_v2", "variant", variant, get_args(Variant))
     kinds = column_or(trajectories, kind_column, kind, "deepeyes_v2", get_args(Kind))
-    readings = [None if gold_of(t, gold) is None else _read(t, of, variant)  # type: ignore[arg-type]
-                for t, of in zip(trajectories, kinds, strict=True)]
-    right = settled(setting, "deepeyes_v2", trajectories,
-                    [None if reading is None else reading.answer or "" for reading in readings],
-                    [None if reading is None or reading.asks else False for reading in readings], gold,
-                    unread=False if variant == "release" else None)
-    parts = [None if reading is None or correct is None
-             else score(reading, correct, of, accuracy, format, searched)  # type: ignore[arg-type]
-             for of, reading, correct in zip(kinds, readings, right, strict=True)]
+    readings = [
+        None if gold_of(t, gold) is None else _read(t, of, variant)  # type: ignore[arg-type]
+        for t, of in zip(trajectories, kinds, strict=True)
+    ]
+    right = settled(
+        setting,
+        "deepeyes_v2",
+        trajectories,
+        [None if reading is None else reading.answer or "" for reading in readings],
+        [None if reading is None or reading.asks else False for reading in readings],
+        gold,
+        unread=False if variant == "release" else None,
+    )
+    parts = [
+        None if reading is None or correct is None else score(reading, correct, of, accuracy, format, searched)  # type: ignore[arg-type]
+        for of, reading, correct in zip(kinds, readings, right, strict=True)
+    ]
     log_parts(parts, log_metric, log_extra)
     return totals(parts)
 

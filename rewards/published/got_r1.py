@@ -35,11 +35,15 @@ _NUMBER = r"\d+(?:\.\d+)?"
 _POINT = rf"\s*({_NUMBER})\s*,\s*({_NUMBER})\s*"
 _CORNERS = re.compile(rf"[(\[]{_POINT}(?:[)\]]\s*,?\s*[(\[]|,){_POINT}[)\]]")
 # What leads up to the corners without being part of the name.
-_FILLING = re.compile(r"^(?:(?:a|an|the|and|with|one|another)\s+)+"
-                      r"|[\s:]+(?:(?:is|are|at|in|on|located|placed|positioned|box|the|region)[\s:]*)*$", re.IGNORECASE)
+_FILLING = re.compile(
+    r"^(?:(?:a|an|the|and|with|one|another)\s+)+"
+    r"|[\s:]+(?:(?:is|are|at|in|on|located|placed|positioned|box|the|region)[\s:]*)*$",
+    re.IGNORECASE,
+)
 
 
 # ---- the formulas ---------------------------------------------------------------------------------------------
+
 
 def total(prompt_image: float, semantic: float, spatial: float, reasoning_image: float) -> float:
     """R_PI * (R_sem + R_spa) * R_RI."""
@@ -68,7 +72,7 @@ def planned_boxes(text: str, names: Sequence[str] = ()) -> list[tuple[str, Box]]
     boxes: list[tuple[str, Box]] = []
     end = 0
     for match in _CORNERS.finditer(text):
-        words, end = text[end:match.start()], match.end()
+        words, end = text[end : match.start()], match.end()
         x0, y0, x1, y1 = (float(number) for number in match.groups())
         box = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
         name = _mentioned(words, names) if names else _FILLING.sub("", re.split(r"[.,;()\[\]]", words)[-1].strip())
@@ -79,15 +83,25 @@ def planned_boxes(text: str, names: Sequence[str] = ()) -> list[tuple[str, Box]]
 
 def _mentioned(words: str, names: Sequence[str]) -> str | None:
     """The name that ends last in `words`; the longest of those that end there."""
-    ends = [(match.end(), len(name), name) for name in names
-            for match in re.finditer(rf"\b{re.escape(name)}(?=s?\b)", words, re.IGNORECASE)]
+    ends = [
+        (match.end(), len(name), name)
+        for name in names
+        for match in re.finditer(rf"\b{re.escape(name)}(?=s?\b)", words, re.IGNORECASE)
+    ]
     return max(ends)[2] if ends else None
 
 
 # ---- the reward -----------------------------------------------------------------------------------------------
 
-def got_r1(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, frame: Frame = "thousand",
-           threshold: float = 0.3, **columns: Any) -> list[float | None]:
+
+def got_r1(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    frame: Frame = "thousand",
+    threshold: float = 0.3,
+    **columns: Any,
+) -> list[float | None]:
     """R_RI of the final picture against the boxes in all words of the policy before it; 0 without a plan or a picture.
 
     With a detector of fixed classes the record's own classes are the names (all that it knows, where the record has
@@ -125,5 +139,6 @@ def _plan(trajectory: Trajectory) -> str:
     """The policy's words before its last picture (all of them where it drew none)."""
     drawn = policy_pictures(trajectory)
     last = drawn[-1][0] if drawn else len(trajectory.segments)
-    return "\n".join(s.text for s in trajectory.segments[:last]
-                     if s.author is Author.POLICY and s.modality is Modality.TEXT)
+    return "\n".join(
+        s.text for s in trajectory.segments[:last] if s.author is Author.POLICY and s.modality is Modality.TEXT
+    )

@@ -37,6 +37,7 @@ Places = tuple[list[int], int | None]  # segments of the pictures, and of the ch
 
 # ---- the formulas ---------------------------------------------------------------------------------------------
 
+
 def segments(first_score: float, final_score: float, says_yes: bool) -> tuple[float, float, float]:
     """(draw, self-check, redraw), each in [0, 1]; their sum is the release's total."""
     return first_score, 1 - abs(first_score - float(says_yes)), final_score
@@ -46,7 +47,7 @@ def advantages(rewards: Sequence[float], group_size: int) -> list[float]:
     """Normalised within groups of `group_size` that stand next to each other."""
     normalised: list[float] = []
     for start in range(0, len(rewards), group_size):
-        group = list(rewards[start:start + group_size])
+        group = list(rewards[start : start + group_size])
         mean = statistics.fmean(group)
         spread = statistics.stdev(group) if len(group) > 1 else 0.0
         normalised += [(reward - mean) / (spread + EPSILON) for reward in group]
@@ -55,9 +56,16 @@ def advantages(rewards: Sequence[float], group_size: int) -> list[float]:
 
 # ---- the rewards ----------------------------------------------------------------------------------------------
 
-def janus_pro_r1(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None,
-                 credit: Credit = "segments", roles: Sequence[str] = ROLES, question: str = QUESTION,
-                 **columns: Any) -> list[float | dict[int, float] | None]:
+
+def janus_pro_r1(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    credit: Credit = "segments",
+    roles: Sequence[str] = ROLES,
+    question: str = QUESTION,
+    **columns: Any,
+) -> list[float | dict[int, float] | None]:
     """Draw, self-check and redraw of each thought, the pictures scored by the recipe's judge.
 
     The first picture, the first segment in one of `roles` after it, and the last picture; a thought with one picture
@@ -76,28 +84,46 @@ def janus_pro_r1(trajectories: Sequence[Trajectory], setting: Setting, log_metri
         return []
     places = [_places(t, roles) for t in trajectories]
     asked = _ends(places)
-    questions = [Question.of(question.format(prompt=trajectories[row].prompt), (_picture(trajectories, row, index),))
-                 for row, index in asked]
+    questions = [
+        Question.of(question.format(prompt=trajectories[row].prompt), (_picture(trajectories, row, index),))
+        for row, index in asked
+    ]
     said = setting.judge_for("janus_pro_r1").yes_probability(questions) if questions else []
     return _paid(trajectories, places, dict(zip(asked, said, strict=True)), setting.task, credit, log_metric)
 
 
-def janus_pro_r1_geneval(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None,
-                         credit: Credit = "segments", roles: Sequence[str] = ROLES,
-                         **columns: Any) -> list[float | dict[int, float] | None]:
+def janus_pro_r1_geneval(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    credit: Credit = "segments",
+    roles: Sequence[str] = ROLES,
+    **columns: Any,
+) -> list[float | dict[int, float] | None]:
     """The same with GenEval's graded score, of the recipe's detector, in place of the judge's probability; None where
     the record has no `include`. Options: see janus_pro_r1."""
     one_of("janus_pro_r1_geneval", "credit", credit, get_args(Credit))
     places = [_places(t, roles) for t in trajectories]
     asked = [(row, index) for row, index in _ends(places) if classes_of(trajectories[row].record)]
-    graded = score_pictures([_picture(trajectories, row, index) for row, index in asked],
-                            [trajectories[row].record for row, _ in asked], setting, "graded", "janus_pro_r1_geneval")
+    graded = score_pictures(
+        [_picture(trajectories, row, index) for row, index in asked],
+        [trajectories[row].record for row, _ in asked],
+        setting,
+        "graded",
+        "janus_pro_r1_geneval",
+    )
     scores: dict[tuple[int, int], float | None] = dict(zip(asked, (float(s) for s, _ in graded), strict=True))
     return _paid(trajectories, places, scores, setting.task, credit, log_metric)
 
 
-def _paid(trajectories: Sequence[Trajectory], places: Sequence[Places], scores: dict[tuple[int, int], float | None],
-          task: Any, credit: Credit, log_metric: Any) -> list[float | dict[int, float] | None]:
+def _paid(
+    trajectories: Sequence[Trajectory],
+    places: Sequence[Places],
+    scores: dict[tuple[int, int], float | None],
+    task: Any,
+    credit: Credit,
+    log_metric: Any,
+) -> list[float | dict[int, float] | None]:
     """The three rewards by thought; `scores` is p by (thought, segment)."""
     rows: list[float | dict[int, float] | None] = []
     checks: list[bool] = []
@@ -136,8 +162,9 @@ def _places(trajectory: Trajectory, roles: Sequence[str]) -> Places:
     """Segments of the policy's pictures, and of the first check after the first of them."""
     own = [(index, s) for index, s in enumerate(trajectory.segments) if s.author is Author.POLICY]
     drawn = [index for index, s in own if s.picture is not None]
-    checks = [index for index, s in own if s.role in roles and s.modality is Modality.TEXT and drawn
-              and index > drawn[0]]
+    checks = [
+        index for index, s in own if s.role in roles and s.modality is Modality.TEXT and drawn and index > drawn[0]
+    ]
     return drawn, checks[0] if checks else None
 
 

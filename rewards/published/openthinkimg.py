@@ -31,6 +31,7 @@ _WORDED = ("thought", "thoughts", "actions")
 
 # ---- the repaired reading -------------------------------------------------------------------------------------------
 
+
 def object_in(turn: str) -> dict[str, Any] | None:
     """The first readable JSON object in a turn, words around it or not."""
     decoder = json.JSONDecoder()
@@ -68,6 +69,7 @@ def same(answer: str, gold: str) -> bool | None:
 
 
 # ---- the release's ---------------------------------------------------------------------------------------------------
+
 
 def _nested(opening: str, closing: str, depth: int = DEPTH) -> str:
     """Pattern of a balanced bracket of at most so many levels."""
@@ -135,9 +137,18 @@ def _verified_release(answer: Any, gold: str) -> bool:
 
 # ---- the reward ------------------------------------------------------------------------------------------------------
 
-def openthinkimg(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: Any = None,
-                 log_extra: Any = None, variant: Variant = "repaired", gold: str = "ground_truth",
-                 accuracy: float = 1.0, format: float = 0.0, **columns: Any) -> list[float | None]:
+
+def openthinkimg(
+    trajectories: Sequence[Trajectory],
+    setting: Any = None,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    variant: Variant = "repaired",
+    gold: str = "ground_truth",
+    accuracy: float = 1.0,
+    format: float = 0.0,
+    **columns: Any,
+) -> list[float | None]:
     """Accuracy in {0, 1} plus, if switched on, the share of well-formed turns; None without a reference.
 
     A turn is what the policy wrote between two answers of the environment.

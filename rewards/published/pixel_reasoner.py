@@ -42,6 +42,7 @@ DIFFICULTIES = (1 / 8, 3 / 8, 6 / 8, 1.0)
 
 # ---- shaping ----------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Shaping:
     """The paper's constants."""
@@ -75,8 +76,16 @@ class Sample:
     last_call_failed: bool = False
 
 
-def shaped_official(sample: Sample, rate: float, failed: bool, target: float = 0.3, scale: float = 0.25,
-                    video: float = 1.5, pictures: float = 2.0, step: float = 0.05) -> dict[str, float]:
+def shaped_official(
+    sample: Sample,
+    rate: float,
+    failed: bool,
+    target: float = 0.3,
+    scale: float = 0.25,
+    video: float = 1.5,
+    pictures: float = 2.0,
+    step: float = 0.05,
+) -> dict[str, float]:
     """The official release's formula for one thought. `failed`: the flag it goes by, which need not be its own."""
     correct = 0.0 if failed and sample.correct > 0.5 else sample.correct
     curiosity = penalty = 0.0
@@ -106,12 +115,19 @@ def shape_official(groups: Sequence[Sequence[Sample]]) -> list[Group]:
         mean = math.fsum(row["total"] for row in rows) / len(rows)
         deviation = math.fsum(abs(row["total"] - mean) for row in rows) / len(rows)
         right = math.fsum(sample.correct for sample in group) / len(group)
-        shaped_groups.append(Group(rows, sum(right >= bound for bound in DIFFICULTIES),
-                                   any(s.correct > 0.5 and s.calls == 0 for s in group), deviation < 0.01))
+        shaped_groups.append(
+            Group(
+                rows,
+                sum(right >= bound for bound in DIFFICULTIES),
+                any(s.correct > 0.5 and s.calls == 0 for s in group),
+                deviation < 0.01,
+            )
+        )
     return shaped_groups
 
 
 # ---- accuracy ---------------------------------------------------------------------------------------------------
+
 
 def accuracy(text: str, golds: Sequence[str]) -> float | None:
     r"""1 if the last \boxed{} of the policy's words agrees with any reference, else 0, also without a box; None where
@@ -185,11 +201,11 @@ def accuracy_official(text: str, gold: str | Sequence[str]) -> float:
         golds.insert(0, percent)
     text, result = text.lower(), 0.0
     for one in golds:
-        tail = "\\" + text[text.rindex("boxed"):]
+        tail = "\\" + text[text.rindex("boxed") :]
         result = _official(tail, one)
         if result > 0.5:
             break
-        if "," in one and all(part.strip() in tail for part in one[len("\\boxed{"):-1].split(",")):
+        if "," in one and all(part.strip() in tail for part in one[len("\\boxed{") : -1].split(",")):
             return 1.0
     return result
 
@@ -205,11 +221,23 @@ def _official(tail: str, gold: str) -> float:
 
 # ---- the reward -------------------------------------------------------------------------------------------------
 
-def pixel_reasoner(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: Any = None,
-                   log_extra: Any = None, variant: Variant = "paper", gold: str = "ground_truth",
-                   video: str = "is_video", rate: float = 0.3, free: int = 1, alpha: float = 0.5, beta: float = 0.05,
-                   rate_over: RateOver = "group", failed_call_voids: bool = False,
-                   **columns: Any) -> list[float | None]:
+
+def pixel_reasoner(
+    trajectories: Sequence[Trajectory],
+    setting: Any = None,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    variant: Variant = "paper",
+    gold: str = "ground_truth",
+    video: str = "is_video",
+    rate: float = 0.3,
+    free: int = 1,
+    alpha: float = 0.5,
+    beta: float = 0.05,
+    rate_over: RateOver = "group",
+    failed_call_voids: bool = False,
+    **columns: Any,
+) -> list[float | None]:
     """The shaped reward at the top of this file; None without a reference or where the rule ran out of time.
 
     Logs rate, accuracy, curiosity and penalty; the rate is over the same operations and thoughts as the formula's.
@@ -235,8 +263,13 @@ def pixel_reasoner(trajectories: Sequence[Trajectory], setting: Any = None, log_
     groups = [rows for rows in groups if rows]
     parts: list[dict[str, float] | None] = [None] * len(trajectories)
     if variant == "release_official":
-        samples = [[Sample(correct[i] or 0.0, operations[i], _is_video(trajectories[i], video), _last_failed(calls[i]))
-                    for i in rows] for rows in groups]
+        samples = [
+            [
+                Sample(correct[i] or 0.0, operations[i], _is_video(trajectories[i], video), _last_failed(calls[i]))
+                for i in rows
+            ]
+            for rows in groups
+        ]
         for rows, group in zip(groups, shape_official(samples), strict=True):
             for i, shaped_sample in zip(rows, group.samples, strict=True):
                 parts[i] = shaped_sample
@@ -264,8 +297,10 @@ def _correct(trajectory: Trajectory, golds: list[str], variant: Variant) -> floa
     try:
         return accuracy_official(transcript(trajectory), gold)
     except ValueError:
-        raise RewardError(f"pixel_reasoner: trajectory {trajectory.key} has no boxed answer, at which release_official "
-                          f"stops; variant: paper takes it for wrong") from None
+        raise RewardError(
+            f"pixel_reasoner: trajectory {trajectory.key} has no boxed answer, at which release_official "
+            f"stops; variant: paper takes it for wrong"
+        ) from None
 
 
 def _last_failed(calls: Sequence[ToolCall]) -> bool:

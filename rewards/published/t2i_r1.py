@@ -54,14 +54,25 @@ BELOW = ("on the bottom of", "below", "bottom of", "under", "beneath")
 ABOVE = ("on the top of", "top of", "above", "on top of", "over")
 RELATIONS = (*NEAR, *LEFT, *RIGHT, *BELOW, *ABOVE)
 # The wordings that reach a branch of the release; it pays no other.
-_RELEASED = ("near", "next to", "on side of", "on the left of", "left of", "on the right of", "right of",
-             "on the bottom of", "below", "on the top of", "top of")
+_RELEASED = (
+    "near",
+    "next to",
+    "on side of",
+    "on the left of",
+    "left of",
+    "on the right of",
+    "right of",
+    "on the bottom of",
+    "below",
+    "on the top of",
+    "top of",
+)
 
 
 # ---- the formulas ---------------------------------------------------------------------------------------------
 
-def relation(first: Box, second: Box, name: str, image_size: Sequence[float],
-             variant: Variant = "repaired") -> float:
+
+def relation(first: Box, second: Box, name: str, image_size: Sequence[float], variant: Variant = "repaired") -> float:
     """How well `first` stands in the relation to `second`, in [0, 1].
 
     Args:
@@ -90,8 +101,9 @@ def relation(first: Box, second: Box, name: str, image_size: Sequence[float],
     return 1.0 if overlap < OVERLAP else OVERLAP / overlap
 
 
-def spatial(found: Boxes, object_1: str, object_2: str, name: str, image_size: Sequence[float],
-            variant: Variant = "repaired") -> float:
+def spatial(
+    found: Boxes, object_1: str, object_2: str, name: str, image_size: Sequence[float], variant: Variant = "repaired"
+) -> float:
     """In [0, 0.9]: both objects and their relation."""
     if object_1 == object_2:
         return 0.0
@@ -131,8 +143,13 @@ def objects_share(found: Boxes, objects: Sequence[str]) -> float:
     return sum(len(found.get(name, ((), ()))[0]) > 0 for name in objects) / len(objects) if objects else 1.0
 
 
-def yes_share(logits: Mapping[str, Mapping[str, float]], task: str, phrases: Sequence[str] | None,
-              objects: Sequence[str], variant: Variant = "repaired") -> float | None:
+def yes_share(
+    logits: Mapping[str, Mapping[str, float]],
+    task: str,
+    phrases: Sequence[str] | None,
+    objects: Sequence[str],
+    variant: Variant = "repaired",
+) -> float | None:
     """In [0, 1]: mean of yes / (yes + no) over the phrases, or over the objects where there are none; 1 of nothing.
 
     Args:
@@ -150,8 +167,14 @@ def yes_share(logits: Mapping[str, Mapping[str, float]], task: str, phrases: Seq
 
 # ---- the rewards ----------------------------------------------------------------------------------------------
 
-def t2i_r1_detector(trajectories: Sequence[Trajectory], setting: Setting, variant: Variant = "repaired",
-                    threshold: float = 0.3, **columns: Any) -> list[float | None]:
+
+def t2i_r1_detector(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    variant: Variant = "repaired",
+    threshold: float = 0.3,
+    **columns: Any,
+) -> list[float | None]:
     """The detector's part on the final picture: spatial, numeracy or objects, as the record says; 0 without a picture.
 
     A record names `object_1`, `object_2` and `relation`, or `counts` [{object, count}], or `objects`; one in GenEval's
@@ -164,8 +187,10 @@ def t2i_r1_detector(trajectories: Sequence[Trajectory], setting: Setting, varian
     one_of("t2i_r1_detector", "variant", variant, get_args(Variant))
     asked = [wanted(t.record) for t in trajectories]
     if variant == "repaired":
-        asked = [want if want is None or want.get("relation", "near").strip().lower() in RELATIONS else None
-                 for want in asked]
+        asked = [
+            want if want is None or want.get("relation", "near").strip().lower() in RELATIONS else None
+            for want in asked
+        ]
     drawn = [policy_pictures(t) for t in trajectories]
     rows = [row for row, want in enumerate(asked) if want is not None and drawn[row]]
     detector = setting.detector_for("t2i_r1_detector")
@@ -176,8 +201,9 @@ def t2i_r1_detector(trajectories: Sequence[Trajectory], setting: Setting, varian
     values: list[float | None] = [None if want is None else 0.0 for want in asked]
     seen = detector.detect(pictures, phrases, [{} for _ in rows])
     for row, picture, found in zip(rows, pictures, seen, strict=True):
-        values[row] = _judged(asked[row] or {}, _shares(found, picture.shape, threshold),
-                              (picture.shape[1], picture.shape[0]), variant)
+        values[row] = _judged(
+            asked[row] or {}, _shares(found, picture.shape, threshold), (picture.shape[1], picture.shape[0]), variant
+        )
     return values
 
 
@@ -222,14 +248,23 @@ def _shares(found: Mapping[str, Sequence[Detected]], shape: Sequence[int], thres
     boxes = {}
     for name, items in found.items():
         sure = [item for item in items if item.score > threshold]
-        boxes[name] = ([((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height)
-                        for x0, y0, x1, y1 in (item.box for item in sure)], [item.score for item in sure])
+        boxes[name] = (
+            [
+                ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height)
+                for x0, y0, x1, y1 in (item.box for item in sure)
+            ],
+            [item.score for item in sure],
+        )
     return boxes
 
 
-def t2i_r1_yes(trajectories: Sequence[Trajectory], setting: Setting, variant: Variant = "repaired",
-               question: str = "Does the picture show {phrase}? Answer with yes or no.",
-               **columns: Any) -> list[float | None]:
+def t2i_r1_yes(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    variant: Variant = "repaired",
+    question: str = "Does the picture show {phrase}? Answer with yes or no.",
+    **columns: Any,
+) -> list[float | None]:
     """The captioner's part on the final picture, asked of the recipe's judge; 0 without a picture.
 
     A record names `task`, `phrases` (with their attributes) and `objects`; None where the task is spatial or numeracy

@@ -31,10 +31,21 @@ Variant = Literal["paper", "release"]
 
 TAIL = 500  # characters of the thinking, from its end, that the judge of consistency sees
 _FORM = re.compile(r"(?:(?!</think>).)*</think>\s<answer>(?:(?!</answer>).)*</answer>", re.DOTALL)
-_OPENINGS = ("The best answer is", "The correct answer is", "The answer is", "The answer: ", "Answer: ",
-             "The best option is", "The correct option is", "Best answer:", "Best option:")
-_UNITS = re.compile(r"\b(?:degree|centimeter|cm|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard|"
-                    r"liter)(?:es)?s?\b")
+_OPENINGS = (
+    "The best answer is",
+    "The correct answer is",
+    "The answer is",
+    "The answer: ",
+    "Answer: ",
+    "The best option is",
+    "The correct option is",
+    "Best answer:",
+    "Best option:",
+)
+_UNITS = re.compile(
+    r"\b(?:degree|centimeter|cm|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard|"
+    r"liter)(?:es)?s?\b"
+)
 
 
 @dataclass(frozen=True)
@@ -77,22 +88,36 @@ def score_release(reading: Reading, right: bool | None, consistent: bool | None)
     """Result, consistency and format added up; `right` and `consistent` None: the judge could not be read."""
     result = 0.0 if not reading.answer or right is None else 1.0 if right else -1.0
     before = 0.5 if consistent and reading.answer else 0.0
-    parts = {"format": 0.5 if reading.well_formed else 0.0, "result": result,
-             "consistency": before if result > 0 else 0.0, "consistency_before_gate": before}
+    parts = {
+        "format": 0.5 if reading.well_formed else 0.0,
+        "result": result,
+        "consistency": before if result > 0 else 0.0,
+        "consistency_before_gate": before,
+    }
     return {"total": parts["format"] + parts["result"] + parts["consistency"], **parts}
 
 
-def score(reading: Reading, right: bool, consistent: bool, consistency: float = 0.5, format: float = 0.5,
-          wrong: float = 0.0) -> dict[str, float]:
+def score(
+    reading: Reading, right: bool, consistent: bool, consistency: float = 0.5, format: float = 0.5, wrong: float = 0.0
+) -> dict[str, float]:
     """The paper's formula: result (1 + 0.5 consistency) + 0.5 format, where only a right result is multiplied."""
     result = 1.0 if right and reading.answer else wrong
     parts = {"result": result, "consistency": float(consistent and result > 0), "format": float(reading.well_formed)}
     return {"total": result * (1 + consistency * parts["consistency"]) + format * parts["format"], **parts}
 
 
-def thyme(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, log_extra: Any = None,
-          variant: Variant = "paper", gold: str = "ground_truth", consistency: float = 0.5, format: float = 0.5,
-          wrong: float = 0.0, **columns: Any) -> list[float | None]:
+def thyme(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    variant: Variant = "paper",
+    gold: str = "ground_truth",
+    consistency: float = 0.5,
+    format: float = 0.5,
+    wrong: float = 0.0,
+    **columns: Any,
+) -> list[float | None]:
     """result (1 + 0.5 consistency) + 0.5 format; None without a reference or where a verdict that counts is missing.
 
     Args:
@@ -103,18 +128,40 @@ def thyme(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any 
     one_of("thyme", "variant", variant, get_args(Variant))
     release = variant == "release"
     golds = [gold_of(t, gold) for t in trajectories]
-    readings = [None if reference is None else
-                read(transcript(t, picture="<image>") if release else without_chat_marks(policy_text(t), strip=False))
-                for t, reference in zip(trajectories, golds, strict=True)]
+    readings = [
+        None
+        if reference is None
+        else read(transcript(t, picture="<image>") if release else without_chat_marks(policy_text(t), strip=False))
+        for t, reference in zip(trajectories, golds, strict=True)
+    ]
     rule = by_rule if release else _by_rule
-    known = [None if reading is None or reference is None else False if not reading.answer
-             else True if rule(reading.answer, reference) else None
-             for reading, reference in zip(readings, golds, strict=True)]
-    right = settled(setting, "thyme", trajectories,
-                    [None if reading is None else reading.answer for reading in readings], known, gold)
-    agree = flags(setting, "thyme", [
-        _question(reading) if reading is not None and reading.answer and correct else None
-        for reading, correct in zip(readings, right, strict=True)], "Consistency")
+    known = [
+        None
+        if reading is None or reference is None
+        else False
+        if not reading.answer
+        else True
+        if rule(reading.answer, reference)
+        else None
+        for reading, reference in zip(readings, golds, strict=True)
+    ]
+    right = settled(
+        setting,
+        "thyme",
+        trajectories,
+        [None if reading is None else reading.answer for reading in readings],
+        known,
+        gold,
+    )
+    agree = flags(
+        setting,
+        "thyme",
+        [
+            _question(reading) if reading is not None and reading.answer and correct else None
+            for reading, correct in zip(readings, right, strict=True)
+        ],
+        "Consistency",
+    )
     parts: list[dict[str, float] | None] = []
     for reading, correct, consistent in zip(readings, right, agree, strict=True):
         if reading is None:
@@ -141,7 +188,8 @@ def _question(reading: Reading) -> Question:
         "Below are the end of someone's reasoning and the answer that they gave after it. Decide only whether the "
         "answer is the one that the reasoning arrives at; whether it is true does not matter.\n\n"
         f"Reasoning:\n{reading.thinking[-TAIL:]}\n\nAnswer:\n{reading.answer}\n\n"
-        'Reply with one JSON object and nothing else: {"Consistency": 1} if it is, {"Consistency": 0} if it is not.')
+        'Reply with one JSON object and nothing else: {"Consistency": 1} if it is, {"Consistency": 0} if it is not.'
+    )
 
 
 def _bare(text: str) -> str:
@@ -157,5 +205,5 @@ def _behind_last_verb(text: str) -> str:
     for mark in ("answer:", "answer is", "be ", "is ", "are ", "=", ": ", "get "):
         place = text.lower().rfind(mark)
         if place != -1:
-            text = text[place + len(mark):].strip()
+            text = text[place + len(mark) :].strip()
     return text

@@ -38,6 +38,7 @@ def tool_gain(right_without: bool, right_with: bool, gain: float = 1.0, loss: fl
 
 # ---- the repaired reading -------------------------------------------------------------------------------------------
 
+
 def read_tools(text: str, number: int = TOOLS) -> tuple[list[int], bool]:
     """The tools that the last answer block names, each once, in order, and whether it is a well-formed selection.
 
@@ -59,6 +60,7 @@ def final_answer(reply: str) -> str:
 
 
 # ---- the release's ---------------------------------------------------------------------------------------------------
+
 
 def read_tools_release(text: str, number: int = TOOLS) -> list[int] | None:
     """What follows the first "assistant" up to a blank line, or all; therein the first answer block, else the first
@@ -87,8 +89,9 @@ def relaxed_match_release(prediction: str, gold: str) -> bool:
     if wanted.replace(".", "").isdigit():  # everything but digits and points inside a number goes, the sign too
         said = re.sub(r"\.(?!\d)", "", "".join(c for c in said if c.isdigit() or c == "."))
     if wanted.endswith("]"):
-        return sorted(re.sub(r"[\[\]]", "", wanted).split(", ")) == \
-            sorted(item.strip() for item in re.split(" and |, ", said))
+        return sorted(re.sub(r"[\[\]]", "", wanted).split(", ")) == sorted(
+            item.strip() for item in re.split(" and |, ", said)
+        )
     try:
         target = _number(wanted)
     except ValueError:
@@ -134,10 +137,23 @@ def _ratio(text: str) -> float:
 
 # ---- the reward ------------------------------------------------------------------------------------------------------
 
-def vista(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, log_extra: Any = None,
-          variant: Variant = "repaired", gold: str = "ground_truth", without: str = "answer_without_tools",
-          with_tools: str = "answers_with_tools", outputs: str = "tool_outputs", gain: float = 1.0, loss: float = -0.5,
-          format: float = 0.0, tools: int = TOOLS, **columns: Any) -> list[float | None]:
+
+def vista(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    variant: Variant = "repaired",
+    gold: str = "ground_truth",
+    without: str = "answer_without_tools",
+    with_tools: str = "answers_with_tools",
+    outputs: str = "tool_outputs",
+    gain: float = 1.0,
+    loss: float = -0.5,
+    format: float = 0.0,
+    tools: int = TOOLS,
+    **columns: Any,
+) -> list[float | None]:
     """1, -0.5 or 0 by whether the tools that the policy picked help a frozen model; None without a reference or where
     it did not answer.
 
@@ -169,9 +185,15 @@ def vista(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any 
             rows.append(None)
             continue
         pay = tool_gain(right[0], right[1], gain, loss) if right is not None else 0.0
-        rows.append({"total": pay + format * formed, "right_without": float(right is not None and right[0]),
-                     "right_with": float(right is not None and right[1]), "format": float(formed),
-                     "tools": float(len(pick))})
+        rows.append(
+            {
+                "total": pay + format * formed,
+                "right_without": float(right is not None and right[0]),
+                "right_with": float(right is not None and right[1]),
+                "format": float(formed),
+                "tools": float(len(pick)),
+            }
+        )
     log_parts(rows, log_metric, log_extra)
     return [None if row is None else row["total"] for row in rows]
 
@@ -192,13 +214,23 @@ def relaxed_or_listed(answer: str, gold: str) -> float:
     """ChartQA's relaxed accuracy; a reference "[red, green]" is met by the same items in any order."""
     if not (gold.strip().startswith("[") and gold.strip().endswith("]")):
         return relaxed(answer, gold)
-    wanted, said = (sorted(item.strip().lower() for item in re.split(r"\s+and\s+|,", text.strip().strip("[]")) if item)
-                    for text in (gold, answer))
+    wanted, said = (
+        sorted(item.strip().lower() for item in re.split(r"\s+and\s+|,", text.strip().strip("[]")) if item)
+        for text in (gold, answer)
+    )
     return float(wanted == said)
 
 
-def _replies(trajectories: Sequence[Trajectory], picks: Sequence[list[int]], setting: Setting, gold: str, without: str,
-             with_tools: str, outputs: str, variant: Variant) -> list[tuple[str | None, str | None]]:
+def _replies(
+    trajectories: Sequence[Trajectory],
+    picks: Sequence[list[int]],
+    setting: Setting,
+    gold: str,
+    without: str,
+    with_tools: str,
+    outputs: str,
+    variant: Variant,
+) -> list[tuple[str | None, str | None]]:
     """The frozen model's replies without and with the picked tools."""
     places: list[tuple[int, int]] = []
     questions: list[Question] = []
@@ -228,13 +260,16 @@ def _outputs(t: Trajectory, pick: Sequence[int], column: str) -> list[str]:
         return []
     known = t.record.get(column)
     if not isinstance(known, dict):
-        raise RewardError(f"vista: the record of '{t.prompt}' has no '{column}' {{tool: its output}} and no reply of "
-                          f"the frozen model with the tools {pick}")
+        raise RewardError(
+            f"vista: the record of '{t.prompt}' has no '{column}' {{tool: its output}} and no reply of "
+            f"the frozen model with the tools {pick}"
+        )
     return [str(known[str(tool)]) for tool in sorted(pick) if str(tool) in known]
 
 
 def _question(t: Trajectory, told: Sequence[str]) -> Question:
     shown = [s.picture for s in t.segments if s.author is Author.USER and s.picture is not None]
     hints = "\n\nWhat other programs read in the chart:\n" + "\n\n".join(told) if told else ""
-    return Question.of(f"{question_of(t)}{hints}\n\nGive your final answer inside <answer></answer>, as briefly as "
-                       f"possible.", shown)
+    return Question.of(
+        f"{question_of(t)}{hints}\n\nGive your final answer inside <answer></answer>, as briefly as possible.", shown
+    )

@@ -61,6 +61,7 @@ def other_kind(text: str, kind: str, task: Task) -> bool:
 
 # ---- the repaired rule ----------------------------------------------------------------------------------------------
 
+
 def faults_in(text: str) -> set[str] | None:
     """The faults in quotes inside the problem block; None without one."""
     found = blocks(text, "problem")
@@ -75,8 +76,15 @@ def fault_score(said: set[str] | None, gold: set[str]) -> float:
     return 1.0 if said == gold else 0.5 if half else 0.0
 
 
-def accuracy(text: str, gold: str, task: Task, ran: bool | None = None, similarity: Similarity | None = None,
-             code_pay: float = CODE_PAY, least: float = LEAST_SIMILARITY) -> float | None:
+def accuracy(
+    text: str,
+    gold: str,
+    task: Task,
+    ran: bool | None = None,
+    similarity: Similarity | None = None,
+    code_pay: float = CODE_PAY,
+    least: float = LEAST_SIMILARITY,
+) -> float | None:
     """The repaired accuracy of one step.
 
     Args:
@@ -107,6 +115,7 @@ def accuracy(text: str, gold: str, task: Task, ran: bool | None = None, similari
 
 # ---- the release's ---------------------------------------------------------------------------------------------------
 
+
 def f1_release(prediction: str, gold: str) -> float:
     """F1 in which shared words count once and lengths with repeats."""
     said, wanted = normalised(prediction).split(), normalised(gold).split()
@@ -117,8 +126,14 @@ def f1_release(prediction: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def score_release(text: str, gold: str, task: Task, similarity: Similarity | None = None,
-                  code_pay: float = CODE_PAY, least: float = LEAST_SIMILARITY) -> dict[str, float]:
+def score_release(
+    text: str,
+    gold: str,
+    task: Task,
+    similarity: Similarity | None = None,
+    code_pay: float = CODE_PAY,
+    least: float = LEAST_SIMILARITY,
+) -> dict[str, float]:
     """total, accuracy and format as the release gives them."""
     kind = kind_of(gold, task)
     right = 0.0
@@ -167,10 +182,22 @@ def _fault_score_release(said: list[str], gold: list[str]) -> float:
 
 # ---- the reward ------------------------------------------------------------------------------------------------------
 
-def visual_arft(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: Any = None, log_extra: Any = None,
-                task: Task = "code", variant: Variant = "repaired", gold: str = "ground_truth", encoder: str = MINILM,
-                download: bool = False, device: str = "cpu", code_pay: float = CODE_PAY,
-                least: float = LEAST_SIMILARITY, **columns: Any) -> list[float | None]:
+
+def visual_arft(
+    trajectories: Sequence[Trajectory],
+    setting: Any = None,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    task: Task = "code",
+    variant: Variant = "repaired",
+    gold: str = "ground_truth",
+    encoder: str = MINILM,
+    download: bool = False,
+    device: str = "cpu",
+    code_pay: float = CODE_PAY,
+    least: float = LEAST_SIMILARITY,
+    **columns: Any,
+) -> list[float | None]:
     """Accuracy plus format of one step, in [0, 2]; None without a reference, or for code that nobody ran.
 
     The step is the policy's last turn that opens a block of the kind that the reference asks for, or its last turn;
@@ -187,8 +214,9 @@ def visual_arft(trajectories: Sequence[Trajectory], setting: Any = None, log_met
     one_of("visual_arft", "variant", variant, get_args(Variant))
     one_of("visual_arft", "task", task, get_args(Task))
     if code_pay < 0 or not -1 <= least <= 1:
-        raise UserError(f"visual_arft: code_pay is {code_pay} and least {least}; code_pay is at least 0, least a "
-                        f"cosine")
+        raise UserError(
+            f"visual_arft: code_pay is {code_pay} and least {least}; code_pay is at least 0, least a cosine"
+        )
 
     def similarity(said: str, wanted: str) -> float:
         return sentence_encoder(encoder, download, device, "visual_arft.encoder").similarities([(said, wanted)])[0]
@@ -201,8 +229,10 @@ def visual_arft(trajectories: Sequence[Trajectory], setting: Any = None, log_met
             continue
         kind = kind_of(str(reference), task)
         if kind is None:
-            raise RewardError(f"visual_arft: the reference of '{t.prompt}' in '{gold}' has none of the tags "
-                              f"{', '.join(KINDS[task])} of the task '{task}': {str(reference)[:80]!r}")
+            raise RewardError(
+                f"visual_arft: the reference of '{t.prompt}' in '{gold}' has none of the tags "
+                f"{', '.join(KINDS[task])} of the task '{task}': {str(reference)[:80]!r}"
+            )
         text = _step(t, kind, variant)
         if variant == "release":
             rows.append(score_release(text, reference, task, similarity, code_pay, least))
@@ -226,5 +256,5 @@ def _step(t: Trajectory, kind: str, variant: Variant) -> str:
 def _ran(t: Trajectory, kind: str) -> bool | None:
     """Whether the last code of the thought ran without an error; None where the environment said nothing to it."""
     calls = tool_calls(t) if kind == "code" else []
-    answered = any(s.author is Author.ENVIRONMENT for s in t.segments[calls[-1].segment:]) if calls else False
+    answered = any(s.author is Author.ENVIRONMENT for s in t.segments[calls[-1].segment :]) if calls else False
     return calls[-1].ok if answered else None

@@ -37,6 +37,7 @@ TAGS = ("think", "tool_call", "answer")
 
 # ---- formulas ------------------------------------------------------------------------------------------------------
 
+
 def scaled_iou(iou: float, low: float = 0.0, high: float = 1.0) -> float:
     """clamp((IoU - low) / (high - low), 0, 1): `low` earns nothing yet, `high` all."""
     return min(1.0, max(0.0, (iou - low) / (high - low)))
@@ -61,10 +62,21 @@ def well_formed(turns: Sequence[str]) -> bool:
 
 # ---- rewards -------------------------------------------------------------------------------------------------------
 
-def vital(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: Any = None, log_extra: Any = None,
-          gold: str = "ground_truth", task: str = "task", bounds: Mapping[str, Sequence[float]] | None = None,
-          compare: str = "choice", accuracy: float = 1.0, format: float = 1.0, tool: float = 1.0,
-          **columns: Any) -> list[float | None]:
+
+def vital(
+    trajectories: Sequence[Trajectory],
+    setting: Any = None,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    gold: str = "ground_truth",
+    task: str = "task",
+    bounds: Mapping[str, Sequence[float]] | None = None,
+    compare: str = "choice",
+    accuracy: float = 1.0,
+    format: float = 1.0,
+    tool: float = 1.0,
+    **columns: Any,
+) -> list[float | None]:
     """R = accuracy + format + tool, in [0, 3]; None without a reference.
 
     Args:
@@ -76,23 +88,34 @@ def vital(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: A
     """
     scales = _bounds("vital", bounds)
     one_of("vital", "comparison", compare, tuple(COMPARISONS))
-    rows = [_score(t, gold, scales.get(str(t.record.get(task)), (0.0, 1.0)), compare, (accuracy, format, tool))
-            for t in trajectories]
+    rows = [
+        _score(t, gold, scales.get(str(t.record.get(task)), (0.0, 1.0)), compare, (accuracy, format, tool))
+        for t in trajectories
+    ]
     log_parts(rows, log_metric, log_extra)
     return totals(rows)
 
 
-def vital_weight(trajectories: Sequence[Trajectory], setting: Any = None, gold: str = "ground_truth",
-                 task: str = "task", bounds: Mapping[str, Sequence[float]] | None = None, compare: str = "choice",
-                 accuracy: float = 1.0, format: float = 1.0, tool: float = 1.0,
-                 **columns: Any) -> list[float | None]:
+def vital_weight(
+    trajectories: Sequence[Trajectory],
+    setting: Any = None,
+    gold: str = "ground_truth",
+    task: str = "task",
+    bounds: Mapping[str, Sequence[float]] | None = None,
+    compare: str = "choice",
+    accuracy: float = 1.0,
+    format: float = 1.0,
+    tool: float = 1.0,
+    **columns: Any,
+) -> list[float | None]:
     """0.5 + 0.5 clamp(2 - mean R, 0, 1) over the judged members of the group, the same for all of them; None where none
     was judged. Options are those of `vital`, and must be given alike.
 
     Write `vital * vital_weight` and set grpo.scale_rewards: none or batch: with group, the default, advantages are
     divided by the group's own standard deviation, which takes a factor of the whole group out again."""
-    values = vital(trajectories, gold=gold, task=task, bounds=bounds, compare=compare, accuracy=accuracy,
-                   format=format, tool=tool)
+    values = vital(
+        trajectories, gold=gold, task=task, bounds=bounds, compare=compare, accuracy=accuracy, format=format, tool=tool
+    )
     weights: list[float | None] = [None] * len(trajectories)
     for rows in groups_of(trajectories):
         judged = [value for row in rows if (value := values[row]) is not None]
@@ -101,8 +124,9 @@ def vital_weight(trajectories: Sequence[Trajectory], setting: Any = None, gold: 
     return weights
 
 
-def _score(t: Trajectory, gold: str, bounds: tuple[float, float], compare: str,
-           weights: tuple[float, float, float]) -> dict[str, float] | None:
+def _score(
+    t: Trajectory, gold: str, bounds: tuple[float, float], compare: str, weights: tuple[float, float, float]
+) -> dict[str, float] | None:
     golds = references(t.record, gold)
     if not golds:
         return None
@@ -124,8 +148,12 @@ def _score(t: Trajectory, gold: str, bounds: tuple[float, float], compare: str,
 def _spans(value: Any) -> list[tuple[float, float]] | None:
     """The reference as stretches of time, or None where it is no such thing."""
     several = value if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple) else [value]
-    if not all(isinstance(span, list | tuple) and len(span) == 2
-               and all(isinstance(end, int | float) and not isinstance(end, bool) for end in span) for span in several):
+    if not all(
+        isinstance(span, list | tuple)
+        and len(span) == 2
+        and all(isinstance(end, int | float) and not isinstance(end, bool) for end in span)
+        for span in several
+    ):
         return None
     return [(float(start), float(end)) for start, end in several]
 
@@ -139,7 +167,8 @@ def _bounds(reward: str, bounds: Mapping[str, Sequence[float]] | None) -> dict[s
         except (TypeError, ValueError):
             raise UserError(f"{reward}: bounds.{task} is {ends!r}; it must be [low, high]") from None
         if not 0 <= low < high <= 1:
-            raise UserError(f"{reward}: bounds.{task} is [{low}, {high}]; low is at least 0, below high, and high at "
-                            f"most 1")
+            raise UserError(
+                f"{reward}: bounds.{task} is [{low}, {high}]; low is at least 0, below high, and high at most 1"
+            )
         scales[task] = low, high
     return scales

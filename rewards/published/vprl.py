@@ -61,9 +61,16 @@ def kinds_of_plan(world: World, record: Mapping[str, Any], states: Sequence[Hash
     return kinds
 
 
-def vprl(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, credit: Credit = "segments",
-         optimal: float = 1.0, other: float = 0.0, invalid: float = -5.0,
-         **columns: Any) -> list[float | dict[int, float] | None]:
+def vprl(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    credit: Credit = "segments",
+    optimal: float = 1.0,
+    other: float = 0.0,
+    invalid: float = -5.0,
+    **columns: Any,
+) -> list[float | dict[int, float] | None]:
     """+1, 0 or -5 for each picture drawn; `invalid` for a thought that drew none, None for a record that is no planning
     problem. Logs the shares of steps that were optimal and invalid, and of plans that reached the goal.
 
@@ -104,6 +111,8 @@ def _world(setting: Setting) -> World:
     task = setting.task
     lacking = [name for name in ("first_state", "state_in", "next_states", "distance") if not hasattr(task, name)]
     if lacking:
-        raise RewardError(f"vprl needs a task that is a world to plan in; '{getattr(task, 'name', 'none')}' has no "
-                          f"function '{lacking[0]}'")
+        raise RewardError(
+            f"vprl needs a task that is a world to plan in; '{getattr(task, 'name', 'none')}' has no "
+            f"function '{lacking[0]}'"
+        )
     return task

@@ -40,6 +40,7 @@ class Weights:
 
 # ---- formulas ------------------------------------------------------------------------------------------------------
 
+
 def accuracy(said: Mapping[str, int], gold: Mapping[str, int], alpha: float = 0.5) -> float:
     """alpha [overall right] + (1 - alpha) share of dimensions right; a record without dimensions has only overall."""
     dimensions = [name for name in gold if name not in (OVERALL, CONFIDENCE)]
@@ -64,8 +65,9 @@ def exploration(looked: Sequence[bool], omega: float = 0.2) -> list[float]:
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
+
 def judgement(turn: str, final: bool) -> dict[str, int] | None:
-    """"TA = 2, MQ = 0, OA = 2, CF = 1" inside the answer block (before the last round: the recommendation's)."""
+    """ "TA = 2, MQ = 0, OA = 2, CF = 1" inside the answer block (before the last round: the recommendation's)."""
     tag = "answer" if final else r"recommend[ _]answer"
     found = re.findall(rf"<{tag}>(.*?)</\s*{tag}>", turn, re.DOTALL | re.I)
     read = {name: int(value) for name, value in _JUDGED.findall(found[-1])} if found else {}
@@ -89,9 +91,20 @@ def well_formed(turns: Sequence[str], gold: Mapping[str, int]) -> bool:
 
 # ---- the reward ------------------------------------------------------------------------------------------------------
 
-def vr_thinker(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: Any = None, log_extra: Any = None,
-               gold: str = "ground_truth", alpha: float = 0.5, k: float = 0.2, eta: float = 0.5, omega: float = 0.2,
-               format: float = 1.0, **columns: Any) -> list[float | None]:
+
+def vr_thinker(
+    trajectories: Sequence[Trajectory],
+    setting: Any = None,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    gold: str = "ground_truth",
+    alpha: float = 0.5,
+    k: float = 0.2,
+    eta: float = 0.5,
+    omega: float = 0.2,
+    format: float = 1.0,
+    **columns: Any,
+) -> list[float | None]:
     """format + accuracy + gain over rounds + exploration; None without a reference. Reads whole groups.
 
     Args:
@@ -116,8 +129,16 @@ def vr_thinker(trajectories: Sequence[Trajectory], setting: Any = None, log_metr
         rounds = [None if said is None else accuracy(said, wanted, alpha) for said in judged]
         right, formed = (rounds[-1] or 0.0) if rounds else 0.0, float(well_formed(turns, wanted))
         gained = gain(rounds, k)
-        rows.append({"total": format * formed + right + gained + eta * curious, "format": formed, "accuracy": right,
-                     "gain": gained, "explore": eta * curious, "rounds": float(len(turns))})
+        rows.append(
+            {
+                "total": format * formed + right + gained + eta * curious,
+                "format": formed,
+                "accuracy": right,
+                "gain": gained,
+                "explore": eta * curious,
+                "rounds": float(len(turns)),
+            }
+        )
     log_parts(rows, log_metric, log_extra)
     return totals(rows)
 
@@ -136,6 +157,8 @@ def _gold(t: Trajectory, column: str) -> dict[str, int] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping) or value.get(OVERALL) not in (0, 1, 2):
-        raise RewardError(f"vr_thinker: the record of '{t.prompt}' has {value!r} in '{column}'; it must be "
-                          f"{{\"{OVERALL}\": 0, 1 or 2, and a dimension's two letters: likewise}}")
+        raise RewardError(
+            f"vr_thinker: the record of '{t.prompt}' has {value!r} in '{column}'; it must be "
+            f'{{"{OVERALL}": 0, 1 or 2, and a dimension\'s two letters: likewise}}'
+        )
     return {str(name): int(judged) for name, judged in value.items()}

@@ -51,7 +51,7 @@ def read_release(text: str) -> Reading:
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     left = _USER_TURN.sub("", text)
     formed = all(f"</{tag}>" in left.partition(f"<{tag}>")[2] for tag in ("search", "answer"))
-    return Reading(text[start + len("<answer>"):end] if start >= 0 else None, formed)
+    return Reading(text[start + len("<answer>") : end] if start >= 0 else None, formed)
 
 
 def page_name(path: str) -> str:
@@ -64,8 +64,15 @@ def reference_names(file_name: str, pages: Sequence[int]) -> list[str]:
     return [f"{file_name.split('.pdf')[0]}_{page}" for page in pages]
 
 
-def score(reading: Reading, right: bool, ranking: float | None, mode: Mode = "train", accuracy: float = 0.7,
-          format: float = 0.1, retrieval: float = 0.2) -> dict[str, float]:
+def score(
+    reading: Reading,
+    right: bool,
+    ranking: float | None,
+    mode: Mode = "train",
+    accuracy: float = 0.7,
+    format: float = 0.1,
+    retrieval: float = 0.2,
+) -> dict[str, float]:
     """The formula at the top of this file; `ranking` is read in training only."""
     if not reading.well_formed:
         return {"total": 0.0, "accuracy": 0.0, "format": 0.0, "ndcg": 0.0}
@@ -74,10 +81,21 @@ def score(reading: Reading, right: bool, ranking: float | None, mode: Mode = "tr
     return {"total": total, "accuracy": float(right), "format": 1.0, "ndcg": found}
 
 
-def vrag(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, log_extra: Any = None,
-         mode: Mode = "train", variant: Variant = "repaired", gold: str = "ground_truth", file: str = "file_name",
-         pages: str = "reference_pages", accuracy: float = 0.7, format: float = 0.1, retrieval: float = 0.2,
-         **columns: Any) -> list[float | None]:
+def vrag(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    mode: Mode = "train",
+    variant: Variant = "repaired",
+    gold: str = "ground_truth",
+    file: str = "file_name",
+    pages: str = "reference_pages",
+    accuracy: float = 0.7,
+    format: float = 0.1,
+    retrieval: float = 0.2,
+    **columns: Any,
+) -> list[float | None]:
     """0.7 judge + 0.1 form + 0.2 NDCG, 0 without a search and an answer block; None without a reference, in training
     without reference pages, or where the judge gave no verdict.
 
@@ -96,10 +114,18 @@ def vrag(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any =
         raise UserError(f"vrag: the weights are {accuracy}, {format} and {retrieval}; none may be negative")
     readings = [read(policy_text(t)) if variant == "repaired" else read_release(transcript(t)) for t in trajectories]
     applies = [gold_of(t, gold) is not None and (mode == "eval" or bool(t.record.get(pages))) for t in trajectories]
-    asked = [applied and r.well_formed and (bool(r.answer) or variant == "release")
-             for applied, r in zip(applies, readings, strict=True)]
-    said = verdicts(setting, "vrag", [check(t, r.answer or "", gold) if ask else None
-                                      for t, r, ask in zip(trajectories, readings, asked, strict=True)])
+    asked = [
+        applied and r.well_formed and (bool(r.answer) or variant == "release")
+        for applied, r in zip(applies, readings, strict=True)
+    ]
+    said = verdicts(
+        setting,
+        "vrag",
+        [
+            check(t, r.answer or "", gold) if ask else None
+            for t, r, ask in zip(trajectories, readings, asked, strict=True)
+        ],
+    )
     rows: list[dict[str, float] | None] = []
     for t, reading, applied, ask, verdict in zip(trajectories, readings, applies, asked, said, strict=True):
         if not applied or (ask and verdict is None and variant == "repaired"):
@@ -107,8 +133,9 @@ def vrag(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any =
             continue
         ranking = None
         if mode == "train" and reading.well_formed:
-            ranking = ndcg([page_name(path) for path in retrieved(t)], _references(t, file, pages),
-                           repeats=variant == "release")
+            ranking = ndcg(
+                [page_name(path) for path in retrieved(t)], _references(t, file, pages), repeats=variant == "release"
+            )
         rows.append(score(reading, bool(verdict), ranking, mode, accuracy, format, retrieval))
     log_parts(rows, log_metric, log_extra)
     return totals(rows)
@@ -125,6 +152,8 @@ def retrieved(trajectory: Trajectory) -> list[str]:
 def _references(t: Trajectory, file: str, pages: str) -> list[str]:
     name, numbers = t.record.get(file), t.record[pages]
     if not isinstance(name, str) or not isinstance(numbers, Sequence) or isinstance(numbers, str):
-        raise RewardError(f"vrag: the record of '{t.prompt}' has {name!r} in '{file}' and {numbers!r} in '{pages}'; "
-                          f"they must be a file name and a list of page numbers")
+        raise RewardError(
+            f"vrag: the record of '{t.prompt}' has {name!r} in '{file}' and {numbers!r} in '{pages}'; "
+            f"they must be a file name and a list of page numbers"
+        )
     return reference_names(name, numbers)

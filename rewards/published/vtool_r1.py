@@ -32,9 +32,11 @@ Variant = Literal["repaired", "release_v1", "release_v2"]
 
 GOLD_BREAK, ANSWER_BREAK = "|||", "||"
 _V1 = re.compile(r"FINAL ANSWER:\s*(.*?)(?=\.\s|\.?$)")
-_V2 = (re.compile(r"FINAL ANSWER:\s*(.*?)\s*TERMINATE", re.DOTALL),
-       re.compile(r"FINAL ANSWER:\s*(.*?)(?=\s*(?:\||$))", re.DOTALL),
-       re.compile(r"ANSWER:\s*(.*?)(?=\s*(?:\||$))", re.DOTALL))
+_V2 = (
+    re.compile(r"FINAL ANSWER:\s*(.*?)\s*TERMINATE", re.DOTALL),
+    re.compile(r"FINAL ANSWER:\s*(.*?)(?=\s*(?:\||$))", re.DOTALL),
+    re.compile(r"ANSWER:\s*(.*?)(?=\s*(?:\||$))", re.DOTALL),
+)
 _LABEL = re.compile(r"(?:FINAL )?ANSWER:[ \t]*\n?")
 
 
@@ -55,7 +57,7 @@ def answer_repaired(turns: Sequence[str]) -> str | None:
     """Behind the last label of the policy's last turn that has one, to the end of its line; None without one."""
     for turn in reversed(turns):
         if found := list(_LABEL.finditer(turn)):
-            line = without_chat_marks(turn[found[-1].end():]).partition("\n")[0]
+            line = without_chat_marks(turn[found[-1].end() :]).partition("\n")[0]
             return line.partition("TERMINATE")[0].strip().removesuffix(".").strip() or None
     return None
 
@@ -91,8 +93,15 @@ def similarity(answer: str | None, gold: str) -> float:
     return float(table[rows, columns].sum()) / max(len(golds), len(parts))
 
 
-def vtool_r1(trajectories: Sequence[Trajectory], setting: Setting, log_metric: Any = None, log_extra: Any = None,
-             variant: Variant = "repaired", gold: str = "ground_truth", **columns: Any) -> list[float | None]:
+def vtool_r1(
+    trajectories: Sequence[Trajectory],
+    setting: Setting,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    variant: Variant = "repaired",
+    gold: str = "ground_truth",
+    **columns: Any,
+) -> list[float | None]:
     """1 if a judge finds the final answer right, else 0; None without a reference or a verdict.
 
     Args:
@@ -100,22 +109,32 @@ def vtool_r1(trajectories: Sequence[Trajectory], setting: Setting, log_metric: A
     """
     one_of("vtool_r1", "variant", variant, get_args(Variant))
     golds = [gold_of(t, gold) for t in trajectories]
-    answers = [None if reference is None else _answer(t, variant)
-               for t, reference in zip(trajectories, golds, strict=True)]
-    known = [False if reference is not None and given is None else None
-             for reference, given in zip(golds, answers, strict=True)]
-    right = settled(setting, "vtool_r1", trajectories, answers, known, gold,
-                    unread=None if variant == "repaired" else False)
-    parts: list[dict[str, float] | None] = [None if correct is None else {"total": float(correct),
-                                                                          "accuracy": float(correct)}
-                                            for correct in right]
+    answers = [
+        None if reference is None else _answer(t, variant) for t, reference in zip(trajectories, golds, strict=True)
+    ]
+    known = [
+        False if reference is not None and given is None else None
+        for reference, given in zip(golds, answers, strict=True)
+    ]
+    right = settled(
+        setting, "vtool_r1", trajectories, answers, known, gold, unread=None if variant == "repaired" else False
+    )
+    parts: list[dict[str, float] | None] = [
+        None if correct is None else {"total": float(correct), "accuracy": float(correct)} for correct in right
+    ]
     log_parts(parts, log_metric, log_extra)
     return totals(parts)
 
 
-def vtool_r1_similarity(trajectories: Sequence[Trajectory], setting: Any = None, log_metric: Any = None,
-                        log_extra: Any = None, variant: Literal["repaired", "release_v1"] = "repaired",
-                        gold: str = "ground_truth", **columns: Any) -> list[float | None]:
+def vtool_r1_similarity(
+    trajectories: Sequence[Trajectory],
+    setting: Any = None,
+    log_metric: Any = None,
+    log_extra: Any = None,
+    variant: Literal["repaired", "release_v1"] = "repaired",
+    gold: str = "ground_truth",
+    **columns: Any,
+) -> list[float | None]:
     """How near the parts of the answer are to those of the reference, in [0, 1]; None without a reference.
 
     Args:

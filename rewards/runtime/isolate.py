@@ -29,8 +29,10 @@ from runtime.actor_process import settled
 logger = logging.getLogger(__name__)
 
 # The child's first line: only a search path and three descriptors cross by the command line.
-_BOOT = ("import sys, json; sys.path[:] = json.loads(sys.argv[1])\n"
-         "from rewards.runtime.isolate import serve; serve(sys.argv[2:])")
+_BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1])\n"
+    "from rewards.runtime.isolate import serve; serve(sys.argv[2:])"
+)
 
 
 @dataclass
@@ -61,7 +63,10 @@ class ProcessWorker(Worker):
         descriptors = (inbound, outbound, self._dump.fileno())
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, descriptors), str(os.getpid())],
-            pass_fds=descriptors, stdin=subprocess.DEVNULL, start_new_session=True)
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         os.close(inbound)
         os.close(outbound)
         self._to, self._from = Connection(to, readable=False), Connection(from_, writable=False)
@@ -102,8 +107,9 @@ class ProcessWorker(Worker):
             hung, code = self._timed_out, process.wait()
             self._drop()
             if hung:
-                raise CallFailed("timeout", f"{what} took longer than {timeout_s:g} s and was stopped",
-                                 "".join(stack)) from None
+                raise CallFailed(
+                    "timeout", f"{what} took longer than {timeout_s:g} s and was stopped", "".join(stack)
+                ) from None
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise CallFailed("crash", f"its process ended with {how} during {what}") from None
         finally:
@@ -130,6 +136,7 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
 
 
 # ---- the child --------------------------------------------------------------------------------------------------
+
 
 def serve(arguments: Sequence[str]) -> None:
     """Answer requests until the driver is gone. Runs in the child's main thread, where signal.alarm works."""

@@ -58,12 +58,18 @@ class RayWorker(Worker):
         there = ray.cluster_resources()
         for name, asked in (("CPU", self.num_cpus), ("GPU", self.num_gpus)):
             if asked > there.get(name, 0.0):
-                raise RewardError(f"'{self.spec.name}': each Ray worker asks for {asked:g} {name}, and the whole "
-                                  f"cluster has {there.get(name, 0.0):g}; ask for less, or give it more")
+                raise RewardError(
+                    f"'{self.spec.name}': each Ray worker asks for {asked:g} {name}, and the whole "
+                    f"cluster has {there.get(name, 0.0):g}; ask for less, or give it more"
+                )
         self._actor = ray.remote(num_cpus=self.num_cpus, num_gpus=self.num_gpus, max_restarts=0)(RewardActor).remote()
-        self._process = ActorProcess(*self._wait(
-            self._actor.about.remote(), self.load_timeout_s, f"waiting for {self.num_cpus:g} CPU and "
-            f"{self.num_gpus:g} GPU of the Ray cluster"))
+        self._process = ActorProcess(
+            *self._wait(
+                self._actor.about.remote(),
+                self.load_timeout_s,
+                f"waiting for {self.num_cpus:g} CPU and {self.num_gpus:g} GPU of the Ray cluster",
+            )
+        )
 
     def _exchange(self, message: tuple[Any, ...], timeout_s: float, what: str) -> Any:
         packed = pickle.dumps(message, protocol=5)
@@ -89,8 +95,9 @@ class RayWorker(Worker):
         except ray.exceptions.RayError as error:
             ended = next((line for line in str(error).splitlines() if "because" in line), str(error))
             self._drop()
-            raise CallFailed("crash", f"its Ray actor ended during {what}: "
-                                      f"{ended.split(' Some common causes')[0].strip()}") from None
+            raise CallFailed(
+                "crash", f"its Ray actor ended during {what}: {ended.split(' Some common causes')[0].strip()}"
+            ) from None
 
     def _drop(self) -> None:
         actor, self._actor = self._actor, None

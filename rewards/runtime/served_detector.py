@@ -62,8 +62,10 @@ class ServedDetector:
         """Call a member on batches of rows, and put the answers together."""
         rows = len(columns[0])
         each = self.batch_size or max(1, -(-rows // len(self.workers)))
-        waiting = [self._lane.submit(_job(member, [list(column[at:at + each]) for column in columns]))
-                   for at in range(0, rows, each)]
+        waiting = [
+            self._lane.submit(_job(member, [list(column[at : at + each]) for column in columns]))
+            for at in range(0, rows, each)
+        ]
         try:
             return [answer for future in waiting for answer in future.result()]
         except BaseException:

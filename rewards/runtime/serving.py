@@ -66,6 +66,7 @@ class Spec(Protocol):
 
 # ---- the specs ---------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class SettingSpec:
     """What a Setting is made of: it travels, the Setting with its loaded weights and open connections does not."""
@@ -97,8 +98,9 @@ class SettingSpec:
             return self.detector
         made = make(load_object(self.detector), self.detector)
         if not hasattr(made, "detect") or not hasattr(made, "classes"):
-            raise UserError(f"rewards.detector: {self.detector} made {type(made).__name__}, which has no `detect` and "
-                            f"`classes`")
+            raise UserError(
+                f"rewards.detector: {self.detector} made {type(made).__name__}, which has no `detect` and `classes`"
+            )
         return OwnDetector(made, self.detector)
 
 
@@ -122,20 +124,28 @@ class OwnDetector:
         except UserError:
             raise
         except RAISED as error:
-            raise CallFailed("raised", f"rewards.detector: {name} of {self._spec} raises {describe(error)[0]}",
-                             describe(error)[1]) from error
-        if name.startswith("detect") and (not isinstance(found, list) or len(found) != len(arguments[0])
-                                          or not all(isinstance(objects, Mapping) for objects in found)):
-            raise CallFailed("raised", f"rewards.detector: {name} of {self._spec} gives {str(found)[:80]}; it must "
-                                       f"give a list with one {{class: [Detected, ...]}} for each picture")
+            raise CallFailed(
+                "raised", f"rewards.detector: {name} of {self._spec} raises {describe(error)[0]}", describe(error)[1]
+            ) from error
+        if name.startswith("detect") and (
+            not isinstance(found, list)
+            or len(found) != len(arguments[0])
+            or not all(isinstance(objects, Mapping) for objects in found)
+        ):
+            raise CallFailed(
+                "raised",
+                f"rewards.detector: {name} of {self._spec} gives {str(found)[:80]}; it must "
+                f"give a list with one {{class: [Detected, ...]}} for each picture",
+            )
         return found
 
 
 _CALLED = ("detect", "detect_phrases", "name_colors", "require_colors")
 
 
-def check_prompts(detector: CachedDetector, task: Any, by_geneval: bool = True,
-                  splits: Sequence[str] = ("train", "heldout")) -> None:
+def check_prompts(
+    detector: CachedDetector, task: Any, by_geneval: bool = True, splits: Sequence[str] = ("train", "heldout")
+) -> None:
     """Raises UserError for a prompt of the task's that asks for what the detector cannot see; `by_geneval`: or that
     GenEval's rule cannot judge."""
     for split in splits if task is not None else ():
@@ -219,8 +229,16 @@ class LoadedPart:
             setting.detector.clear()
         client: Any = self.judge if setting is None else setting.judge
         before = client.counts() if hasattr(client, "counts") else {}
-        values, logs = call(self.function, self.spec.name, trajectories, options=self.options, state=state,
-                            view=self.spec.view, setting=setting, judge=self.judge)
+        values, logs = call(
+            self.function,
+            self.spec.name,
+            trajectories,
+            options=self.options,
+            state=state,
+            view=self.spec.view,
+            setting=setting,
+            judge=self.judge,
+        )
         if hasattr(client, "counts"):
             logs.judge = {name: count - before.get(name, 0) for name, count in client.counts().items()}
         return values, logs
@@ -248,16 +266,20 @@ class LoadedDetector:
 
     def __call__(self, member: str, *arguments: Any) -> Any:
         if member == "about":
-            return {"classes": tuple(self.detector.classes),
-                    "open_vocabulary": bool(getattr(self.detector, "open_vocabulary", False)),
-                    "sees_colors": getattr(self.detector, "sees_colors", True),
-                    "colors": tuple(getattr(self.detector, "colors", ())),
-                    "has": [name for name in ("name_colors", "detect_phrases", "require_colors")
-                            if hasattr(self.detector, name)]}
+            return {
+                "classes": tuple(self.detector.classes),
+                "open_vocabulary": bool(getattr(self.detector, "open_vocabulary", False)),
+                "sees_colors": getattr(self.detector, "sees_colors", True),
+                "colors": tuple(getattr(self.detector, "colors", ())),
+                "has": [
+                    name for name in ("name_colors", "detect_phrases", "require_colors") if hasattr(self.detector, name)
+                ],
+            }
         return getattr(self.detector, member)(*arguments)
 
 
 # ---- in a worker -------------------------------------------------------------------------------------------------
+
 
 class Server:
     """Answers the messages ("load", search path, spec) and ("call", *arguments), whatever happens, with (kind, answer):
@@ -290,9 +312,10 @@ def loading(spec: Spec) -> tuple[Any, ...]:
     try:
         return "load", list(sys.path), pickle.dumps(spec)
     except Exception as error:
-        raise RewardError(f"'{spec.name}' runs in a process of its own, and what it stands on cannot be sent there "
-                          f"({type(error).__name__}: {error}); the task, its format and its detector must pickle"
-                          ) from None
+        raise RewardError(
+            f"'{spec.name}' runs in a process of its own, and what it stands on cannot be sent there "
+            f"({type(error).__name__}: {error}); the task, its format and its detector must pickle"
+        ) from None
 
 
 def read(answer: tuple[str, Any]) -> Any:
@@ -316,6 +339,7 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 
 # ---- the driver's side -------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Worker(ABC):

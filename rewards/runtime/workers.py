@@ -37,8 +37,7 @@ class Worker(Protocol):
     def close(self) -> None: ...
 
 
-def workers_of(spec: Spec, config: WorkersConfig, timeout_s: float | None,
-               load_timeout_s: float) -> list[Worker]:
+def workers_of(spec: Spec, config: WorkersConfig, timeout_s: float | None, load_timeout_s: float) -> list[Worker]:
     """As many as the recipe says; none is started yet."""
     if config.kind == "process":
         return [ProcessWorker(spec, timeout_s, load_timeout_s) for _ in range(config.count)]
@@ -85,6 +84,7 @@ class Lane:
 
 # ---- which trajectories make one call ----------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Stretch:
     """Rows of one group."""
@@ -121,6 +121,7 @@ def plan(scope: Scope, sizes: Sequence[int], batch_size: int | None) -> list[tup
 
 # ---- one call ----------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Fault:
     """One failed call of a part, for the log and the report."""
@@ -148,8 +149,9 @@ class Outcome:
 class Part:
     """One part of the recipe, with its lane."""
 
-    def __init__(self, name: str, config: PartConfig, lane: Lane, loaded: LoadedPart | None,
-                 workers: Sequence[Worker] = ()) -> None:
+    def __init__(
+        self, name: str, config: PartConfig, lane: Lane, loaded: LoadedPart | None, workers: Sequence[Worker] = ()
+    ) -> None:
         """`loaded`: its function, of a part that stands in the driver; any other has workers."""
         self.name, self.config, self.lane, self.workers = name, config, lane, list(workers)
         self._loaded = loaded
@@ -176,8 +178,13 @@ class Part:
         """Call until it answers whole, at most 1 + retries times."""
         began, rows = time.monotonic(), len(trajectories)
         if self._out_of_time >= GIVE_UP_AFTER:
-            fault = Fault(self.name, "given up", f"not called again in this step, after {GIVE_UP_AFTER} calls in a row "
-                          f"ran out of time", 0, rows)
+            fault = Fault(
+                self.name,
+                "given up",
+                f"not called again in this step, after {GIVE_UP_AFTER} calls in a row ran out of time",
+                0,
+                rows,
+            )
             return Outcome([None] * rows, Logs(), [fault], rows, began, began)
         values, logs, faults, broken = self._tries(worker, trajectories, state)
         self._out_of_time = self._out_of_time + 1 if broken and faults[-1].kind == "timeout" else 0
@@ -187,8 +194,9 @@ class Part:
         values = [None if is_broken(value) else value for value in values]
         return Outcome(values, logs, faults, broken, began, time.monotonic())
 
-    def _tries(self, worker: Worker | None, trajectories: Sequence[Trajectory],
-               state: TrainerState) -> tuple[list[Value], Logs, list[Fault], int]:
+    def _tries(
+        self, worker: Worker | None, trajectories: Sequence[Trajectory], state: TrainerState
+    ) -> tuple[list[Value], Logs, list[Fault], int]:
         """(values, logs, the fault of each failed attempt, rows without a value after the last)."""
         faults: list[Fault] = []
         values: list[Value] = [None] * len(trajectories)
@@ -201,8 +209,9 @@ class Part:
                 broken = sum(is_broken(value) for value in values)
                 if not broken:
                     break
-                faults.append(Fault(self.name, "nan", f"NaN or infinity for {broken} of {len(values)} trajectories",
-                                    attempt, 0))
+                faults.append(
+                    Fault(self.name, "nan", f"NaN or infinity for {broken} of {len(values)} trajectories", attempt, 0)
+                )
             except CallFailed as failure:
                 values, logs, broken = [None] * len(trajectories), Logs(), len(trajectories)
                 faults.append(Fault(self.name, failure.kind, failure.message, attempt, 0, failure.stack))
@@ -210,8 +219,9 @@ class Part:
                     break
         return values, logs, faults, broken
 
-    def _call(self, worker: Worker | None, trajectories: Sequence[Trajectory],
-              state: TrainerState) -> tuple[list[Value], Logs]:
+    def _call(
+        self, worker: Worker | None, trajectories: Sequence[Trajectory], state: TrainerState
+    ) -> tuple[list[Value], Logs]:
         if worker is not None:
             return worker([lightened(t) for t in trajectories], state)
         assert self._loaded is not None

@@ -41,8 +41,15 @@ class Need(Enum):
 class ActiveSequence(SequenceWriter):
     """A trajectory that is being written in a row of the cache."""
 
-    def __init__(self, request: RolloutRequest, order: tuple[int, int], fmt: ThoughtFormat, vocabulary: Vocabulary,
-                 prompt: Sequence[Segment], constrain: str):
+    def __init__(
+        self,
+        request: RolloutRequest,
+        order: tuple[int, int],
+        fmt: ThoughtFormat,
+        vocabulary: Vocabulary,
+        prompt: Sequence[Segment],
+        constrain: str,
+    ):
         super().__init__(request, order, fmt, vocabulary, prompt, constrain)
         self.noise = noise_key(request.seed, request.group, self.trajectory.member)
         self.denoising: Denoising | None = None
@@ -60,7 +67,7 @@ class ActiveSequence(SequenceWriter):
 
     def _need(self) -> Need:
         pieces, held = self.full.pieces, self.cached.pieces
-        if pieces[:len(held)] != held:
+        if pieces[: len(held)] != held:
             return Need.REPREFILL
         if len(pieces) == len(held):
             return Need.NOTHING if self.full.start == self.cached.end else Need.REPREFILL
@@ -68,7 +75,7 @@ class ActiveSequence(SequenceWriter):
 
     def missing(self) -> tuple[Piece, ...]:
         """The pieces of the open segment's context that the row lacks (Need.MORE)."""
-        return self.full.pieces[len(self.cached.pieces):]
+        return self.full.pieces[len(self.cached.pieces) :]
 
     def provided(self) -> None:
         """The row now holds the open segment's context."""
@@ -97,10 +104,15 @@ class ActiveSequence(SequenceWriter):
         before, count = segment.decisions, len(flow.position)
         assert before is not None
         segment.flow, segment.latent = flow.steps(), flow.latent()
-        law = Law(np.concatenate([before.law.temperature_N, np.ones(count, np.float32)]),
-                  np.concatenate([before.law.allowed_N, np.full(count, -1, np.int32)]),
-                  before.law.sets, self.guidance)
+        law = Law(
+            np.concatenate([before.law.temperature_N, np.ones(count, np.float32)]),
+            np.concatenate([before.law.allowed_N, np.full(count, -1, np.int32)]),
+            before.law.sets,
+            self.guidance,
+        )
         segment.decisions = Decisions(
             np.concatenate([before.kind_N, np.full(count, DecisionKind.FLOW, np.int8)]),
             np.concatenate([before.position_N, np.array(flow.position, np.int32)]),
-            np.concatenate([before.logprob_N, np.array(flow.logprob, np.float32)]), law)
+            np.concatenate([before.logprob_N, np.array(flow.logprob, np.float32)]),
+            law,
+        )

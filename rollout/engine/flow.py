@@ -51,8 +51,14 @@ class Denoising:
         def array(many: list[np.ndarray]) -> np.ndarray:
             return np.stack(many).astype(np.float32) if many else np.empty((0, *self.x.shape), np.float32)
 
-        return FlowSteps(np.array(self.time, np.float32), np.array(self.time_next, np.float32), array(self.x_before),
-                         array(self.x_after), array(self.mean), np.array(self.sigma, np.float32))
+        return FlowSteps(
+            np.array(self.time, np.float32),
+            np.array(self.time_next, np.float32),
+            array(self.x_before),
+            array(self.x_after),
+            array(self.mean),
+            np.array(self.sigma, np.float32),
+        )
 
 
 def begin(key: int, decision: int, shape: Sequence[int], device: torch.device) -> Denoising:
@@ -62,9 +68,11 @@ def begin(key: int, decision: int, shape: Sequence[int], device: torch.device) -
 
 def stack(flows: Sequence[Denoising], times: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """x_B, time_B and time_next_B of latents that may be at different steps."""
-    return (torch.stack([flow.x for flow in flows]),
-            torch.tensor([times[flow.step] for flow in flows], dtype=torch.float32, device=device),
-            torch.tensor([times[flow.step + 1] for flow in flows], dtype=torch.float32, device=device))
+    return (
+        torch.stack([flow.x for flow in flows]),
+        torch.tensor([times[flow.step] for flow in flows], dtype=torch.float32, device=device),
+        torch.tensor([times[flow.step + 1] for flow in flows], dtype=torch.float32, device=device),
+    )
 
 
 def advance(flow: Denoising, mean: Tensor, sigma: float, times: Sequence[float], key: int, decision: int) -> bool:

@@ -55,8 +55,10 @@ class Batch(Rows):
         ids = segment.ids
         if len(ids) >= self.max_length:
             shown = request.prompt if len(request.prompt) <= 60 else request.prompt[:57] + "..."
-            raise RolloutError(f"prompt '{shown}' (group {request.group}) has {len(ids)} ids, but the policy's context "
-                               f"holds {self.max_length}, the answer included; shorten the prompt")
+            raise RolloutError(
+                f"prompt '{shown}' (group {request.group}) has {len(ids)} ids, but the policy's context "
+                f"holds {self.max_length}, the answer included; shorten the prompt"
+            )
         beside = getattr(self.fmt, "beside_prompt", None)
         return [segment, *(beside(self.vocabulary) if beside and self.config.guidance else [])]
 
@@ -68,8 +70,10 @@ class Batch(Rows):
             while True:
                 began = time.perf_counter()
                 if self.version != self.engine.version:
-                    raise RuntimeError("new weights were published while rows of the old version were live; publish "
-                                       "between calls of the engine")
+                    raise RuntimeError(
+                        "new weights were published while rows of the old version were live; publish "
+                        "between calls of the engine"
+                    )
                 with torch.inference_mode():
                     more = self._tick()
                     done = self.drawn(all_of_them=not more)
@@ -142,10 +146,14 @@ class Batch(Rows):
         if chosen_B.any():
             # Rows that choose nothing are sampled under some law too, and the result dropped: cheaper than a gather.
             some_B = np.where(chosen_B, number_B, number_B.max())
-            sampled = sample(self.logits_AV[:B], torch.from_numpy(table.temperature_L[some_B]).to(self.device),
-                             self.masks.of(some_B),
-                             torch.from_numpy(uniforms(self.noise_A[:B], self.chosen_A[:B])).to(self.device),
-                             config.top_p, config.top_k)
+            sampled = sample(
+                self.logits_AV[:B],
+                torch.from_numpy(table.temperature_L[some_B]).to(self.device),
+                self.masks.of(some_B),
+                torch.from_numpy(uniforms(self.noise_A[:B], self.chosen_A[:B])).to(self.device),
+                config.top_p,
+                config.top_k,
+            )
             id_B = np.where(chosen_B, sampled.id_B.cpu().numpy(), id_B)
             logprob_B = np.where(chosen_B, sampled.logprob_B.cpu().numpy(), 0)
             if sampled.kept_BV is not None:
@@ -267,8 +275,9 @@ class Batch(Rows):
         self.stats.tokens += int(self.count_A[i])
         self.stats.decisions += trajectory.num_decisions()
         if int(self.count_A[i]) != sequence.start:
-            raise RuntimeError(f"format '{self.fmt.name}': {int(self.count_A[i]) - sequence.start} ids at the end belong "
-                               f"to no segment")
+            raise RuntimeError(
+                f"format '{self.fmt.name}': {int(self.count_A[i]) - sequence.start} ids at the end belong to no segment"
+            )
 
     # ---- rows ----
 
@@ -281,8 +290,9 @@ class Batch(Rows):
             if not self.queue:
                 break
             r, m = self.queue.popleft()
-            sequence = ActiveSequence(self.requests[r], (r, m), self.fmt, self.vocabulary, self.prompts[r],
-                                      self.engine.constrain)
+            sequence = ActiveSequence(
+                self.requests[r], (r, m), self.fmt, self.vocabulary, self.prompts[r], self.engine.constrain
+            )
             if i < len(self.sequences):
                 self.sequences[i] = sequence
             else:
@@ -312,7 +322,8 @@ class Batch(Rows):
         if new:
             first = [fresh[r][0] for r in new]
             self.logits_AV[first] = self.policy.prefill(
-                self.cache, first, [(self.sequences[i].trajectory, self.sequences[i].full) for i in first])
+                self.cache, first, [(self.sequences[i].trajectory, self.sequences[i].full) for i in first]
+            )
             self.stats.prompts += len(new)
         for r in new:
             source, *others = fresh[r]
@@ -328,8 +339,10 @@ class Batch(Rows):
 
     def _begin_latent(self, i: int, sequence: ActiveSequence) -> None:
         if not isinstance(self.policy, FlowPolicy):
-            raise RolloutError(f"format '{self.fmt.name}' wants an image latent, but the policy family "
-                               f"'{self.policy.family}' has no flow_times and latent_shape")
+            raise RolloutError(
+                f"format '{self.fmt.name}' wants an image latent, but the policy family "
+                f"'{self.policy.family}' has no flow_times and latent_shape"
+            )
         sequence.denoising = begin(sequence.noise, int(self.chosen_A[i]), self.policy.latent_shape, self.device)
 
     def _denoise(self, finished: set[int]) -> None:
@@ -346,14 +359,15 @@ class Batch(Rows):
         x_B, time_B, next_B = stack(flows, times, self.device)
         answer = self.policy.step(self.cache, rows + branch_rows, FlowStep(x_B[of], time_B[of], next_B[of]))
         assert isinstance(answer, Gaussian)
-        mean_B = answer.mean_B[:len(rows)]
+        mean_B = answer.mean_B[: len(rows)]
         guided = [n for n, i in enumerate(rows) if self.sequences[i].guidance is not None]
         if guided:  # the mean is affine in the velocity, so what combines the one combines the other
             mean_B = mean_B.clone()
-            mean_B[guided] = self.guide([rows[n] for n in guided], mean_B[guided], answer.mean_B[len(rows):])
+            mean_B[guided] = self.guide([rows[n] for n in guided], mean_B[guided], answer.mean_B[len(rows) :])
         for n, i in enumerate(rows):
-            self.chosen_A[i] += advance(flows[n], mean_B[n], float(answer.sigma_B[n]), times, self.sequences[i].noise,
-                                        int(self.chosen_A[i]))
+            self.chosen_A[i] += advance(
+                flows[n], mean_B[n], float(answer.sigma_B[n]), times, self.sequences[i].noise, int(self.chosen_A[i])
+            )
             if flows[n].step == len(times) - 1:
                 self._end_latent(i, finished)
 

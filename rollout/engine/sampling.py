@@ -61,8 +61,14 @@ class Sampled:
     kept_BV: Tensor | None  # bool: what top-p or top-k left; None: neither was asked for
 
 
-def sample(logits_BV: Tensor, temperature_B: Tensor, allowed_BV: Tensor | None, uniform_B: Tensor,
-           top_p: float = 1.0, top_k: int = 0) -> Sampled:
+def sample(
+    logits_BV: Tensor,
+    temperature_B: Tensor,
+    allowed_BV: Tensor | None,
+    uniform_B: Tensor,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Sampled:
     """One id a row from softmax(logits / temperature) over the allowed set, by the inverse CDF in float64.
 
     Args:

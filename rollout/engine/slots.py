@@ -63,8 +63,15 @@ class Rows:
         self.sequences[to] = self.sequences[source]
         for branch, into in zip(self.branch_rows(source), self.branch_rows(to), strict=True):
             self.policy.copy(self.cache, branch, [into])
-        for array in (self.ids_AL, self.logprob_AL, self.number_AL, self.count_A, self.chosen_A, self.room_A,
-                      self.noise_A):
+        for array in (
+            self.ids_AL,
+            self.logprob_AL,
+            self.number_AL,
+            self.count_A,
+            self.chosen_A,
+            self.room_A,
+            self.noise_A,
+        ):
             array[to] = array[source]
         self.logits_AV[to] = self.logits_AV[source].clone()
         self.reprefill = [to if i == source else i for i in self.reprefill]
@@ -80,12 +87,14 @@ class Rows:
         rows = self.reprefill
         if not rows:
             return
-        self.logits_AV[rows] = self.prefill(rows, [(self.sequences[i].trajectory, self.sequences[i].full) for i in rows])
+        self.logits_AV[rows] = self.prefill(
+            rows, [(self.sequences[i].trajectory, self.sequences[i].full) for i in rows]
+        )
         self.stats.reprefills += len(rows)
         for i in rows:
             sequence = self.sequences[i]
             sequence.provided()
-            pending = self.ids_AL[i, sequence.start:self.count_A[i]]
+            pending = self.ids_AL[i, sequence.start : self.count_A[i]]
             for id in pending[:-1]:  # forced ids before the last one, which goes with everybody's step
                 self.policy.step(self.cache, [i], TokenStep(torch.tensor([int(id)], device=self.device)))
             if not len(pending):
@@ -94,8 +103,10 @@ class Rows:
     def prefill_branches(self, i: int, sequence: ActiveSequence) -> None:
         count = len(sequence.contexts) - 1
         if count > self.engine.branches:
-            raise RolloutError(f"rollout.branches: format '{self.engine.fmt.name}' guides by {count} branches, but "
-                               f"{self.engine.branches} rows are kept for them")
+            raise RolloutError(
+                f"rollout.branches: format '{self.engine.fmt.name}' guides by {count} branches, but "
+                f"{self.engine.branches} rows are kept for them"
+            )
         self.prefill(list(self.branch_rows(i)), [(sequence.trajectory, context) for context in sequence.contexts[1:]])
 
     def step(self) -> None:
@@ -115,12 +126,13 @@ class Rows:
         assert isinstance(answer, Categorical)
         logits = answer.logits_BV
         if len(rows) == len(self.sequences) == len(logits):
-            self.logits_AV[:len(rows)] = logits
+            self.logits_AV[: len(rows)] = logits
         else:
-            self.logits_AV[rows] = logits[:len(rows)]
+            self.logits_AV[rows] = logits[: len(rows)]
         if guided:
-            self.logits_AV[guided] = self.guide(guided, logits[:len(rows)][[rows.index(i) for i in guided]],
-                                                 logits[len(rows):])
+            self.logits_AV[guided] = self.guide(
+                guided, logits[: len(rows)][[rows.index(i) for i in guided]], logits[len(rows) :]
+            )
 
     def guide(self, guided: list[int], full: Tensor, branches: Tensor) -> Tensor:
         """Combine full [G, ...] with the branches' rows (in the order of `guided`), one call a kind of guidance."""
@@ -155,8 +167,10 @@ class Rows:
         for depth in range(max(len(p) for p in pieces.values())):
             now = [i for i in rows if depth < len(pieces[i])]
             self.logits_AV[now] = self.policy.append(
-                self.cache, now, [(self.sequences[i].trajectory, pieces[i][depth].segment, pieces[i][depth].form)
-                                  for i in now])
+                self.cache,
+                now,
+                [(self.sequences[i].trajectory, pieces[i][depth].segment, pieces[i][depth].form) for i in now],
+            )
         for i in rows:
             self.sequences[i].provided()
 

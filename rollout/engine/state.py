@@ -61,16 +61,25 @@ class EngineState:
         RolloutError: too few rows for one trajectory and its guidance branches.
     """
 
-    def __init__(self, policy: Policy, fmt: ThoughtFormat, config: RolloutConfig, constrain: str = "images",
-                 environment: Environment | None = None, version: int = 0):
+    def __init__(
+        self,
+        policy: Policy,
+        fmt: ThoughtFormat,
+        config: RolloutConfig,
+        constrain: str = "images",
+        environment: Environment | None = None,
+        version: int = 0,
+    ):
         self.policy, self.fmt, self.config = policy, fmt, config
         self.constrain, self.environment, self.version = constrain, environment, version
         self.stats = EngineStats()
         self.branches = config.branches if config.guidance else 0
         self.active_rows = config.rows // (1 + self.branches)
         if self.active_rows < 1:
-            raise RolloutError(f"rollout.rows: {config.rows} rows cannot hold one trajectory and its "
-                               f"{self.branches} guidance branches; give at least {1 + self.branches}")
+            raise RolloutError(
+                f"rollout.rows: {config.rows} rows cannot hold one trajectory and its "
+                f"{self.branches} guidance branches; give at least {1 + self.branches}"
+            )
         self._cache: Any = None
         self._cache_length = 0
 

@@ -30,8 +30,9 @@ class ActorWorker(TraceableActor):
         """Not in the constructor, whose errors Ray reports as text only."""
         self.worker = RolloutWorker(self.name, spec.build())
 
-    def take(self, publication: tuple[Manifest, Sequence[Trajectory]],
-             *chunks: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def take(
+        self, publication: tuple[Manifest, Sequence[Trajectory]], *chunks: np.ndarray
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
         return self.worker.receive(*publication, *chunks)
 
     def probe(self, trajectories: Sequence[Trajectory]) -> np.ndarray:

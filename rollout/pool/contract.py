@@ -71,8 +71,9 @@ class Rollouts(Protocol):
         """Of the weights that sample; UNPUBLISHED: those that the workers were built with."""
         ...
 
-    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None,
-                 each: Each | None = None) -> GenerateResult:
+    def generate(
+        self, requests: Sequence[RolloutRequest], timeout_s: float | None = None, each: Each | None = None
+    ) -> GenerateResult:
         """Roll every request out.
 
         Args:
@@ -81,8 +82,9 @@ class Rollouts(Protocol):
         """
         ...
 
-    def stream(self, requests: Sequence[RolloutRequest],
-               timeout_s: float | None = None) -> Iterator[FinishedGroup | FailedGroup]:
+    def stream(
+        self, requests: Sequence[RolloutRequest], timeout_s: float | None = None
+    ) -> Iterator[FinishedGroup | FailedGroup]:
         """The same, as groups finish."""
         ...
 
@@ -112,12 +114,18 @@ class Rollouts(Protocol):
 def rollout_metrics(counts: Sequence[dict[str, float]], seconds: float, groups: int) -> dict[str, float]:
     """One generation's metrics from the counts of its calls. Rates are of the whole pool, by the wall clock."""
     total = {name: sum(count.get(name, 0.0) for count in counts) for name in {key for count in counts for key in count}}
-    metrics = {f"rollout/{name}": total[name] for name in ("trajectories", "tokens", "decisions", "pictures", "prompts",
-                                                          "refills", "reprefills") if name in total}
+    metrics = {
+        f"rollout/{name}": total[name]
+        for name in ("trajectories", "tokens", "decisions", "pictures", "prompts", "refills", "reprefills")
+        if name in total
+    }
     if total.get("ticks"):
         metrics["rollout/mean_rows"] = total["row_ticks"] / total["ticks"]
-    return metrics | {"rollout/groups": float(groups), "time/rollout": seconds,
-                      "rollout/tokens_per_s": total.get("tokens", 0.0) / seconds if seconds else 0.0}
+    return metrics | {
+        "rollout/groups": float(groups),
+        "time/rollout": seconds,
+        "rollout/tokens_per_s": total.get("tokens", 0.0) / seconds if seconds else 0.0,
+    }
 
 
 def check_requests(requests: Sequence[RolloutRequest]) -> None:
@@ -125,8 +133,9 @@ def check_requests(requests: Sequence[RolloutRequest]) -> None:
     seen: set[int] = set()
     for request in requests:
         if request.group in seen:
-            raise WorkersError(f"group {request.group} is asked for twice in one generation; groups are told apart by "
-                               "their number")
+            raise WorkersError(
+                f"group {request.group} is asked for twice in one generation; groups are told apart by their number"
+            )
         if not request.members or len(set(request.members)) < len(request.members):
             raise WorkersError(f"group {request.group}: its members are {list(request.members)}; name each one once")
         seen.add(request.group)

@@ -39,8 +39,9 @@ class LocalRollouts:
     def version(self) -> int:
         return self._worker.receiver.version
 
-    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None,
-                 each: Each | None = None) -> GenerateResult:
+    def generate(
+        self, requests: Sequence[RolloutRequest], timeout_s: float | None = None, each: Each | None = None
+    ) -> GenerateResult:
         began = time.perf_counter()
         finished: list[FinishedGroup] = []
         for done in self.stream(requests, timeout_s):
@@ -49,8 +50,11 @@ class LocalRollouts:
                 each(done.index, done.group)
         finished.sort(key=lambda done: done.index)
         seconds = time.perf_counter() - began
-        return GenerateResult([done.group for done in finished], [],
-                              rollout_metrics([self._worker.stats()] if requests else [], seconds, len(finished)))
+        return GenerateResult(
+            [done.group for done in finished],
+            [],
+            rollout_metrics([self._worker.stats()] if requests else [], seconds, len(finished)),
+        )
 
     def stream(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None) -> Iterator[FinishedGroup]:
         check_requests(requests)

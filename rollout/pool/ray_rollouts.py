@@ -89,8 +89,13 @@ class RayRollouts:
         WorkersError: the cluster is too small, or the actors die while they are built; it quotes the first crash.
     """
 
-    def __init__(self, spec: EngineSpec, config: RolloutConfig, start_timeout_s: float = START_TIMEOUT_S,
-                 object_store_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        config: RolloutConfig,
+        start_timeout_s: float = START_TIMEOUT_S,
+        object_store_bytes: int | None = None,
+    ) -> None:
         if config.workers < 1:
             raise WorkersError("rollout.workers: Ray rollouts want at least 1; 0 rolls out in this process")
         self.spec, self.config, self.start_timeout_s = spec, config, start_timeout_s
@@ -110,8 +115,9 @@ class RayRollouts:
 
     # ---- the interface ----
 
-    def generate(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None,
-                 each: Each | None = None) -> GenerateResult:
+    def generate(
+        self, requests: Sequence[RolloutRequest], timeout_s: float | None = None, each: Each | None = None
+    ) -> GenerateResult:
         """See Rollouts. Raises WorkersError if not one group came back; it quotes the first crash."""
         began = time.perf_counter()
         finished: dict[int, list[Trajectory]] = {}
@@ -124,8 +130,9 @@ class RayRollouts:
             else:
                 failed.append(done)
         if failed and not finished:
-            raise WorkersError(f"not one of {len(requests)} groups could be rolled out. The first failure: "
-                               f"{failed[0].detail}")
+            raise WorkersError(
+                f"not one of {len(requests)} groups could be rolled out. The first failure: {failed[0].detail}"
+            )
         metrics = rollout_metrics(self._counts, time.perf_counter() - began, len(finished))
         metrics["rollout/groups_failed"] = float(len(failed))
         metrics |= {f"rollout/restarts/{reason}": float(count) for reason, count in self._replaced.items()}
@@ -133,14 +140,16 @@ class RayRollouts:
         failed.sort(key=lambda group: group.index)
         return GenerateResult([finished[index] for index in sorted(finished)], failed, metrics)
 
-    def stream(self, requests: Sequence[RolloutRequest],
-               timeout_s: float | None = None) -> Iterator[FinishedGroup | FailedGroup]:
+    def stream(
+        self, requests: Sequence[RolloutRequest], timeout_s: float | None = None
+    ) -> Iterator[FinishedGroup | FailedGroup]:
         check_requests(requests)
         timeout_s = self.config.timeout_s if timeout_s is None else timeout_s
         members = max((len(request.members) for request in requests), default=1)
         index = {request.group: i for i, request in enumerate(requests)}
-        assignment = Assignment(len(requests), len(self._places), self.config.rows // members, self.config.retries,
-                                self.config.reproducible)
+        assignment = Assignment(
+            len(requests), len(self._places), self.config.rows // members, self.config.retries, self.config.reproducible
+        )
         self._counts = []
         self._bury()
         try:
@@ -169,8 +178,9 @@ class RayRollouts:
         import ray
 
         if publication.version <= self.version:
-            raise PublicationError(f"version {publication.version} comes after version {self.version}: versions only "
-                                   "grow")
+            raise PublicationError(
+                f"version {publication.version} comes after version {self.version}: versions only grow"
+            )
         if any(place.call is not None for place in self._places):
             raise PublicationError(f"version {publication.version} was published while groups are being written")
         carried = Publication(publication.manifest, tuple(ray.put(chunk) for chunk in publication.chunks))
@@ -205,11 +215,18 @@ class RayRollouts:
         """Idle workers are asked; those that start or write are believed. Takes TICK_S at most."""
         import ray
 
-        asked = {place.slot: place.actor.about.remote() for place in self._places
-                 if place.actor is not None and not place.starting and place.call is None}
+        asked = {
+            place.slot: place.actor.about.remote()
+            for place in self._places
+            if place.actor is not None and not place.starting and place.call is None
+        }
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=TICK_S) if asked else None
-        return [WorkerHealth(place.name, self._state(place, asked.get(place.slot)), place.version, place.pid,
-                             max(place.restarts, 0)) for place in self._places]
+        return [
+            WorkerHealth(
+                place.name, self._state(place, asked.get(place.slot)), place.version, place.pid, max(place.restarts, 0)
+            )
+            for place in self._places
+        ]
 
     def close(self) -> None:
         for place in self._places:
@@ -226,8 +243,10 @@ class RayRollouts:
         there = ray.cluster_resources()
         for name, each in (("CPU", float(self.config.threads)), ("GPU", self.config.gpus)):
             if each and there.get(name, 0.0) < each:
-                raise WorkersError(f"rollout.workers: each asks for {each:g} {name}, and the whole cluster has "
-                                   f"{there.get(name, 0.0):g}. Give it more, or set rollout.workers: 0")
+                raise WorkersError(
+                    f"rollout.workers: each asks for {each:g} {name}, and the whole cluster has "
+                    f"{there.get(name, 0.0):g}. Give it more, or set rollout.workers: 0"
+                )
 
     def _fill(self, place: _Place) -> None:
         """Put a fresh actor into a vacant place; it is idle once `starting` is empty."""
@@ -287,15 +306,18 @@ class RayRollouts:
         explain.
         """
         if reason == "timeout" and place.process is None:
-            raise WorkersError(f"{crash}: Ray gave it no process. It asks for {self.config.threads} CPU and "
-                               f"{self.config.gpus:g} GPU; free them, ask for fewer rollout.workers, or set it to 0")
+            raise WorkersError(
+                f"{crash}: Ray gave it no process. It asks for {self.config.threads} CPU and "
+                f"{self.config.gpus:g} GPU; free them, ask for fewer rollout.workers, or set it to 0"
+            )
         self._crashes.append(crash)
         self._replaced[reason] = self._replaced.get(reason, 0) + 1
         log.warning("%s is replaced (%s): %s", place.name, reason, crash)
         self._vacate(place)
         if len(self._crashes) >= (self.config.retries + 1) * (len(self._places) + 1):
-            raise WorkersError(f"rollout workers keep dying: {len(self._crashes)} in a row. The first one: "
-                               f"{self._crashes[0]}")
+            raise WorkersError(
+                f"rollout workers keep dying: {len(self._crashes)} in a row. The first one: {self._crashes[0]}"
+            )
 
     def _vacate(self, place: _Place) -> None:
         end_actor(place.actor, place.process)
@@ -305,8 +327,11 @@ class RayRollouts:
         """Vacate the places of idle workers that died since the last call, which costs no group an attempt."""
         import ray
 
-        asked = {place.actor.about.remote(): place for place in self._places
-                 if place.actor is not None and not place.starting}
+        asked = {
+            place.actor.about.remote(): place
+            for place in self._places
+            if place.actor is not None and not place.starting
+        }
         if asked:
             for answer in ray.wait(list(asked), num_returns=len(asked), timeout=TICK_S)[0]:
                 try:
@@ -344,7 +369,8 @@ class RayRollouts:
             if call is not None:
                 place.call, place.heard = call, time.monotonic()
                 place.stream = place.actor.roll.options(num_returns="streaming").remote(
-                    [requests[group] for group in call.groups], self.version)
+                    [requests[group] for group in call.groups], self.version
+                )
 
     def _wait(self) -> list[_Place]:
         """Places that have something to say, after TICK_S at most."""
@@ -357,8 +383,7 @@ class RayRollouts:
         ready, _ = ray.wait(list(by_waitable), num_returns=1, timeout=TICK_S)
         return [by_waitable[waitable] for waitable in ready]
 
-    def _hear(self, place: _Place, assignment: Assignment,
-              requests: Sequence[RolloutRequest]) -> Iterator[Any]:
+    def _hear(self, place: _Place, assignment: Assignment, requests: Sequence[RolloutRequest]) -> Iterator[Any]:
         """What a worker says: a finished (group, bytes); its failures as FailedGroup."""
         import ray
 
@@ -373,8 +398,9 @@ class RayRollouts:
         except ray.exceptions.RayError as error:
             self._raise_if_users(error)
             raised = isinstance(error, ray.exceptions.RayTaskError)
-            yield from self._lose(place, "error" if raised else "crash", self._quote(place, error), assignment,
-                                  requests)
+            yield from self._lose(
+                place, "error" if raised else "crash", self._quote(place, error), assignment, requests
+            )
             return
         place.heard = time.monotonic()
         if isinstance(said, dict):
@@ -382,8 +408,9 @@ class RayRollouts:
         else:
             yield said
 
-    def _lose(self, place: _Place, reason: str, crash: str, assignment: Assignment,
-              requests: Sequence[RolloutRequest]) -> list[FailedGroup]:
+    def _lose(
+        self, place: _Place, reason: str, crash: str, assignment: Assignment, requests: Sequence[RolloutRequest]
+    ) -> list[FailedGroup]:
         """Replace a worker and queue its groups again. Returns those that have had their last attempt."""
         call = place.call
         self._replace(place, reason, crash)
@@ -391,8 +418,11 @@ class RayRollouts:
             return []
         dropped = assignment.failed(place.slot, call)
         if dropped:
-            log.warning("dropped after %d attempts: group %s", self.config.retries + 1,
-                        ", ".join(str(requests[i].group) for i in dropped))
+            log.warning(
+                "dropped after %d attempts: group %s",
+                self.config.retries + 1,
+                ", ".join(str(requests[i].group) for i in dropped),
+            )
         return [FailedGroup(i, requests[i].group, reason, crash) for i in dropped]
 
     def _silent(self, timeout_s: float) -> list[tuple[_Place, str, str]]:
@@ -403,8 +433,14 @@ class RayRollouts:
             if place.waitable() is not None and now - place.heard > limit:
                 doing = "starting" if place.starting else "writing"
                 stack = place.process.stack() if place.process is not None else ""
-                found.append((place, "timeout", f"{place.name} was silent for {limit:g} s while {doing}"
-                                                + (f". Its stack:\n{stack}" if stack else "")))
+                found.append(
+                    (
+                        place,
+                        "timeout",
+                        f"{place.name} was silent for {limit:g} s while {doing}"
+                        + (f". Its stack:\n{stack}" if stack else ""),
+                    )
+                )
         return found
 
     def _say_what_is_waited_for(self) -> None:
@@ -415,9 +451,15 @@ class RayRollouts:
             if place.starting and place.process is None and now - place.said > SAY_AFTER_S:
                 place.said = now
                 free = ray.available_resources()
-                log.warning("%s has waited %.0f s to start; it asks for %d CPU and %g GPU, and %g and %g are free",
-                            place.name, now - place.heard, self.config.threads, self.config.gpus, free.get("CPU", 0.0),
-                            free.get("GPU", 0.0))
+                log.warning(
+                    "%s has waited %.0f s to start; it asks for %d CPU and %g GPU, and %g and %g are free",
+                    place.name,
+                    now - place.heard,
+                    self.config.threads,
+                    self.config.gpus,
+                    free.get("CPU", 0.0),
+                    free.get("GPU", 0.0),
+                )
 
     def _raise_if_users(self, error: Exception) -> None:
         """A mistake of the user's is no crash, and trying again would not mend it."""

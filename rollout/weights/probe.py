@@ -30,8 +30,10 @@ class Probe:
             PublicationError: it is past the tolerance, or the trainer's moved and the worker's did not.
         """
         if after_N.shape != self.expected_N.shape:
-            raise PublicationError(f"version {self.version} on {worker}: it scored {len(after_N)} decisions of the "
-                                   f"probe where the trainer scored {len(self.expected_N)}")
+            raise PublicationError(
+                f"version {self.version} on {worker}: it scored {len(after_N)} decisions of the "
+                f"probe where the trainer scored {len(self.expected_N)}"
+            )
         gap_N = np.nan_to_num(np.abs(after_N.astype(np.float64) - self.expected_N), nan=np.inf)
         gap = float(gap_N.max(initial=0.0))
         if gap > self.tolerance:
@@ -39,10 +41,12 @@ class Probe:
             raise PublicationError(
                 f"version {self.version} on {worker}: its log-probs differ from the trainer's by up to {gap:.3g} "
                 f"(decision {n} of the probe: {after_N[n]:.6f}, trainer {self.expected_N[n]:.6f}), over the tolerance "
-                f"of {self.tolerance:g}: other weights than the published ones are sampling there")
+                f"of {self.tolerance:g}: other weights than the published ones are sampling there"
+            )
         if self.moved and before_N is not None and len(after_N) and np.array_equal(before_N, after_N):
             raise PublicationError(
                 f"version {self.version} on {worker}: the weights changed, and the trainer's log-probs with them, but "
                 f"the worker's are still those of its last version (largest difference to the trainer's: {gap:.3g}): "
-                f"it did not take them up")
+                f"it did not take them up"
+            )
         return gap

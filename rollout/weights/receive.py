@@ -59,10 +59,14 @@ class WeightReceiver:
             if len(chunk) != size:
                 raise self._error(manifest, f"chunk {number} has {len(chunk)} bytes of {size}")
             if checksum(chunk) != manifest.chunk_checksums[number]:
-                inside = [entry.name for entry in manifest.tensors
-                          if entry.start < start + size and entry.start + entry.size > start]
-                raise self._error(manifest, f"the checksum of chunk {number} differs from the manifest's; it holds "
-                                            f"{some(inside)}")
+                inside = [
+                    entry.name
+                    for entry in manifest.tensors
+                    if entry.start < start + size and entry.start + entry.size > start
+                ]
+                raise self._error(
+                    manifest, f"the checksum of chunk {number} differs from the manifest's; it holds {some(inside)}"
+                )
             start += size
 
     def _check_names(self, manifest: Manifest, state: Mapping[str, Tensor]) -> None:
@@ -75,15 +79,19 @@ class WeightReceiver:
             raise self._error(manifest, f"tensor {some(sorted(rest))} of its model is missing from a full publication")
         for name, entry in sent.items():
             if tuple(state[name].shape) != entry.shape:
-                raise self._error(manifest, f"tensor '{name}' is {list(entry.shape)}, but {list(state[name].shape)} "
-                                            f"in its model")
+                raise self._error(
+                    manifest, f"tensor '{name}' is {list(entry.shape)}, but {list(state[name].shape)} in its model"
+                )
         if manifest.kind == "delta":
             if self._base is None or self._base[0] != rest:
                 self._base = frozenset(rest), fingerprint({name: state[name] for name in rest})
             if self._base[1] != manifest.base:
-                raise self._error(manifest, f"the {len(rest)} tensors that are not published (such as "
-                                            f"{some(sorted(rest))}) differ from the trainer's: it was built from "
-                                            f"another policy, and a delta on it would be another model")
+                raise self._error(
+                    manifest,
+                    f"the {len(rest)} tensors that are not published (such as "
+                    f"{some(sorted(rest))}) differ from the trainer's: it was built from "
+                    f"another policy, and a delta on it would be another model",
+                )
 
     def _error(self, manifest: Manifest, what: str) -> PublicationError:
         return PublicationError(f"version {manifest.version} was refused by {self.name}: {what}")

@@ -69,8 +69,13 @@ class Publication:
         return self.manifest.version
 
 
-def pack(tensors: Mapping[str, Tensor], version: int, kind: Literal["full", "delta"] = "full", base: str | None = None,
-         chunk_bytes: int = CHUNK_BYTES) -> Publication:
+def pack(
+    tensors: Mapping[str, Tensor],
+    version: int,
+    kind: Literal["full", "delta"] = "full",
+    base: str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Publication:
     """Copy tensors into chunks of `chunk_bytes` (rounded up to ALIGNMENT; the last one may be shorter)."""
     if not tensors:
         raise PublicationError(f"version {version} holds no tensor: there is nothing to publish")
@@ -87,15 +92,28 @@ def pack(tensors: Mapping[str, Tensor], version: int, kind: Literal["full", "del
         for chunk, inner, outer in _places(entry, chunk_bytes):
             chunks[chunk][inner] = content[outer]
         entries[number] = TensorEntry(entry.name, entry.dtype, entry.shape, entry.start, entry.size, checksum(content))
-    manifest = Manifest(version, kind, tuple(entries), tuple(len(c) for c in chunks), tuple(map(checksum, chunks)),
-                        _fingerprint(entries), base)
+    manifest = Manifest(
+        version,
+        kind,
+        tuple(entries),
+        tuple(len(c) for c in chunks),
+        tuple(map(checksum, chunks)),
+        _fingerprint(entries),
+        base,
+    )
     return Publication(manifest, tuple(chunks))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Equal if and only if names, types, shapes and bytes are; that of no tensors is a fingerprint too."""
-    return _fingerprint([TensorEntry(name, _dtype(tensors[name]), tuple(tensors[name].shape), 0, 0,
-                                     checksum(_content(tensors[name]))) for name in sorted(tensors)])
+    return _fingerprint(
+        [
+            TensorEntry(
+                name, _dtype(tensors[name]), tuple(tensors[name].shape), 0, 0, checksum(_content(tensors[name]))
+            )
+            for name in sorted(tensors)
+        ]
+    )
 
 
 def _dtype(tensor: Tensor) -> str:

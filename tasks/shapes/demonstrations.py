@@ -59,6 +59,7 @@ class Slip:
 
 # ---- mistakes ---------------------------------------------------------------------------------------------------
 
+
 def slip(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
     """One mistake in a right scene, such that it plainly breaks the record."""
     weights = MISTAKES[record["tag"]]
@@ -119,14 +120,20 @@ def _extra(record: Record, scene: Scene, rng: np.random.Generator) -> Slip | Non
 
 
 _SLIPS: dict[str, Callable[[Record, Scene, np.random.Generator], Slip | None]] = {
-    "color": _wrong_color, "shape": _wrong_shape, "place": _wrong_place, "missing": _missing, "extra": _extra}
+    "color": _wrong_color,
+    "shape": _wrong_shape,
+    "place": _wrong_place,
+    "missing": _missing,
+    "extra": _extra,
+}
 
 
 def _put(scene: Scene, index: int, item: Object) -> Scene:
-    return Scene((*scene.objects[:index], item, *scene.objects[index + 1:]))
+    return Scene((*scene.objects[:index], item, *scene.objects[index + 1 :]))
 
 
 # ---- building blocks --------------------------------------------------------------------------------------------
+
 
 class _Writer:
     """Collects the parts of one demonstration."""
@@ -145,8 +152,7 @@ class _Writer:
         self.parts.append(Part(role, picture=render(scene)))
 
     def finish(self, record: Record) -> Demonstration:
-        return Demonstration(record["prompt"], record, tuple(self.parts), tuple(self.mistakes),
-                             tuple(self.needless))
+        return Demonstration(record["prompt"], record, tuple(self.parts), tuple(self.mistakes), tuple(self.needless))
 
 
 def _critique(owed: Record, scene: Scene, made: Slip | None) -> str:
@@ -160,10 +166,11 @@ def _split(scene: Scene) -> tuple[list[Object], list[Object]]:
     """The objects of a first and a second stroke, each of one shape."""
     first = [item for item in scene.objects if item.shape == scene.objects[0].shape]
     second = [item for item in scene.objects if item.shape != scene.objects[0].shape]
-    return (first, second) if second else (first[: len(first) // 2], first[len(first) // 2:])
+    return (first, second) if second else (first[: len(first) // 2], first[len(first) // 2 :])
 
 
 # ---- the formats ------------------------------------------------------------------------------------------------
+
 
 def strokes(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
     """plan, sketch, inspect, (refine, redraw, inspect)*, and again from plan where a stroke is left.
@@ -250,7 +257,10 @@ def self_critique(record: Record, rng: np.random.Generator, mistake_rate: float)
 
 
 FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]] = {
-    "strokes": strokes, "subgoals": subgoals, "self_critique": self_critique}
+    "strokes": strokes,
+    "subgoals": subgoals,
+    "self_critique": self_critique,
+}
 
 
 def demonstrations(format: str, count: int, seed: int, mistake_rate: float = 0.5) -> list[Demonstration]:

@@ -62,7 +62,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for dy in range(2 * SHIFT + 1):
             for dx in range(2 * SHIFT + 1):
                 window = np.zeros((_SIDE, _SIDE), np.float32)
-                window[dy:dy + OBJECT, dx:dx + OBJECT] = MASKS[shape]
+                window[dy : dy + OBJECT, dx : dx + OBJECT] = MASKS[shape]
                 masks.append(window.ravel())
                 shapes.append(index)
     templates_KW = np.stack(masks)
@@ -72,8 +72,10 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def color_map(picture: np.ndarray) -> np.ndarray:
     """uint8 [32, 32]: each pixel's colour, 0 the ground, 1 the first of COLORS. Raises PictureError as `detect`."""
     if picture.dtype != np.uint8 or picture.shape != (CANVAS, CANVAS, 3):
-        raise PictureError(f"the shapes detector reads uint8 pictures of [{CANVAS}, {CANVAS}, 3], not "
-                           f"{picture.dtype} {list(picture.shape)}")
+        raise PictureError(
+            f"the shapes detector reads uint8 pictures of [{CANVAS}, {CANVAS}, 3], not "
+            f"{picture.dtype} {list(picture.shape)}"
+        )
     r, g, b = np.moveaxis(picture >> 3, -1, 0)
     return _color_table()[r, g, b]
 
@@ -108,7 +110,7 @@ def _match(mask: np.ndarray, box: tuple[float, ...], area: int) -> tuple[str, fl
     x = round((box[0] + box[2] - _SIDE) / 2)
     y = round((box[1] + box[3] - _SIDE) / 2)
     padded = np.pad(mask, _SIDE)
-    window = padded[y + _SIDE:y + 2 * _SIDE, x + _SIDE:x + 2 * _SIDE]
+    window = padded[y + _SIDE : y + 2 * _SIDE, x + _SIDE : x + 2 * _SIDE]
     shared_K = templates_KW @ window.ravel().astype(np.float32)
     iou_K = shared_K / (areas_K + area - shared_K)
     best = int(iou_K.argmax())

@@ -60,7 +60,8 @@ class Clause:
         """Whether nothing that both say differs."""
         return self.shape == other.shape and all(
             mine is None or theirs is None or mine == theirs
-            for mine, theirs in ((self.color, other.color), (self.place, other.place)))
+            for mine, theirs in ((self.color, other.color), (self.place, other.place))
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def vocabulary() -> set[str]:
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
+
 
 def clause_of(item: Object) -> Clause:
     return Clause(item.shape, item.color, PLACES[item.place])
@@ -126,8 +128,11 @@ def slots(owed: Record, scene: Scene) -> str:
     filled: list[Object | None] = [None] * len(wanted)
     for strict in (True, False):
         for index, clause in enumerate(wanted):
-            fits = [item for item in left if item.shape == clause["class"]
-                    and (not strict or item.color == clause.get("color", item.color))]
+            fits = [
+                item
+                for item in left
+                if item.shape == clause["class"] and (not strict or item.color == clause.get("color", item.color))
+            ]
             if filled[index] is None and fits:
                 filled[index] = fits[0]
                 left.remove(fits[0])
@@ -172,6 +177,7 @@ def refinement(mistake: Mistake, target: Object | None) -> str:
 
 # ---- reading ----------------------------------------------------------------------------------------------------
 
+
 def _parse_clause(words: Sequence[str]) -> Clause | None:
     rest = list(words)
     color = rest.pop(0) if rest and rest[0] in COLORS else None
@@ -200,7 +206,7 @@ def _parse_slots(text: str) -> list[Clause] | None:
     seen: list[Clause] = []
     for part in text.split(","):
         words = part.split()
-        words = words[words.index("=") + 1:] if "=" in words else words
+        words = words[words.index("=") + 1 :] if "=" in words else words
         words = words[:-1] if words and words[-1] in ("yes", "no") else words
         if words == ["nothing"]:
             continue
@@ -223,7 +229,7 @@ def claims(text: str) -> Claim:
     if "fine" in verdicts:
         return Claim("fine", (), None if seen is None else tuple(seen))
     mistakes = []
-    for part in " ".join(words[words.index("wrong") + 1:]).split(","):
+    for part in " ".join(words[words.index("wrong") + 1 :]).split(","):
         kind, *object_words = part.split() or [""]
         clause = _parse_clause(object_words)
         if kind in KINDS and clause is not None:
@@ -232,6 +238,7 @@ def claims(text: str) -> Claim:
 
 
 # ---- what a picture must show, and what is wrong with it ---------------------------------------------------------
+
 
 def requirement(record: Record, plan_text: str) -> Record:
     """The record that the picture drawn after this plan must satisfy.
@@ -296,13 +303,20 @@ def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> 
         lacking = any(sum(item.shape == c["class"] for item, _ in seen) < c["count"] for c in include)
         return lacking and (clause is None or len(found) > clause["count"])
     if mistake.kind == "color":
-        return clause is not None and "color" in clause and any(
-            item.matches(mistake.object) and item.color != clause["color"] for item in found)
+        return (
+            clause is not None
+            and "color" in clause
+            and any(item.matches(mistake.object) and item.color != clause["color"] for item in found)
+        )
     return any(_breaks_relation(mistake.object.shape, box, include, seen) for box in boxes)
 
 
-def _breaks_relation(shape: str, box: tuple[float, ...], include: Sequence[dict[str, Any]],
-                     seen: Sequence[tuple[Clause, tuple[float, ...]]]) -> bool:
+def _breaks_relation(
+    shape: str,
+    box: tuple[float, ...],
+    include: Sequence[dict[str, Any]],
+    seen: Sequence[tuple[Clause, tuple[float, ...]]],
+) -> bool:
     for clause in include:
         if "position" not in clause:
             continue

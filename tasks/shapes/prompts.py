@@ -28,20 +28,51 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TEMPLATES = (
-    "a photo of", "a picture of", "an image of", "a drawing of", "a sketch of", "a painting of", "an illustration of",
-    "an icon of", "a poster of", "a print of", "a rendering of", "a view of", "a scene with", "a card with",
-    "a page with", "a canvas with", "a sign with", "a slide with", "a stamp with", "a tile with",
+    "a photo of",
+    "a picture of",
+    "an image of",
+    "a drawing of",
+    "a sketch of",
+    "a painting of",
+    "an illustration of",
+    "an icon of",
+    "a poster of",
+    "a print of",
+    "a rendering of",
+    "a view of",
+    "a scene with",
+    "a card with",
+    "a page with",
+    "a canvas with",
+    "a sign with",
+    "a slide with",
+    "a stamp with",
+    "a tile with",
 )
 
-HELDOUT_COLORED = frozenset({("triangle", "red"), ("square", "orange"), ("cross", "yellow"), ("circle", "green"),
-                             ("triangle", "blue"), ("square", "purple")})
+HELDOUT_COLORED = frozenset(
+    {
+        ("triangle", "red"),
+        ("square", "orange"),
+        ("cross", "yellow"),
+        ("circle", "green"),
+        ("triangle", "blue"),
+        ("square", "purple"),
+    }
+)
 HELDOUT_PAIRS = frozenset({frozenset({"circle", "cross"}), frozenset({"square", "triangle"})})
 HELDOUT_COUNTS = frozenset({("circle", 3), ("square", 4), ("triangle", 2), ("cross", 3)})
-_HELDOUT_ARRANGEMENTS = (("circle", "left of", "square"), ("circle", "above", "triangle"),
-                         ("square", "right of", "cross"), ("triangle", "below", "cross"))
+_HELDOUT_ARRANGEMENTS = (
+    ("circle", "left of", "square"),
+    ("circle", "above", "triangle"),
+    ("square", "right of", "cross"),
+    ("triangle", "below", "cross"),
+)
 HELDOUT_RELATIONS = frozenset(
-    {(a, r, b) for a, r, b in _HELDOUT_ARRANGEMENTS} | {(b, INVERSE[r], a) for a, r, b in _HELDOUT_ARRANGEMENTS}
-    | {(a, r, b) for a, b in permutations(SHAPES, 2) if frozenset({a, b}) in HELDOUT_PAIRS for r in INVERSE})
+    {(a, r, b) for a, r, b in _HELDOUT_ARRANGEMENTS}
+    | {(b, INVERSE[r], a) for a, r, b in _HELDOUT_ARRANGEMENTS}
+    | {(a, r, b) for a, b in permutations(SHAPES, 2) if frozenset({a, b}) in HELDOUT_PAIRS for r in INVERSE}
+)
 
 TRAIN_PER_TAG = 96  # of prompts("train"); single_object has 32
 HELDOUT_PER_TAG = 52  # of prompts("heldout"); single_object has 48
@@ -49,6 +80,7 @@ RELATION_MARGIN = 0.1  # beyond GenEval's 0.5, so that a blurred picture is judg
 
 
 # ---- what a prompt composes -------------------------------------------------------------------------------------
+
 
 def compositions(record: Record) -> set[tuple[Any, ...]]:
     """Everything that a record composes: ("colored", ...), ("pair", ...), ("relation", ...), ("count", ...)."""
@@ -70,8 +102,11 @@ def compositions(record: Record) -> set[tuple[Any, ...]]:
 
 
 HELDOUT = frozenset(
-    {("colored", *pair) for pair in HELDOUT_COLORED} | {("pair", *sorted(pair)) for pair in HELDOUT_PAIRS}
-    | {("relation", *triple) for triple in HELDOUT_RELATIONS} | {("count", *pair) for pair in HELDOUT_COUNTS})
+    {("colored", *pair) for pair in HELDOUT_COLORED}
+    | {("pair", *sorted(pair)) for pair in HELDOUT_PAIRS}
+    | {("relation", *triple) for triple in HELDOUT_RELATIONS}
+    | {("count", *pair) for pair in HELDOUT_COUNTS}
+)
 
 
 def split_of(record: Record, template: int) -> Split:
@@ -83,6 +118,7 @@ def split_of(record: Record, template: int) -> Split:
 
 
 # ---- wording ----------------------------------------------------------------------------------------------------
+
 
 def _article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
@@ -102,14 +138,25 @@ def _contents() -> list[tuple[str, str, list[dict[str, Any]]]]:
         for color in COLORS:
             found.append(("colors", _article(f"{color} {shape}"), [{"class": shape, "count": 1, "color": color}]))
     for a, b in permutations(SHAPES, 2):
-        found.append(("two_object", f"{_article(a)} and {_article(b)}",
-                      [{"class": a, "count": 1}, {"class": b, "count": 1}]))
+        found.append(
+            ("two_object", f"{_article(a)} and {_article(b)}", [{"class": a, "count": 1}, {"class": b, "count": 1}])
+        )
         for relation in INVERSE:  # clause 0 is the reference, as in GenEval
-            found.append(("position", f"{_article(a)} {relation} {_article(b)}",
-                          [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]))
+            found.append(
+                (
+                    "position",
+                    f"{_article(a)} {relation} {_article(b)}",
+                    [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}],
+                )
+            )
         for color_a, color_b in permutations(COLORS, 2):
-            found.append(("color_attr", f"{_article(f'{color_a} {a}')} and {_article(f'{color_b} {b}')}",
-                          [{"class": a, "count": 1, "color": color_a}, {"class": b, "count": 1, "color": color_b}]))
+            found.append(
+                (
+                    "color_attr",
+                    f"{_article(f'{color_a} {a}')} and {_article(f'{color_b} {b}')}",
+                    [{"class": a, "count": 1, "color": color_a}, {"class": b, "count": 1, "color": color_b}],
+                )
+            )
     return found
 
 
@@ -165,6 +212,7 @@ def prompt_words() -> set[str]:
 
 # ---- scenes that a prompt asks for ------------------------------------------------------------------------------
 
+
 def related(box: tuple[float, ...], relation: str, other: tuple[float, ...], margin: float = 0.0) -> bool:
     """GenEval's relation of a box to another, with its threshold of 0.5 raised by `margin`."""
     dx, dy = unit_offset(box, other)
@@ -201,10 +249,14 @@ def _related_layouts(relation: str) -> tuple[tuple[int, ...], ...]:
     relation does: a picture that is plainly what was asked for."""
     found = []
     for places in layouts(2):
-        pairs = [(Object("square", "red", places[1], a).box, Object("square", "red", places[0], b).box)
-                 for a in range(len(JITTERS)) for b in range(len(JITTERS))]
+        pairs = [
+            (Object("square", "red", places[1], a).box, Object("square", "red", places[0], b).box)
+            for a in range(len(JITTERS))
+            for b in range(len(JITTERS))
+        ]
         if all(related(item, relation, other, RELATION_MARGIN) for item, other in pairs) and not any(
-                related(item, second, other) for item, other in pairs for second in INVERSE if second != relation):
+            related(item, second, other) for item, other in pairs for second in INVERSE if second != relation
+        ):
             found.append(places)
     return tuple(found)
 
@@ -226,5 +278,4 @@ def sample_scene_for(record: Record, rng: np.random.Generator) -> Scene:
     places = choices[rng.integers(len(choices))]
     if relation is None:
         places = tuple(sorted(places))
-    return Scene(tuple(Object(shape, color, place)
-                       for (shape, color), place in zip(wanted, places, strict=True)))
+    return Scene(tuple(Object(shape, color, place) for (shape, color), place in zip(wanted, places, strict=True)))

@@ -93,8 +93,17 @@ def sample_scene(rng: np.random.Generator, count: int) -> Scene:
         raise ValueError(f"{count} objects do not fit: at most {MAX_OBJECTS}")
     places = choices[rng.integers(len(choices))]
     colors = tuple(COLORS)
-    return Scene(tuple(Object(SHAPES[rng.integers(len(SHAPES))], colors[rng.integers(len(colors))], place,
-                              int(rng.integers(len(JITTERS)))) for place in places))
+    return Scene(
+        tuple(
+            Object(
+                SHAPES[rng.integers(len(SHAPES))],
+                colors[rng.integers(len(colors))],
+                place,
+                int(rng.integers(len(JITTERS))),
+            )
+            for place in places
+        )
+    )
 
 
 def place_of(box: Sequence[float]) -> int:

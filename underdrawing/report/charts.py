@@ -20,8 +20,9 @@ class Series:
     y: Sequence[float | None]
 
 
-def line_chart(series: Sequence[Series], x_label: str = "step", y_from: float | None = None,
-               y_to: float | None = None) -> str:
+def line_chart(
+    series: Sequence[Series], x_label: str = "step", y_from: float | None = None, y_to: float | None = None
+) -> str:
     """An SVG chart of up to eight lines. Empty string where no point is finite.
 
     Noisy lines of more than 20 points get a running mean on top of their raw trace.
@@ -45,8 +46,10 @@ def line_chart(series: Sequence[Series], x_label: str = "step", y_from: float | 
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" class="chart">']
     for tick in ticks_y:
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}" class="grid"/>'
-                     f'<text x="{LEFT - 6}" y="{py(tick) + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>')
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}" class="grid"/>'
+            f'<text x="{LEFT - 6}" y="{py(tick) + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>'
+        )
     for tick in _ticks(x0, x1):
         if x0 <= tick <= x1:
             parts.append(f'<text x="{px(tick):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{_number(tick)}</text>')
@@ -57,8 +60,11 @@ def line_chart(series: Sequence[Series], x_label: str = "step", y_from: float | 
         if noisy:
             parts.append(_path(s.x, _running_mean(s.y), px, py, colour, 2.0, 1.0))
         elif sum(_finite(y) for y in s.y) <= 12:
-            parts += [f'<circle cx="{px(x):.1f}" cy="{py(float(y)):.1f}" r="2.6" fill="{colour}"/>'
-                      for x, y in zip(s.x, s.y, strict=True) if y is not None and _finite(y)]
+            parts += [
+                f'<circle cx="{px(x):.1f}" cy="{py(float(y)):.1f}" r="2.6" fill="{colour}"/>'
+                for x, y in zip(s.x, s.y, strict=True)
+                if y is not None and _finite(y)
+            ]
     return "".join([*parts, "</svg>"])
 
 
@@ -72,9 +78,11 @@ def bars(before: Mapping[str, float], after: Mapping[str, float]) -> str:
         full = WIDTH - 178
         parts.append(f'<text x="118" y="{y + 15}" text-anchor="end">{tag.replace("_", " ")}</text>')
         for offset, value, css in ((0, before[tag], "before"), (11, after[tag], "after")):
-            parts.append(f'<rect x="126" y="{y + offset}" width="{full}" height="9" class="rail"/>'
-                         f'<rect x="126" y="{y + offset}" width="{full * value:.1f}" height="9" class="{css}"/>'
-                         f'<text x="{130 + full}" y="{y + offset + 8.5}" class="value">{value:.2f}</text>')
+            parts.append(
+                f'<rect x="126" y="{y + offset}" width="{full}" height="9" class="rail"/>'
+                f'<rect x="126" y="{y + offset}" width="{full * value:.1f}" height="9" class="{css}"/>'
+                f'<text x="{130 + full}" y="{y + offset + 8.5}" class="value">{value:.2f}</text>'
+            )
     return "".join([*parts, "</svg>"])
 
 
@@ -100,8 +108,10 @@ def _path(x, y, px, py, colour: str, width: float, opacity: float) -> str:
             continue
         commands.append(f"{pen}{px(a):.1f} {py(b):.1f}")
         pen = "L"
-    return (f'<path d="{"".join(commands)}" fill="none" stroke="{colour}" stroke-width="{width}" '
-            f'stroke-opacity="{opacity}" stroke-linejoin="round"/>')
+    return (
+        f'<path d="{"".join(commands)}" fill="none" stroke="{colour}" stroke-width="{width}" '
+        f'stroke-opacity="{opacity}" stroke-linejoin="round"/>'
+    )
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -31,8 +31,7 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("Reward", (r"reward/mean",), (None, None)),
     ("Held-out score", (r"heldout/(first_sketch|final_image)",), (0.0, None)),
     ("Reward parts", (r"reward/(?!mean$|std$)[^/]+",), (None, None)),
-    ("Critiques", (r"reward/[^/]+/(rubber_stamp_rate|approves_wrong|right_fine|right_wrong)",),
-     (0.0, 1.0)),
+    ("Critiques", (r"reward/[^/]+/(rubber_stamp_rate|approves_wrong|right_fine|right_wrong)",), (0.0, 1.0)),
     ("Entropy of decisions, nats", (r"entropy/[^/]+",), (0.0, None)),
     ("KL to the reference", (r"kl",), (0.0, None)),
     ("Share of clipped decisions", (r"clip/(low|high)",), (0.0, None)),
@@ -96,8 +95,13 @@ def render(data: ReportData) -> str:
 def from_template(name: str, **values: Any) -> str:
     """A page of this folder, with the style that all of them share."""
     folder = Path(__file__).parent
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True,
-                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     style = (folder / "style.css").read_text(encoding="utf-8")
     return environment.get_template(name).render(style=style, **values)
 
@@ -153,8 +157,10 @@ def alarms_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
         if raised:
             value = raised[0].get(f"{name}/value")
             at = f" at {value:.3g}" if value is not None else ""
-            told.append(f"The alarm '{name.removeprefix('alarm/')}' was first raised at step {raised[0]['step']}{at}, "
-                        f"and stood in {len(raised)} of {len(metrics)} steps.")
+            told.append(
+                f"The alarm '{name.removeprefix('alarm/')}' was first raised at step {raised[0]['step']}{at}, "
+                f"and stood in {len(raised)} of {len(metrics)} steps."
+            )
     return told
 
 
@@ -169,12 +175,19 @@ def _load_evaluation(path: Path) -> Evaluation:
     trajectories = load_trajectories(folder) if folder.is_dir() else []
     with _reading(path, f"evaluate those weights again with --label {label}, or remove {path.parent}"):
         summary = json.loads(path.read_text())
-        first, final = (None if summary.get(name) is None else float(summary[name])
-                        for name in ("first_sketch", "final_image"))
+        first, final = (
+            None if summary.get(name) is None else float(summary[name]) for name in ("first_sketch", "final_image")
+        )
         return Evaluation(
-            label=label, score=float(summary["score"]), first_sketch=first, final_image=final,
-            by_tag={tag: float(score) for tag, score in summary["by_tag"].items()}, prompts=int(summary["prompts"]),
-            samples=int(summary.get("samples", 1)), trajectories=trajectories)
+            label=label,
+            score=float(summary["score"]),
+            first_sketch=first,
+            final_image=final,
+            by_tag={tag: float(score) for tag, score in summary["by_tag"].items()},
+            prompts=int(summary["prompts"]),
+            samples=int(summary.get("samples", 1)),
+            trajectories=trajectories,
+        )
 
 
 def _load_interval(path: Path) -> tuple[float, float]:
@@ -193,8 +206,7 @@ def _reading(path: Path, advice: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read, it may be cut or altered ({reason}); {advice}") from None
 
 
-def _pairs(before: Evaluation | None, after: Evaluation | None,
-           most: int = 12) -> list[tuple[Trajectory, Trajectory]]:
+def _pairs(before: Evaluation | None, after: Evaluation | None, most: int = 12) -> list[tuple[Trajectory, Trajectory]]:
     """The same held-out prompts before and after, the tags in turn."""
     if before is None or after is None:
         return []
@@ -268,14 +280,32 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
         advantage = None
         if trajectory.advantage_S is not None and segment.trained:
             advantage = float(trajectory.advantage_S[index])
-        credit = "  ".join(f"{part} {value:+.2f}" for part, credits in trajectory.segment_rewards.items()
-                           if (value := credits.get(index)) is not None)
-        frames.append(Frame(segment.role, str(segment.author), _tagged(segment.text),
-                            data_uri(segment.picture) if segment.picture is not None else "",
-                            advantage, credit, len(segment.ids), (seen or {}).get(index)))
-    return Film(trajectory.prompt, str(trajectory.record.get("tag", "")).replace("_", " "), str(trajectory.stop),
-                trajectory.reward, trajectory.advantage_S is not None or trajectory.reward is not None,
-                list(trajectory.rewards.items()), frames)
+        credit = "  ".join(
+            f"{part} {value:+.2f}"
+            for part, credits in trajectory.segment_rewards.items()
+            if (value := credits.get(index)) is not None
+        )
+        frames.append(
+            Frame(
+                segment.role,
+                str(segment.author),
+                _tagged(segment.text),
+                data_uri(segment.picture) if segment.picture is not None else "",
+                advantage,
+                credit,
+                len(segment.ids),
+                (seen or {}).get(index),
+            )
+        )
+    return Film(
+        trajectory.prompt,
+        str(trajectory.record.get("tag", "")).replace("_", " "),
+        str(trajectory.stop),
+        trajectory.reward,
+        trajectory.advantage_S is not None or trajectory.reward is not None,
+        list(trajectory.rewards.items()),
+        frames,
+    )
 
 
 def _tagged(text: str) -> list[tuple[str, str]]:

@@ -54,8 +54,15 @@ def write_trial(page: TrialPage, path: Path) -> Path:
     return write_page(from_template("trial.html.j2", data=page), path)
 
 
-def row_of(name: str, values: Sequence[float | None], *, kind: str = "", what: str = "", failed: float = 0.0,
-           total: bool = False) -> PartRow:
+def row_of(
+    name: str,
+    values: Sequence[float | None],
+    *,
+    kind: str = "",
+    what: str = "",
+    failed: float = 0.0,
+    total: bool = False,
+) -> PartRow:
     judged = [value for value in values if value is not None]
     none = 1 - len(judged) / len(values) if values else 0.0
     if not judged:
@@ -72,8 +79,12 @@ def histogram(values: Sequence[float]) -> str:
     for value in values:
         counts[min(int((value - low) / (high - low) * BINS), BINS - 1) if high > low else BINS // 2] += 1
     width, most = 140 / BINS, max(counts)
-    bars = "".join(f'<rect x="{n * width + 0.5:.1f}" y="{29 - 28 * count / most:.1f}" width="{width - 1:.1f}" '
-                   f'height="{28 * count / most:.1f}" rx="1"/>' for n, count in enumerate(counts) if count)
+    bars = "".join(
+        f'<rect x="{n * width + 0.5:.1f}" y="{29 - 28 * count / most:.1f}" width="{width - 1:.1f}" '
+        f'height="{28 * count / most:.1f}" rx="1"/>'
+        for n, count in enumerate(counts)
+        if count
+    )
     return f'<svg viewBox="0 0 140 30" role="img"><title>{low:.3g} to {high:.3g}</title>{bars}</svg>'
 
 
@@ -87,9 +98,17 @@ def seen_of(picture: Any, objects: Detections, correct: bool | None, reason: str
         x0, y0, x1, y1 = (max(0.0, float(v)) for v in item.box)
         x0, x1, y0, y1 = min(x0, width), min(x1, width), min(y0, height), min(y1, height)
         label = f"{item.color} {name}" if item.color else name
-        boxes.append(SeenBox(label, float(item.score), colours[name], round(100 * x0 / width, 2),
-                             round(100 * y0 / height, 2), round(100 * (x1 - x0) / width, 2),
-                             round(100 * (y1 - y0) / height, 2)))
+        boxes.append(
+            SeenBox(
+                label,
+                float(item.score),
+                colours[name],
+                round(100 * x0 / width, 2),
+                round(100 * y0 / height, 2),
+                round(100 * (x1 - x0) / width, 2),
+                round(100 * (y1 - y0) / height, 2),
+            )
+        )
     return Seen(boxes, correct, reason)
 
 
@@ -98,8 +117,9 @@ def thought_films(trajectories: Sequence[Trajectory], seen: Mapping[int, Mapping
     return [film_of(trajectory, seen.get(id(trajectory))) for trajectory in trajectories]
 
 
-def picture_films(trajectories: Sequence[Trajectory], seen: Mapping[int, Mapping[int, Seen]],
-                  names: Mapping[int, str]) -> list[Film]:
+def picture_films(
+    trajectories: Sequence[Trajectory], seen: Mapping[int, Mapping[int, Seen]], names: Mapping[int, str]
+) -> list[Film]:
     """A strip a prompt, its pictures side by side with their own rewards."""
     groups: dict[int, list[Trajectory]] = {}
     for trajectory in trajectories:
@@ -110,8 +130,19 @@ def picture_films(trajectories: Sequence[Trajectory], seen: Mapping[int, Mapping
         for trajectory in members:
             index, picture = policy_pictures(trajectory)[0]
             parts = [*trajectory.rewards.items(), ("reward", trajectory.reward)]
-            frames.append(Frame(names[id(trajectory)], "policy", [], data_uri(picture), None, "", 0,
-                                seen.get(id(trajectory), {}).get(index), parts))
+            frames.append(
+                Frame(
+                    names[id(trajectory)],
+                    "policy",
+                    [],
+                    data_uri(picture),
+                    None,
+                    "",
+                    0,
+                    seen.get(id(trajectory), {}).get(index),
+                    parts,
+                )
+            )
         rewards = [t.reward for t in members if t.reward is not None]
         mean = math.fsum(rewards) / len(rewards) if rewards else None
         tag = str(members[0].record.get("tag", "")).replace("_", " ")
