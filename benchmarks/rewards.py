@@ -1,15 +1,15 @@
-"""What scoring pictures costs, and how much of it a step does not notice.
+"""What scoring images costs, and how much of it a step does not notice.
 
     python -m benchmarks.rewards [scoring] [shapes] [overlap]      # all three without names
     python -m benchmarks.rewards --smoke                           # minutes less, and figures worth less
 
 scoring   GenEval with a Mask2Former (random weights, smaller than the released one, its queries, classes and mask
-          resolutions the same) and an open_clip ViT: our batches against one picture at a time as GenEval's script
-          does it, which resizes the masks of all 100 (query, class) pairs to the picture, moves them to the CPU class
-          by class, and classifies colours through a DataLoader with four workers. Both sides use all of torch's
-          threads, read the same pictures, and must give the same verdicts. An untrained network is sure of nothing, so
-          the class head is scaled until a picture has about as many objects above the threshold as `--objects` says.
-shapes    the shapes world's detector, pictures a second, noisy pictures, one thread.
+          resolutions the same) and an open_clip ViT: our batches against one image at a time as GenEval's script
+          does it, which resizes the masks of all 100 (query, class) pairs to the image, moves them to the CPU class
+          by class, and classifies colors through a DataLoader with four workers. Both sides use all of torch's
+          threads, read the same images, and must give the same verdicts. An untrained network is sure of nothing, so
+          the class head is scaled until an image has about as many objects above the threshold as `--objects` says.
+shapes    the shapes world's detector, images a second, noisy images, one thread.
 overlap   a step of rollout and judgement, its groups judged after the rollout or while it runs. In both arms the
           rollout is pinned to one core and the detector's worker to another. Hidden is the share of the judgement's
           time that the step is spared.
@@ -35,13 +35,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.detectors.base import COLORS, Detected, Detections
 from rewards.detectors.coco import GENEVAL_CLASSES
 from rewards.detectors.colors import Colored, ColorNamer, crop_of
 from rewards.detectors.encoders import OpenClipConfig
 from rewards.detectors.mask2former import Mask2FormerDetector, prepared, resized_size
-from rewards.functions.geneval import MAX_OBJECTS, colored_of, evaluate, score_pictures
+from rewards.functions.geneval import MAX_OBJECTS, colored_of, evaluate, score_images
 
 THRESHOLD = 0.3
 
@@ -92,16 +92,16 @@ def write_mask2former(folder: Path, labels: Sequence[str], width: int, seed: int
     return folder
 
 
-def make_sure(detector: Mask2FormerDetector, pictures: Sequence[np.ndarray], objects: float) -> float:
-    """Scale the class head until the pictures have about `objects` above the threshold; how many they have then."""
+def make_sure(detector: Mask2FormerDetector, images: Sequence[np.ndarray], objects: float) -> float:
+    """Scale the class head until the images have about `objects` above the threshold; how many they have then."""
     head, low, high = detector.model.class_predictor, 0.0, 12.0
     original, seen = head.weight.detach().clone(), 0.0
     for _ in range(8):
         middle = (low + high) / 2
         with torch.no_grad():
             head.weight.copy_(original * 2**middle)
-        found = detector.detect(pictures)
-        seen = sum(len(items) for objects_of in found for items in objects_of.values()) / len(pictures)
+        found = detector.detect(images)
+        seen = sum(len(items) for objects_of in found for items in objects_of.values()) / len(images)
         low, high = (middle, high) if seen < objects else (low, middle)
     return seen
 
@@ -126,7 +126,7 @@ def write_open_clip(folder: Path, width: int, seed: int = 0) -> Path:
 
 
 def drawn(count: int, side: int, seed: int = 0) -> list[np.ndarray]:
-    """Blocks of random colours with soft edges: pictures on which a random network is not of one mind."""
+    """Blocks of random colors with soft edges: images on which a random network is not of one mind."""
     rng = np.random.default_rng(seed)
     return [
         np.asarray(
@@ -139,7 +139,7 @@ def drawn(count: int, side: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def asked(found: Sequence[Detections], seed: int = 0) -> list[dict[str, Any]]:
-    """A record a picture: about classes that the network sees there, every second one about a colour too."""
+    """A record an image: about classes that the network sees there, every second one about a color too."""
     rng = np.random.default_rng(seed)
     records = []
     for index, objects in enumerate(found):
@@ -154,23 +154,23 @@ def asked(found: Sequence[Detections], seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
-# ---- the peer: one picture at a time ------------------------------------------------------------------------------
+# ---- the peer: one image at a time ------------------------------------------------------------------------------
 
 
 class OneAtATime:
-    """GenEval's way, from its description: forward, all pairs' masks, per-class lists, colours by a DataLoader."""
+    """GenEval's way, from its description: forward, all pairs' masks, per-class lists, colors by a DataLoader."""
 
     def __init__(self, detector: Mask2FormerDetector, namer: ColorNamer, workers: int) -> None:
         self.detector, self.namer, self.workers = detector, namer, workers
 
-    def __call__(self, pictures: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[Any]:
-        return [self.one(picture, record) for picture, record in zip(pictures, records, strict=True)]
+    def __call__(self, images: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[Any]:
+        return [self.one(image, record) for image, record in zip(images, records, strict=True)]
 
     @torch.inference_mode()
-    def one(self, picture: np.ndarray, record: dict[str, Any]) -> Any:
-        height, width = picture.shape[:2]
+    def one(self, image: np.ndarray, record: dict[str, Any]) -> Any:
+        height, width = image.shape[:2]
         detector = self.detector
-        pixels = prepared([picture], detector.mean, detector.std, detector.test_size, detector.device)
+        pixels = prepared([image], detector.mean, detector.std, detector.test_size, detector.device)
         output = detector.model(pixel_values=pixels)
         resized = resized_size(height, width, detector.test_size)
         masks = F.interpolate(
@@ -203,14 +203,14 @@ class OneAtATime:
             if objects:
                 found[name] = [
                     Detected(o.box, o.score, color, o.mask)
-                    for o, color in zip(objects, self.colors(picture, objects, name), strict=True)
+                    for o, color in zip(objects, self.colors(image, objects, name), strict=True)
                 ]
         return evaluate(record, found)
 
-    def colors(self, picture: np.ndarray, objects: Sequence[Detected], name: str) -> list[str]:
+    def colors(self, image: np.ndarray, objects: Sequence[Detected], name: str) -> list[str]:
         encoder = self.namer.load()
         classifier = self.namer.classifier(name)
-        loader = DataLoader(Crops(picture, objects, encoder.preprocess), batch_size=16, num_workers=self.workers)
+        loader = DataLoader(Crops(image, objects, encoder.preprocess), batch_size=16, num_workers=self.workers)
         named = []
         for batch in loader:
             features = encoder.model.encode_image(batch, normalize=True)
@@ -219,14 +219,14 @@ class OneAtATime:
 
 
 class Crops(Dataset[torch.Tensor]):
-    def __init__(self, picture: np.ndarray, objects: Sequence[Detected], transform: Any) -> None:
-        self.picture, self.objects, self.transform = picture, objects, transform
+    def __init__(self, image: np.ndarray, objects: Sequence[Detected], transform: Any) -> None:
+        self.image, self.objects, self.transform = image, objects, transform
 
     def __len__(self) -> int:
         return len(self.objects)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(crop_of(self.picture, self.objects[index]))
+        return self.transform(crop_of(self.image, self.objects[index]))
 
 
 # ---- the parts ----------------------------------------------------------------------------------------------------
@@ -239,8 +239,8 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def scoring(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Pictures a second of both sides on the same pictures and records."""
-    pictures = drawn(given.pictures, given.side)
+    """Images a second of both sides on the same images and records."""
+    images = drawn(given.images, given.side)
     detector = Mask2FormerDetector(
         str(write_mask2former(folder / "mask2former", GENEVAL_CLASSES, given.width)),
         device="cpu",
@@ -248,20 +248,20 @@ def scoring(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         min_score=THRESHOLD,
         test_size=given.test_size,
     )
-    objects = make_sure(detector, pictures[:4], given.objects)
+    objects = make_sure(detector, images[:4], given.objects)
     namer = ColorNamer(OpenClipConfig(path=str(write_open_clip(folder / "open_clip", 192)), device="cpu"))
-    records = asked(detector.detect(pictures))
+    records = asked(detector.detect(images))
     for record in records:  # sentences are embedded once a class on either side
         for name in colored_of(record):
             namer.classifier(name)
 
     def ours() -> list[Any]:
-        return score_pictures(pictures, records, Setting.of(None, None, Colored(detector, namer)), "standard")
+        return score_images(images, records, RewardContext.of(None, None, Colored(detector, namer)), "standard")
 
     arms = {
         "ours": ours,
-        "script": lambda: OneAtATime(detector, namer, 4)(pictures, records),
-        "no_workers": lambda: OneAtATime(detector, namer, 0)(pictures, records),
+        "script": lambda: OneAtATime(detector, namer, 4)(images, records),
+        "no_workers": lambda: OneAtATime(detector, namer, 0)(images, records),
     }
     taken: dict[str, list[float]] = {name: [] for name in arms}
     verdicts: dict[str, Any] = {}
@@ -273,19 +273,19 @@ def scoring(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     same = verdicts["ours"] == verdicts["script"] == verdicts["no_workers"]
     if not same:
         raise SystemExit("the arms do not agree on the verdicts, so their speeds say nothing")
-    speed = {name: len(pictures) / statistics.median(spent) for name, spent in taken.items()}
+    speed = {name: len(images) / statistics.median(spent) for name, spent in taken.items()}
     print(
-        f"scoring: {len(pictures)} pictures of {given.side} px, {objects:.1f} objects a picture above {THRESHOLD}, "
+        f"scoring: {len(images)} images of {given.side} px, {objects:.1f} objects an image above {THRESHOLD}, "
         f"{torch.get_num_threads()} threads, verdicts equal"
     )
-    print(f"  ours, batches of {given.batch_size:<3}           {speed['ours']:8.2f} pictures/s")
-    print(f"  one at a time, 4 workers    {speed['script']:8.2f} pictures/s")
-    print(f"  one at a time, no workers   {speed['no_workers']:8.2f} pictures/s")
+    print(f"  ours, batches of {given.batch_size:<3}           {speed['ours']:8.2f} images/s")
+    print(f"  one at a time, 4 workers    {speed['script']:8.2f} images/s")
+    print(f"  one at a time, no workers   {speed['no_workers']:8.2f} images/s")
     return {
         "ours": round(speed["ours"], 3),
         "peer": round(speed["script"], 3),
         "ratio": round(speed["ours"] / speed["script"], 2),
-        "unit": "pictures/s",
+        "unit": "images/s",
         "peer_without_workers": round(speed["no_workers"], 3),
         "ratio_without_workers": round(speed["ours"] / speed["no_workers"], 2),
         "objects": round(objects, 1),
@@ -299,17 +299,17 @@ def shapes(given: argparse.Namespace) -> dict[str, Any]:
     from tasks.shapes.world import sample_scene
 
     rng = np.random.default_rng(0)
-    pictures = [
+    images = [
         np.clip(render(sample_scene(rng, 1 + index % 4)) + rng.normal(0, 12, (32, 32, 3)), 0, 255).astype(np.uint8)
         for index in range(given.scenes)
     ]
     detector = shapes_detector()
-    detector.detect(pictures[:1])
-    speed = len(pictures) / statistics.median(
-        seconds(lambda: detector.detect(pictures))[0] for _ in range(given.rounds or 1)
+    detector.detect(images[:1])
+    speed = len(images) / statistics.median(
+        seconds(lambda: detector.detect(images))[0] for _ in range(given.rounds or 1)
     )
-    print(f"shapes: {speed:.0f} pictures/s over {len(pictures)} noisy scenes")
-    return {"shapes_pictures_per_s": round(speed, 1)}
+    print(f"shapes: {speed:.0f} images/s over {len(images)} noisy scenes")
+    return {"shapes_images_per_s": round(speed, 1)}
 
 
 def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from policy.config import PolicyConfig
     from policy.registry import load_policy
     from rewards.config import RewardsConfig
-    from rewards.manager import Judge
+    from rewards.manager import RewardManager
     from rollout.config import RolloutConfig
     from rollout.engine.engine import Engine
     from rollout.pool.local import LocalRollouts
@@ -353,7 +353,7 @@ def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     folder_of_detector = write_mask2former(folder / "shapes_mask2former", task.classes, 24)
     config = RewardsConfig.model_validate(
         {
-            "parts": {"graded": {"function": "geneval", "options": {"mode": "graded", "picture": "each"}}},
+            "parts": {"graded": {"function": "geneval", "options": {"mode": "graded", "image": "each"}}},
             "detector": {
                 "backend": "mask2former",
                 "path": str(folder_of_detector),
@@ -371,7 +371,7 @@ def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     sizes = [given.members] * given.prompts
     before = children()
-    with Judge(config, task, get_format("strokes", max_images=4)) as judge:
+    with RewardManager(config, task, get_format("strokes", max_images=4)) as manager:
         for child in children() - before:
             os.sched_setaffinity(child, {cores[1]})
             for thread in Path(f"/proc/{child}/task").iterdir():
@@ -380,13 +380,13 @@ def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         def after() -> tuple[float, float]:
             rolled, result = seconds(lambda: rollouts.generate(requests))
-            judged, _ = seconds(lambda: judge.judge(result.groups))
+            judged, _ = seconds(lambda: manager.score(result.groups))
             return rolled, judged
 
         def beside() -> float:
-            judgement = judge.begin(0, sizes)
-            result = rollouts.generate(requests, each=judgement.add)
-            return seconds(lambda: judgement.finish(result.groups))[0]
+            pending = manager.begin(0, sizes)
+            result = rollouts.generate(requests, each=pending.add)
+            return seconds(lambda: pending.finish(result.groups))[0]
 
         after()  # warms up
         apart, together = [], []
@@ -422,11 +422,11 @@ def children() -> set[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="scoring, shapes, overlap (default: all)")
-    parser.add_argument("--smoke", action="store_true", help="small pictures and few of them: does it run?")
-    parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--side", type=int, default=512, help="px of the scored pictures")
+    parser.add_argument("--smoke", action="store_true", help="small images and few of them: does it run?")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--side", type=int, default=512, help="px of the scored images")
     parser.add_argument("--width", type=int, default=24, help="channels of the backbone's first stage")
-    parser.add_argument("--objects", type=float, default=8.0, help="a picture, above the threshold")
+    parser.add_argument("--objects", type=float, default=8.0, help="an image, above the threshold")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--prompts", type=int, default=12, help="overlap: groups of the step")
@@ -449,7 +449,7 @@ def main() -> None:
             parser.error(f"no part '{part}'; there are {', '.join(known)}")
     given.test_size = (1333, 800)
     if given.smoke:
-        given.pictures, given.side, given.test_size, given.rounds, given.scenes = 4, 96, (160, 128), 0, 50
+        given.images, given.side, given.test_size, given.rounds, given.scenes = 4, 96, (160, 128), 0, 50
         given.prompts, given.members, given.rows = 2, 2, 2
     torch.set_num_threads(given.threads or len(os.sched_getaffinity(0)))
     told: dict[str, Any] = {}

@@ -3,14 +3,14 @@
     python -m benchmarks.rollout                        # fresh weights, lengths scripted by demonstrations
     python -m benchmarks.rollout --policy runs/x/sft/model    # warm-started weights, lengths as they come
 
-16 prompts x 8 members, one to four pictures each. With fresh weights a model would write no picture and never end, so
-each row follows the outline of a demonstration: where its tags, pictures and end stand is given, words and codes are
+16 prompts x 8 members, one to four images each. With fresh weights a model would write no image and never end, so
+each row follows the outline of a demonstration: where its tags, images and end stand is given, words and codes are
 sampled. Both sides follow the same outlines and write the same number of tokens. With `--policy` both sample freely
 under the default constraint, and each counts the tokens that it wrote.
 
 Only tokens of real trajectories count (until each row's own end, prompts left out). generate runs with the better of
 its DynamicCache and StaticCache, in one batch and in half batches, its constraint a few tensor operations. The engine
-also records log-probs, laws and segments, which generate does not. Drawing the pictures is left out on both sides and
+also records log-probs, laws and segments, which generate does not. Drawing the images is left out on both sides and
 printed by itself. Arms alternate; each is judged by its fastest round, the least disturbed one. The last line is one
 JSON object: tokens/s of ours and of the peer, and their ratio.
 """
@@ -35,7 +35,7 @@ from formats.declared import DeclaredFormat
 from formats.registry import get_format
 from formats.render import render
 from formats.strokes import GRAMMAR
-from policy.chameleon.grammar import PictureGrammar, PictureLogitsProcessor
+from policy.chameleon.grammar import ImageGrammar, ImageLogitsProcessor
 from policy.config import PolicyConfig
 from policy.registry import load_policy
 from record.trajectory import Trajectory, mask_of, ranges_of
@@ -70,8 +70,8 @@ class Outlines:
         self.kinds: list[list[int]] = []
         codes = set(vocabulary.code_ids.tolist())
         for demonstration in demonstrations:
-            pictures = sum(part.picture is not None for part in demonstration.parts)
-            trajectory = render(fmt, demonstration.prompt, {}, demonstration.parts, vocabulary, [blank] * pictures)
+            images = sum(part.image is not None for part in demonstration.parts)
+            trajectory = render(fmt, demonstration.prompt, {}, demonstration.parts, vocabulary, [blank] * images)
             ids = np.concatenate([segment.ids for segment in trajectory.segments[1:]]).tolist()
             self.kinds.append([1 if id in codes else alone.get(id, 0) for id in ids])
         self.masks_KV = torch.from_numpy(np.stack([mask_of(s.ranges, vocabulary.size) for s in self.sets]))
@@ -118,7 +118,7 @@ class OutlineProcessor(LogitsProcessor):
 
 
 class AtMostImages(LogitsProcessor):
-    """No begin marker after so many pictures."""
+    """No begin marker after so many images."""
 
     def __init__(self, boi: int, images: int):
         self.boi, self.images = boi, images
@@ -174,9 +174,9 @@ class Work:
             if self.outlines is not None:
                 processors = [OutlineProcessor(self.outlines, part, longest)]
             else:
-                # A picture is not begun where it would pass max_tokens: the same limit as ours.
-                grammar = PictureGrammar.of(vocabulary, longest + self.max_tokens)
-                processors = [PictureLogitsProcessor(grammar), AtMostImages(vocabulary.boi, MAX_IMAGES)]
+                # An image is not begun where it would pass max_tokens: the same limit as ours.
+                grammar = ImageGrammar.of(vocabulary, longest + self.max_tokens)
+                processors = [ImageLogitsProcessor(grammar), AtMostImages(vocabulary.boi, MAX_IMAGES)]
             sequences.append(
                 self.policy.core.generate(
                     input_ids=ids[part],
@@ -235,11 +235,11 @@ def main() -> None:
                 flush=True,
             )
             if name == "ours" and number == options.rounds:
-                images = np.bincount([len(t.pictures()) for t in written], minlength=MAX_IMAGES + 1)
+                images = np.bincount([len(t.images()) for t in written], minlength=MAX_IMAGES + 1)
                 lengths = sorted(t.num_tokens() - len(t.segments[0].ids) for t in written)
                 print(
                     f"{total} trajectories of {lengths[0]} to {lengths[-1]} tokens (median {lengths[total // 2]}); "
-                    f"with 0 to {MAX_IMAGES} pictures: {images.tolist()}"
+                    f"with 0 to {MAX_IMAGES} images: {images.tolist()}"
                 )
     ours = best.pop("ours")
     peer = max(best, key=lambda name: best[name])

@@ -1,11 +1,11 @@
-"""The shapes detector against the library's own way, on exact pictures and after the visual tokenizer's round trip.
+"""The shapes detector against the library's own way, on exact images and after the visual tokenizer's round trip.
 
     python benchmarks/shapes_detector.py [--scenes 1000] [--seed 0]
 
-The peer is scikit-image's `match_template`: every shape slid over every colour's map of each picture, peaks kept that
-no better one overlaps. A picture is right when shapes, colours and places are exactly the scene's. Both are timed on
-the same pictures in one run, and read them through the same colour map. The last line is one JSON object: ours and
-peer are pictures a second, ratio is ours / peer.
+The peer is scikit-image's `match_template`: every shape slid over every color's map of each image, peaks kept that
+no better one overlaps. An image is right when shapes, colors and places are exactly the scene's. Both are timed on
+the same images in one run, and read them through the same color map. The last line is one JSON object: ours and
+peer are images a second, ratio is ours / peer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tasks.shapes.detector import color_map, detect
 from tasks.shapes.render import MASKS, render
 from tasks.shapes.world import COLORS, OBJECT, PLACES, Scene, place_of, sample_scene
 
-Read = list[tuple[str, str, str]]  # (shape, colour, place), sorted
+Read = list[tuple[str, str, str]]  # (shape, color, place), sorted
 SURE = 0.9  # the score that counting asks for: the stricter of GenEval's two thresholds
 FAINT = 0.3
 
@@ -31,13 +31,13 @@ def truth(scene: Scene) -> Read:
     return sorted((item.shape, item.color, PLACES[item.place]) for item in scene.objects)
 
 
-def ours(picture: np.ndarray, threshold: float = FAINT) -> Read:
-    return sorted((d.cls, str(d.color), PLACES[place_of(d.box)]) for d in detect(picture) if d.score > threshold)
+def ours(image: np.ndarray, threshold: float = FAINT) -> Read:
+    return sorted((d.cls, str(d.color), PLACES[place_of(d.box)]) for d in detect(image) if d.score > threshold)
 
 
-def peer(picture: np.ndarray) -> Read:
-    """Normalised cross-correlation of every shape with every colour present, best peaks first, overlaps dropped."""
-    colors = color_map(picture)
+def peer(image: np.ndarray) -> Read:
+    """Normalised cross-correlation of every shape with every color present, best peaks first, overlaps dropped."""
+    colors = color_map(image)
     peaks: list[tuple[float, str, str, int, int]] = []
     for index, color in enumerate(COLORS, 1):
         field = (colors == index).astype(np.float32)
@@ -56,21 +56,21 @@ def peer(picture: np.ndarray) -> Read:
 
 
 def measure(
-    read: Callable[[np.ndarray], Read], pictures: Sequence[np.ndarray], scenes: Sequence[Scene]
+    read: Callable[[np.ndarray], Read], images: Sequence[np.ndarray], scenes: Sequence[Scene]
 ) -> tuple[float, float]:
-    """(share read right, pictures a second)."""
+    """(share read right, images a second)."""
     start = time.perf_counter()
-    found = [read(picture) for picture in pictures]
+    found = [read(image) for image in images]
     seconds = time.perf_counter() - start
-    return float(np.mean([a == truth(b) for a, b in zip(found, scenes, strict=True)])), len(pictures) / seconds
+    return float(np.mean([a == truth(b) for a, b in zip(found, scenes, strict=True)])), len(images) / seconds
 
 
-def round_trip(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+def round_trip(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     from policy.chameleon.vq import load_shapes_vq  # torch is needed only here
 
     tokenizer = load_shapes_vq()
-    chunks = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
-    return [picture for chunk in chunks for picture in tokenizer.draw(tokenizer.see(chunk))]
+    chunks = [images[start : start + 64] for start in range(0, len(images), 64)]
+    return [image for chunk in chunks for image in tokenizer.decode_images(tokenizer.encode_images(chunk))]
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def main() -> None:
     detect(rendered[0])  # tables are made on the first call
     exact, speed = measure(ours, rendered, scenes)
     tripped, _ = measure(ours, again, scenes)
-    sure, _ = measure(lambda picture: ours(picture, SURE), again, scenes)
+    sure, _ = measure(lambda image: ours(image, SURE), again, scenes)
     peer_exact, peer_speed = measure(peer, rendered, scenes)
     peer_tripped, _ = measure(peer, again, scenes)
     print(f"{given.scenes} scenes of 1 to 4 objects, seed {given.seed}")
@@ -93,14 +93,14 @@ def main() -> None:
     print(f"{'rendered, read right':34}{exact:10.4f}{peer_exact:16.4f}")
     print(f"{'after the tokenizer, read right':34}{tripped:10.4f}{peer_tripped:16.4f}")
     print(f"{f'after the tokenizer, score > {SURE}':34}{sure:10.4f}{'-':>16}")
-    print(f"{'pictures a second':34}{speed:10.0f}{peer_speed:16.0f}")
+    print(f"{'images a second':34}{speed:10.0f}{peer_speed:16.0f}")
     print(
         json.dumps(
             {
                 "ours": round(speed, 1),
                 "peer": round(peer_speed, 1),
                 "ratio": round(speed / peer_speed, 2),
-                "unit": "pictures/s",
+                "unit": "images/s",
                 "rendered": exact,
                 "round_trip": tripped,
                 "round_trip_sure": sure,

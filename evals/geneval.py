@@ -1,4 +1,4 @@
-"""GenEval over pictures that any model drew, in the benchmark's own row format and summary; geneval_folder.py reads
+"""GenEval over images that any model drew, in the benchmark's own row format and summary; geneval_folder.py reads
 them.
 
 A result row says filename, tag, prompt, correct, reason, metadata (the record as a JSON string) and details (by class
@@ -7,7 +7,7 @@ Rows are appended as they are made, each batch in one write, so that whatever st
 the next call goes on from there, and judges anew what is no longer the same.
 
 Source: GenEval (arXiv:2310.11513), djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py. A score is
-the mean of the tags' means; a prompt counts as solved if any of its pictures is correct.
+the mean of the tags' means; a prompt counts as solved if any of its images is correct.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from evals.geneval_folder import Sample, check_counts, checked_record, lines_of, object_of, some, text_of
 from evals.heldout import EvaluationError, mean_of_tags
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.detectors.base import Detections
 from rewards.detectors.coco import GENEVAL_CLASSES
 from rewards.functions.geneval import THRESHOLDS, check_record, classes_of, colored_of, evaluate, kept
@@ -40,19 +40,19 @@ Mode = Literal["standard", "strict"]
 logger = logging.getLogger(__name__)
 
 
-# ---- what sees the pictures --------------------------------------------------------------------------------------
+# ---- what sees the images --------------------------------------------------------------------------------------
 
 Sees = Callable[[Sequence[Sample]], list[Detections]]
 
 
-def by_detector(setting: Setting, samples: Sequence[Sample]) -> Sees:
-    """Look at the pictures with the setting's detector.
+def by_detector(context: RewardContext, samples: Sequence[Sample]) -> Sees:
+    """Look at the images with the setting's detector.
 
     Raises:
         UnknownClass: a record asks for a class that the detector cannot see; nothing has run by then.
-        UserError: a record asks for a colour, and nothing can name it.
+        UserError: a record asks for a color, and nothing can name it.
     """
-    detector = setting.detector_for("evaluate geneval")
+    detector = context.detector_for("evaluate geneval")
     for sample in samples:
         check_record(
             detector, sample.record, f"{sample.name.split('/')[0]}/metadata.jsonl ('{sample.record['prompt']}')"
@@ -61,7 +61,7 @@ def by_detector(setting: Setting, samples: Sequence[Sample]) -> Sees:
     def sees(batch: Sequence[Sample]) -> list[Detections]:
         detector.clear()
         return detector.detect(
-            [load_picture(sample) for sample in batch],
+            [load_image(sample) for sample in batch],
             [classes_of(sample.record) for sample in batch],
             [colored_of(sample.record) for sample in batch],
         )
@@ -69,14 +69,14 @@ def by_detector(setting: Setting, samples: Sequence[Sample]) -> Sees:
     return sees
 
 
-def load_picture(sample: Sample) -> np.ndarray:
-    """uint8 [height, width, 3], turned upright. Raises EvaluationError for a file that is no whole picture."""
+def load_image(sample: Sample) -> np.ndarray:
+    """uint8 [height, width, 3], turned upright. Raises EvaluationError for a file that is no whole image."""
     assert sample.path is not None
     try:
         with Image.open(sample.path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise EvaluationError(f"{sample.path}: no picture can be read from it ({error})") from None
+        raise EvaluationError(f"{sample.path}: no image can be read from it ({error})") from None
 
 
 def by_detections(path: Path, samples: Sequence[Sample] | None) -> tuple[list[Sample], Sees]:
@@ -86,7 +86,7 @@ def by_detections(path: Path, samples: Sequence[Sample] | None) -> tuple[list[Sa
     Without `samples` each line brings its record as `metadata`, and lines without a filename are named by number.
 
     Raises:
-        EvaluationError: a line that cannot be read, two for one picture, or a picture without one.
+        EvaluationError: a line that cannot be read, two for one image, or an image without one.
     """
     if not path.is_file():
         raise EvaluationError(f"{path}: no such file of detections")
@@ -96,7 +96,7 @@ def by_detections(path: Path, samples: Sequence[Sample] | None) -> tuple[list[Sa
         if not isinstance(row.get("detections"), dict):
             raise EvaluationError(f"{where}: no 'detections' by class")
         if samples is not None and not isinstance(row.get("filename"), str):
-            raise EvaluationError(f"{where}: no 'filename' of the picture")
+            raise EvaluationError(f"{where}: no 'filename' of the image")
         name = str(row["filename"]) if "filename" in row else f"{len(records):05}/samples/0000.png"
         name = "/".join(Path(name).parts[-3:])
         if name in found:
@@ -104,12 +104,12 @@ def by_detections(path: Path, samples: Sequence[Sample] | None) -> tuple[list[Sa
         found[name] = _boxes(row["detections"], where)
         if samples is None:
             if not isinstance(row.get("metadata"), dict):
-                raise EvaluationError(f"{where}: no 'metadata', the picture's record (or give --images)")
+                raise EvaluationError(f"{where}: no 'metadata', the image's record (or give --images)")
             records.append(Sample(name, checked_record({"prompt": "", **row["metadata"]}, where)))
     chosen = list(samples) if samples is not None else records
     missing = [sample.name for sample in chosen if sample.name not in found]
     if missing:
-        raise EvaluationError(f"{path}: {len(missing)} of {len(chosen)} pictures have no row: {some(missing)}")
+        raise EvaluationError(f"{path}: {len(missing)} of {len(chosen)} images have no row: {some(missing)}")
     check_counts(Counter(sample.name.split("/")[0] for sample in chosen), str(path))
     return (
         [replace(sample, detections=found[sample.name]) for sample in chosen],
@@ -191,14 +191,14 @@ class Results:
             os.truncate(self.path, len(whole))
 
     def still_open(self, samples: Sequence[Sample], images: Path | None = None) -> list[Sample]:
-        """The samples that have no row, or one that was made of another picture or record.
+        """The samples that have no row, or one that was made of another image or record.
 
         Raises EvaluationError where rows belong to none of the samples: they are not thrown away.
         """
         gone = Counter(name.split("/")[0] for name in self.rows.keys() - {sample.name for sample in samples})
         if gone:
             raise EvaluationError(
-                f"{self.path}: has {sum(gone.values())} rows of pictures that are gone: "
+                f"{self.path}: has {sum(gone.values())} rows of images that are gone: "
                 f"{some([f'{name} ({count})' for name, count in sorted(gone.items())])}; put them "
                 f"back, take their lines out of it, or give another --out"
             )
@@ -214,7 +214,7 @@ class Results:
                 self.rows[sample.name] = {**row, "filename": _filename(sample, images)}
         if other:
             logger.warning(
-                "%s: %d of its %d rows are of other pictures or records, which are judged anew: %s",
+                "%s: %d of its %d rows are of other images or records, which are judged anew: %s",
                 self.path,
                 len(other),
                 len(self.rows),
@@ -254,16 +254,16 @@ def judge(
     """Judge what has no row yet, batch by batch, and give all rows in the samples' order.
 
     Args:
-        progress: told how many pictures are done after each batch.
+        progress: told how many images are done after each batch.
 
     Raises:
-        EvaluationError: a picture that cannot be read. Its batch's other pictures are judged first, and all are kept.
-            Or there are rows of pictures that are gone.
+        EvaluationError: an image that cannot be read. Its batch's other images are judged first, and all are kept.
+            Or there are rows of images that are gone.
         UserError: what the detector cannot do.
     """
 
     def rows_of(batch: Sequence[Sample]) -> list[dict[str, Any]]:
-        # Before they are looked at: a picture that is drawn anew in between is judged anew by the next call.
+        # Before they are looked at: an image that is drawn anew in between is judged anew by the next call.
         identities = [_identity(sample) for sample in batch]
         return [
             _row(sample, identity, objects, mode, thresholds, images)
@@ -291,7 +291,7 @@ def judge(
 
 
 def _identity(sample: Sample) -> dict[str, str]:
-    """What is judged: the record, and the bytes of the picture and of detections that were made elsewhere."""
+    """What is judged: the record, and the bytes of the image and of detections that were made elsewhere."""
     digest = hashlib.sha256()
     if sample.path is not None:
         try:
@@ -343,9 +343,9 @@ class Summary:
     """GenEval's numbers, all in [0, 1]."""
 
     overall: float  # the mean of the tags
-    tags: dict[str, float]  # share of correct pictures
-    images: float  # share of correct pictures over all
-    prompts: float  # share of prompts with a correct picture
+    tags: dict[str, float]  # share of correct images
+    images: float  # share of correct images over all
+    prompts: float  # share of prompts with a correct image
     counts: dict[str, tuple[int, int]]  # by tag: correct, all
     num_images: int
     num_prompts: int
@@ -380,7 +380,7 @@ def prompts_of_benchmark(samples: Sequence[Sample]) -> int | None:
 def summarise(rows: Sequence[Mapping[str, Any]], prompts_expected: int | None = None) -> Summary:
     """The scores of all rows. Raises EvaluationError where there are none."""
     if not rows:
-        raise EvaluationError("there are no pictures to sum up")
+        raise EvaluationError("there are no images to sum up")
     names = [tag for tag in TAGS if any(row["tag"] == tag for row in rows)]
     names += sorted({row["tag"] for row in rows} - set(TAGS))
     counts = {

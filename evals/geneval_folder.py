@@ -1,7 +1,7 @@
-"""GenEval's layout on disk: every prompt's record and pictures, or the one thing that is wrong with them.
+"""GenEval's layout on disk: every prompt's record and images, or the one thing that is wrong with them.
 
 DIR/00000/metadata.jsonl        one record: tag, prompt, include, exclude
-DIR/00000/samples/0000.png      the pictures of that prompt; 0001.png, ...
+DIR/00000/samples/0000.png      the images of that prompt; 0001.png, ...
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture to be judged."""
+    """One image to be judged."""
 
-    name: str  # 00000/samples/0000.png, below the folder of pictures
+    name: str  # 00000/samples/0000.png, below the folder of images
     record: dict[str, Any]
     path: Path | None = None  # None: only its detections are at hand
     detections: dict[str, Any] | None = None  # by class, made elsewhere; None: a detector is to look
 
 
 def read_folder(images: Path, prompts: Path | None = None) -> list[Sample]:
-    """All pictures of a folder in GenEval's layout, in order.
+    """All images of a folder in GenEval's layout, in order.
 
     Args:
         prompts: the benchmark's evaluation_metadata.jsonl; its line n must be folder n's record.
@@ -39,7 +39,7 @@ def read_folder(images: Path, prompts: Path | None = None) -> list[Sample]:
             cannot be read.
     """
     if not images.is_dir():
-        raise EvaluationError(f"{images}: no such folder of pictures")
+        raise EvaluationError(f"{images}: no such folder of images")
     folders = _numbered("prompt", {path: path.name for path in images.iterdir() if path.is_dir()})
     if not folders:
         raise EvaluationError(
@@ -74,12 +74,12 @@ def read_folder(images: Path, prompts: Path | None = None) -> list[Sample]:
 
 
 def check_counts(counts: Mapping[str, int], where: str) -> None:
-    """Raises EvaluationError where some prompts have fewer pictures than others."""
+    """Raises EvaluationError where some prompts have fewer images than others."""
     most = max(counts.values(), default=0)
     fewer = [f"{name} ({count})" for name, count in counts.items() if count < most]
     if fewer:
         raise EvaluationError(
-            f"{where}: {len(fewer)} of {len(counts)} prompts have fewer than {most} pictures in samples/: {some(fewer)}"
+            f"{where}: {len(fewer)} of {len(counts)} prompts have fewer than {most} images in samples/: {some(fewer)}"
         )
 
 
@@ -116,14 +116,14 @@ def checked_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
                 raise EvaluationError(
                     f"{where}: {key} has {clause!r}; a clause is {{class, count from 1, color?, position?}}"
                 )
-    for place, clause in enumerate(record["include"]):
+    for index, clause in enumerate(record["include"]):
         position = clause.get("position")
         if position is not None and (
             not isinstance(position, list)
             or len(position) != 2
             or position[0] not in RELATIONS
             or not isinstance(position[1], int)
-            or position[1] not in range(place)
+            or position[1] not in range(index)
         ):
             raise EvaluationError(
                 f"{where}: '{clause['class']}' has the position {position!r}; it is [relation, index "
@@ -133,7 +133,7 @@ def checked_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """A prompt's pictures in the order of their numbers; other files are left alone."""
+    """A prompt's images in the order of their numbers; other files are left alone."""
     there = folder.iterdir() if folder.is_dir() else ()
     files = _numbered("sample", {path: path.stem for path in there if path.suffix.lower() in SUFFIXES})
     missing = [f"{number:04}" for number in range(max(files, default=0)) if number not in files]
@@ -179,8 +179,8 @@ def decoded(raw: bytes, path: Path) -> str:
 def lines_of(path: Path, raw: bytes | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Each line's place and JSON object. `raw`: what of the file is read; None: all of it."""
     lines = (text_of(path) if raw is None else decoded(raw, path)).split("\n")
-    places = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    return [(where, object_of(line, where)) for where, line in places]
+    positions = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [(where, object_of(line, where)) for where, line in positions]
 
 
 def object_of(text: str, where: str) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from record.trajectory import Trajectory
-from rewards.contract import Setting, policy_pictures
-from rewards.functions.geneval import score_pictures
+from rewards.contract import RewardContext, policy_images
+from rewards.functions.geneval import score_images
 from rollout.pool.contract import Rollouts
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError
@@ -34,9 +34,9 @@ class PromptScore:
 
     prompt: str
     tag: str
-    final_image: float  # of the last picture; 0 where none was drawn: the task was to draw
+    final_image: float  # of the last image; 0 where none was drawn: the task was to draw
     first_sketch: float  # of the first one
-    pictures: float  # drawn, on average
+    images: float  # drawn, on average
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Heldout:
             "heldout/score": self.final_image,
             "heldout/final_image": self.final_image,
             "heldout/first_sketch": self.first_sketch,
-            "heldout/pictures": float(np.mean([p.pictures for p in self.prompts])),
+            "heldout/images": float(np.mean([p.images for p in self.prompts])),
             **{f"heldout/tag/{tag}": score for tag, score in self.tags.items()},
         }
 
@@ -82,10 +82,10 @@ class Heldout:
 def evaluate(
     rollouts: Rollouts, score: Scorer, records: Sequence[dict[str, Any]], seed: int, samples: int = 1
 ) -> Heldout:
-    """Answer every record `samples` times and score the first and the last picture of each answer.
+    """Answer every record `samples` times and score the first and the last image of each answer.
 
     Args:
-        score: pictures and their records to scores in [0, 1]; `geneval_scorer` gives the released rules.
+        score: images and their records to scores in [0, 1]; `geneval_scorer` gives the released rules.
         records: held-out, in GenEval's schema; their order numbers them, so keep it between evaluations.
 
     Raises:
@@ -104,12 +104,12 @@ def evaluate(
             f"{len(result.failed)} of {len(records)} held-out prompts got no answer; the first is "
             f"'{records[first.index]['prompt']}' ({first.reason}: {first.detail})"
         )
-    drawn = [[picture for _, picture in policy_pictures(t)] for group in result.groups for t in group]
+    drawn = [[image for _, image in policy_images(t)] for group in result.groups for t in group]
     owners = [records[group[0].group] for group in result.groups for _ in group]
-    some = [row for row, pictures in enumerate(drawn) if pictures]
-    scores = {place: np.zeros(len(drawn)) for place in (0, -1)}
-    for place, score_T in scores.items():
-        score_T[some] = score([drawn[row][place] for row in some], [owners[row] for row in some])
+    some = [row for row, images in enumerate(drawn) if images]
+    scores = {position: np.zeros(len(drawn)) for position in (0, -1)}
+    for position, score_T in scores.items():
+        score_T[some] = score([drawn[row][position] for row in some], [owners[row] for row in some])
 
     for row, trajectory in enumerate(t for group in result.groups for t in group):
         trajectory.rewards = {"first image": float(scores[0][row]), "final image": float(scores[-1][row])}
@@ -134,11 +134,11 @@ def mean_of_tags(values: Sequence[float], tags: Sequence[str]) -> float:
     return float(np.mean([values_P[tags_P == tag].mean() for tag in np.unique(tags_P)]))
 
 
-def geneval_scorer(setting: Setting) -> Scorer:
-    """GenEval's released rules: 1 where the picture shows what the record asks for, else 0."""
+def geneval_scorer(context: RewardContext) -> Scorer:
+    """GenEval's released rules: 1 where the image shows what the record asks for, else 0."""
 
-    def score(pictures: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[float]:
-        return [float(correct) for correct, _ in score_pictures(pictures, records, setting, "standard")]
+    def score(images: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[float]:
+        return [float(correct) for correct, _ in score_images(images, records, context, "standard")]
 
     return score
 

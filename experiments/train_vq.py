@@ -11,7 +11,7 @@ code wherever it stands, so that the policy has one spelling to learn.
    the batch that equal its own, and cross-entropy over the distances to all codes makes contexts agree on it. The
    world has fewer patches than there are codes: where two of its patches share one, a dead code moves to the rarer.
 
-Letters: B pictures, M latents of a batch (B x N), G distinct patches, K codes, D codebook dimensions.
+Letters: B images, M latents of a batch (B x N), G distinct patches, K codes, D codebook dimensions.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class TrainVQConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    seed: int = Field(default=0, description="Seed of weights, pictures and restarts.")
+    seed: int = Field(default=0, description="Seed of weights, images and restarts.")
     minutes: float = Field(default=60.0, gt=0, description="Time budget; the run ends with the budget first spent.")
     steps: int = Field(default=4000, gt=0, description="Step budget, warm-up included.")
-    batch: int = Field(default=16, gt=0, description="Pictures a step.")
+    batch: int = Field(default=16, gt=0, description="Images a step.")
     warmup: float = Field(default=0.1, gt=0, lt=1, description="Share of the training that runs without the codebook.")
     learning_rate: float = Field(default=4e-3, gt=0, description="AdamW's peak; linear rise, cosine fall to 1%.")
     weight_decay: float = Field(default=1e-4, ge=0, description="AdamW's weight decay.")
@@ -122,11 +122,11 @@ class Codebook:
         return moved
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 def stray(rng: np.random.Generator) -> np.ndarray:
-    """A picture outside the world's rules: objects at any pixel, overlapping, cut by the edge, shaded off colour."""
+    """An image outside the world's rules: objects at any pixel, overlapping, cut by the edge, shaded off color."""
     padded = np.full((CANVAS + 2 * OBJECT, CANVAS + 2 * OBJECT, 3), GROUND, np.uint8)
     masks, colors = list(MASKS.values()), list(COLORS.values())
     for _ in range(rng.integers(1, MAX_OBJECTS + 2)):
@@ -136,17 +136,17 @@ def stray(rng: np.random.Generator) -> np.ndarray:
     return padded[OBJECT:-OBJECT, OBJECT:-OBJECT]
 
 
-def shuffled(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def shuffled(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The patches of uint8 [B, height, width, 3] dealt anew: what an untrained policy draws, and context that tells
     nothing about a patch."""
-    count, height, width = pictures.shape[:3]
-    grid = pictures.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, 3).swapaxes(2, 3)
+    count, height, width = images.shape[:3]
+    grid = images.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, 3).swapaxes(2, 3)
     patches = grid.reshape(-1, PATCH, PATCH, 3)
     dealt = patches[rng.permutation(len(patches))].reshape(grid.shape)
-    return dealt.swapaxes(2, 3).reshape(pictures.shape)
+    return dealt.swapaxes(2, 3).reshape(images.shape)
 
 
-def sample_pictures(count: int, rng: np.random.Generator, strays: bool = True) -> np.ndarray:
+def sample_images(count: int, rng: np.random.Generator, strays: bool = True) -> np.ndarray:
     """uint8 [count, CANVAS, CANVAS, 3]: of 16, 11 are scenes, 4 the patches of scenes shuffled, and 1 a stray."""
     scenes = np.stack([render(sample_scene(rng, int(rng.integers(MAX_OBJECTS + 1)))) for _ in range(count)])
     mixed = count // 4
@@ -156,10 +156,10 @@ def sample_pictures(count: int, rng: np.random.Generator, strays: bool = True) -
     return scenes
 
 
-def patch_identity(pictures: np.ndarray) -> Tensor:
+def patch_identity(images: np.ndarray) -> Tensor:
     """Equal numbers for equal patches, int64 [M] in the order of the codes."""
-    count, height, width = pictures.shape[:3]
-    grid = pictures.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, 3).swapaxes(2, 3)
+    count, height, width = images.shape[:3]
+    grid = images.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, 3).swapaxes(2, 3)
     flat = np.ascontiguousarray(grid.reshape(count * (height // PATCH) * (width // PATCH), -1))
     return torch.from_numpy(np.unique(flat, axis=0, return_inverse=True)[1].reshape(-1))
 
@@ -168,7 +168,7 @@ def patch_identity(pictures: np.ndarray) -> Tensor:
 
 
 def reconstruction_loss(made_BCHW: Tensor, pixels_BCHW: Tensor, foreground: float) -> Tensor:
-    """L1 plus L2, weighted up where the picture is not ground."""
+    """L1 plus L2, weighted up where the image is not ground."""
     ground = to_pixels([np.full((1, 1, 3), GROUND, np.uint8)])
     weight_B1HW = 1 + (foreground - 1) * (pixels_BCHW - ground).abs().amax(1, keepdim=True).gt(1e-3).float()
     error = made_BCHW - pixels_BCHW
@@ -185,9 +185,9 @@ def patch_means(latent_MD: Tensor, identity_M: Tensor) -> tuple[Tensor, Tensor]:
 # ---- figures ----
 
 
-def read_right(picture: np.ndarray, scene: Scene) -> bool:
+def read_right(image: np.ndarray, scene: Scene) -> bool:
     """Whether the detector finds the scene's objects, surely enough to be counted and within 1 px, and no other."""
-    seen = [found for found in detect(picture) if found.score > FAINT]
+    seen = [found for found in detect(image) if found.score > FAINT]
     left = list(seen)
     for item in scene.objects:
         near = [
@@ -204,33 +204,35 @@ def read_right(picture: np.ndarray, scene: Scene) -> bool:
 
 
 @torch.inference_mode()
-def round_trip(vq: ChameleonVQ, pictures: Sequence[np.ndarray], chunk: int = 64) -> tuple[list[np.ndarray], Tensor]:
-    """Pictures drawn again from their codes, and the codes, int64 [B, N]."""
-    codes_BN = torch.cat([vq.see(pictures[start : start + chunk]) for start in range(0, len(pictures), chunk)])
-    made = [picture for start in range(0, len(codes_BN), chunk) for picture in vq.draw(codes_BN[start : start + chunk])]
+def round_trip(vq: ChameleonVQ, images: Sequence[np.ndarray], chunk: int = 64) -> tuple[list[np.ndarray], Tensor]:
+    """Images drawn again from their codes, and the codes, int64 [B, N]."""
+    codes_BN = torch.cat([vq.encode_images(images[start : start + chunk]) for start in range(0, len(images), chunk)])
+    made = [
+        image for start in range(0, len(codes_BN), chunk) for image in vq.decode_images(codes_BN[start : start + chunk])
+    ]
     return made, codes_BN
 
 
 def figures(vq: ChameleonVQ, scenes: Sequence[Scene]) -> dict[str, float]:
-    """How well scenes survive the round trip: `read_right` by the detector, `pixels_right` by the nearest colour of
+    """How well scenes survive the round trip: `read_right` by the detector, `pixels_right` by the nearest color of
     the world, `codes_a_patch` (1: one spelling), `patches_a_code` (1: none confused), codes used, their perplexity."""
-    pictures = [render(scene) for scene in scenes]
-    made, codes_BN = round_trip(vq, pictures)
+    images = [render(scene) for scene in scenes]
+    made, codes_BN = round_trip(vq, images)
     palette = np.array([GROUND, *COLORS.values()], np.int64)
 
-    def named(picture: np.ndarray) -> np.ndarray:
-        return np.square(picture[:, :, None].astype(np.int64) - palette).sum(-1).argmin(-1)
+    def named(image: np.ndarray) -> np.ndarray:
+        return np.square(image[:, :, None].astype(np.int64) - palette).sum(-1).argmin(-1)
 
-    pixels = [np.mean(named(one) == named(other)) for one, other in zip(made, pictures, strict=True)]
-    identity_M, codes_M = patch_identity(np.stack(pictures)), codes_BN.flatten()
+    pixels = [np.mean(named(one) == named(other)) for one, other in zip(made, images, strict=True)]
+    identity_M, codes_M = patch_identity(np.stack(images)), codes_BN.flatten()
     pairs = torch.stack([identity_M, codes_M]).unique(dim=1).shape[1]
     used_K = torch.bincount(codes_M, minlength=vq.config.num_embeddings).double()
     share_K = used_K[used_K > 0] / used_K.sum()
-    right = [read_right(picture, scene) for picture, scene in zip(made, scenes, strict=True)]
+    right = [read_right(image, scene) for image, scene in zip(made, scenes, strict=True)]
     return {
         "read_right": float(np.mean(right)),
         "pixels_right": float(np.mean(pixels)),
-        "largest_error": max(float(np.abs(a.astype(int) - b).max()) for a, b in zip(made, pictures, strict=True)),
+        "largest_error": max(float(np.abs(a.astype(int) - b).max()) for a, b in zip(made, images, strict=True)),
         "patches": float(identity_M.max() + 1),
         "codes_a_patch": pairs / float(identity_M.max() + 1),
         "patches_a_code": pairs / float((used_K > 0).sum()),
@@ -267,10 +269,10 @@ class Training:
 
     @torch.no_grad()
     def _latents(self, count: int, strays: bool) -> tuple[Tensor, Tensor]:
-        """Latents and identities of the patches of `count` new pictures."""
-        pictures = sample_pictures(count, self.rng, strays)
-        latents = [self.vq.quant_conv(self.vq.encoder(chunk)) for chunk in to_pixels(list(pictures)).split(64)]
-        return _rows(torch.cat(latents)), patch_identity(pictures)
+        """Latents and identities of the patches of `count` new images."""
+        images = sample_images(count, self.rng, strays)
+        latents = [self.vq.quant_conv(self.vq.encoder(chunk)) for chunk in to_pixels(list(images)).split(64)]
+        return _rows(torch.cat(latents)), patch_identity(images)
 
     def advance(self) -> dict[str, float]:
         """One step. Returns the losses."""
@@ -283,8 +285,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / 100) * cosine
 
-        pictures = sample_pictures(config.batch, self.rng)
-        pixels, identity_M = to_pixels(list(pictures)), patch_identity(pictures)
+        images = sample_images(config.batch, self.rng)
+        pixels, identity_M = to_pixels(list(images)), patch_identity(images)
         latent = vq.quant_conv(vq.encoder(pixels))
         latent_MD = _rows(latent)
         mean_GD, _ = patch_means(latent_MD, identity_M)
@@ -302,11 +304,9 @@ class Training:
             quantized = quantized_MD.view(len(pixels), vq.side, vq.side, -1).permute(0, 3, 1, 2)
             passed = latent + (quantized - latent).detach()  # straight through
             self.codebook.update(latent_MD.detach(), codes_M, config.decay, embedding)
-        picture_loss = reconstruction_loss(vq.decoder(vq.post_quant_conv(passed)), pixels, config.foreground)
+        image_loss = reconstruction_loss(vq.decoder(vq.post_quant_conv(passed)), pixels, config.foreground)
         spread = (latent_MD - mean_GD[identity_M]).square().sum(1).mean()
-        loss = (
-            picture_loss + config.commitment * commitment + config.consistency * spread + config.agreement * agreement
-        )
+        loss = image_loss + config.commitment * commitment + config.consistency * spread + config.agreement * agreement
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
@@ -317,7 +317,7 @@ class Training:
             self.codebook.restart(*self._latents(256, strays=False), embedding)
         self.seconds += time.monotonic() - began
         return {
-            "loss/picture": picture_loss.item(),
+            "loss/image": image_loss.item(),
             "loss/commitment": commitment.item(),
             "loss/spread": spread.item(),
             "loss/agreement": agreement.item(),

@@ -1,6 +1,6 @@
 """What a way of thinking must offer: the engine, the parser, the loss and the report ask only this.
 
-A ThoughtFormat is declared once and used five times: to render demonstrations, to constrain decoding, to parse
+A Format is declared once and used five times: to render demonstrations, to constrain decoding, to parse
 and check, to mask the loss, and to lay out the report. This file imports none of our packages but the record.
 """
 
@@ -44,7 +44,7 @@ class AllowedSet:
 class Span:
     """A stretch of the policy's ids that the cursor recognised as one segment (half-open, from the turn's start)."""
 
-    role: str  # of an image it may change while the turn goes on: what follows may tell which picture it was
+    role: str  # of an image it may change while the turn goes on: what follows may tell which image it was
     modality: Modality
     start: int
     stop: int
@@ -60,11 +60,11 @@ class Violation:
 
 @dataclass(frozen=True)
 class Part:
-    """One segment of a demonstration before it has ids: text with its tags, or a picture's ids with markers."""
+    """One segment of a demonstration before it has ids: text with its tags, or an image's ids with markers."""
 
     role: str
     text: str = ""
-    picture: np.ndarray | None = None
+    image: np.ndarray | None = None
 
 
 class Cursor(Protocol):
@@ -92,7 +92,7 @@ class Cursor(Protocol):
 
 
 @runtime_checkable
-class ThoughtFormat(Protocol):
+class Format(Protocol):
     """Besides what is listed here a format may offer `beside_prompt(vocabulary) -> list[Segment]`: untrained user
     segments that stand after the prompt's and that only some guidance branches see (a negative prompt)."""
 

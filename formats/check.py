@@ -70,7 +70,7 @@ class _Check:
     def __init__(self, grammar: Grammar, trajectory: Trajectory) -> None:
         self.grammar, self.trajectory = grammar, trajectory
         self.found: list[Violation] = []
-        self.place = START  # the last role that was read
+        self.position = START  # the last role that was read
         self.tag = re.compile("|".join(map(re.escape, grammar.tags)) or r"(?!)")
 
     def add(self, segment: int | None, message: str) -> None:
@@ -94,13 +94,13 @@ class _Check:
             if size != max(sizes.values()):
                 self.add(
                     index,
-                    f"the picture of '{self.trajectory.segments[index].role}' has {size} ids; "
+                    f"the image of '{self.trajectory.segments[index].role}' has {size} ids; "
                     f"the others have {max(sizes.values())}",
                 )
         self._read_end(last)
 
     def _items(self) -> Iterator[_Run | int]:
-        """Runs of text, and the indices of pictures, in order."""
+        """Runs of text, and the indices of images, in order."""
         indices: list[int] = []
         segments = self.trajectory.segments
         for index, segment in enumerate([*segments, None]):
@@ -115,23 +115,23 @@ class _Check:
                 yield index
 
     def _expected(self) -> str:
-        return self.grammar.describe(self.grammar.follow[self.place])
+        return self.grammar.describe(self.grammar.follow[self.position])
 
     def _read_image(self, index: int, segment: Segment, images: int) -> None:
         role = self.grammar.by_name.get(segment.role)
         if role is None or not role.is_image:
             self.add(
                 index,
-                f"a picture in the role '{segment.role}', which is none of a picture; expected {self._expected()}",
+                f"an image in the role '{segment.role}', which is none of an image; expected {self._expected()}",
             )
             return
-        if segment.role not in self.grammar.follow[self.place]:
-            self.add(index, f"a picture ({segment.role}) follows '{self.place}'; expected {self._expected()}")
+        if segment.role not in self.grammar.follow[self.position]:
+            self.add(index, f"an image ({segment.role}) follows '{self.position}'; expected {self._expected()}")
         if images > self.grammar.max_images:
-            self.add(index, f"picture {images} ({segment.role}); at most {self.grammar.max_images} are allowed")
-        if not len(segment.ids) and segment.picture is None and segment.latent is None:
-            self.add(index, f"'{segment.role}' holds no picture")
-        self.place = segment.role
+            self.add(index, f"image {images} ({segment.role}); at most {self.grammar.max_images} are allowed")
+        if not len(segment.ids) and segment.image is None and segment.latent is None:
+            self.add(index, f"'{segment.role}' holds no image")
+        self.position = segment.role
 
     # ---- text ----
 
@@ -163,7 +163,7 @@ class _Check:
             free = next(
                 (
                     name
-                    for name in self.grammar.follow[self.place]
+                    for name in self.grammar.follow[self.position]
                     if name != END and self.grammar.by_name[name].is_free
                 ),
                 None,
@@ -171,13 +171,13 @@ class _Check:
             if opening is not None:
                 role = self.grammar.openings[opening]
                 here = run.segment_at(position + len(opening) - 1)
-                if role.name not in self.grammar.follow[self.place]:
-                    self.add(here, f"{opening} ({role.name}) follows '{self.place}'; expected {self._expected()}")
-                self.place = role.name
+                if role.name not in self.grammar.follow[self.position]:
+                    self.add(here, f"{opening} ({role.name}) follows '{self.position}'; expected {self._expected()}")
+                self.position = role.name
                 read.append(role.name)
                 position = self._read_bodies(run, role, here, position)
             elif free is not None:
-                self.place = free
+                self.position = free
                 read.append(free)
                 stray = self.tag.search(text, position)
                 if stray:
@@ -241,8 +241,8 @@ class _Check:
                 role = self.trajectory.segments[last].role
                 self.add(last, f"stopped by {stop} inside {role}: {broken[-1].message}")
             else:
-                self.add(last, f"stopped by {stop} after {self.place}; expected {self._expected()}")
+                self.add(last, f"stopped by {stop} after {self.position}; expected {self._expected()}")
         elif last is None:
             self.add(None, f"nothing was written; expected {self._expected()}")
-        elif END not in self.grammar.follow[self.place] and not broken:
-            self.add(last, f"the turn ends after '{self.place}'; expected {self._expected()}")
+        elif END not in self.grammar.follow[self.position] and not broken:
+            self.add(last, f"the turn ends after '{self.position}'; expected {self._expected()}")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from formats.base import ThoughtFormat
+from formats.base import Format
 from formats.registry import get_format
 from runtime.errors import UserError
 
@@ -24,7 +24,7 @@ class FormatConfig(BaseModel):
     )
     constrain: Literal["images", "full"] = Field(
         "images",
-        description="images: a picture is exactly its codes, words are free, so that well-formed tags are "
+        description="images: an image is exactly its codes, words are free, so that well-formed tags are "
         "learned and can be rewarded. full: only well-formed thoughts can be sampled.",
     )
     options: dict[str, Any] = Field(
@@ -33,7 +33,7 @@ class FormatConfig(BaseModel):
         "instruction, guidance, scales, negative_prompt, or what your own takes.",
     )
 
-    def build(self) -> ThoughtFormat:
+    def build(self) -> Format:
         """The format. Raises UserError naming the wrong key."""
         if self.max_images is not None and "max_images" in self.options:
             raise UserError("format.max_images and format.options.max_images are both set; keep the first")

@@ -42,22 +42,22 @@ class Automaton:
         self._between: dict[tuple[tuple[str, ...], int], Node] = {}
         self._bodies: dict[tuple[str, int, int], Node] = {}
 
-    def between(self, places: tuple[str, ...], images: int) -> Node:
+    def between(self, positions: tuple[str, ...], images: int) -> Node:
         """The state after a segment of one of the roles `places`, `images` images having been begun."""
-        node = self._between.get((places, images))
+        node = self._between.get((positions, images))
         if node is None:
             node = Node()
-            free = self._offer(node, places, images)
+            free = self._offer(node, positions, images)
             if free is not None:
                 node.body, node.free = self._plain_body(free, images), ("visible", self.lexicon.visible)
-            self._between[places, images] = self._seal(node)
+            self._between[positions, images] = self._seal(node)
         return node
 
-    def _offer(self, node: Node, places: Iterable[str], images: int) -> Role | None:
+    def _offer(self, node: Node, positions: Iterable[str], images: int) -> Role | None:
         """Add the ways on from `places` to the node; returns the untagged text role among them."""
         free = None
         vocabulary = self.lexicon.vocabulary
-        for name in self.grammar.affordable(self.grammar.followers(places), images):
+        for name in self.grammar.affordable(self.grammar.followers(positions), images):
             if name == END:
                 self._path(node, (vocabulary.eos,), NEXT)
                 continue
@@ -121,7 +121,7 @@ class FullCursor(ImagesCursor):
     def __init__(self, automaton: Automaton) -> None:
         super().__init__(automaton.lexicon)
         self._automaton = automaton
-        self._node = automaton.between(self._places, 0)
+        self._node = automaton.between(self._positions, 0)
         self._count = 0  # ids in the open body
 
     def forced(self) -> int | None:
@@ -139,7 +139,7 @@ class FullCursor(ImagesCursor):
         if self.in_image:
             super().advance(id)
             if not self.in_image:
-                self._node, self._count = self._automaton.between(self._places, self.images), 0
+                self._node, self._count = self._automaton.between(self._positions, self.images), 0
             return
         node = self._node
         following = node.children.get(id)
@@ -156,5 +156,5 @@ class FullCursor(ImagesCursor):
         else:
             self._count = 0
         if following.next and not self.in_image and not self.stopped:
-            following = self._automaton.between(self._places, self.images)
+            following = self._automaton.between(self._positions, self.images)
         self._node = following

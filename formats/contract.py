@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from formats.base import AllowedSet, Part, Span, ThoughtFormat, Vocabulary
+from formats.base import AllowedSet, Format, Part, Span, Vocabulary
 from formats.render import render, tags_of
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory, mask_of
 
 
 def check_format(
-    fmt: ThoughtFormat,
+    fmt: Format,
     vocabulary: Vocabulary,
     demonstrations: Sequence[Sequence[Part]],
     *,
@@ -26,7 +26,7 @@ def check_format(
     """Check a format's promises by demonstrations and by random walks under each constraint.
 
     Args:
-        demonstrations: well-formed turns, each a list of parts; pictures may show anything.
+        demonstrations: well-formed turns, each a list of parts; images may show anything.
         walks: random turns under each constraint, of at most `limit` ids.
 
     Raises:
@@ -43,14 +43,14 @@ def check_format(
 
 
 def spans_to_trajectory(
-    fmt: ThoughtFormat,
+    fmt: Format,
     vocabulary: Vocabulary,
     ids: Sequence[int],
     spans: Sequence[Span],
     stop: StopReason = StopReason.END,
     prompt: str = "",
 ) -> Trajectory:
-    """The record of ids that a cursor has divided, without decisions or pictures; the prompt has no ids."""
+    """The record of ids that a cursor has divided, without decisions or images; the prompt has no ids."""
     segments = [Segment("prompt", Author.USER, Modality.TEXT, False, text=prompt)]
     for span in spans:
         ids_T = np.asarray(ids[span.start : span.stop], np.int32)
@@ -59,16 +59,16 @@ def spans_to_trajectory(
     return Trajectory(prompt, {}, fmt.name, segments, stop=stop)
 
 
-def _check_tags(fmt: ThoughtFormat, vocabulary: Vocabulary) -> None:
+def _check_tags(fmt: Format, vocabulary: Vocabulary) -> None:
     for tag in tags_of(fmt):
         ids = vocabulary.encode(tag)
         assert tag in "".join(vocabulary.piece(id) for id in ids), f"{fmt.name}: the pieces of '{tag}' do not spell it"
         assert tag in vocabulary.decode(ids), f"{fmt.name}: the vocabulary does not decode '{tag}' verbatim"
 
 
-def _check_demonstration(fmt: ThoughtFormat, vocabulary: Vocabulary, parts: Sequence[Part]) -> None:
-    picture = np.resize(vocabulary.code_ids, vocabulary.codes_per_image)
-    trajectory = render(fmt, "", {}, parts, vocabulary, [picture for part in parts if part.picture is not None])
+def _check_demonstration(fmt: Format, vocabulary: Vocabulary, parts: Sequence[Part]) -> None:
+    image = np.resize(vocabulary.code_ids, vocabulary.codes_per_image)
+    trajectory = render(fmt, "", {}, parts, vocabulary, [image for part in parts if part.image is not None])
     turn = trajectory.segments[1:]
     assert [s.role for s in turn[: len(parts)]] == [part.role for part in parts], f"{fmt.name}: rendering changed roles"
     cursor = fmt.cursor(vocabulary)
@@ -89,7 +89,7 @@ def _check_demonstration(fmt: ThoughtFormat, vocabulary: Vocabulary, parts: Sequ
             _check_contexts(fmt, trajectory, index)
 
 
-def _check_contexts(fmt: ThoughtFormat, trajectory: Trajectory, index: int) -> None:
+def _check_contexts(fmt: Format, trajectory: Trajectory, index: int) -> None:
     contexts = fmt.contexts(trajectory, index)
     assert contexts and contexts[0].branch == "full", f"{fmt.name}: the first context of a segment is 'full'"
     names = [context.branch for context in contexts]
@@ -101,21 +101,19 @@ def _check_contexts(fmt: ThoughtFormat, trajectory: Trajectory, index: int) -> N
         assert fmt.guidance(trajectory, index) is not None, f"{fmt.name}: guidance branches but no guidance"
 
 
-def _check_walk(
-    fmt: ThoughtFormat, vocabulary: Vocabulary, constrain: str, limit: int, rng: np.random.Generator
-) -> None:
+def _check_walk(fmt: Format, vocabulary: Vocabulary, constrain: str, limit: int, rng: np.random.Generator) -> None:
     cursor, ids = fmt.cursor(vocabulary, constrain), list[int]()
     codes = {int(id) for id in vocabulary.code_ids}
-    left = 0  # codes that the open picture still needs, as the format's promise has it
+    left = 0  # codes that the open image still needs, as the format's promise has it
     while not cursor.stopped and len(ids) < limit:
         forced = cursor.forced()
         id = forced if forced is not None else _sample(cursor.allowed(), vocabulary, rng)
         if left > 0:
-            assert id in codes, f"{fmt.name}: id {id} within a picture"
+            assert id in codes, f"{fmt.name}: id {id} within an image"
         elif left == 0 and ids and ids[-1] in codes:
-            assert id == vocabulary.eoi and forced == id, f"{fmt.name}: a picture is closed by its marker, forced"
+            assert id == vocabulary.eoi and forced == id, f"{fmt.name}: an image is closed by its marker, forced"
         else:
-            assert id not in codes and id != vocabulary.eoi, f"{fmt.name}: id {id} outside a picture"
+            assert id not in codes and id != vocabulary.eoi, f"{fmt.name}: id {id} outside an image"
         left = vocabulary.codes_per_image if id == vocabulary.boi else max(left - 1, 0)
         cursor.advance(id)
         ids.append(id)

@@ -38,7 +38,7 @@ class ImagesCursor:
         self.images = 0
         self._length = 0
         self._left = 0  # codes that the open image still needs
-        self._places: tuple[str, ...] = (START,)  # the roles that the last recognised segment may have
+        self._positions: tuple[str, ...] = (START,)  # the roles that the last recognised segment may have
         self._span: tuple[str, Modality, int] | None = None  # role, modality and start of the open segment
         self._unsure: Span | None = None  # the last image, while it may have any of the roles `_places`
         self._seek()
@@ -75,7 +75,7 @@ class ImagesCursor:
             if self._left < 0:  # that was the end marker
                 self.in_image = False
                 self._close(index + 1)
-                self._unsure = self.spans[-1] if len(self._places) > 1 else None
+                self._unsure = self.spans[-1] if len(self._positions) > 1 else None
                 self._seek()
         elif self.stopped:
             raise ValueError("the turn has ended: nothing may follow its end")
@@ -107,7 +107,7 @@ class ImagesCursor:
     def _free_follower(self) -> str | None:
         grammar = self._grammar
         return next(
-            (name for name in grammar.followers(self._places) if name != END and grammar.by_name[name].is_free), None
+            (name for name in grammar.followers(self._positions) if name != END and grammar.by_name[name].is_free), None
         )
 
     def _close(self, stop: int) -> None:
@@ -122,9 +122,10 @@ class ImagesCursor:
         if self._unsure is not None:
             follow = self._grammar.follow
             role = next(
-                (place for place in self._places if any(name in follow[place] for name in following)), self._places[0]
+                (position for position in self._positions if any(name in follow[position] for name in following)),
+                self._positions[0],
             )
-            self._unsure.role, self._places, self._unsure = role, (role,), None
+            self._unsure.role, self._positions, self._unsure = role, (role,), None
 
     def _open_text(self, role: Role | None, start: int) -> None:
         """Begin a text segment: a role's, or (None) one that its opening tag did not announce."""
@@ -136,7 +137,7 @@ class ImagesCursor:
         self._close(start)
         self._resolve([name] if name != OTHER else [r.name for r in self._grammar.roles if not r.is_image])
         if name != OTHER:
-            self._places = (name,)
+            self._positions = (name,)
         self._span = (name, Modality.TEXT, start)
         self.role = name
         if role is not None:
@@ -149,12 +150,12 @@ class ImagesCursor:
     def _begin_image(self, index: int) -> None:
         self._settle(index)
         grammar = self._grammar
-        names = [name for name in grammar.followers(self._places) if name != END and grammar.by_name[name].is_image]
+        names = [name for name in grammar.followers(self._positions) if name != END and grammar.by_name[name].is_image]
         names = grammar.affordable(names, self.images) or names
         names = names or [role.name for role in grammar.roles if role.is_image][:1] or [OTHER]
         self._close(index)
         self._resolve(names)
-        self._places = tuple(names) if names != [OTHER] else self._places
+        self._positions = tuple(names) if names != [OTHER] else self._positions
         modality = grammar.by_name[names[0]].modality if names != [OTHER] else Modality.IMAGE_TOKENS
         self._span = (names[0], modality, index)
         self.role = names[0]
@@ -174,7 +175,7 @@ class ImagesCursor:
         stop = index + 1 if ended else index
         if self._mode == _SEEK and self._pending is not None and not self._pending_blank:
             self._open_text(None, self._pending)
-        if self._span is None:  # after a picture, or at the very start
+        if self._span is None:  # after an image, or at the very start
             start = index if self._pending is None else self._pending
             self._resolve([END] if ended else [])
             self._span = (END if ended else OTHER, Modality.TEXT, start)

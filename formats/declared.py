@@ -1,4 +1,4 @@
-"""A Grammar and a recipe's options, as the ThoughtFormat that engine, parser, loss and report ask."""
+"""A Grammar and a recipe's options, as the Format that engine, parser, loss and report ask."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class DeclaredFormat:
         """The segments in ids that stand after the prompt; spans tile them.
 
         Raises:
-            RecordError: a picture that is not exactly its codes between its markers, or ids after the end.
+            RecordError: an image that is not exactly its codes between its markers, or ids after the end.
         """
         cursor = self.cursor(vocabulary)
         codes = {int(i) for i in vocabulary.code_ids}
@@ -138,18 +138,18 @@ class DeclaredFormat:
             if cursor.in_image and (id != forced if forced is not None else id not in codes):
                 right = f"the end marker {forced}" if forced is not None else "a visual code"
                 raise RecordError(
-                    f"format '{self.name}': id {id} at position {position} inside the picture of "
+                    f"format '{self.name}': id {id} at position {position} inside the image of "
                     f"'{cursor.role}'; expected {right}"
                 )
             if not cursor.in_image and (id in codes or id == vocabulary.eoi):
                 raise RecordError(
-                    f"format '{self.name}': id {id} at position {position} belongs inside a picture; "
+                    f"format '{self.name}': id {id} at position {position} belongs inside an image; "
                     f"expected the begin marker {vocabulary.boi} before it"
                 )
             cursor.advance(id)
         if cursor.in_image:
             raise RecordError(
-                f"format '{self.name}': the picture of '{cursor.role}' is cut off at position "
+                f"format '{self.name}': the image of '{cursor.role}' is cut off at position "
                 f"{len(ids)}; it has {vocabulary.codes_per_image} codes and an end marker"
             )
         cursor.stop()
@@ -216,7 +216,7 @@ class DeclaredFormat:
     def layout(self) -> tuple[RoleDisplay, ...]:
         """How each role is shown, in the order of declaration; after them what may stand beside the roles."""
         shown = [RoleDisplay(PROMPT, "prompt", "prompt"), RoleDisplay(NEGATIVE, "negative prompt", "prompt")]
-        shown += [RoleDisplay(role.name, role.label or role.name, role.colour) for role in self.grammar.roles]
+        shown += [RoleDisplay(role.name, role.label or role.name, role.color) for role in self.grammar.roles]
         return (*shown, RoleDisplay(OTHER, "outside any role", "fault"), RoleDisplay(END, "end of turn", "end"))
 
     def display(self, role: str) -> RoleDisplay:

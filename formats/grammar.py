@@ -1,7 +1,7 @@
 """The declaration of a way of thinking: its roles, their tags, and which may follow which.
 
 Everything else in this package reads a `Grammar`: cursor.py and constrained.py decode by it, render.py writes
-demonstrations by it, check.py says what breaks it, declared.py turns it into a ThoughtFormat.
+demonstrations by it, check.py says what breaks it, declared.py turns it into a Format.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Role:
     trained: bool = True
     max_tokens: int = 128  # of one body, where decoding is fully constrained
     label: str = ""  # what the report calls it; the name by default
-    colour: str = "grey"  # colour class in the report
+    color: str = "grey"  # color class in the report
 
     @property
     def is_image(self) -> bool:
@@ -47,7 +47,7 @@ class RoleDisplay:
 
     role: str
     label: str
-    colour: str  # a class name, not a colour value: the style sheet decides
+    color: str  # a class name, not a color value: the style sheet decides
 
 
 @dataclass(frozen=True)
@@ -142,22 +142,22 @@ class Grammar:
                     needed[name] = own + min(needed[follower] for follower in self.follow[name])
         return needed
 
-    def followers(self, places: Iterable[str]) -> list[str]:
+    def followers(self, positions: Iterable[str]) -> list[str]:
         """What may come after any of these places, in the order of declaration, each once."""
-        return list(dict.fromkeys(follower for place in places for follower in self.follow[place]))
+        return list(dict.fromkeys(follower for position in positions for follower in self.follow[position]))
 
     def affordable(self, names: Iterable[str], images: int) -> list[str]:
         """Those from which the end can be reached when `images` have been drawn."""
         return [name for name in names if images + self.images_needed[name] <= self.max_images]
 
     def describe(self, names: Iterable[str]) -> str:
-        """The followers in words: "<refine> (refine), a picture (sketch) or the end"."""
+        """The followers in words: "<refine> (refine), an image (sketch) or the end"."""
         words = []
         for name in names:
             if name == END:
                 words.append("the end")
             elif self.by_name[name].is_image:
-                words.append(f"a picture ({name})")
+                words.append(f"an image ({name})")
             elif self.by_name[name].is_free:
                 words.append(f"text ({name})")
             else:

@@ -7,14 +7,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from formats.base import ThoughtFormat
+from formats.base import Format
 from formats.declared import DeclaredFormat
 from formats.self_critique import self_critique
 from formats.strokes import strokes
 from formats.subgoals import subgoals
 from runtime.errors import UserError, nearest
 
-Factory = Callable[..., ThoughtFormat]
+Factory = Callable[..., Format]
 
 _FORMATS: dict[str, Factory] = {"strokes": strokes, "subgoals": subgoals, "self_critique": self_critique}
 
@@ -30,7 +30,7 @@ def names() -> list[str]:
     return list(_FORMATS)
 
 
-def get_format(name: str, **options: Any) -> ThoughtFormat:
+def get_format(name: str, **options: Any) -> Format:
     """A format by its registered name or by the dotted path of a factory.
 
     Raises:
@@ -44,9 +44,9 @@ def get_format(name: str, **options: Any) -> ThoughtFormat:
         if known is not None and option not in known:
             raise UserError(f"format.options: '{name}' has no '{option}'; {nearest(option, known)}")
     fmt = factory(**options)
-    if not isinstance(fmt, ThoughtFormat):
+    if not isinstance(fmt, Format):
         raise UserError(
-            f"format.name: '{name}' gave a {type(fmt).__name__}, which is no ThoughtFormat "
+            f"format.name: '{name}' gave a {type(fmt).__name__}, which is no Format "
             "(formats/base.py lists what it must offer)"
         )
     return fmt

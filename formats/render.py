@@ -8,24 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from formats.base import Part, ThoughtFormat, Vocabulary
+from formats.base import Format, Part, Vocabulary
 from formats.grammar import END, PROMPT
 from record.trajectory import Author, Modality, RecordError, Segment, StopReason, Trajectory
 
 
-def tags_of(fmt: ThoughtFormat) -> list[str]:
+def tags_of(fmt: Format) -> list[str]:
     """The format's tags, in the order of declaration; a small tokenizer makes one token of each."""
     grammar = getattr(fmt, "grammar", None)
     return list(grammar.tags) if grammar is not None else list(getattr(fmt, "tags", ()))
 
 
-def prompt_segment(fmt: ThoughtFormat, prompt: str, vocabulary: Vocabulary) -> Segment:
+def prompt_segment(fmt: Format, prompt: str, vocabulary: Vocabulary) -> Segment:
     """What the user said, as the policy sees it; nothing in it is trained."""
     ids = np.asarray(fmt.prompt_ids(prompt, vocabulary), np.int32)
     return Segment(PROMPT, Author.USER, Modality.TEXT, False, ids, prompt)
 
 
-def encode(fmt: ThoughtFormat, text: str, vocabulary: Vocabulary) -> list[int]:
+def encode(fmt: Format, text: str, vocabulary: Vocabulary) -> list[int]:
     """Ids of a text whose tags are spelt canonically: each by itself, never merged with its neighbours."""
     tags = tags_of(fmt)
     parts = re.split("(" + "|".join(map(re.escape, tags)) + ")", text) if tags else [text]
@@ -33,7 +33,7 @@ def encode(fmt: ThoughtFormat, text: str, vocabulary: Vocabulary) -> list[int]:
 
 
 def render(
-    fmt: ThoughtFormat,
+    fmt: Format,
     prompt: str,
     record: dict[str, Any],
     parts: Sequence[Part],
@@ -43,28 +43,28 @@ def render(
     """A demonstration as a trajectory that nobody sampled: no decisions, stop reason "demonstration".
 
     Args:
-        parts: the segments in order; text with its tags, or a picture.
-        codes: one for each picture in order, what `policy.see` gives: ids of its codes, int32 [codes_per_image].
+        parts: the segments in order; text with its tags, or an image.
+        codes: one for each image in order, what `policy.see` gives: ids of its codes, int32 [codes_per_image].
 
     Raises:
-        RecordError: pictures and codes do not match, or the parts are no sentence of the format. Names the part.
+        RecordError: images and codes do not match, or the parts are no sentence of the format. Names the part.
     """
-    pictures = [i for i, part in enumerate(parts) if part.picture is not None]
-    if len(pictures) != len(codes):
+    images = [i for i, part in enumerate(parts) if part.image is not None]
+    if len(images) != len(codes):
         raise RecordError(
-            f"demonstration '{prompt}': {len(pictures)} pictures but codes of {len(codes)}; "
-            "give one array of codes a picture"
+            f"demonstration '{prompt}': {len(images)} images but codes of {len(codes)}; "
+            "give one array of codes an image"
         )
     segments = [prompt_segment(fmt, prompt, vocabulary)]
     known = {int(i) for i in vocabulary.code_ids}
     image = iter(codes)
     for number, part in enumerate(parts):
-        if part.picture is not None:
+        if part.image is not None:
             body = [int(i) for i in next(image)]
             if len(body) != vocabulary.codes_per_image or not known.issuperset(body):
                 raise RecordError(
                     f"demonstration '{prompt}': part {number} ({part.role}) has {len(body)} ids; "
-                    f"a picture is {vocabulary.codes_per_image} ids, each of a visual code"
+                    f"an image is {vocabulary.codes_per_image} ids, each of a visual code"
                 )
             ids, modality = [vocabulary.boi, *body, vocabulary.eoi], Modality.IMAGE_TOKENS
         else:
@@ -77,7 +77,7 @@ def render(
                 fmt.trained(part.role),
                 np.asarray(ids, np.int32),
                 part.text,
-                picture=part.picture,
+                image=part.image,
             )
         )
     last = segments[-1]

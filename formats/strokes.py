@@ -15,11 +15,11 @@ from record.trajectory import Modality
 GRAMMAR = Grammar(
     name="strokes",
     roles=(
-        Role("plan", tags=(("<ins>", "</ins>"), ("<des>", "</des>")), label="plan", colour="plan"),
-        Role("sketch", Modality.IMAGE_TOKENS, label="sketch", colour="draw"),
-        Role("inspect", tags=(("<inspect>", "</inspect>"),), label="inspection", colour="inspect"),
-        Role("refine", tags=(("<refine>", "</refine>"),), label="refinement", colour="refine"),
-        Role("redraw", Modality.IMAGE_TOKENS, label="redrawn", colour="draw"),
+        Role("plan", tags=(("<ins>", "</ins>"), ("<des>", "</des>")), label="plan", color="plan"),
+        Role("sketch", Modality.IMAGE_TOKENS, label="sketch", color="draw"),
+        Role("inspect", tags=(("<inspect>", "</inspect>"),), label="inspection", color="inspect"),
+        Role("refine", tags=(("<refine>", "</refine>"),), label="refinement", color="refine"),
+        Role("redraw", Modality.IMAGE_TOKENS, label="redrawn", color="draw"),
     ),
     follow={
         START: ("plan",),

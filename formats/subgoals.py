@@ -1,4 +1,4 @@
-"""Intermediate pictures towards a final one: a plan in words, pictures of parts with words between, the whole.
+"""Intermediate images towards a final one: a plan in words, images of parts with words between, the whole.
 
 Thinking with Generated Images (arXiv:2505.22525), vision generation with intermediate subgoals. Free text without
 tags. Guidance is theirs: `obj` for the first two images, `full` from the third.
@@ -15,11 +15,11 @@ from record.trajectory import Modality
 GRAMMAR = Grammar(
     name="subgoals",
     roles=(
-        Role("plan", label="plan", colour="plan"),
-        Role("subgoal", Modality.IMAGE_TOKENS, label="subgoal", colour="draw"),
-        Role("reflect", label="reflection", colour="inspect"),
-        # Nothing announces the final picture: it is the one that the turn ends with.
-        Role("final", Modality.IMAGE_TOKENS, label="final picture", colour="draw"),
+        Role("plan", label="plan", color="plan"),
+        Role("subgoal", Modality.IMAGE_TOKENS, label="subgoal", color="draw"),
+        Role("reflect", label="reflection", color="inspect"),
+        # Nothing announces the final image: it is the one that the turn ends with.
+        Role("final", Modality.IMAGE_TOKENS, label="final image", color="draw"),
     ),
     follow={
         START: ("plan",),

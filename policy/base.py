@@ -97,17 +97,17 @@ class Policy(Protocol):
     def step(self, cache: Any, row_B: Sequence[int], inputs: TokenStep | FlowStep) -> Categorical | Gaussian: ...
 
     def append(self, cache: Any, row_B: Sequence[int], pieces: Sequence[tuple[Trajectory, int, str]]) -> Tensor:
-        """Extend rows by a finished segment in a given form (environment text, a re-encoded picture).
+        """Extend rows by a finished segment in a given form (environment text, a re-encoded image).
         Returns logits_BV after it."""
         ...
 
-    # ---- pictures ----
-    def see(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    # ---- images ----
+    def encode_images(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """uint8 [height, width, 3] to content: for token families the ids of the codes, int32 [codes_per_image],
         without markers."""
         ...
 
-    def draw(self, contents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def decode_images(self, contents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Content (as `see` gives it, or a latent) to uint8 [height, width, 3]."""
         ...
 

@@ -4,7 +4,7 @@ The formats name the branches in a segment's contexts, the engine samples from t
 Because the combination is linear and an output head without bias is linear too, scoring may combine the hidden states
 instead of the logits, at a V-th of the cost.
 
-Branches: "full" sees everything; "unconditional" nothing but what opens the picture; "image" the earlier pictures
+Branches: "full" sees everything; "unconditional" nothing but what opens the image; "image" the earlier images
 only; "negative" a negative prompt; "original" the prompt alone. With f, u, i, n, p for their logits:
 
     normal  u + s_full (f - u) + s_image (i - u)

@@ -3,7 +3,7 @@
     folder/
         trajectories.parquet    one row a trajectory
         segments.parquet        one row a segment: ids, decisions, laws and contexts as lists
-        pictures/*.png          named by the column `picture`
+        images/*.png          named by the column `image`
         latents.safetensors     latents and denoising steps, named "<trajectory>-<segment>.<array>"
 
 A folder is written under another name, flushed to the disk and renamed, so that one that exists is a whole one.
@@ -34,10 +34,10 @@ from record.trajectory import (
     Decisions,
     FlowSteps,
     Guidance,
-    Law,
     Modality,
     Piece,
     RecordError,
+    SamplingParams,
     Segment,
     StopReason,
     Trajectory,
@@ -45,11 +45,13 @@ from record.trajectory import (
 from runtime.errors import UserError
 from runtime.files import flush, flush_one
 
-VERSION = "1"
+VERSION = "2"
+# Version 1 (release 0.1) had other names for these columns; it is read, and written no more.
+_COLUMNS_1 = {"image": "picture"}
 _VERSION_KEY = b"underdrawing.record"
 _PNG_END = b"IEND\xaeB`\x82"
 _FILES = ("trajectories.parquet", "segments.parquet", "latents.safetensors")
-_PICTURE = re.compile(r"-?\d+--?\d+-\d+(\.\d+)?\.png")
+_IMAGE = re.compile(r"-?\d+--?\d+-\d+(\.\d+)?\.png")
 _PAGE = "report.html"  # `underdrawing view` makes it of the trajectories, and goes with them
 
 TRAJECTORIES = pa.schema(
@@ -83,7 +85,7 @@ SEGMENTS = pa.schema(
         ("text", pa.string()),
         ("ids", pa.list_(pa.int32())),
         ("version", pa.int64()),
-        ("picture", pa.string()),
+        ("image", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("kind", pa.list_(pa.int8())),
@@ -122,7 +124,7 @@ def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) ->
     for leftover in (temporary, aside):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        (temporary / "pictures").mkdir(parents=True)
+        (temporary / "images").mkdir(parents=True)
         _write(trajectories, temporary)
         flush(temporary)
         if folder.exists():
@@ -189,10 +191,10 @@ def _foreign(folder: Path, names: Sequence[str]) -> str | None:
     """The first thing in a folder of stored trajectories that `save_trajectories` did not write."""
     for name in names:
         path = folder / name
-        if name == "pictures" and path.is_dir():
-            for picture in sorted(os.listdir(path)):
-                if not (_PICTURE.fullmatch(picture) and (path / picture).is_file()):
-                    return f"pictures/{picture}"
+        if name in ("images", "pictures") and path.is_dir():  # version 1 had pictures/
+            for image in sorted(os.listdir(path)):
+                if not (_IMAGE.fullmatch(image) and (path / image).is_file()):
+                    return f"{name}/{image}"
         elif not (name in (*_FILES, _PAGE) and path.is_file()):
             return name
     return None
@@ -208,13 +210,13 @@ def _write(trajectories: Sequence[Trajectory], folder: Path) -> None:
         rows.append(_row(number, trajectory, where))
         for index, segment in enumerate(trajectory.segments):
             row = _segment_row(number, index, segment, f"{where}, segment {index} ({segment.role})", arrays)
-            if segment.picture is not None:
+            if segment.image is not None:
                 name = f"{trajectory.key}-{index}"  # a demonstration's key may occur more than once
                 name = f"{name}.{number}" if name in taken else name
                 taken.add(name)
-                row["picture"] = f"pictures/{name}.png"
-                with open(folder / row["picture"], "wb") as file:
-                    Image.fromarray(segment.picture).save(file, "PNG", compress_level=3)
+                row["image"] = f"images/{name}.png"
+                with open(folder / row["image"], "wb") as file:
+                    Image.fromarray(segment.image).save(file, "PNG", compress_level=3)
             segment_rows.append(row)
     for name, table, schema in (("trajectories", rows, TRAJECTORIES), ("segments", segment_rows, SEGMENTS)):
         try:
@@ -262,22 +264,24 @@ def _segment_row(
         "latent": segment.latent is not None,
         "flow": segment.flow is not None,
     }
-    if segment.picture is not None:
-        if segment.picture.shape[2] != 3 or not segment.picture.size:
-            raise RecordError(f"{where}: a picture is uint8 [height, width, 3], not {list(segment.picture.shape)}")
-        row["height"], row["width"] = segment.picture.shape[:2]
+    if segment.image is not None:
+        if segment.image.shape[2] != 3 or not segment.image.size:
+            raise RecordError(f"{where}: an image is uint8 [height, width, 3], not {list(segment.image.shape)}")
+        row["height"], row["width"] = segment.image.shape[:2]
     if segment.decisions is not None:
-        made, law = segment.decisions, segment.decisions.law
+        made, sampling = segment.decisions, segment.decisions.sampling
         row |= {
             "kind": _list(made.kind_N, np.int8, f"{where}: kind_N"),
             "position": _list(made.position_N, np.int32, f"{where}: position_N"),
             "logprob": _list(made.logprob_N, np.float32, f"{where}: logprob_N"),
-            "temperature": _list(law.temperature_N, np.float32, f"{where}: temperature_N"),
-            "allowed": _list(law.allowed_N, np.int32, f"{where}: allowed_N"),
-            "sets": [_list(np.asarray(ranges).reshape(-1), np.int32, f"{where}: sets") for ranges in law.sets],
+            "temperature": _list(sampling.temperature_N, np.float32, f"{where}: temperature_N"),
+            "allowed": _list(sampling.allowed_N, np.int32, f"{where}: allowed_N"),
+            "sets": [_list(np.asarray(ranges).reshape(-1), np.int32, f"{where}: sets") for ranges in sampling.sets],
         }
-        if law.guidance is not None:
-            row["guidance"] = _json({"kind": law.guidance.kind, "scales": law.guidance.scales}, f"{where}: guidance")
+        if sampling.guidance is not None:
+            row["guidance"] = _json(
+                {"kind": sampling.guidance.kind, "scales": sampling.guidance.scales}, f"{where}: guidance"
+            )
     if segment.latent is not None:
         arrays[f"{number}-{index}.latent"] = np.ascontiguousarray(segment.latent)
     if segment.flow is not None:
@@ -362,8 +366,11 @@ def _read(path: Path, schema: pa.Schema) -> dict[str, list[Any]]:
     except (pa.ArrowException, OSError) as error:
         raise RecordError(f"{path}: cannot be read, it may be truncated or altered ({error})") from error
     version = (table.schema.metadata or {}).get(_VERSION_KEY, b"none").decode()
-    if version != VERSION:
-        raise RecordError(f"{path}: written as version {version} of the record; this one reads {VERSION}")
+    if version not in (VERSION, "1"):
+        raise RecordError(f"{path}: written as version {version} of the record; this one reads 1 and {VERSION}")
+    if version == "1":
+        old = {old: new for new, old in _COLUMNS_1.items()}
+        table = table.rename_columns([old.get(name, name) for name in table.column_names])
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
         raise RecordError(f"{path}: the column '{missing[0]}' is missing")
@@ -434,7 +441,10 @@ def _segment(row: dict[str, Any], folder: Path, arrays: dict[str, np.ndarray]) -
         guidance = None if row["guidance"] is None else Guidance(**json.loads(row["guidance"]))
         sets = tuple(ranges.reshape(-1, 2) for ranges in row["sets"])
         decisions = Decisions(
-            row["kind"], row["position"], row["logprob"], Law(row["temperature"], row["allowed"], sets, guidance)
+            row["kind"],
+            row["position"],
+            row["logprob"],
+            SamplingParams(row["temperature"], row["allowed"], sets, guidance),
         )
     contexts = tuple(
         Context(
@@ -456,24 +466,24 @@ def _segment(row: dict[str, Any], folder: Path, arrays: dict[str, np.ndarray]) -
         text=row["text"],
         decisions=decisions,
         flow=FlowSteps(**{part.name: stored(part.name) for part in fields(FlowSteps)}) if row["flow"] else None,
-        picture=None if row["picture"] is None else _picture(folder / row["picture"], row["height"], row["width"]),
+        image=None if row["image"] is None else _image(folder / row["image"], row["height"], row["width"]),
         latent=stored("latent") if row["latent"] else None,
         contexts=contexts,
         version=row["version"],
     )
 
 
-def _picture(path: Path, height: int, width: int) -> np.ndarray:
+def _image(path: Path, height: int, width: int) -> np.ndarray:
     try:
         data = path.read_bytes()
         if not data.endswith(_PNG_END):
             raise ValueError("its end is missing")
         Image.open(BytesIO(data)).verify()  # the checksums of its chunks, which decoding skips
-        picture = np.array(Image.open(BytesIO(data)))
+        image = np.array(Image.open(BytesIO(data)))
     except FileNotFoundError as error:
         raise RecordError(f"{path}: missing; the folder is not whole") from error
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for broken files
-        raise RecordError(f"{path}: the picture cannot be read, it may be truncated ({error})") from error
-    if picture.shape != (height, width, 3) or picture.dtype != np.uint8:
-        raise RecordError(f"{path}: {picture.dtype} {list(picture.shape)}; expected uint8 [{height}, {width}, 3]")
-    return picture
+        raise RecordError(f"{path}: the image cannot be read, it may be truncated ({error})") from error
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
+        raise RecordError(f"{path}: {image.dtype} {list(image.shape)}; expected uint8 [{height}, {width}, 3]")
+    return image

@@ -78,7 +78,7 @@ class Guidance:
 
 
 @dataclass
-class Law:
+class SamplingParams:
     """What the decisions of one segment were sampled from, so that scoring can renormalise over the same thing.
 
     `sets[allowed_N[n]]` are the half-open id ranges [R, 2] among which decision n was chosen; -1 is the whole
@@ -102,7 +102,7 @@ class Decisions:
     kind_N: np.ndarray  # int8, DecisionKind
     position_N: np.ndarray  # int32: index into Segment.ids, or the denoising step
     logprob_N: np.ndarray  # float32, behaviour log-prob under the law; NaN where greedy
-    law: Law
+    sampling: SamplingParams
 
     def __len__(self) -> int:
         return len(self.kind_N)
@@ -136,16 +136,16 @@ class Segment:
     text: str = ""  # what a reader sees; decoded from ids once, by whoever wrote the segment
     decisions: Decisions | None = None
     flow: FlowSteps | None = None
-    picture: np.ndarray | None = None  # uint8 [height, width, 3]
+    image: np.ndarray | None = None  # uint8 [height, width, 3]
     latent: np.ndarray | None = None  # float32, where a sampled posterior latent re-enters the context
     contexts: tuple[Context, ...] = ()  # the first one is "full"; empty for segments that nobody sampled
     version: int = 0  # of the weights that sampled it
 
     def __post_init__(self) -> None:
-        if self.picture is not None and (self.picture.dtype != np.uint8 or self.picture.ndim != 3):
+        if self.image is not None and (self.image.dtype != np.uint8 or self.image.ndim != 3):
             raise RecordError(
-                f"segment '{self.role}': a picture is uint8 [height, width, 3], not "
-                f"{self.picture.dtype} {list(self.picture.shape)}"
+                f"segment '{self.role}': an image is uint8 [height, width, 3], not "
+                f"{self.image.dtype} {list(self.image.shape)}"
             )
         if self.decisions is not None and self.flow is None and len(self.decisions):
             last = int(self.decisions.position_N.max())
@@ -175,9 +175,9 @@ class Trajectory:
     def key(self) -> str:
         return f"{self.group}-{self.member}"
 
-    def pictures(self) -> list[np.ndarray]:
-        """The pictures that the policy drew, in order."""
-        return [s.picture for s in self.segments if s.author is Author.POLICY and s.picture is not None]
+    def images(self) -> list[np.ndarray]:
+        """The images that the policy drew, in order."""
+        return [s.image for s in self.segments if s.author is Author.POLICY and s.image is not None]
 
     def occurrence(self, segment: int) -> int:
         """How many earlier segments have the same role (and modality)."""

@@ -8,9 +8,9 @@ what it would have raised. rl/run.py asks after every step.
     divergence       a watched part falls while the trained reward rises: Goodhart's law, as measured for reward models
                      in arXiv:2210.10760
     tool_rate        the policy stops calling its tools (DeepEyes' issue 78: within 20 steps, silently)
-    rubber_stamp     its critiques approve of nearly every picture while some of them are wrong
+    rubber_stamp     its critiques approve of nearly every image while some of them are wrong
     zero_variance    groups in which every member earns the same, which train nothing (DAPO, arXiv:2503.14476)
-    diversity        the pictures of a group become the same picture
+    diversity        the images of a group become the same image
     unjudged         trajectories without a reward
 """
 
@@ -31,9 +31,9 @@ from runtime.errors import UserError
 
 Name = Literal["divergence", "tool_rate", "rubber_stamp", "zero_variance", "diversity", "unjudged"]
 NAMES: tuple[Name, ...] = get_args(Name)
-THUMB = 32  # pixels: pictures are compared at this size, so that a group of large ones costs little
+THUMB = 32  # pixels: images are compared at this size, so that a group of large ones costs little
 LEAST_TOOL_RATE = 0.05  # a rate that was never above it has nothing to fall from
-LEAST_WRONG = 0.05  # share of wrong pictures from which a critic that always approves is at fault
+LEAST_WRONG = 0.05  # share of wrong images from which a critic that always approves is at fault
 
 
 class AlarmRaised(UserError):
@@ -68,15 +68,14 @@ class AlarmsConfig(BaseModel):
         description="Share of its best window under which the rate of thoughts that call a tool raises the alarm.",
     )
     rubber_stamp: float | None = Field(
-        0.95, gt=0, le=1, description="Share of critiques that approve, over steps with at least 5% wrong pictures."
+        0.95, gt=0, le=1, description="Share of critiques that approve, over steps with at least 5% wrong images."
     )
     zero_variance: float | None = Field(0.8, gt=0, le=1, description="Share of groups without variance.")
     diversity: float | None = Field(
         0.25,
         gt=0,
         le=1,
-        description="Share of its best window under which the distance "
-        "between the pictures of a group raises the alarm.",
+        description="Share of its best window under which the distance between the images of a group raises the alarm.",
     )
     unjudged: float | None = Field(0.25, gt=0, le=1, description="Share of trajectories without a reward.")
 
@@ -97,10 +96,10 @@ class Reading:
 class Alarms:
     """The alarms of one run. Holds the history of what they read; `recall` fills it when a run is resumed."""
 
-    def __init__(self, config: AlarmsConfig, watched: Iterable[str] = ()) -> None:
+    def __init__(self, config: AlarmsConfig, log_only: Iterable[str] = ()) -> None:
         """`watched`: reward parts that the formula does not pay."""
         self.config = config
-        self.watched = (*(f"reward/{part}" for part in watched), *config.watch)
+        self.log_only = (*(f"reward/{part}" for part in log_only), *config.watch)
         self.history: list[dict[str, float]] = []
         self._told: set[str] = set()
         self._tools_seen = False
@@ -138,18 +137,18 @@ class Alarms:
         logged = {f"alarm/{r.name}": float(r.raised) for r in readings}
         logged |= {f"alarm/{r.name}/value": r.value for r in readings}
         raised = [r for r in readings if r.raised]
-        news = [_told(r) for r in raised if r.name not in self._told]
+        new_alarms = [_told(r) for r in raised if r.name not in self._told]
         self._told |= {r.name for r in raised}
         fatal = [r for r in raised if self.config.is_fatal(r.name)]
         if not fatal:
-            return logged, news, None
-        return logged, news, "; ".join(_told(r) for r in fatal)
+            return logged, new_alarms, None
+        return logged, new_alarms, "; ".join(_told(r) for r in fatal)
 
     def readings(self) -> list[Reading]:
         """Every alarm that is on and has steps enough to say something."""
         config, rows = self.config, self.history
         found = [
-            divergence(rows, self.watched, config.divergence, config.window),
+            divergence(rows, self.log_only, config.divergence, config.window),
             fallen(
                 rows,
                 "tool_rate",
@@ -174,7 +173,7 @@ class Alarms:
                 "rollout/diversity",
                 config.diversity,
                 config.window,
-                "the pictures of a group became alike (root mean square distance)",
+                "the images of a group became alike (root mean square distance)",
             ),
             above(rows, "unjudged", "reward/none", config.unjudged, config.window, "of the trajectories had no reward"),
         ]
@@ -194,12 +193,12 @@ class Alarms:
 
     def _is_read(self, name: str) -> bool:
         return (
-            name in ("reward/mean", "reward/none", "rollout/tool_rate", "rollout/diversity", *self.watched)
+            name in ("reward/mean", "reward/none", "rollout/tool_rate", "rollout/diversity", *self.log_only)
             or _CRITIQUE.fullmatch(name) is not None
         )
 
 
-_CRITIQUE = re.compile(r"reward/([^/]+)/(rubber_stamp_rate|wrong_pictures)")
+_CRITIQUE = re.compile(r"reward/([^/]+)/(rubber_stamp_rate|wrong_images)")
 
 
 def _told(reading: Reading) -> str:
@@ -210,33 +209,32 @@ def _told(reading: Reading) -> str:
 
 
 def diversity_of(group: Sequence[Trajectory]) -> tuple[float, float] | None:
-    """Over the pairs of a group's final pictures: the mean of their root mean square distance in [0, 1], at
-    THUMB x THUMB pixels, and the share of pairs that are equal pixel by pixel. None under two pictures."""
-    pictures = [drawn[-1] for t in group if (drawn := t.pictures())]
-    if len(pictures) < 2:
+    """Over the pairs of a group's final images: the mean of their root mean square distance in [0, 1], at
+    THUMB x THUMB pixels, and the share of pairs that are equal pixel by pixel. None under two images."""
+    images = [drawn[-1] for t in group if (drawn := t.images())]
+    if len(images) < 2:
         return None
-    thumbs_ND = np.stack([_thumb(picture) for picture in pictures])
+    thumbs_ND = np.stack([_thumb(image) for image in images])
     # |a - b|^2 = |a|^2 + |b|^2 - 2ab, for all pairs at once
     norms_N = (thumbs_ND**2).sum(1)
     squares_NN = norms_N[:, None] + norms_N[None] - 2 * thumbs_ND @ thumbs_ND.T
-    upper = np.triu_indices(len(pictures), 1)
+    upper = np.triu_indices(len(images), 1)
     distances = np.sqrt(np.maximum(squares_NN[upper], 0) / thumbs_ND.shape[1])
     same = [
-        pictures[i].shape == pictures[j].shape and np.array_equal(pictures[i], pictures[j])
-        for i, j in zip(*upper, strict=True)
+        images[i].shape == images[j].shape and np.array_equal(images[i], images[j]) for i, j in zip(*upper, strict=True)
     ]
     return float(distances.mean()), sum(same) / len(same)
 
 
-def _thumb(picture: np.ndarray) -> np.ndarray:
-    """float64 [THUMB * THUMB * 3] in [0, 1]: the mean colour of each cell of a grid."""
-    height, width = picture.shape[:2]
+def _thumb(image: np.ndarray) -> np.ndarray:
+    """float64 [THUMB * THUMB * 3] in [0, 1]: the mean color of each cell of a grid."""
+    height, width = image.shape[:2]
     if (height, width) != (THUMB, THUMB):
         rows, columns = (np.arange(THUMB) * side // THUMB for side in (height, width))
         counts = [np.maximum(np.diff(np.append(edges, side)), 1) for edges, side in ((rows, height), (columns, width))]
-        summed = np.add.reduceat(np.add.reduceat(picture.astype(np.float64), rows, 0), columns, 1)
-        picture = summed / (counts[0][:, None, None] * counts[1][None, :, None])
-    return picture.astype(np.float64).ravel() / 255
+        summed = np.add.reduceat(np.add.reduceat(image.astype(np.float64), rows, 0), columns, 1)
+        image = summed / (counts[0][:, None, None] * counts[1][None, :, None])
+    return image.astype(np.float64).ravel() / 255
 
 
 def above(
@@ -281,11 +279,11 @@ def fallen(
 
 def rubber_stamp(rows: Sequence[Mapping[str, float]], threshold: float | None, window: int) -> Reading | None:
     """The largest mean, over the critique parts, of the share of critiques that approve; steps in which fewer than
-    LEAST_WRONG of the pictures were wrong are left out, as approving is right there."""
+    LEAST_WRONG of the images were wrong are left out, as approving is right there."""
     parts = sorted({match[1] for row in rows[-1:] for key in row if (match := _CRITIQUE.fullmatch(key))})
     found: list[Reading] = []
     for part in parts:
-        rate, wrong = f"reward/{part}/rubber_stamp_rate", f"reward/{part}/wrong_pictures"
+        rate, wrong = f"reward/{part}/rubber_stamp_rate", f"reward/{part}/wrong_images"
         faulty = [row for row in rows if row.get(wrong, 1.0) >= LEAST_WRONG]
         reading = above(
             faulty,
@@ -293,7 +291,7 @@ def rubber_stamp(rows: Sequence[Mapping[str, float]], threshold: float | None, w
             rate,
             threshold,
             window,
-            f"of the critiques that '{part}' reads approve, though some of the pictures are wrong",
+            f"of the critiques that '{part}' reads approve, though some of the images are wrong",
         )
         if reading is not None:
             found.append(reading)
@@ -302,7 +300,7 @@ def rubber_stamp(rows: Sequence[Mapping[str, float]], threshold: float | None, w
 
 def divergence(
     rows: Sequence[Mapping[str, float]],
-    watched: Sequence[str],
+    log_only: Sequence[str],
     threshold: float | None,
     window: int,
     trained: str = "reward/mean",
@@ -314,7 +312,7 @@ def divergence(
     only where both happened.
     """
     found: list[Reading] = []
-    for metric in watched if threshold is not None else ():
+    for metric in log_only if threshold is not None else ():
         both = [row for row in rows if metric in row and trained in row]
         if len(both) < 2 * window:
             continue

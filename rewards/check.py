@@ -1,6 +1,6 @@
 """`check_reward`: what a recipe will ask of somebody's reward, tried on a handful of thoughts, and said in plain words.
 
-The function is called on batches of several lengths and in several orders, on thoughts with and without words, pictures
+The function is called on batches of several lengths and in several orders, on thoughts with and without words, images
 and observations, on records that lack a column, twice over, and in a process of its own as in a run. Nothing has to be
 registered or configured:
 
@@ -39,7 +39,7 @@ from rewards.judge.client import JudgeClient
 from rewards.judge.config import JudgeConfig
 from rewards.loader import is_own, load_reward
 from rewards.runtime.isolate import ProcessWorker
-from rewards.runtime.serving import RAISED, CallFailed, PartSpec, describe
+from rewards.runtime.serving import RAISED, CallFailed, ComponentSpec, describe
 from rewards.samples import sample_thoughts
 from runtime.errors import UserError
 
@@ -58,7 +58,7 @@ class RewardCheck:
     notes: tuple[str, ...]
     scope: Scope | None  # the narrowest that its values allow; None: it could not be called
     values: tuple[Value, ...] = ()  # over `thoughts`, as one batch
-    thoughts: tuple[str, ...] = ()  # what each one is
+    trajectories: tuple[str, ...] = ()  # what each one is
     seconds: float = 0.0  # of a thought
 
     @property
@@ -103,12 +103,14 @@ def check_reward(
     name, spec = _named(function)
     own = load_reward(function, options, factory) if isinstance(function, str) else function
     check_options(own, name, {} if factory else options or {})
-    thoughts = list(trajectories) if trajectories is not None else sample_thoughts(columns)
-    kinds = [str(t.info.get("kind", f"trajectory {t.key}")) for t in thoughts]
+    trajectories = list(trajectories) if trajectories is not None else sample_thoughts(columns)
+    kinds = [str(t.info.get("kind", f"trajectory {t.key}")) for t in trajectories]
     client: JudgeLike | None = None
     if asks_judge(own):
         client = JudgeClient(judge) if judge is not None else StandIn()
-    checker = _Checker(name, own, {} if factory else dict(options or {}), completions, thoughts, kinds, scope, client)
+    checker = _Checker(
+        name, own, {} if factory else dict(options or {}), completions, trajectories, kinds, scope, client
+    )
     if isinstance(client, StandIn):
         checker.notes.append(
             "its judge is a stand-in here, with made-up verdicts, so it was not tried in a process of "
@@ -120,7 +122,9 @@ def check_reward(
             "it was not tried in a process of its own; put it into a file"
         )
     else:
-        worker = ProcessWorker(PartSpec(name, spec, dict(options or {}), factory, completions, None, judge), timeout_s)
+        worker = ProcessWorker(
+            ComponentSpec(name, spec, dict(options or {}), factory, completions, None, judge), timeout_s
+        )
         try:
             checker.isolated(worker)
         finally:
@@ -141,13 +145,13 @@ class _Checker:
         function: Callable[..., Any],
         options: dict[str, Any],
         view: View,
-        thoughts: list[Trajectory],
+        trajectories: list[Trajectory],
         kinds: list[str],
         wanted: Scope | None,
         judge: JudgeLike | None = None,
     ) -> None:
         self.name, self.function, self.options, self.view = name, function, options, view
-        self.thoughts, self.kinds, self.wanted, self.judge = thoughts, kinds, wanted, judge
+        self.trajectories, self.kinds, self.wanted, self.judge = trajectories, kinds, wanted, judge
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.scope: Scope | None = None
@@ -171,11 +175,11 @@ class _Checker:
     def isolated(self, worker: ProcessWorker) -> None:
         """One call in a process of its own, as a run has it."""
         try:
-            self.apart, _ = worker(self.thoughts, TrainerState())
+            self.apart, _ = worker(self.trajectories, TrainerState())
         except CallFailed as failure:
             if failure.kind == "timeout":
                 self.problems.append(
-                    f"a call with {len(self.thoughts)} thoughts took longer than {worker.timeout_s:g} "
+                    f"a call with {len(self.trajectories)} thoughts took longer than {worker.timeout_s:g} "
                     f"s{_stood(failure.stack)}; give what it waits for a time limit of its own"
                 )
             elif failure.kind == "crash":
@@ -210,33 +214,39 @@ class _Checker:
         if self.apart_raised:
             self.problems.append(f"in a process of its own, where a run calls it, it raises: {self.apart_raised}")
 
-    def _call(self, thoughts: Sequence[Trajectory]) -> tuple[list[Value], Logs]:
+    def _call(self, trajectories: Sequence[Trajectory]) -> tuple[list[Value], Logs]:
         """On a copy: what one call does to its thoughts is no concern of the next."""
-        return self._call_with(self.function, copy.deepcopy(list(thoughts)))
+        return self._call_with(self.function, copy.deepcopy(list(trajectories)))
 
-    def _call_with(self, function: Callable[..., Any], thoughts: Sequence[Trajectory]) -> tuple[list[Value], Logs]:
+    def _call_with(self, function: Callable[..., Any], trajectories: Sequence[Trajectory]) -> tuple[list[Value], Logs]:
         return call(
-            function, self.name, thoughts, options=self.options, state=TrainerState(), view=self.view, judge=self.judge
+            function,
+            self.name,
+            trajectories,
+            options=self.options,
+            state=TrainerState(),
+            view=self.view,
+            judge=self.judge,
         )
 
     def _whole_batch(self) -> bool:
         started = time.perf_counter()
         try:
-            self.values, logs = self._call(self.thoughts)
+            self.values, logs = self._call(self.trajectories)
         except RewardError as error:
             self.problems.append(self._contract(str(error)))
             return False
         except RAISED:
             self._who_raises()
             return False
-        self.seconds = (time.perf_counter() - started) / len(self.thoughts)
+        self.seconds = (time.perf_counter() - started) / len(self.trajectories)
         if self.seconds * STEP_ROWS > SLOW_S:
             self.notes.append(
                 f"it takes {self.seconds:.2g} s a thought, so {self.seconds * STEP_ROWS:.0f} s for a "
                 f"step of {STEP_ROWS}; score the batch at once, or raise the part's timeout_s"
             )
         for column, rows in logs.columns.items():
-            if len(rows) != len(self.thoughts):
+            if len(rows) != len(self.trajectories):
                 self.problems.append(f"it logs {len(rows)} values under '{column}' with log_extra; give one a thought")
         return True
 
@@ -252,14 +262,14 @@ class _Checker:
     def _who_raises(self) -> None:
         """Each thought by itself: the kinds that it cannot bear."""
         alone: dict[str, list[str]] = {}
-        for thought, kind in zip(self.thoughts, self.kinds, strict=True):
+        for trajectory, kind in zip(self.trajectories, self.kinds, strict=True):
             try:
-                self._call([thought])
+                self._call([trajectory])
             except RAISED as error:
                 alone.setdefault(describe(error)[0], []).append(kind)
         if not alone:
             try:
-                self._call(self.thoughts)
+                self._call(self.trajectories)
             except RAISED as error:
                 self.problems.append(
                     f"it raises for several thoughts at once, and for none of them alone: {describe(error)[0]}"
@@ -301,23 +311,23 @@ class _Checker:
 
         spy.__signature__ = inspect.signature(self.function)  # type: ignore[attr-defined]
         spy.__module__ = getattr(self.function, "__module__", "") or ""
-        self._call_with(spy, copy.deepcopy(self.thoughts))
+        self._call_with(spy, copy.deepcopy(self.trajectories))
         return kept
 
     def _lengths(self) -> None:
-        for count in (1, 3, len(self.thoughts) - 1):
+        for count in (1, 3, len(self.trajectories) - 1):
             try:
-                self._call(self.thoughts[:count])
+                self._call(self.trajectories[:count])
             except RewardError as error:
                 self.problems.append(f"with {count} thought(s) in a call: {self._contract(str(error))}")
             except RAISED as error:
                 self.problems.append(
-                    f"with {count} thought(s) in a call it raises, with {len(self.thoughts)} it does "
+                    f"with {count} thought(s) in a call it raises, with {len(self.trajectories)} it does "
                     f"not: {describe(error)[0]}"
                 )
 
     def _determinism(self) -> None:
-        again, _ = self._call(self.thoughts)
+        again, _ = self._call(self.trajectories)
         self._random = not _equal(self.values, again)
         if self._random:
             assert self.values is not None
@@ -335,9 +345,9 @@ class _Checker:
             return
         assert self.values is not None
         groups: dict[int, list[int]] = {}
-        for index, thought in enumerate(self.thoughts):
-            groups.setdefault(thought.group, []).append(index)
-        rows = self._in_calls([[index] for index in range(len(self.thoughts))])
+        for index, trajectory in enumerate(self.trajectories):
+            groups.setdefault(trajectory.group, []).append(index)
+        rows = self._in_calls([[index] for index in range(len(self.trajectories))])
         by_group = self._in_calls(list(groups.values()))
         turned = self._in_calls([[i for members in reversed(list(groups.values())) for i in members]])
         self.scope = "row" if _equal(rows, self.values) else "group" if _equal(by_group, self.values) else "batch"
@@ -360,10 +370,10 @@ class _Checker:
             )
 
     def _in_calls(self, calls: list[list[int]]) -> list[Value] | None:
-        values: list[Value] = [None] * len(self.thoughts)
+        values: list[Value] = [None] * len(self.trajectories)
         try:
             for indices in calls:
-                got, _ = self._call([self.thoughts[index] for index in indices])
+                got, _ = self._call([self.trajectories[index] for index in indices])
                 for index, value in zip(indices, got, strict=True):
                     values[index] = value
         except RAISED:  # told by _lengths
@@ -377,8 +387,8 @@ class _Checker:
         except (TypeError, ValueError):
             return
         assert self.values is not None
-        for column in sorted(asked & {key for thought in self.thoughts for key in thought.record}):
-            lacking = [replace(t, record={**t.record, column: None}) for t in self.thoughts]
+        for column in sorted(asked & {key for trajectory in self.trajectories for key in trajectory.record}):
+            lacking = [replace(t, record={**t.record, column: None}) for t in self.trajectories]
             try:
                 values, _ = self._call(lacking)
             except RAISED as error:
@@ -405,15 +415,15 @@ class _Checker:
             replace(
                 t,
                 segments=[
-                    replace(s, text="something else 17", picture=None) if s.author is Author.ENVIRONMENT else s
+                    replace(s, text="something else 17", image=None) if s.author is Author.ENVIRONMENT else s
                     for s in t.segments
                 ],
             )
-            for t in self.thoughts
+            for t in self.trajectories
         ]
         if all(
             a is b
-            for t, u in zip(self.thoughts, changed, strict=True)
+            for t, u in zip(self.trajectories, changed, strict=True)
             for a, b in zip(t.segments, u.segments, strict=True)
         ):
             return
@@ -425,20 +435,20 @@ class _Checker:
         if not _equal(values, self.values):
             self.notes.append(
                 "its value changes with what the environment said. If that is not meant (whether a call "
-                "worked is), read rewards.base.policy_text and policy_pictures, which leave observations "
+                "worked is), read rewards.base.policy_text and policy_images, which leave observations "
                 "out: else the policy is paid for words that a tool wrote"
             )
 
     def _input_untouched(self) -> None:
-        given = copy.deepcopy(self.thoughts)
+        given = copy.deepcopy(self.trajectories)
         self._call_with(self.function, given)
-        for thought, original, kind in zip(given, self.thoughts, self.kinds, strict=True):
+        for trajectory, original, kind in zip(given, self.trajectories, self.kinds, strict=True):
             same = (
-                thought.record == original.record
-                and len(thought.segments) == len(original.segments)
+                trajectory.record == original.record
+                and len(trajectory.segments) == len(original.segments)
                 and all(
-                    a.text == b.text and np.array_equal(a.ids, b.ids) and _same_picture(a.picture, b.picture)
-                    for a, b in zip(thought.segments, original.segments, strict=True)
+                    a.text == b.text and np.array_equal(a.ids, b.ids) and _same_image(a.image, b.image)
+                    for a, b in zip(trajectory.segments, original.segments, strict=True)
                 )
             )
             if not same:
@@ -486,7 +496,7 @@ def _same(a: Value, b: Value) -> bool:
     return a is None and b is None
 
 
-def _same_picture(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+def _same_image(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is b if a is None or b is None else np.array_equal(a, b)
 
 

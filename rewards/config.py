@@ -5,7 +5,7 @@ rewards:
     result: {function: geneval, options: {mode: graded}}
     consistency: {function: critique_consistency}
     bright: {function: my_rewards.py:brightness, timeout_s: 20}
-    strict: {function: geneval, watch: true}
+    strict: {function: geneval, log_only: true}
   schedules:
     w: {0: 1.0, 100: 0.2}
   total: result * (1 + 0.5 * coalesce(consistency, 0)) + w * (bright > group_mean(bright))
@@ -29,7 +29,10 @@ from rewards.registry import REWARDS
 from runtime.errors import nearest
 
 Scope = Literal["row", "group", "batch"]
-Place = Literal["driver", "process", "ray"]
+RunsOn = Literal["driver", "process", "ray"]
+
+RENAMED = {"watch": "log_only"}  # keys of a component
+RENAMED_OPTIONS = {"picture": "image"}  # of the toolkit's own functions
 
 
 class WorkersConfig(BaseModel):
@@ -46,7 +49,7 @@ class WorkersConfig(BaseModel):
     batch_size: int | None = Field(
         None,
         ge=1,
-        description="Trajectories (of the detector: pictures) of one call. A "
+        description="Trajectories (of the detector: images) of one call. A "
         "part that sees whole groups gets whole groups. None: a group; of the detector: "
         "all at once.",
     )
@@ -58,7 +61,7 @@ class WorkersConfig(BaseModel):
         return self
 
 
-class PartConfig(BaseModel):
+class ComponentConfig(BaseModel):
     """One reward part."""
 
     model_config = ConfigDict(extra="forbid")
@@ -76,9 +79,9 @@ class PartConfig(BaseModel):
         "text: the name of a schedule; None: 1. A part of weight 0 is computed and "
         "logged, never paid.",
     )
-    watch: bool = Field(
+    log_only: bool = Field(
         False,
-        description="Computed, logged and shown, and never paid: `total` may not name it. What "
+        description="Computed, logged and shown, and part of no reward: `total` may not name it. What "
         "it says of segments is kept, and moves no advantage.",
     )
     scope: Scope | None = Field(
@@ -89,7 +92,7 @@ class PartConfig(BaseModel):
     )
     completions: Literal["auto", "interleaved", "text"] = Field(
         "auto",
-        description="What `completions` holds. interleaved: words and PIL pictures. text: the words as one "
+        description="What `completions` holds. interleaved: words and PIL images. text: the words as one "
         "string, for rewards written for text. auto: text for TRL's own functions, else interleaved.",
     )
     isolate: bool | None = Field(
@@ -111,14 +114,26 @@ class PartConfig(BaseModel):
     )
     retry_wait_s: float = Field(0.5, ge=0, description="Seconds before the first retry; doubled at each further one.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, value: Any) -> Any:
+        """Keys and options by the names that they had in release 0.1."""
+        if not isinstance(value, dict):
+            return value
+        value = {RENAMED.get(key, key): content for key, content in value.items()}
+        options = value.get("options")
+        if isinstance(options, dict) and is_own(str(value.get("function"))):
+            value["options"] = {RENAMED_OPTIONS.get(key, key): option for key, option in options.items()}
+        return value
+
     @property
-    def place(self) -> Place:
+    def runs_on(self) -> RunsOn:
         """Where it runs."""
         if self.workers is not None:
             return self.workers.kind
         if self.isolate is not None:
             return "process" if self.isolate else "driver"
-        return REWARDS[self.function].place if is_own(self.function) else "process"
+        return REWARDS[self.function].runs_on if is_own(self.function) else "process"
 
     @property
     def sees(self) -> Scope:
@@ -131,7 +146,7 @@ class RewardsConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    parts: dict[str, PartConfig] = Field(min_length=1, description="Reward parts by the names that `total` uses.")
+    parts: dict[str, ComponentConfig] = Field(min_length=1, description="Reward parts by the names that `total` uses.")
     total: str | None = Field(
         None,
         description="Formula over parts and schedules: + - * / % **, comparisons, and, or, "
@@ -166,8 +181,8 @@ class RewardsConfig(BaseModel):
         for name, part in self.parts.items():
             _check_name(f"parts.{name}", name)
             check_exists(part.function)
-            self._check_paid(name, part)
-            self._check_place(name, part)
+            self._check_weighted(name, part)
+            self._check_runs_on(name, part)
         for name in self.schedules:
             _check_name(f"schedules.{name}", name)
             if name in self.parts:
@@ -175,9 +190,11 @@ class RewardsConfig(BaseModel):
         self.expression()
         return self
 
-    def _check_paid(self, name: str, part: PartConfig) -> None:
-        if part.watch and part.weight is not None:
-            raise ValueError(f"parts.{name}.weight: a watched part is never paid; leave out the weight, or watch")
+    def _check_weighted(self, name: str, part: ComponentConfig) -> None:
+        if part.log_only and part.weight is not None:
+            raise ValueError(
+                f"parts.{name}.weight: a log-only component has no weight; leave out the weight, or log_only"
+            )
         if self.total is not None and part.weight is not None:
             raise ValueError(f"parts.{name}.weight has no use beside `total`; write the factor into the formula")
         if isinstance(part.weight, str) and part.weight not in self.schedules:
@@ -185,7 +202,7 @@ class RewardsConfig(BaseModel):
                 f"parts.{name}.weight: no schedule '{part.weight}'; {nearest(part.weight, self.schedules)}"
             )
 
-    def _check_place(self, name: str, part: PartConfig) -> None:
+    def _check_runs_on(self, name: str, part: ComponentConfig) -> None:
         if part.workers is not None and part.isolate is False:
             raise ValueError(f"parts.{name}: isolate: false keeps it in the driver, and workers do not; leave one out")
         if part.scope == "batch" and part.workers is not None and part.workers.batch_size is not None:
@@ -207,7 +224,7 @@ class RewardsConfig(BaseModel):
         if self.total is not None:
             return self.total
         weights = {
-            name: 1.0 if part.weight is None else part.weight for name, part in self.parts.items() if not part.watch
+            name: 1.0 if part.weight is None else part.weight for name, part in self.parts.items() if not part.log_only
         }
         return (
             " + ".join(
@@ -219,13 +236,13 @@ class RewardsConfig(BaseModel):
         )
 
     def expression(self) -> Expression:
-        watched = {
-            name: "is watched, so it is never paid; take it out, or set watch: false"
+        log_only = {
+            name: "is log-only; take it out, or set log_only: false"
             for name, part in self.parts.items()
-            if part.watch
+            if part.log_only
         }
         return Expression(
-            self.formula(), [name for name in (*self.parts, *self.schedules) if name not in watched], withheld=watched
+            self.formula(), [name for name in (*self.parts, *self.schedules) if name not in log_only], withheld=log_only
         )
 
     @property
@@ -242,9 +259,9 @@ class RewardsConfig(BaseModel):
         """
         if not format_config.form_is_constant:
             return
-        paid = self.expression().names
+        weighted = self.expression().names
         for name, part in self.parts.items():
-            if part.function == "format" and name in paid:
+            if part.function == "format" and name in weighted:
                 raise ValueError(
                     f"rewards.parts.{name} pays for the format, but format.constrain is 'full', so every "
                     f"thought is well-formed and the part is a constant; set format.constrain: images, "
@@ -259,9 +276,9 @@ class RewardsConfig(BaseModel):
         """
         if scale_rewards != "group":
             return
-        paid = self.expression().names
+        weighted = self.expression().names
         for name, part in self.parts.items():
-            if part.function == "vital_weight" and name in paid:
+            if part.function == "vital_weight" and name in weighted:
                 raise ValueError(
                     f"rewards.parts.{name} (vital_weight) is one factor for a whole group, and "
                     f"grpo.scale_rewards: group divides it out again; set grpo.scale_rewards: none or "

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from formats.base import ThoughtFormat
+from formats.base import Format
 from record.trajectory import Author, Segment, Trajectory
 from rewards.detectors.base import CachedDetector, Detector
 from rewards.judge.base import JudgeLike
@@ -42,7 +42,7 @@ RESERVED = (
     "trainer_state",
     "log_metric",
     "log_extra",
-    "setting",
+    "context",
 )
 
 NO_JUDGE = (
@@ -67,11 +67,11 @@ class TrainerState:
 
 
 @dataclass
-class Setting:
-    """What this toolkit's own rewards stand on. They name it as `setting`; a user's function has no need to."""
+class RewardContext:
+    """What this toolkit's own rewards stand on. They name it as `context`; a user's function has no need to."""
 
     task: Any = None  # tasks.base.Task
-    fmt: ThoughtFormat | None = None  # None: looked up by each trajectory's format name
+    fmt: Format | None = None  # None: looked up by each trajectory's format name
     detector: CachedDetector | None = None
     judge: JudgeLike | None = None
 
@@ -86,8 +86,8 @@ class Setting:
         return self.judge
 
     @staticmethod
-    def of(task: Any, fmt: ThoughtFormat | None, detector: Detector | None, judge: JudgeLike | None = None) -> Setting:
-        return Setting(task, fmt, None if detector is None else CachedDetector(detector), judge)
+    def of(task: Any, fmt: Format | None, detector: Detector | None, judge: JudgeLike | None = None) -> RewardContext:
+        return RewardContext(task, fmt, None if detector is None else CachedDetector(detector), judge)
 
 
 @dataclass
@@ -110,10 +110,10 @@ class Logs:
 
 
 def completion(trajectory: Trajectory, view: View = "interleaved") -> list[dict[str, Any]]:
-    """The policy's own words and pictures as messages; what the environment or the user wrote is left out.
+    """The policy's own words and images as messages; what the environment or the user wrote is left out.
 
     interleaved: one assistant message for every stretch that no observation interrupts. Its content is a string when
-    it holds no picture, else a list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": PIL}``.
+    it holds no image, else a list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": PIL}``.
     text: one message whose content is all the words as one string, which is what text-only rewards read.
     """
     if view == "text":
@@ -124,8 +124,8 @@ def completion(trajectory: Trajectory, view: View = "interleaved") -> list[dict[
             if turns[-1]:
                 turns.append([])
             continue
-        if segment.picture is not None:
-            turns[-1].append({"type": "image", "image": Image.fromarray(segment.picture)})
+        if segment.image is not None:
+            turns[-1].append({"type": "image", "image": Image.fromarray(segment.image)})
         elif segment.text:
             last = turns[-1][-1] if turns[-1] else None
             if last is not None and last["type"] == "text":
@@ -141,8 +141,8 @@ def _content(turn: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
 
 
 def policy_text(trajectory: Trajectory) -> str:
-    """All words of the policy, in order; pictures leave no trace."""
-    return "".join(s.text for s in trajectory.segments if s.author is Author.POLICY and s.picture is None)
+    """All words of the policy, in order; images leave no trace."""
+    return "".join(s.text for s in trajectory.segments if s.author is Author.POLICY and s.image is None)
 
 
 def policy_ids(trajectory: Trajectory) -> list[int]:
@@ -150,12 +150,12 @@ def policy_ids(trajectory: Trajectory) -> list[int]:
     return [int(id) for s in trajectory.segments if s.author is Author.POLICY for id in s.ids]
 
 
-def policy_pictures(trajectory: Trajectory) -> list[tuple[int, np.ndarray]]:
-    """The pictures that the policy drew, each with the index of its segment."""
+def policy_images(trajectory: Trajectory) -> list[tuple[int, np.ndarray]]:
+    """The images that the policy drew, each with the index of its segment."""
     return [
-        (index, s.picture)
+        (index, s.image)
         for index, s in enumerate(trajectory.segments)
-        if s.author is Author.POLICY and s.picture is not None
+        if s.author is Author.POLICY and s.image is not None
     ]
 
 
@@ -175,7 +175,7 @@ def columns(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
 
 def lightened(trajectory: Trajectory) -> Trajectory:
     """The trajectory as it travels to a reward's process: without the latents of denoising steps, which can weigh
-    a thousand times the pictures and which no reward reads."""
+    a thousand times the images and which no reward reads."""
     if all(s.flow is None and s.latent is None for s in trajectory.segments):
         return trajectory
     return replace(trajectory, segments=[_lightened(s) for s in trajectory.segments])
@@ -197,7 +197,7 @@ def call(
     options: Mapping[str, Any],
     state: TrainerState,
     view: View,
-    setting: Setting | None = None,
+    context: RewardContext | None = None,
     judge: JudgeLike | None = None,
 ) -> tuple[list[Value], Logs]:
     """Call a reward once. Returns one value a trajectory (NaN left as it is) and what it logged.
@@ -216,8 +216,8 @@ def call(
         "log_metric": logs.log_metric,
         "log_extra": logs.log_extra,
     }
-    if setting is not None:  # one of ours: it reads the trajectories, so no picture is converted for it
-        arguments["setting"] = setting
+    if context is not None:  # one of ours: it reads the trajectories, so no image is converted for it
+        arguments["context"] = context
     else:
         arguments |= {
             "prompts": [[{"role": "user", "content": t.prompt}] for t in trajectories],

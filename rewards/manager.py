@@ -14,30 +14,30 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from formats.base import ThoughtFormat
+from formats.base import Format
 from record.trajectory import Trajectory
-from rewards.config import PartConfig, RewardsConfig, WorkersConfig
-from rewards.contract import RewardFailed, Setting, TrainerState, Value
+from rewards.config import ComponentConfig, RewardsConfig, WorkersConfig
+from rewards.contract import RewardContext, RewardFailed, TrainerState, Value
 from rewards.detectors.base import CachedDetector, Detector
-from rewards.pending import Group, Judgement, JudgeReport, PartOutcome, report_of
+from rewards.pending import ComponentOutcome, Group, PendingRewards, RewardReport, report_of
 from rewards.registry import REWARDS
 from rewards.runtime.served_detector import ServedDetector
-from rewards.runtime.serving import CallFailed, DetectorSpec, PartSpec, SettingSpec, check_prompts
-from rewards.runtime.workers import Fault, Lane, Part, Worker, workers_of
+from rewards.runtime.serving import CallFailed, ComponentSpec, DetectorSpec, RewardContextSpec, check_prompts
+from rewards.runtime.workers import CallFailure, Component, Executor, Worker, workers_of
 from runtime.ray_cluster import Cluster, start_ray
 
-__all__ = ["Fault", "Judge", "JudgeReport", "detector_of"]
+__all__ = ["CallFailure", "RewardManager", "RewardReport", "detector_of"]
 logger = logging.getLogger(__name__)
 
 
-class Judge:
+class RewardManager:
     """Scores groups of trajectories. Use as a context manager, or close it: it may own processes."""
 
     def __init__(
         self,
         config: RewardsConfig,
         task: Any = None,
-        fmt: ThoughtFormat | None = None,
+        fmt: Format | None = None,
         detector: Detector | None = None,
         max_steps: int = 0,
     ) -> None:
@@ -49,18 +49,18 @@ class Judge:
         """
         self.config, self.max_steps = config, max_steps
         self.expression = config.expression()
-        self._spec = SettingSpec(task, fmt, detector if detector is not None else config.detector, config.judge)
-        self.parts: dict[str, Part] = {}
+        self._spec = RewardContextSpec(task, fmt, detector if detector is not None else config.detector, config.judge)
+        self.parts: dict[str, Component] = {}
         self._served: ServedDetector | None = None
         self._cluster: Cluster | None = None
-        self._driver = Lane("driver")
-        self.setting = Setting()  # until it is built
+        self._driver = Executor("driver")
+        self.context = RewardContext()  # until it is built
         self._bad_steps: dict[str, int] = dict.fromkeys(config.parts, 0)  # in a row, over half of the rows failed
         self._bare_steps = 0  # in a row, no trajectory had a reward
         try:
             if config.ray_cpus is not None:
                 self._cluster = start_ray(config.ray_cpus)
-            self.setting = self._setting(task)
+            self.context = self._setting(task)
             self._check_judge()
             self.parts = {name: self._part(name, part) for name, part in config.parts.items()}
             self._start([(name, worker) for name, part in self.parts.items() for worker in part.workers])
@@ -68,7 +68,7 @@ class Judge:
             self.close()
             raise
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> RewardManager:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,7 +81,7 @@ class Judge:
             part.close()
         if self._served is not None:
             self._served.close()
-        client: Any = self.setting.judge
+        client: Any = self.context.judge
         if hasattr(client, "close"):
             client.close()
         if self._cluster is not None:
@@ -89,12 +89,12 @@ class Judge:
 
     # ---- judging ----
 
-    def judge(self, groups: Sequence[Group], step: int = 0) -> JudgeReport:
+    def score(self, groups: Sequence[Group], step: int = 0) -> RewardReport:
         """Fill `rewards`, `segment_rewards` and `reward` of every trajectory.
 
         A part's row of {segment: value} becomes `segment_rewards[part]`, and its mean stands in the formula; of a
-        watched part it is kept in `info["rewards"][part]["segments"]`, where no advantage reads it. What parts log by
-        row is kept in `info["rewards"][part]`.
+        log-only component it is kept in `info["rewards"][part]["segments"]`, where no advantage reads it. What parts
+        log by row is kept in `info["rewards"][part]`.
 
         Raises:
             RewardFailed: a part failed, or nothing was judged, for `none_limit` steps in a row.
@@ -102,18 +102,18 @@ class Judge:
         """
         return self.begin(step, [len(group) for group in groups]).finish(groups)
 
-    def begin(self, step: int, sizes: Sequence[int]) -> Judgement:
+    def begin(self, step: int, sizes: Sequence[int]) -> PendingRewards:
         """Begin a step in which groups of these sizes are being sampled; they are judged as they come in."""
-        if self.setting.detector is not None:
-            self.setting.detector.clear()
-        return Judgement(
+        if self.context.detector is not None:
+            self.context.detector.clear()
+        return PendingRewards(
             list(self.parts.values()), TrainerState(step, self.max_steps), sizes, self._complete, self.close
         )
 
-    def _complete(self, groups: Sequence[Group], outcomes: dict[str, PartOutcome], step: int) -> JudgeReport:
+    def _complete(self, groups: Sequence[Group], outcomes: dict[str, ComponentOutcome], step: int) -> RewardReport:
         trajectories = [trajectory for group in groups for trajectory in group]
         if not trajectories:
-            return JudgeReport({}, [], 0, 0)
+            return RewardReport({}, [], 0, 0)
         for trajectory in trajectories:
             self._fill(trajectory, outcomes)
         schedules = {name: schedule.value(step) for name, schedule in self.config.schedules.items()}
@@ -122,20 +122,20 @@ class Judge:
         report.metrics |= {f"reward/schedule/{name}": value for name, value in schedules.items()}
         for sentence in report.sentences():
             logger.warning(sentence)
-        for fault in report.faults:
+        for fault in report.failures:
             if fault.stack and fault.rows:
                 logger.warning("reward part '%s' stood at:\n%s", fault.part, fault.stack)
         self._check_limits(trajectories, outcomes, step)
         return report
 
-    def _fill(self, trajectory: Trajectory, outcomes: Mapping[str, PartOutcome]) -> None:
+    def _fill(self, trajectory: Trajectory, outcomes: Mapping[str, ComponentOutcome]) -> None:
         values = {name: outcome.values[id(trajectory)] for name, outcome in outcomes.items()}
         trajectory.rewards = {name: _mean(value) for name, value in values.items()}
         trajectory.segment_rewards, logged = {}, {}
         for name, value in values.items():
             row = dict(outcomes[name].columns[id(trajectory)])
             if isinstance(value, dict):
-                if self.config.parts[name].watch:
+                if self.config.parts[name].log_only:
                     row["segments"] = {str(segment): credit for segment, credit in value.items()}
                 else:
                     trajectory.segment_rewards[name] = dict(value)
@@ -154,7 +154,9 @@ class Judge:
         for trajectory, reward in zip(trajectories, rewards, strict=True):
             trajectory.reward = reward
 
-    def _check_limits(self, trajectories: Sequence[Trajectory], outcomes: Mapping[str, PartOutcome], step: int) -> None:
+    def _check_limits(
+        self, trajectories: Sequence[Trajectory], outcomes: Mapping[str, ComponentOutcome], step: int
+    ) -> None:
         limit = self.config.none_limit
         for name, outcome in outcomes.items():
             failed = outcome.failed_rows * 2 > len(trajectories)
@@ -180,42 +182,42 @@ class Judge:
 
     # ---- building ----
 
-    def _setting(self, task: Any) -> Setting:
+    def _setting(self, task: Any) -> RewardContext:
         """What the parts in the driver share. The detector is looked for only where one of them needs it."""
         needing = [
             REWARDS[part.function]
             for part in self.config.parts.values()
-            if part.place == "driver" and part.function in REWARDS and REWARDS[part.function].needs_detector
+            if part.runs_on == "driver" and part.function in REWARDS and REWARDS[part.function].needs_detector
         ]
         if not needing:
             return self._spec.build(detector=self._spec.detector is None)  # the task's own costs nothing
         if self.config.detector_workers is None:
-            setting = self._spec.build()
+            context = self._spec.build()
         else:
             workers = workers_of(
                 DetectorSpec(self._spec),
                 self.config.detector_workers,
                 self.config.detector_timeout_s,
-                PartConfig.model_fields["load_timeout_s"].default,
+                ComponentConfig.model_fields["load_timeout_s"].default,
             )
             self._served = ServedDetector(workers, self.config.detector_workers.batch_size)
             self._start([("detector", worker) for worker in workers])
             self._served.introduce()
-            setting = self._spec.build(detector=False)
-            setting.detector = CachedDetector(self._served)
-        check_prompts(setting.detector_for(needing[0].name), task, any(reward.by_geneval for reward in needing))
-        return setting
+            context = self._spec.build(detector=False)
+            context.detector = CachedDetector(self._served)
+        check_prompts(context.detector_for(needing[0].name), task, any(reward.by_geneval for reward in needing))
+        return context
 
     def _check_judge(self) -> None:
         """Raises UserError where the endpoint is down."""
         if self.config.judge is not None and self.config.judge.check_at_start:
-            check = getattr(self.setting.judge, "check", None)
+            check = getattr(self.context.judge, "check", None)
             if check is not None:
                 check()
 
-    def _part(self, name: str, part: PartConfig) -> Part:
+    def _part(self, name: str, part: ComponentConfig) -> Component:
         own = part.function in REWARDS
-        spec = PartSpec(
+        spec = ComponentSpec(
             name,
             part.function,
             part.options,
@@ -224,10 +226,10 @@ class Judge:
             self._spec if own else None,
             self.config.judge,
         )
-        if part.place == "driver":
-            return Part(name, part, self._driver, spec.load(self.setting if own else None))
+        if part.runs_on == "driver":
+            return Component(name, part, self._driver, spec.load(self.context if own else None))
         workers = workers_of(spec, part.workers or WorkersConfig(), part.timeout_s, part.load_timeout_s)
-        return Part(name, part, Lane(name, workers), None, workers)
+        return Component(name, part, Executor(name, workers), None, workers)
 
     def _start(self, workers: Sequence[tuple[str, Worker]]) -> None:
         """Start all workers at once: each imports its function, which can take long."""
@@ -245,14 +247,14 @@ class Judge:
 
 def detector_of(config: RewardsConfig, task: Any) -> Detector | None:
     """The recipe's detector, else the task's own. Raises UserError where it cannot be made."""
-    return SettingSpec(task=task, detector=config.detector).detector_or_none()
+    return RewardContextSpec(task=task, detector=config.detector).detector_or_none()
 
 
 def _mean(value: Value) -> float | None:
     return math.fsum(value.values()) / len(value) if isinstance(value, dict) else value
 
 
-def _first_message(outcome: PartOutcome) -> str:
+def _first_message(outcome: ComponentOutcome) -> str:
     """Of the last fault that says what happened."""
-    told = [fault for fault in outcome.faults if fault.kind != "given up"] or outcome.faults
+    told = [fault for fault in outcome.failures if fault.kind != "given up"] or outcome.failures
     return told[-1].message

@@ -19,18 +19,18 @@ from dataclasses import dataclass, field
 
 from record.trajectory import Trajectory
 from rewards.contract import TrainerState, Value
-from rewards.runtime.workers import Fault, Outcome, Part, Stretch
+from rewards.runtime.workers import CallFailure, Component, Outcome, RowSlice
 
 logger = logging.getLogger(__name__)
 Group = Sequence[Trajectory]
 
 
 @dataclass
-class JudgeReport:
+class RewardReport:
     """What a judgement says beside the filled trajectories."""
 
     metrics: dict[str, float]  # reward/mean, reward/<part>, reward/<part>/none, reward/<part>/<logged> ...
-    faults: list[Fault]
+    failures: list[CallFailure]
     judged: int  # trajectories with a reward
     unjudged: int
 
@@ -39,7 +39,7 @@ class JudgeReport:
         return [
             f"reward part '{f.part}'{f', attempt {f.attempt}' if f.attempt else ''}: {f.message}"
             + (f"; {f.rows} trajectories go unjudged" if f.rows else "")
-            for f in self.faults
+            for f in self.failures
         ]
 
 
@@ -47,8 +47,8 @@ class JudgeReport:
 class _Call:
     """One call of a part: the rows it is for, and those groups of it that are still being sampled."""
 
-    part: Part
-    stretches: tuple[Stretch, ...]
+    part: Component
+    stretches: tuple[RowSlice, ...]
     missing: set[int]
     future: Future[Outcome] | None = None
     rows: list[Trajectory] = field(default_factory=list)
@@ -61,7 +61,7 @@ class _Call:
 
 
 @dataclass
-class PartOutcome:
+class ComponentOutcome:
     """A part over all trajectories of the step."""
 
     values: dict[int, Value]  # by id() of the trajectory
@@ -73,19 +73,19 @@ class PartOutcome:
         return sum(call.failed_rows for call in self.calls)
 
     @property
-    def faults(self) -> list[Fault]:
-        return [fault for call in self.calls for fault in call.faults]
+    def failures(self) -> list[CallFailure]:
+        return [fault for call in self.calls for fault in call.failures]
 
 
-class Judgement:
+class PendingRewards:
     """See above. `complete` is the judge's: it makes the report of what the parts said."""
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[Component],
         state: TrainerState,
         sizes: Sequence[int],
-        complete: Callable[[Sequence[Group], dict[str, PartOutcome], int], JudgeReport],
+        complete: Callable[[Sequence[Group], dict[str, ComponentOutcome], int], RewardReport],
         abandon: Callable[[], None],
     ) -> None:
         self.state, self._sizes, self._complete, self._abandon = state, list(sizes), complete, abandon
@@ -112,7 +112,7 @@ class Judgement:
                     call.send(self._groups, self.state)
         self._raise_what_failed()
 
-    def finish(self, groups: Sequence[Group]) -> JudgeReport:
+    def finish(self, groups: Sequence[Group]) -> RewardReport:
         """Wait until everything is judged. `groups`: all that came back, in order; those that were not added yet are
         now, and whatever waits for a group that never came goes without it.
 
@@ -175,8 +175,8 @@ class Judgement:
         return total
 
 
-def _gathered(calls: Sequence[_Call]) -> PartOutcome:
-    gathered = PartOutcome({}, {}, [])
+def _gathered(calls: Sequence[_Call]) -> ComponentOutcome:
+    gathered = ComponentOutcome({}, {}, [])
     for call in calls:
         if call.future is None:
             continue
@@ -193,7 +193,7 @@ def _gathered(calls: Sequence[_Call]) -> PartOutcome:
 # ---- the report --------------------------------------------------------------------------------------------------
 
 
-def report_of(trajectories: Sequence[Trajectory], outcomes: Mapping[str, PartOutcome]) -> JudgeReport:
+def report_of(trajectories: Sequence[Trajectory], outcomes: Mapping[str, ComponentOutcome]) -> RewardReport:
     """Means over what was judged; a part that judged nothing has no mean."""
     total = len(trajectories)
     rewards = [t.reward for t in trajectories if t.reward is not None]
@@ -211,8 +211,8 @@ def report_of(trajectories: Sequence[Trajectory], outcomes: Mapping[str, PartOut
         metrics[f"time/reward/{name}"] = math.fsum(call.ended - call.began for call in outcome.calls)
         metrics |= {f"reward/{name}/{metric}": value for metric, value in _logged(outcome.calls).items()}
     metrics |= _asked(outcomes)
-    faults = [fault for outcome in outcomes.values() for fault in outcome.faults]
-    return JudgeReport(metrics, faults, len(rewards), total - len(rewards))
+    failures = [fault for outcome in outcomes.values() for fault in outcome.failures]
+    return RewardReport(metrics, failures, len(rewards), total - len(rewards))
 
 
 def _logged(calls: Sequence[Outcome]) -> dict[str, float]:
@@ -233,7 +233,7 @@ def _logged(calls: Sequence[Outcome]) -> dict[str, float]:
     return logged
 
 
-def _asked(outcomes: Mapping[str, PartOutcome]) -> dict[str, float]:
+def _asked(outcomes: Mapping[str, ComponentOutcome]) -> dict[str, float]:
     """What all parts asked of the judge: how many questions, attempts that were repeated, and shares of the rest."""
     counts: dict[str, int] = {}
     for outcome in outcomes.values():

@@ -1,7 +1,7 @@
 """This toolkit's own rewards: the name a recipe writes, where the function is, its formula and its source.
 
 Only for these is a name enough; anybody else's function is named by path (loader.py). Where `place` is "driver" a
-reward is bounded, makes no network call, and shares one detection of each picture with the others; one that calls a
+reward is bounded, makes no network call, and shares one detection of each image with the others; one that calls a
 judge or a library with time limits of its own has the place "process".
 """
 
@@ -21,10 +21,10 @@ class Registered:
     inputs: str = ""  # the record's columns and what else it reads
     differs: str = ""  # what its variants do differently, where the release departs from the paper or has a known bug
     needs_detector: bool = False
-    by_geneval: bool = False  # judges records by GenEval's rule, which knows four relations and the detector's colours
+    by_geneval: bool = False  # judges records by GenEval's rule, which knows four relations and the detector's colors
     needs_judge: bool = False
     scope: Literal["row", "group", "batch"] = "row"  # what a value may depend on: its trajectory, its group, the step
-    place: Literal["driver", "process"] = "driver"
+    runs_on: Literal["driver", "process"] = "driver"
 
     def load(self) -> Any:
         module, _, name = self.function.partition(":")
@@ -39,9 +39,9 @@ REWARDS: dict[str, Registered] = _by_name(
     Registered(
         "geneval",
         "rewards.functions.geneval:geneval",
-        "1 if the final picture meets the record, else 0; graded: the share of it that is met, in [0, 1]",
+        "1 if the final image meets the record, else 0; graded: the share of it that is met, in [0, 1]",
         "GenEval, arXiv:2310.11513, section 3.2; djghosh13/geneval evaluation/evaluate_images.py",
-        inputs="the record in GenEval's schema (tag, include, exclude); the final, first or each picture",
+        inputs="the record in GenEval's schema (tag, include, exclude); the final, first or each image",
         differs="standard is the released scorer; strict wants exact counts and ignores exclude; graded and "
         "graded_strict are bounded shares; flow_grpo is that reward server's graded score",
         needs_detector=True,
@@ -50,10 +50,10 @@ REWARDS: dict[str, Registered] = _by_name(
     Registered(
         "critique_consistency",
         "rewards.functions.critique_consistency:critique_consistency",
-        "mean over inspections of +-min(f, w)/f for pictures that are fine and +-min(f, w)/w for wrong ones, "
+        "mean over inspections of +-min(f, w)/f for images that are fine and +-min(f, w)/w for wrong ones, "
         "with f and w their shares in the batch; + where the verdict is right",
         "this project; the weights are those of Youden's J (Cancer 3:32, 1950)",
-        inputs="the record in GenEval's schema; the plan, and each inspection with the picture before it; a "
+        inputs="the record in GenEval's schema; the plan, and each inspection with the image before it; a "
         "task that reads them (claims, requirement, holds, seen_in)",
         needs_detector=True,
         by_geneval=True,
@@ -62,34 +62,34 @@ REWARDS: dict[str, Registered] = _by_name(
     Registered(
         "improvement",
         "rewards.functions.improvement:improvement",
-        "graded score of the final picture less that of the first, in [-1, 1]",
+        "graded score of the final image less that of the first, in [-1, 1]",
         "this project",
-        inputs="the record in GenEval's schema; the first and final picture, or each",
+        inputs="the record in GenEval's schema; the first and final image, or each",
         needs_detector=True,
         by_geneval=True,
     ),
     Registered(
         "steps",
         "rewards.functions.steps:steps",
-        "1 less penalties for pictures and turns outside their limits and for being cut off, at least 0",
+        "1 less penalties for images and turns outside their limits and for being cut off, at least 0",
         "this project",
-        inputs="the number of the policy's pictures and of its stretches of words; what ended the thought",
+        inputs="the number of the policy's images and of its stretches of words; what ended the thought",
     ),
     Registered(
         "format",
         "rewards.functions.format:format_reward",
         "1 if the thought is a sentence of its format, else 0; graded: the share of well-formed segments",
-        "this project; the rule is the ThoughtFormat's own",
+        "this project; the rule is the Format's own",
         inputs="the policy's segments, in order",
     ),
-    # ---- pictures that were drawn
+    # ---- images that were drawn
     Registered(
         "flow_grpo_geneval",
         "rewards.published.flow_grpo:flow_grpo_geneval",
-        "mean over clauses of 1 - |n - found| / n, of 1 - |n - hits| / n for colours, and of places; at most 1, "
+        "mean over clauses of 1 - |n - found| / n, of 1 - |n - hits| / n for colors, and of places; at most 1, "
         "unbounded below",
         "Flow-GRPO, arXiv:2505.05470; yifan123/reward-server reward_server/gen_eval.py",
-        inputs="the record in GenEval's schema; the final, first or each picture",
+        inputs="the record in GenEval's schema; the final, first or each image",
         differs="as released: five found for one wanted pay -3, a wrong place adds a 0 and still the 1 for a "
         "right one; geneval with mode graded or graded_strict has neither",
         needs_detector=True,
@@ -101,7 +101,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "spatial: 0.2 an object found + 0.5 relation; numeracy: mean of 1 exact, 0.2 other, 0 none; objects: "
         "share found",
         "T2I-R1, arXiv:2505.00703; CaraJ7/T2I-R1 src/t2i-r1/src/utils/reward_gdino.py",
-        inputs="columns object_1, object_2, relation, or counts, or objects, or GenEval's include; the final picture",
+        inputs="columns object_1, object_2, relation, or counts, or objects, or GenEval's include; the final image",
         differs="repaired (default): above and on top of are paid, near is measured in px, suppression on "
         "corners; release has the three faults",
         needs_detector=True,
@@ -109,31 +109,31 @@ REWARDS: dict[str, Registered] = _by_name(
     Registered(
         "t2i_r1_yes",
         "rewards.published.t2i_r1:t2i_r1_yes",
-        "mean over the record's phrases of P(yes) / (P(yes) + P(no)) that the picture shows them",
+        "mean over the record's phrases of P(yes) / (P(yes) + P(no)) that the image shows them",
         "T2I-R1, arXiv:2505.00703; CaraJ7/T2I-R1 src/t2i-r1/src/utils/reward_git.py",
-        inputs="columns task, phrases, objects; the final picture",
+        inputs="columns task, phrases, objects; the final image",
         differs="repaired (default) is None for prompts about places and counts; release pays them 0",
         needs_judge=True,
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "janus_pro_r1",
         "rewards.published.janus_pro_r1:janus_pro_r1",
-        "draw: P(yes) of the first picture; self-check: 1 - |P(yes) - said yes|; redraw: P(yes) of the final "
-        "picture; each credits its segment",
+        "draw: P(yes) of the first image; self-check: 1 - |P(yes) - said yes|; redraw: P(yes) of the final "
+        "image; each credits its segment",
         "Janus-Pro-R1, arXiv:2506.01480; wendell0218/Janus-Pro-R1 janus-rl/src/open_r1/grpo_trainer_t2iv1.py",
-        inputs="the prompt; first and final picture, and the check between them",
-        differs="a picture that was not scored is None, where the release's scorer in process leaves 0 and "
+        inputs="the prompt; first and final image, and the check between them",
+        differs="an image that was not scored is None, where the release's scorer in process leaves 0 and "
         "so pays for saying no",
         needs_judge=True,
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "janus_pro_r1_geneval",
         "rewards.published.janus_pro_r1:janus_pro_r1_geneval",
         "as janus_pro_r1, with GenEval's graded score in place of P(yes)",
         "Janus-Pro-R1, arXiv:2506.01480; the score is this project's",
-        inputs="the record in GenEval's schema; first and final picture, and the check between them",
+        inputs="the record in GenEval's schema; first and final image, and the check between them",
         needs_detector=True,
         by_geneval=True,
     ),
@@ -143,55 +143,55 @@ REWARDS: dict[str, Registered] = _by_name(
         "mean over planned boxes of their IoU with the box of the object found for them (the factor R_RI of "
         "R_PI * (R_sem + R_spa) * R_RI)",
         "GoT-R1, arXiv:2505.17022, and the README of gogoduan/GoT-R1; pairing and mean are this project's",
-        inputs="boxes in the policy's words before the final picture; the final picture",
+        inputs="boxes in the policy's words before the final image; the final image",
         needs_detector=True,
     ),
     Registered(
         "clip_similarity",
         "rewards.functions.clip_similarity:clip_similarity",
-        "cosine of the prompt's and the picture's embedding, in [-1, 1]; clipscore: 2.5 max(cosine, 0)",
+        "cosine of the prompt's and the image's embedding, in [-1, 1]; clipscore: 2.5 max(cosine, 0)",
         "CLIP, arXiv:2103.00020; CLIPScore, arXiv:2104.08718, equation 1",
-        inputs="the prompt; the final picture",
-        place="process",
+        inputs="the prompt; the final image",
+        runs_on="process",
     ),
     Registered(
         "pickscore",
         "rewards.functions.preference:pickscore",
-        "exp(logit scale) * cosine of prompt and picture / divisor",
+        "exp(logit scale) * cosine of prompt and image / divisor",
         "PickScore, arXiv:2305.01569, equation 1; the divisor 26 is flow_grpo's",
-        inputs="the prompt; the final picture",
-        place="process",
+        inputs="the prompt; the final image",
+        runs_on="process",
     ),
     Registered(
         "hps",
         "rewards.functions.preference:hps",
-        "cosine of prompt and picture under HPS v2.1's weights",
+        "cosine of prompt and image under HPS v2.1's weights",
         "HPS v2, arXiv:2306.09341; as used by T2I-R1",
-        inputs="the prompt; the final picture",
-        place="process",
+        inputs="the prompt; the final image",
+        runs_on="process",
     ),
-    # ---- answers, and thinking with pictures by tools
+    # ---- answers, and thinking with images by tools
     Registered(
         "answer",
         "rewards.functions.answers:answer",
         "how right the final answer is, in [0, 1], by kind: math, choice, exact, f1, anls or numeric; 0 without one",
         "math-verify; SQuAD, arXiv:1606.05250 (exact, f1); ANLS, arXiv:1905.13648; ChartQA, arXiv:2203.10244",
         inputs="column ground_truth (or a list of references); the policy's own words",
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "deepeyes",
         "rewards.published.deepeyes:deepeyes",
         "0.8 accuracy + 0.2 format + 1.2 tool (math: 1.2 accuracy + 0.4 format); format in {0, -1}; tool 1 "
-        "only for a right answer with a returned picture",
+        "only for a right answer with a returned image",
         "DeepEyes, arXiv:2505.14362; Visual-Agent/DeepEyes verl/utils/reward_score/vl_agent.py",
-        inputs="columns ground_truth, question; the policy's words; pictures that tools returned",
+        inputs="columns ground_truth, question; the policy's words; images that tools returned",
         differs="repaired (default) reads the policy's words alone, matches braces, asks nothing about a "
         "missing answer and leaves the unjudged None; release reads the tools' replies as well, judges "
         "whole text without an answer tag, cuts a box at its first brace, pays an unread judge as "
         "wrong",
         needs_judge=True,
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "deepeyes_v2",
@@ -203,7 +203,7 @@ REWARDS: dict[str, Registered] = _by_name(
         differs="repaired (default) reads the policy's words alone and asks nothing about a missing answer; "
         "release asks all the same, and pays an unread judge as wrong",
         needs_judge=True,
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "thyme",
@@ -215,7 +215,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "format with result in {1, 0, -1}, where a missing or unjudged answer is paid better than a "
         "wrong one and the sandbox's words count",
         needs_judge=True,
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "chain_of_focus",
@@ -228,7 +228,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "release keeps a lone member's base score and reads the tools' replies",
         needs_judge=True,
         scope="group",
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "chain_of_focus_base",
@@ -239,7 +239,7 @@ REWARDS: dict[str, Registered] = _by_name(
         differs="repaired (default) reads the policy's words alone; release the tools' replies as well, and it "
         "asks the judge about an answer that is not there",
         needs_judge=True,
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "pixel_reasoner",
@@ -255,7 +255,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "read pays -1, every group is read by the first group's failure flags; release_verl_tool: the "
         "paper's shaping, words compared as products of letters",
         scope="batch",
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "vtool_r1",
@@ -267,7 +267,7 @@ REWARDS: dict[str, Registered] = _by_name(
         differs="repaired (default): the last answer of the policy's own words; release_v1 misses an answer "
         "that other lines follow; release_v2 takes the conversation's first, or the whole text",
         needs_judge=True,
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "vtool_r1_similarity",
@@ -315,7 +315,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="the policy's words, counted in sampled tokens, of the whole group",
         scope="group",
     ),
-    # ---- thinking with pictures, continued
+    # ---- thinking with images, continued
     Registered(
         "vrag",
         "rewards.published.vrag:vrag",
@@ -328,7 +328,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "unjudged None; release reads tags in user turns too, pays a page again each time it is "
         "retrieved (NDCG above 1), and pays a failed judge as wrong",
         needs_judge=True,
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "visual_arft",
@@ -342,7 +342,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "ran it), counts repeated words in F1, needs the tags, and pays either of two rotations for "
         "half; release pays 0.9 for any text, counts shared words once, compares whole texts without "
         "tags, and in search tries math-verify over them first",
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "openthinkimg",
@@ -354,7 +354,7 @@ REWARDS: dict[str, Registered] = _by_name(
         differs="repaired (default) reads the answer of the Terminate action wherever it is in the last turn "
         "and nothing else; release gives the whole turn to math-verify first, reads the first action "
         "only, and stops where there is no list of turns",
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "vista",
@@ -367,7 +367,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "numbers as numbers; release pays that 0, stops on a question not found exactly once, drops "
         "signs, and has a format part that is always 0",
         needs_judge=True,
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "vital",
@@ -376,7 +376,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "bounds of its task",
         "VITAL, arXiv:2508.04416; no code was available, so the paper's formula",
         inputs="columns ground_truth ([start, end] or an answer), task; the policy's words; its calls",
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "vital_weight",
@@ -386,7 +386,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "VITAL, arXiv:2508.04416 (DGRPO's sample weight); no code was available, so the paper's formula",
         inputs="as vital, for the whole group",
         scope="group",
-        place="process",
+        runs_on="process",
     ),
     Registered(
         "vr_thinker",
@@ -401,8 +401,8 @@ REWARDS: dict[str, Registered] = _by_name(
     Registered(
         "vprl",
         "rewards.published.vprl:vprl",
-        "for each picture drawn +1 if it is a possible step towards the goal, 0 another possible step, -5 else",
+        "for each image drawn +1 if it is a possible step towards the goal, 0 another possible step, -5 else",
         "VPRL, arXiv:2505.11409; no training code was available, so the paper's formula",
-        inputs="a task that is a world to plan in (rewards/published/vprl.py: World); the policy's pictures",
+        inputs="a task that is a world to plan in (rewards/published/vprl.py: World); the policy's images",
     ),
 )

@@ -11,7 +11,7 @@ from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 
 
 def sample_thoughts(columns: Mapping[str, Any] | None = None) -> list[Trajectory]:
-    """Eight thoughts in two groups: words, a picture, both, neither, an observation, a limit, several pictures, long
+    """Eight thoughts in two groups: words, an image, both, neither, an observation, a limit, several images, long
     words in several scripts. Their records have GenEval's columns, `question`, `ground_truth`, `solution`, `answer`."""
     records: list[dict[str, Any]] = [
         {
@@ -45,13 +45,13 @@ def sample_thoughts(columns: Mapping[str, Any] | None = None) -> list[Trajectory
                 StopReason.END,
                 [said("plan", "I draw a red circle on the left."), said("answer", "<answer>the circle</answer>")],
             ),
-            ("a picture alone", StopReason.END, [_drawn(0)]),
+            ("an image alone", StopReason.END, [_drawn(0)]),
             (
-                "words and a picture",
+                "words and an image",
                 StopReason.END,
                 [said("plan", "Circle left, square right."), _drawn(1), said("inspect", "It is fine.")],
             ),
-            ("neither words nor pictures", StopReason.END, []),
+            ("neither words nor images", StopReason.END, []),
         ],
         [
             (
@@ -65,7 +65,7 @@ def sample_thoughts(columns: Mapping[str, Any] | None = None) -> list[Trajectory
             ),
             ("a thought cut at a limit", StopReason.MAX_TOKENS, [said("plan", "First the star on the")]),
             (
-                "several pictures of different sizes",
+                "several images of different sizes",
                 StopReason.END,
                 [_drawn(3, 24), said("inspect", "One is missing."), _drawn(4, 40), _drawn(5, 17)],
             ),
@@ -99,20 +99,18 @@ def _words(role: str, text: str) -> Segment:
     return Segment(role, Author.POLICY, Modality.TEXT, True, np.arange(1, 1 + len(text) // 4, dtype=np.int32), text)
 
 
-def _seen(role: str, text: str, picture: np.ndarray) -> Segment:
-    return Segment(role, Author.ENVIRONMENT, Modality.TEXT, False, text=text, picture=picture)
+def _seen(role: str, text: str, image: np.ndarray) -> Segment:
+    return Segment(role, Author.ENVIRONMENT, Modality.TEXT, False, text=text, image=image)
 
 
 def _drawn(seed: int, side: int = 32) -> Segment:
     return Segment(
-        "sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(16, dtype=np.int32), picture=_pixels(seed, side)
+        "sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(16, dtype=np.int32), image=_pixels(seed, side)
     )
 
 
 def _pixels(seed: int, side: int = 32) -> np.ndarray:
-    """A coloured square on white: neither blank nor noise."""
-    picture = np.full((side, side, 3), 255, np.uint8)
-    picture[side // 4 : side // 2 + seed, side // 4 : side // 2 + seed] = np.random.default_rng(seed).integers(
-        0, 200, 3
-    )
-    return picture
+    """A colored square on white: neither blank nor noise."""
+    image = np.full((side, side, 3), 255, np.uint8)
+    image[side // 4 : side // 2 + seed, side // 4 : side // 2 + seed] = np.random.default_rng(seed).integers(0, 200, 3)
+    return image

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from rewards.config import PartConfig, RewardsConfig, WorkersConfig
+from rewards.config import ComponentConfig, RewardsConfig, WorkersConfig
 from rewards.formula import groupwise
 from rewards.registry import REWARDS
 
@@ -52,9 +52,9 @@ def tree(config: RewardsConfig) -> Tree:
     root = Tree(Text("rewards"))
     expression = config.expression()
     for name, part in config.parts.items():
-        paid = "watched" if part.watch else "paid" if name in expression.names else "logged, not paid"
+        weighted = "log-only" if part.log_only else "weighted" if name in expression.names else "logged, not weighted"
         options = ", ".join(f"{key}={value!r}" for key, value in part.options.items())
-        branch = root.add(Text(f"{name} [{paid}] = {part.function}({options})"))
+        branch = root.add(Text(f"{name} [{weighted}] = {part.function}({options})"))
         for said in _about(part):
             branch.add(Text(said))
     if config.detector_workers is not None:
@@ -66,13 +66,13 @@ def tree(config: RewardsConfig) -> Tree:
     return root
 
 
-def _about(part: PartConfig) -> list[str]:
+def _about(part: ComponentConfig) -> list[str]:
     own = REWARDS.get(part.function)
     said = [] if own is None else [own.formula, f"source: {own.source}"]
     said.append(_SCOPES[part.sees])
     limit = "60 s a call, more with a judge" if part.timeout_s is None else f"{part.timeout_s:g} s a call"
     patience = f"{limit}, then {part.retries} more, then None"
-    if part.place == "driver":
+    if part.runs_on == "driver":
         said.append("in the driver")
     else:
         said.append(f"{_workers(part.workers or WorkersConfig())}; {patience}")

@@ -20,7 +20,7 @@ EPSILON = 1e-4  # TRL's: added to the standard deviation that advantages are div
 Centred = list[dict[int, float]]  # one a member: segment -> its score less the baseline
 
 
-def credit(groups: Sequence[Group], config: GrpoConfig, failed: int = 0) -> Ledger:
+def compute_advantages(groups: Sequence[Group], config: GrpoConfig, failed: int = 0) -> Ledger:
     """Fill `advantage_S` of every trajectory and say which groups are worth training on.
 
     A member without a reward leaves its group's baseline and gets zeros. A group with fewer than two judged members,
@@ -75,13 +75,13 @@ def _by_segment(group: Group, config: GrpoConfig) -> Centred:
     """A segment's score is the trajectory's reward plus the parts that credit it, each less its own mean over the
     same (role, modality, occurrence): a part that says nothing of a member's segment leaves it as it was, not at 0."""
     centred: Centred = [{} for _ in group]
-    places: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
+    positions: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
     for member, trajectory in enumerate(group):
         if trajectory.reward is not None:
             for segment in _trained_segments(trajectory):
-                places.setdefault(_key(trajectory, segment), []).append((member, segment))
+                positions.setdefault(_key(trajectory, segment), []).append((member, segment))
     parts = sorted({part for trajectory in group for part in trajectory.segment_rewards})
-    for members in places.values():
+    for members in positions.values():
         sources = [(1.0, [group[member].reward for member, _ in members])]
         for part in parts:
             values = [group[member].segment_rewards.get(part, {}).get(segment) for member, segment in members]

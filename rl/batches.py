@@ -40,7 +40,7 @@ def scored_decisions(trajectory: Trajectory) -> np.ndarray:
     """count_S: the decisions that a policy scores, which leaves out greedy ones and untrained segments."""
     return np.array(
         [
-            int((~segment.decisions.law.greedy_N).sum()) if segment.trained and segment.decisions else 0
+            int((~segment.decisions.sampling.greedy_N).sum()) if segment.trained and segment.decisions else 0
             for segment in trajectory.segments
         ]
     )

@@ -1,29 +1,27 @@
-"""GRPO, whole: prompts, rollouts, judgement, credit, update, publication, log, checkpoint.
+"""GRPO, whole: prompts, rollouts, rewards, advantages, update, weight sync, log, checkpoint.
 
-Every process runs this same loop. The first one alone talks to rollouts, judge and tracker, and hands the credited
-groups to the others; update, publish and checkpoint are collective. underdrawing/build.py builds the parts.
+Every process runs this same loop. The first one alone talks to rollouts, rewards and tracker, and hands the credited
+groups to the others; update, weight sync and checkpoint are collective. underdrawing/build.py builds the parts.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rewards.alarms import AlarmRaised
-from rl.advantages import credit
+from rl.advantages import compute_advantages
 from rl.ledger import Ledger
 from rl.prompts import PromptCursor
-from rl.publish import Publisher, smallest
-from rl.run import Run, begin, keeping, log, put_away
+from rl.run import Run, log
+from rl.state import RunState
 from rl.trainer import Trainer
+from rl.weight_sync import WeightSynchronizer
 from rollout.requests import RolloutRequest
 from runtime.interrupt import Interrupted, interruptible
-from training import checkpoint
-from training.ranks import on_first
+from training.ranks import run_on_main
 
-PROBE_TRAJECTORIES = 2
 logger = logging.getLogger(__name__)
 
 
@@ -39,57 +37,37 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
     """
     config, accelerator = run.config, run.accelerator
     trainer = Trainer(run.policy, config, accelerator, run.weights)
-    cursor = PromptCursor(run.prompts, run.seed)
-    publisher = Publisher(run.policy, run.rollouts, accelerator, trainer.scorer)
-    begun = begin(run, trainer, cursor, resume)
-    probe, owed = begun.probe, begun.owed
-    if owed is None:
-        publisher.publish(trainer.version, probe)
-    on_policy = False  # until proven on the first rollouts
+    weight_sync = WeightSynchronizer(run.policy, run.rollouts, accelerator, trainer.scorer)
+    state = RunState(run, trainer, resume)
+    if not state.pending:
+        weight_sync.sync_weights(trainer.version, state.probe)
 
     with interruptible(logger.warning) as interruption:
-        for step in range(begun.done + (owed is None), config.steps + 1):
-            started, last = time.perf_counter(), step == config.steps
-            if owed is not None:  # the checkpoint's step, which a fault kept from being finished
-                metrics, owed = owed, None
-                started -= metrics["time/step"]
-            else:
-                with keeping(run, trainer, cursor, step - 1, probe):
-                    requests = ask(run, cursor)
-                    ledger, metrics = on_first(accelerator, lambda: collect(run, requests, step))  # noqa: B023
+        for step in state.steps():
+            if not state.pending:
+                with state.training(step):
+                    requests = next_requests(run, state.cursor)
+                    ledger, state.metrics = run_on_main(accelerator, lambda: rollout_and_score(run, requests, step))  # noqa: B023
                     trajectories = [trajectory for group in ledger.trained for trajectory in group]
-                    if trajectories and not on_policy:
-                        logger.info("on-policy gap: %.2g", trainer.on_policy_gap(trajectories))
-                        on_policy = True
-                    metrics |= trainer.update(ledger.trained)
-                probe = probe or list(smallest(trajectories, PROBE_TRAJECTORIES))
-                metrics["time/step"] = time.perf_counter() - started
+                    trainer.check_on_policy(trajectories)  # once, on the first that can be scored
+                    state.metrics |= trainer.update(ledger.trained)
+                    state.keep_probe(trajectories)
 
-            with keeping(run, trainer, cursor, step, probe, metrics):
-                metrics |= publisher.publish(trainer.version, probe).metrics()
-                if config.evaluate_every and (last or step % config.evaluate_every == 0):
-                    metrics |= on_first(accelerator, lambda: evaluate(run, step))  # noqa: B023
-                metrics["time/step"] = time.perf_counter() - started
-                alarm = on_first(accelerator, lambda: log(run, step, metrics))  # noqa: B023
+            with state.finishing(step):
+                state.metrics |= weight_sync.sync_weights(trainer.version, state.probe).metrics()
+                if config.evaluate_every and (step == config.steps or step % config.evaluate_every == 0):
+                    state.metrics |= run_on_main(accelerator, lambda: evaluate(run, step))  # noqa: B023
+                alarm = run_on_main(accelerator, lambda: log(run, step, state.timed()))  # noqa: B023
 
-            stop = (on_first(accelerator, lambda: interruption.pressed) or alarm is not None) and not last
-            if stop or last or step % config.save_every == 0:
-                put_away(run, trainer, cursor, step, probe)
-            if stop and alarm is not None:
-                raise AlarmRaised(
-                    f"stopped after step {step} of {config.steps} by {alarm}. Saved in "
-                    f"{checkpoint.latest(run.checkpoints)}; to go on regardless, set "
-                    f"rewards.alarms.fatal: false and {run.resume_command}"
-                )
-            if stop:
-                raise Interrupted(
-                    f"stopped after step {step} of {config.steps}; saved in "
-                    f"{checkpoint.latest(run.checkpoints)}. To go on, {run.resume_command}"
-                )
+            stop = run_on_main(accelerator, lambda: interruption.pressed) or alarm is not None
+            if stop or step == config.steps or step % config.save_every == 0:
+                saved = state.save()
+            if stop and step < config.steps:
+                raise stopped(run, step, saved, alarm)
     return trainer
 
 
-def ask(run: Run, cursor: PromptCursor) -> list[RolloutRequest]:
+def next_requests(run: Run, cursor: PromptCursor) -> list[RolloutRequest]:
     """One request a prompt; groups are numbered through the run, which makes their noise their own."""
     members = tuple(range(run.config.num_generations))
     return [
@@ -98,15 +76,15 @@ def ask(run: Run, cursor: PromptCursor) -> list[RolloutRequest]:
     ]
 
 
-def collect(run: Run, requests: Sequence[RolloutRequest], step: int) -> tuple[Ledger, dict[str, float]]:
-    """Roll out, judge and credit. Groups are judged as they finish, while the others are still being written. The
-    ledger accounts for every request."""
-    assert run.rollouts is not None and run.judge is not None
-    judgement = run.judge.begin(step, [len(request.members) for request in requests])
-    rolled_out = run.rollouts.generate(requests, each=judgement.add)
-    report = judgement.finish(rolled_out.groups)
+def rollout_and_score(run: Run, requests: Sequence[RolloutRequest], step: int) -> tuple[Ledger, dict[str, float]]:
+    """Roll out, score, and compute advantages. Groups are scored as they finish, while the others are still being
+    written. The ledger accounts for every request."""
+    assert run.rollouts is not None and run.reward_manager is not None
+    pending = run.reward_manager.begin(step, [len(request.members) for request in requests])
+    rolled_out = run.rollouts.generate(requests, each=pending.add)
+    report = pending.finish(rolled_out.groups)
     measured = run.alarms.measure(rolled_out.groups) if run.alarms is not None else {}
-    ledger = credit(rolled_out.groups, run.config, failed=len(rolled_out.failed))
+    ledger = compute_advantages(rolled_out.groups, run.config, failed=len(rolled_out.failed))
     if run.tracker is not None and (step == 1 or step % run.show_every == 0):
         # One of every group before a second of any: the tracker keeps as many as it is told to.
         every = [trajectory for group in rolled_out.groups for trajectory in group]
@@ -116,3 +94,14 @@ def collect(run: Run, requests: Sequence[RolloutRequest], step: int) -> tuple[Le
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
     return run.evaluate(step) if run.evaluate else {}
+
+
+def stopped(run: Run, step: int, saved: Path | None, alarm: str | None) -> AlarmRaised | Interrupted:
+    """What ends a run before its last step, once that step is saved."""
+    after = f"stopped after step {step} of {run.config.steps}"
+    if alarm is not None:
+        return AlarmRaised(
+            f"{after} by {alarm}. Saved in {saved}; to go on regardless, set rewards.alarms.fatal: false and "
+            f"{run.resume_command}"
+        )
+    return Interrupted(f"{after}; saved in {saved}. To go on, {run.resume_command}")

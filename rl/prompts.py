@@ -37,10 +37,10 @@ class PromptCursor:
         return drawn
 
     def _at(self, group: int) -> int:
-        epoch, place = divmod(group, len(self.records))
+        epoch, position = divmod(group, len(self.records))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
-        return int(self._order[place])
+        return int(self._order[position])
 
     def state(self) -> dict[str, Any]:
         return {"taken": self.taken, "seed": self.seed, "identity": self.identity}

@@ -7,6 +7,7 @@ losses and weights of one.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -30,7 +31,9 @@ from rollout.weights.wire import fingerprint
 from runtime.errors import UserError
 from training.precision import half_precision
 from training.random_state import random_state, set_random_state
-from training.ranks import alone
+from training.ranks import rank_local
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingError(UserError):
@@ -47,7 +50,7 @@ class _Scorer(nn.Module):
         self._accelerator = accelerator
 
     def forward(self, trajectories: Sequence[Trajectory], **kwargs: Any) -> Scored:
-        with alone(self._accelerator):
+        with rank_local(self._accelerator):
             return self._score(trajectories, **kwargs)
 
 
@@ -55,7 +58,7 @@ class Trainer:
     """The optimiser of one policy.
 
     Args:
-        policy: only parameters that require a gradient are trained, which with adapters are the adapters alone.
+        policy: only parameters that require a gradient are trained, which with adapters are the adapters rank_local.
         config: see GrpoConfig.
         accelerator: with gradient_accumulation_steps 1: micro-batches are accumulated here.
         source: where the policy's weights came from, for people to read; None: not known.
@@ -113,6 +116,7 @@ class Trainer:
             num_training_steps=config.steps * config.num_iterations * config.num_minibatches,
         )
         self.settings = loss_settings(config)
+        self._on_policy = False  # until proven on the first rollouts
         policy.model.eval()
 
     @property
@@ -121,6 +125,12 @@ class Trainer:
         return self.scheduler.last_epoch
 
     # ---- checks ----
+    def check_on_policy(self, trajectories: Sequence[Trajectory]) -> None:
+        """Once in a process's life, on the first trajectories that there are: see on_policy_gap. Collective."""
+        if trajectories and not self._on_policy:
+            logger.info("on-policy gap: %.2g", self.on_policy_gap(trajectories))
+            self._on_policy = True
+
     def on_policy_gap(self, trajectories: Sequence[Trajectory]) -> float:
         """Largest |new - old log-prob| of trajectories that the present weights sampled: 0 but for rounding.
 
@@ -132,7 +142,7 @@ class Trainer:
         trajectories = [t for t in trajectories if scored_decisions(t).any()]
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         packs = pack([t.num_tokens() for t in trajectories], self.config.tokens_per_micro_batch, processes)
-        worst, place = 0.0, ""
+        worst, position = 0.0, ""
         # Processes without a pack left score the last one again: all make equally many passes.
         for start in range(0, len(packs), processes):
             rows = packs[min(start + rank, len(packs) - 1)]
@@ -140,13 +150,14 @@ class Trainer:
             gap_N = (scored.logprob_N - scored.behaviour_N).abs().nan_to_num(nan=float("inf"))
             if float(gap_N.max()) > worst:
                 worst, at = float(gap_N.max()), int(gap_N.argmax())
-                place = _place(trajectories[rows[int(scored.trajectory_N[at])]], scored, at)
-        worst, place = max(gather_object([(worst, place)]))
+                position = _position(trajectories[rows[int(scored.trajectory_N[at])]], scored, at)
+        worst, position = max(gather_object([(worst, position)]))
         if worst > self._tolerance():
             raise TrainingError(
                 f"sampling and scoring disagree: the largest difference of log-probs under the same weights is "
                 f"{worst:.3g}, over the tolerance of {self._tolerance():g} (grpo.on_policy_tolerance). Worst at "
-                f"{place}. Look for a law (temperature, allowed set, guidance), a context or a precision that differs"
+                f"{position}. Look for sampling parameters (temperature, allowed set, guidance), a context or a "
+                f"precision that differs"
             )
         return worst
 
@@ -237,7 +248,7 @@ class Trainer:
             with self.accelerator.no_sync(self.scorer) if not last else nullcontext():
                 with self.accelerator.autocast():
                     scored = self.scorer(batch.trajectories, old=old[number], reference=reference[number], entropy=True)
-                with alone(self.accelerator):
+                with rank_local(self.accelerator):
                     decisions = self._decisions(batch, scored, old[number])
                 loss = policy_loss(decisions, self.settings)
                 # Gradients are averaged over processes, and the loss is already a share of the whole batch's sum.
@@ -402,7 +413,7 @@ def _gap(scored: list[list[Scored | None]]) -> float:
     return max(float((s.logprob_N - s.behaviour_N).abs().max()) for batch in scored for s in batch if s is not None)
 
 
-def _place(trajectory: Trajectory, scored: Scored, at: int) -> str:
+def _position(trajectory: Trajectory, scored: Scored, at: int) -> str:
     segment, kind = int(scored.segment_N[at]), DecisionKind(int(scored.kind_N[at]))
     return (
         f"trajectory {trajectory.key}, segment {segment} ({trajectory.segments[segment].role}), a "

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from formats.base import Cursor, Span, ThoughtFormat, Vocabulary
+from formats.base import Cursor, Format, Span, Vocabulary
 from record.trajectory import (
     Author,
     Context,
     DecisionKind,
     Decisions,
     Guidance,
-    Law,
     Modality,
+    SamplingParams,
     Segment,
     StopReason,
     Trajectory,
@@ -54,7 +54,7 @@ class SequenceWriter:
         self,
         request: RolloutRequest,
         order: tuple[int, int],
-        fmt: ThoughtFormat,
+        fmt: Format,
         vocabulary: Vocabulary,
         prompt: Sequence[Segment],
         constrain: str,
@@ -175,8 +175,8 @@ class SequenceWriter:
         if span.modality is Modality.IMAGE_TOKENS:
             kind_N[position_N > 0] = DecisionKind.CODE  # the opening marker is a word's choice
         temperature_N = table.temperature_L[sampled.number_T[stretch][position_N]].astype(np.float32)
-        law = Law(temperature_N, np.array(allowed, np.int32), tuple(sets), self.guidance)
-        return Decisions(kind_N, position_N, sampled.logprob_T[stretch][position_N].astype(np.float32), law)
+        sampling = SamplingParams(temperature_N, np.array(allowed, np.int32), tuple(sets), self.guidance)
+        return Decisions(kind_N, position_N, sampled.logprob_T[stretch][position_N].astype(np.float32), sampling)
 
     def environment(self, segment: Segment) -> None:
         """Add what the environment said, between two segments of the policy."""
@@ -195,6 +195,6 @@ class SequenceWriter:
             self._open = None
         own = [segment for segment in self.trajectory.segments if segment.author is Author.POLICY]
         for segment, span in zip(own, self.cursor.spans, strict=True):
-            segment.role = span.role  # what followed a picture may have told which one it was
+            segment.role = span.role  # what followed an image may have told which one it was
         self.trajectory.stop = stop
         return self.trajectory

@@ -53,7 +53,7 @@ class ActorProcess:
             return f"it is on another node: `py-spy dump --pid {self.pid}` there says where it stands"
         with contextlib.suppress(OSError):
             os.kill(self.pid, signal.SIGUSR1)
-            return settled(Path(self.stack_file).read_bytes)
+            return read_until_stable(Path(self.stack_file).read_bytes)
         return ""
 
     def kill(self) -> None:
@@ -74,7 +74,7 @@ def end_actor(actor: Any, process: ActorProcess | None) -> None:
         ray.kill(actor)
 
 
-def settled(read: Callable[[], bytes]) -> str:
+def read_until_stable(read: Callable[[], bytes]) -> str:
     """What a signalled process is writing, once it no longer grows."""
     text = b""
     for _ in range(LOOKS):

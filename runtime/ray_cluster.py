@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runtime.errors import UserError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Ray adds about 60 characters to its folder for its sockets, whose paths Linux limits to 107.
 LONGEST_FOLDER = 45
@@ -105,7 +105,7 @@ def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
                 raise
             # Ray raises anything from ValueError to RpcError here, and gives a loaded machine no more than 30 s.
             if "timed out" in str(error) and attempt < ATTEMPTS:
-                log.warning("Ray did not start in time; trying again (%d of %d)", attempt + 1, ATTEMPTS)
+                logger.warning("Ray did not start in time; trying again (%d of %d)", attempt + 1, ATTEMPTS)
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             raise ClusterError(
@@ -138,7 +138,7 @@ def _join(address: str) -> Cluster:
             f"no Ray cluster answers at RAY_ADDRESS={address}: {_first_line(error)}. Unset it to "
             "start a local one, or set rollout.workers: 0 to roll out in this process"
         ) from error
-    log.info("joined the Ray cluster at %s", address)
+    logger.info("joined the Ray cluster at %s", address)
     return Cluster(None)
 
 

@@ -35,7 +35,7 @@ class SftConfig(BaseModel):
     )
     learn_mistakes: bool = Field(
         False,
-        description="imitate pictures that are wrong on purpose too; else they are "
+        description="imitate images that are wrong on purpose too; else they are "
         "only seen, and their inspection and repair are learned",
     )
     visual_loss: float = Field(

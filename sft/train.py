@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig as TrlSftConfig
 
-from formats.base import ThoughtFormat
+from formats.base import Format
 from formats.render import render
 from policy.chameleon.family import ChameleonPolicy
 from record.store import load_trajectories
@@ -22,21 +22,19 @@ from record.trajectory import Trajectory
 from runtime.errors import UserError
 from runtime.files import write_whole
 from runtime.interrupt import Interrupted, interruptible
+from sft.checkpoints import finished_checkpoints, newest, prune, writing
 from sft.config import SftConfig
 from sft.data import Collator, Row, training_rows
-from sft.keep import newest, sealed, sweep, writing
 from sft.trainer import InterleavedSftTrainer, Mirror, Stop
 from tasks.base import Demonstration, Task
 from training.precision import half_precision
 from training.tracking import Tracker
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 SEE_BATCH = 256
 
 
-def demonstrate(
-    task: Task, fmt: ThoughtFormat, policy: ChameleonPolicy, config: SftConfig, seed: int
-) -> list[Trajectory]:
+def demonstrate(task: Task, fmt: Format, policy: ChameleonPolicy, config: SftConfig, seed: int) -> list[Trajectory]:
     """The trajectories to learn from: the task's demonstrations rendered in the format, or the stored ones."""
     if config.data is not None:
         return load_trajectories(Path(config.data))
@@ -45,20 +43,20 @@ def demonstrate(
 
 
 def render_all(
-    demonstrations: Sequence[Demonstration], fmt: ThoughtFormat, policy: ChameleonPolicy, learn_mistakes: bool = False
+    demonstrations: Sequence[Demonstration], fmt: Format, policy: ChameleonPolicy, learn_mistakes: bool = False
 ) -> list[Trajectory]:
-    """Demonstrations with their pictures seen by the policy's visual tokenizer, in batches."""
-    pictures = [part.picture for d in demonstrations for part in d.parts if part.picture is not None]
+    """Demonstrations with their images seen by the policy's visual tokenizer, in batches."""
+    images = [part.image for d in demonstrations for part in d.parts if part.image is not None]
     codes = []
     with torch.inference_mode():
-        for begin in range(0, len(pictures), SEE_BATCH):
-            codes += policy.see(pictures[begin : begin + SEE_BATCH])
+        for begin in range(0, len(images), SEE_BATCH):
+            codes += policy.encode_images(images[begin : begin + SEE_BATCH])
     trajectories, at = [], 0
     for group, d in enumerate(demonstrations):
-        count = sum(part.picture is not None for part in d.parts)
+        count = sum(part.image is not None for part in d.parts)
         trajectory = render(fmt, d.prompt, d.record, d.parts, policy.vocabulary, codes[at : at + count])
         trajectory.group = group
-        # A picture that is wrong on purpose is there to be inspected and repaired, a needless text to be followed:
+        # An image that is wrong on purpose is there to be inspected and repaired, a needless text to be followed:
         # neither is imitated.
         for index in (*d.needless, *(() if learn_mistakes else d.mistakes)):
             trajectory.segments[index + 1].trained = False
@@ -67,7 +65,7 @@ def render_all(
     return trajectories
 
 
-def check_demonstrations(trajectories: Sequence[Trajectory], fmt: ThoughtFormat) -> None:
+def check_demonstrations(trajectories: Sequence[Trajectory], fmt: Format) -> None:
     """Refuse to learn from sentences that the format itself would not accept.
 
     Raises:
@@ -116,9 +114,9 @@ def warm_start(
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = newest(output_dir) if resume else None
-    if not resume and sealed(output_dir):
+    if not resume and finished_checkpoints(output_dir):
         raise UserError(
-            f"{output_dir} already holds a warm start ({sealed(output_dir)[-1].name}). Resume it "
+            f"{output_dir} already holds a warm start ({finished_checkpoints(output_dir)[-1].name}). Resume it "
             f"({resume_command}), or choose another run_dir"
         )
     trainer = InterleavedSftTrainer(
@@ -137,12 +135,12 @@ def warm_start(
         if checkpoint is not None:
             trainer.resume(checkpoint)
             done = int(checkpoint.name.rpartition("-")[2])
-            log.info("going on after step %d (%s)", done, checkpoint)
+            logger.info("going on after step %d (%s)", done, checkpoint)
         if tracker is not None:
             tracker.rewind(done + 1)
         if trainer.accelerator.is_main_process:
-            sweep(output_dir, 2)
-        with interruptible(log.warning) as interruption:
+            prune(output_dir, 2)
+        with interruptible(logger.warning) as interruption:
             stop = Stop(trainer.accelerator, interruption)
             trainer.add_callback(stop)
             if checkpoint is not None and done >= config.max_steps:
@@ -154,7 +152,7 @@ def warm_start(
     if stop.stopped:
         raise Interrupted(
             f"stopped after step {trainer.state.global_step} of {config.max_steps}; saved in "
-            f"{sealed(output_dir)[-1]}. To go on, {resume_command}"
+            f"{finished_checkpoints(output_dir)[-1]}. To go on, {resume_command}"
         )
     if trainer.accelerator.is_main_process:
         with writing(output_dir / "model"):
@@ -174,7 +172,7 @@ def _rows(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: S
             f"{policy.vocabulary.size}; the trajectories were written by another tokenizer"
         )
     if cut.shortened:
-        log.warning(
+        logger.warning(
             "%d of %d demonstrations are longer than %d ids: they lost whole segments from their end, and %d "
             "of them, with nothing left to learn, were dropped",
             cut.shortened,

@@ -22,8 +22,8 @@ from policy.chameleon.family import ChameleonPolicy
 from policy.chameleon.model import DecisionBatch
 from runtime.errors import UserError
 from runtime.interrupt import Interruption
+from sft.checkpoints import WarmStartCheckpointError, prune, write_manifest, writing
 from sft.config import SftConfig
-from sft.keep import KeepError, seal, sweep, writing
 from sft.losses import Targets, VisualReconstruction, targets, weighted_cross_entropy
 from training.tracking import Tracker
 
@@ -139,9 +139,9 @@ class InterleavedSftTrainer(SFTTrainer):
                     torch.save(
                         {"means": state, "projection": projection and projection.state_dict()}, folder / PROGRESS
                     )
-                    seal(folder)
-                    sweep(root, KEEP_CHECKPOINTS)
-        except KeepError:
+                    write_manifest(folder)
+                    prune(root, KEEP_CHECKPOINTS)
+        except WarmStartCheckpointError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -162,7 +162,7 @@ class InterleavedSftTrainer(SFTTrainer):
         """The weights and the last metrics of a checkpoint that nothing is to be trained after: a run that was killed
         between its last checkpoint and its end."""
         if self.is_deepspeed_enabled:  # its weights are in its own engine, which only train() makes
-            raise KeepError(
+            raise WarmStartCheckpointError(
                 f"{checkpoint} is the last of its run, but the model was not saved from it; raise "
                 "sft.max_steps to go on, or write the model with the zero_to_fp32.py in that folder"
             )

@@ -23,13 +23,13 @@ class Demonstration:
     prompt: str
     record: Record
     parts: tuple[Part, ...]
-    mistakes: tuple[int, ...] = ()  # indices in `parts` of pictures that are wrong on purpose: a loss may skip them
+    mistakes: tuple[int, ...] = ()  # indices in `parts` of images that are wrong on purpose: a loss may skip them
     needless: tuple[int, ...] = ()  # of texts that go on where the thought could have ended: seen, never imitated
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One object that a detector sees in a picture."""
+    """One object that a detector sees in an image."""
 
     cls: str
     color: str | None  # None: not judged
@@ -56,6 +56,6 @@ class Task(Protocol):
         """
         ...
 
-    def detect(self, picture: np.ndarray) -> list[Detection]:
-        """Objects in a picture, uint8 [height, width, 3], best score first."""
+    def detect(self, image: np.ndarray) -> list[Detection]:
+        """Objects in an image, uint8 [height, width, 3], best score first."""
         ...

@@ -18,8 +18,8 @@ from record.trajectory import (
     Author,
     DecisionKind,
     Decisions,
-    Law,
     Modality,
+    SamplingParams,
     Segment,
     Trajectory,
     full_history,
@@ -80,11 +80,13 @@ class BigramPolicy:
             logits_TV, start = self._active(ids_T), 0
             for number, segment in enumerate(trajectory.segments):
                 if segment.trained and segment.decisions is not None:
-                    law, position_N = segment.decisions.law, segment.decisions.position_N
-                    for n in np.flatnonzero(~law.greedy_N):
+                    sampling, position_N = segment.decisions.sampling, segment.decisions.position_N
+                    for n in np.flatnonzero(~sampling.greedy_N):
                         at = start + int(position_N[n])
-                        banned_V = torch.from_numpy(~mask_of(law.sets[law.allowed_N[n]], SIZE))
-                        logits_V = (logits_TV[at - 1] / float(law.temperature_N[n])).masked_fill(banned_V, -torch.inf)
+                        banned_V = torch.from_numpy(~mask_of(sampling.sets[sampling.allowed_N[n]], SIZE))
+                        logits_V = (logits_TV[at - 1] / float(sampling.temperature_N[n])).masked_fill(
+                            banned_V, -torch.inf
+                        )
                         logprob_V = logits_V.log_softmax(-1)
                         rows.append((index, number, int(segment.decisions.kind_N[n])))
                         logprobs.append(logprob_V[ids_T[at]])
@@ -137,14 +139,14 @@ class BigramPolicy:
                 if role == "plan" and chosen == STOP:
                     break
             count = len(logprobs)
-            law = Law(
+            sampling = SamplingParams(
                 np.full(count, TEMPERATURE[role], np.float32), np.zeros(count, np.int32), (CODES if image else WORDS,)
             )
             decisions = Decisions(
                 np.full(count, DecisionKind.CODE if image else DecisionKind.WORD, np.int8),
                 np.arange(count, dtype=np.int32) + image,
                 np.array(logprobs, np.float32),
-                law,
+                sampling,
             )
             trajectory.segments.append(
                 Segment(
@@ -162,7 +164,7 @@ class BigramPolicy:
 
 
 def reward(trajectory: Trajectory) -> float:
-    """The share of code 5 in the picture, and a little for a short plan."""
+    """The share of code 5 in the image, and a little for a short plan."""
     codes = trajectory.segments[2].ids[1:-1]
     return float((codes == 5).mean()) + 0.1 * float(len(trajectory.segments[1].ids) <= 2)
 

@@ -17,9 +17,9 @@ from record.trajectory import (
     DecisionKind,
     Decisions,
     Guidance,
-    Law,
     Modality,
     Piece,
+    SamplingParams,
     Segment,
     Trajectory,
     full_history,
@@ -94,7 +94,7 @@ def sample(
     branches=None,
     words: int = 5,
 ) -> Trajectory:
-    """Write the segments of `plan` ("text" or "picture") one id at a time, as the engine would, and record them."""
+    """Write the segments of `plan` ("text" or "image") one id at a time, as the engine would, and record them."""
     vocabulary, rng = policy.vocabulary, np.random.default_rng(seed)
     words_only = ranges_of(
         [
@@ -107,30 +107,30 @@ def sample(
     sets = (words_only, codes, boi)
     for kind in plan:
         number = len(trajectory.segments)
-        picture = kind == "picture"
+        image = kind == "image"
         contexts = [context(trajectory, number)]
-        if picture and guidance is not None:
+        if image and guidance is not None:
             contexts += branches(trajectory, number)
-        weights = branch_weights(guidance) if picture and guidance is not None else {"full": 1.0}
+        weights = branch_weights(guidance) if image and guidance is not None else {"full": 1.0}
         cache = policy.allocate(len(contexts), 256)
         rows = list(range(len(contexts)))
         logits_BV = policy.prefill(cache, rows, [(trajectory, each) for each in contexts])
         ids, kinds, temperatures, allowed, logprobs, positions = [], [], [], [], [], []
-        for place in range(vocabulary.codes_per_image + 2 if picture else words):
-            if picture and place == vocabulary.codes_per_image + 1:
+        for place in range(vocabulary.codes_per_image + 2 if image else words):
+            if image and place == vocabulary.codes_per_image + 1:
                 ids.append(vocabulary.eoi)  # forced
                 break
-            is_code = picture and place > 0
+            is_code = image and place > 0
             logits_V = logits_BV[0]
             if is_code:
                 logits_V = sum(weights.get(each.branch, 0.0) * logits_BV[row] for row, each in enumerate(contexts))
-            which = 1 if is_code else 2 if picture else 0
+            which = 1 if is_code else 2 if image else 0
             heat = temperature if not is_code else temperature + 0.2
             banned = torch.from_numpy(~mask_of(sets[which], vocabulary.size))
             logprob_V = (logits_V / heat).masked_fill(banned, -torch.inf).log_softmax(-1)
             probability = logprob_V.exp().double().numpy()
             id = int(rng.choice(len(probability), p=probability / probability.sum()))
-            if picture and place == 0:
+            if image and place == 0:
                 id = vocabulary.boi
             ids.append(id)
             kinds.append(DecisionKind.CODE if is_code else DecisionKind.WORD)
@@ -143,12 +143,14 @@ def sample(
             np.array(kinds, np.int8),
             np.array(positions, np.int32),
             np.array(logprobs, np.float32),
-            Law(np.array(temperatures, np.float32), np.array(allowed, np.int32), sets, guidance if picture else None),
+            SamplingParams(
+                np.array(temperatures, np.float32), np.array(allowed, np.int32), sets, guidance if image else None
+            ),
         )
-        modality = Modality.IMAGE_TOKENS if picture else Modality.TEXT
+        modality = Modality.IMAGE_TOKENS if image else Modality.TEXT
         trajectory.segments.append(
             Segment(
-                "sketch" if picture else "plan",
+                "sketch" if image else "plan",
                 Author.POLICY,
                 modality,
                 True,

@@ -1,9 +1,9 @@
 """Small real policies and formats for tests: they keep every promise of policy/base.py and formats/base.py
 with a few hundred weights, so the engine, the trainer and the workers can be proven before a family exists.
 
-`FakePolicy` is a one-layer causal transformer with a key-value cache. With `flow=True` its pictures are latents,
+`FakePolicy` is a one-layer causal transformer with a key-value cache. With `flow=True` its images are latents,
 denoised by rectified flow with Gaussian noise in the first half. `FakeFormat` comes in three views: "plain" sees all
-that was written, "window" sees the prompt and the last picture only, "flow" sees earlier pictures as latents.
+that was written, "window" sees the prompt and the last image only, "flow" sees earlier images as latents.
 
 Letters: R cache rows, L positions of the cache, T positions of a sequence, D width, V vocabulary.
 """
@@ -105,7 +105,7 @@ class FakePolicy:
         self.vocabulary = vocabulary or FakeVocabulary(codes_per_image=0 if flow else 4)
         self.max_length = max_length
         self.model = FakeNet(self.vocabulary.size, max_length, seed=seed)
-        self.draws: list[int] = []  # how many pictures each call of `draw` got
+        self.draws: list[int] = []  # how many images each call of `draw` got
         self.caches: list[FakeCache] = []
         if flow:
             self.flow_times = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -190,22 +190,22 @@ class FakePolicy:
             logits.append(self._write(cache, row, h))
         return torch.stack(logits)
 
-    # ---- pictures ----
+    # ---- images ----
 
-    def see(self, pictures):
-        return [self.vocabulary.code_ids[picture[0, :, 0] - 1] for picture in pictures]
+    def encode_images(self, images):
+        return [self.vocabulary.code_ids[image[0, :, 0] - 1] for image in images]
 
-    def draw(self, contents):
-        """One pixel a code (its number + 1), or a latent's channels as colours."""
+    def decode_images(self, contents):
+        """One pixel a code (its number + 1), or a latent's channels as colors."""
         self.draws.append(len(contents))
-        pictures = []
+        images = []
         for content in contents:
             if content.dtype.kind == "f":
-                pictures.append(((np.tanh(content)[None] + 1) * 127).astype(np.uint8))
+                images.append(((np.tanh(content)[None] + 1) * 127).astype(np.uint8))
             else:
                 codes = (content - self.vocabulary.code_ids[0] + 1).astype(np.uint8)
-                pictures.append(np.repeat(codes[None, :, None], 3, 2))
-        return pictures
+                images.append(np.repeat(codes[None, :, None], 3, 2))
+        return images
 
     # ---- training ----
 
@@ -222,7 +222,7 @@ class FakePolicy:
                 if segment.decisions is None or not segment.trained:
                     continue
                 for n, kind in enumerate(segment.decisions.kind_N):
-                    if segment.decisions.law.greedy_N[n]:
+                    if segment.decisions.sampling.greedy_N[n]:
                         continue
                     logprob, uncertainty = self._score_one(trajectory, s, n, int(kind))
                     columns["t"].append(t)
@@ -252,9 +252,9 @@ class FakePolicy:
     def _score_one(self, trajectory: Trajectory, s: int, n: int, kind: int) -> tuple[Tensor, float]:
         """One decision, from its recorded context alone: no cache and no sharing with other decisions."""
         net, segment = self.model, trajectory.segments[s]
-        decisions, law = segment.decisions, segment.decisions.law
+        decisions, sampling = segment.decisions, segment.decisions.sampling
         position = int(decisions.position_N[n])
-        guided = law.guidance is not None and kind != DecisionKind.WORD
+        guided = sampling.guidance is not None and kind != DecisionKind.WORD
         answers: dict[str, Tensor] = {}
         sigma = torch.ones(())
         flow_n = n - int((decisions.kind_N != DecisionKind.FLOW).sum())
@@ -278,14 +278,14 @@ class FakePolicy:
             else:
                 out = net.attend(h[-1:], keys, values, torch.ones(1, len(h), dtype=torch.bool))
                 answers[context.branch] = out[0] @ net.head.T
-        answer = self.guide(answers, law.guidance) if guided else answers["full"]
+        answer = self.guide(answers, sampling.guidance) if guided else answers["full"]
         if kind == DecisionKind.FLOW:
             off = torch.from_numpy(segment.flow.x_next_N[flow_n]) - answer
             density = torch.distributions.Normal(0.0, sigma)
             return density.log_prob(off).mean(), float(density.entropy())
-        logits = answer / float(law.temperature_N[n])
-        if law.allowed_N[n] >= 0:
-            allowed = mask_of(law.sets[law.allowed_N[n]], self.vocabulary.size)
+        logits = answer / float(sampling.temperature_N[n])
+        if sampling.allowed_N[n] >= 0:
+            allowed = mask_of(sampling.sets[sampling.allowed_N[n]], self.vocabulary.size)
             logits = logits.masked_fill(~torch.from_numpy(allowed), -torch.inf)
         distribution = torch.distributions.Categorical(logits=logits)
         return distribution.log_prob(torch.tensor(int(segment.ids[position]))), float(distribution.entropy().detach())
@@ -295,7 +295,7 @@ class FakePolicy:
 
 
 class FakeCursor:
-    """Sentences that end with a full stop, pictures of exactly N codes, and the end of the turn."""
+    """Sentences that end with a full stop, images of exactly N codes, and the end of the turn."""
 
     def __init__(self, fmt: FakeFormat, vocabulary: FakeVocabulary):
         self.fmt, self.vocabulary = fmt, vocabulary
@@ -303,7 +303,7 @@ class FakeCursor:
         self.spans: list[Span] = []
         self.images, self.count, self.left = 0, 0, 0
         self.in_image = self.stopped = False
-        self.lingering = False  # a picture has ended, but only what follows closes it
+        self.lingering = False  # an image has ended, but only what follows closes it
         self.start = 0
 
     @property
@@ -333,7 +333,7 @@ class FakeCursor:
     def allowed(self) -> AllowedSet:
         if self.in_image:
             return self.sets["codes"]
-        # Where a context forgets the words, a picture can only begin a segment: see FormatContractError.
+        # Where a context forgets the words, an image can only begin a segment: see FormatContractError.
         may_draw = self.images < self.fmt.max_images and (self.fmt.view != "window" or self.start == self.count)
         return self.sets["all"] if may_draw else self.sets["words"]
 
@@ -379,7 +379,7 @@ class FakeFormat:
         begins_with_image: bool = False,
         lingers: bool = False,
     ):
-        """lingers: a picture's segment is closed by the first id after it, as where that id tells its role."""
+        """lingers: an image's segment is closed by the first id after it, as where that id tells its role."""
         self.name = f"fake_{view}"
         self.view, self.max_images, self.guidance_scale = view, max_images, guidance_scale
         self.begins_with_image, self.lingers = begins_with_image, lingers
@@ -390,7 +390,7 @@ class FakeFormat:
             words = [*vocabulary.word_ids, vocabulary.stop, vocabulary.eos]
             self._sets[id(vocabulary)] = {
                 "words": AllowedSet("words", ranges_of(words)),
-                "all": AllowedSet("words or a picture", ranges_of([*words, vocabulary.boi])),
+                "all": AllowedSet("words or an image", ranges_of([*words, vocabulary.boi])),
                 "codes": AllowedSet("codes", ranges_of(vocabulary.code_ids)),
             }
         return self._sets[id(vocabulary)]

@@ -1,4 +1,4 @@
-"""Pictures in GenEval's layout, and the command over them."""
+"""Images in GenEval's layout, and the command over them."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ GOOD = {
 
 
 def write(root, records=(ONE, RED, LEFT, TWO), samples=2, wrong=()):
-    """GenEval's layout; the pictures named in `wrong` ((prompt, sample)) show nothing."""
+    """GenEval's layout; the images named in `wrong` ((prompt, sample)) show nothing."""
     for number, one in enumerate(records):
         folder = root / f"{number:05}"
         (folder / "samples").mkdir(parents=True)
         (folder / "metadata.jsonl").write_text(json.dumps(one) + "\n")
         for sample in range(samples):
-            picture = np.full((32, 32, 3), 255, np.uint8) if (number, sample) in wrong else GOOD[number]
-            Image.fromarray(picture).save(folder / "samples" / f"{sample:04}.png")
+            image = np.full((32, 32, 3), 255, np.uint8) if (number, sample) in wrong else GOOD[number]
+            Image.fromarray(image).save(folder / "samples" / f"{sample:04}.png")
     return root
 
 

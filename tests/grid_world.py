@@ -1,6 +1,6 @@
-"""A real little world to plan in, for the tests of rewards over plans drawn as pictures: a walker on a grid with walls.
+"""A real little world to plan in, for the tests of rewards over plans drawn as images: a walker on a grid with walls.
 
-A record's `grid` is a list of strings: "S" start, "G" goal, "#" wall, "." free. A picture has one block of pixels a
+A record's `grid` is a list of strings: "S" start, "G" goal, "#" wall, "." free. An image has one block of pixels a
 cell: white, black walls, and the walker in red.
 """
 
@@ -20,11 +20,11 @@ class GridWorld:
     def first_state(self, record):
         return _find(record["grid"], "S") if "grid" in record else None
 
-    def state_in(self, record, picture):
+    def state_in(self, record, image):
         grid = record["grid"]
-        if picture.shape[:2] != (len(grid) * CELL, len(grid[0]) * CELL):
+        if image.shape[:2] != (len(grid) * CELL, len(grid[0]) * CELL):
             return None
-        cells = picture.reshape(len(grid), CELL, len(grid[0]), CELL, 3).mean((1, 3))
+        cells = image.reshape(len(grid), CELL, len(grid[0]), CELL, 3).mean((1, 3))
         walkers = np.argwhere(np.abs(cells - WALKER).max(-1) < 40)
         return tuple(int(i) for i in walkers[0]) if len(walkers) == 1 else None
 

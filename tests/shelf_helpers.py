@@ -15,7 +15,7 @@ from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.judge.base import Reply
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = np.zeros((4, 4, 3), np.uint8)
+IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
 class ScriptedJudge:
@@ -34,7 +34,7 @@ class ScriptedJudge:
 
 
 def judged_by(judge):
-    """A Setting's stand-in, as far as the shelf reads it."""
+    """A RewardContext's stand-in, as far as the shelf reads it."""
 
     def judge_for(reward):
         assert judge is not None, f"{reward} asked for a judge"
@@ -47,9 +47,9 @@ def say(text, role="think"):
     return Segment(role, Author.POLICY, Modality.TEXT, True, text=text)
 
 
-def tool(text="", picture=None, role="observation"):
-    modality = Modality.TEXT if picture is None else Modality.IMAGE_TOKENS
-    return Segment(role, Author.ENVIRONMENT, modality, False, text=text, picture=picture)
+def tool(text="", image=None, role="observation"):
+    modality = Modality.TEXT if image is None else Modality.IMAGE_TOKENS
+    return Segment(role, Author.ENVIRONMENT, modality, False, text=text, image=image)
 
 
 def conversation(record, *segments, group=0, member=0):
@@ -60,7 +60,7 @@ def conversation(record, *segments, group=0, member=0):
 
 def from_record(inputs, group=0, member=0, record=None):
     """A record's conversation: the policy's turns and, between them, everything else of the text that was scored. A
-    picture's marks become a picture, so that the transcript is the text again."""
+    image's marks become an image, so that the transcript is the text again."""
     text, segments = inputs["response_text"], []
     for turn in inputs.get("turns") or [{"role": "assistant", "text": text}]:
         if turn["role"] != "assistant":
@@ -76,9 +76,9 @@ def from_record(inputs, group=0, member=0, record=None):
 
 
 def environment(text):
-    """Segments of the environment: a stretch of picture marks is a picture, the rest are words."""
+    """Segments of the environment: a stretch of image marks is an image, the rest are words."""
     parts = re.split(r"(<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>)", text)
-    return [tool(part, PICTURE if part.startswith("<|vision_start|>") else None) for part in parts if part]
+    return [tool(part, IMAGE if part.startswith("<|vision_start|>") else None) for part in parts if part]
 
 
 def records(system):

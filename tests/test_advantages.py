@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from record.trajectory import Author, Modality, Segment, Trajectory
-from rl.advantages import credit
+from rl.advantages import compute_advantages
 from rl.config import GrpoConfig
 from rl.ledger import Ledger, LedgerError
 
@@ -36,7 +36,7 @@ def advantages(group):
 
 def test_reward_less_the_groups_mean_on_every_trained_segment():
     group = group_of(1.0, 0.0, 0.0, 0.0)
-    ledger = credit([group], NONE)
+    ledger = compute_advantages([group], NONE)
     assert advantages(group) == [[0.75, 0.75], [-0.25, -0.25], [-0.25, -0.25], [-0.25, -0.25]]
     assert all(trajectory.advantage_S[0] == 0 for trajectory in group)  # the prompt
     assert ledger.trained == [group] and ledger.dropped == {}
@@ -44,26 +44,26 @@ def test_reward_less_the_groups_mean_on_every_trained_segment():
 
 def test_scaled_by_the_groups_sample_deviation():
     group = group_of(1.0, 0.0)  # mean 0.5, deviation sqrt(0.5)
-    credit([group], GrpoConfig())
+    compute_advantages([group], GrpoConfig())
     assert advantages(group)[0][0] == pytest.approx(0.5 / (0.5**0.5 + 1e-4))
 
 
 def test_scaled_by_the_batchs_deviation_dropped_groups_included():
     one, two = group_of(1.0, 0.0), group_of(0.5, 0.5)
-    credit([one, two], GrpoConfig(scale_rewards="batch"))
+    compute_advantages([one, two], GrpoConfig(scale_rewards="batch"))
     # rewards 1, 0, .5, .5: mean .5, squares .25 + .25 over 3
     assert advantages(one)[0][0] == pytest.approx(0.5 / ((0.5 / 3) ** 0.5 + 1e-4))
 
 
 def test_unjudged_member_leaves_the_baseline_and_gets_zero():
     group = group_of(1.0, None, 0.0)
-    credit([group], NONE)
+    compute_advantages([group], NONE)
     assert advantages(group) == [[0.5, 0.5], [0.0, 0.0], [-0.5, -0.5]]
 
 
 def test_fewer_than_two_judged_drops_the_group():
     lone, none, good = group_of(1.0, None), group_of(None, None), group_of(0.0, 1.0)
-    ledger = credit([lone, none, good], NONE)
+    ledger = compute_advantages([lone, none, good], NONE)
     assert ledger.dropped == {"unjudged": 2} and ledger.trained == [good]
     assert advantages(lone) == [[0.0, 0.0], [0.0, 0.0]]
 
@@ -72,7 +72,7 @@ def test_fewer_than_two_judged_drops_the_group():
 def test_a_group_without_variance_is_skipped_and_counted(config):
     # 0.1 has no exact binary form: the mean of equal rewards must still leave nothing behind
     flat, good = group_of(0.1, 0.1, 0.1), group_of(0.0, 1.0)
-    ledger = credit([flat, good], config)
+    ledger = compute_advantages([flat, good], config)
     assert ledger.dropped == {"zero_variance": 1} and ledger.trained == [good]
     assert not any(trajectory.advantage_S.any() for trajectory in flat)
 
@@ -80,11 +80,11 @@ def test_a_group_without_variance_is_skipped_and_counted(config):
 def test_by_segment_the_baseline_is_over_the_same_role_and_occurrence():
     # Three members; the third writes a second sketch, which nobody else has: no baseline, so zero.
     group = [thought(1.0), thought(0.0), thought(0.5, roles=("plan", "sketch", "sketch"))]
-    credit([group], SEGMENT)
+    compute_advantages([group], SEGMENT)
     assert advantages(group) == [[0.5, 0.5], [-0.5, -0.5], [0.0, 0.0, 0.0]]
 
     pair = [thought(1.0, roles=("sketch", "redraw")), thought(0.0, roles=("sketch", "redraw")), thought(0.8)]
-    credit([pair], SEGMENT)
+    compute_advantages([pair], SEGMENT)
     assert advantages(pair)[0] == pytest.approx([1.0 - 0.6, 0.5])  # sketch: of three; redraw: of two
     assert advantages(pair)[2] == pytest.approx([0.0, 0.8 - 0.6])  # nobody else plans
 
@@ -92,21 +92,23 @@ def test_by_segment_the_baseline_is_over_the_same_role_and_occurrence():
 def test_rewards_by_segment_are_added_each_over_its_own_baseline():
     # sketch is segment 2. Total: 1, 0, 0.5 -> +.5, -.5, 0. Part: 1, 0, missing -> +.5, -.5, nothing.
     group = [thought(1.0, boxes={2: 1.0}), thought(0.0, boxes={2: 0.0}), thought(0.5, boxes={2: None})]
-    credit([group], SEGMENT)
+    compute_advantages([group], SEGMENT)
     assert advantages(group) == [[0.5, 1.0], [-0.5, -1.0], [0.0, 0.0]]
-    credit([group], GrpoConfig(scale_rewards="none", advantage_level="segment", segment_reward_weights={"boxes": 2}))
+    compute_advantages(
+        [group], GrpoConfig(scale_rewards="none", advantage_level="segment", segment_reward_weights={"boxes": 2})
+    )
     assert advantages(group)[0] == [0.5, 1.5]
 
 
 def test_rewards_by_segment_can_save_a_group_whose_totals_are_equal():
     group = [thought(0.5, boxes={2: 1.0}), thought(0.5, boxes={2: 0.0})]
-    assert credit([group], SEGMENT).trained == [group]
+    assert compute_advantages([group], SEGMENT).trained == [group]
     assert advantages(group) == [[0.0, 0.5], [0.0, -0.5]]
 
 
 def test_by_segment_scaled_over_the_same_place():
     group = [thought(1.0, boxes={2: 1.0}), thought(0.0, boxes={2: 0.0})]
-    credit([group], GrpoConfig(advantage_level="segment"))
+    compute_advantages([group], GrpoConfig(advantage_level="segment"))
     plan, sketch = advantages(group)[0]
     assert plan == pytest.approx(0.5 / (0.5**0.5 + 1e-4))  # scores +-0.5
     assert sketch == pytest.approx(1.0 / (2**0.5 + 1e-4))  # scores +-1
@@ -122,7 +124,7 @@ rewards = st.one_of(st.none(), st.floats(-10, 10, allow_nan=False).map(lambda x:
 )
 def test_every_group_is_accounted_for_and_advantages_sum_to_nothing(groups, scale, level):
     made = [group_of(*group) for group in groups]
-    ledger = credit(made, GrpoConfig(scale_rewards=scale, advantage_level=level))
+    ledger = compute_advantages(made, GrpoConfig(scale_rewards=scale, advantage_level=level))
     assert len(ledger.trained) + sum(ledger.dropped.values()) == len(made)
     for group in made:
         total = np.sum([trajectory.advantage_S for trajectory in group], axis=0)

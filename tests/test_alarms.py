@@ -12,7 +12,7 @@ from pydantic import ValidationError
 import rl.grpo
 from record.trajectory import Author, Modality, Segment
 from rewards.alarms import NAMES, AlarmRaised, Alarms, AlarmsConfig, diversity_of
-from tests.rewards_helpers import image, text, thought
+from tests.rewards_helpers import image_segment, text, trajectory_of
 from tests.test_grpo import CodeJudge, lines, make
 from training import checkpoint
 
@@ -21,8 +21,8 @@ def after(rows, watched=(), **config):
     """The alarms over a history whose last row has just been logged."""
     alarms = Alarms(AlarmsConfig(**{"window": 4, **config}), watched)
     alarms.recall(rows[:-1])
-    logged, news, fatal = alarms.check(rows[-1])
-    return logged, news, fatal
+    logged, new_alarms, fatal = alarms.check(rows[-1])
+    return logged, new_alarms, fatal
 
 
 def history(**columns):
@@ -62,8 +62,8 @@ def test_divergence_by_hand():
     ],
 )
 def test_no_divergence(trained, watched):
-    logged, news, _ = after(history(reward__mean=trained, reward__clip=watched), ["clip"])
-    assert logged["alarm/divergence"] == 0 and news == []
+    logged, new_alarms, _ = after(history(reward__mean=trained, reward__clip=watched), ["clip"])
+    assert logged["alarm/divergence"] == 0 and new_alarms == []
 
 
 def test_a_slow_divergence_is_seen_though_neighbouring_windows_look_alike():
@@ -73,8 +73,8 @@ def test_a_slow_divergence_is_seen_though_neighbouring_windows_look_alike():
         reward__mean=list(0.3 + 0.002 * steps + noise.normal(0, 0.05, 200)),
         reward__clip=list(0.7 - 0.002 * steps + noise.normal(0, 0.05, 200)),
     )
-    logged, news, _ = after(rows, ["clip"], window=20)
-    assert logged["alarm/divergence"] == 1 and len(news) == 1
+    logged, new_alarms, _ = after(rows, ["clip"], window=20)
+    assert logged["alarm/divergence"] == 1 and len(new_alarms) == 1
     assert after(rows[80:120], ["clip"], window=20)[0]["alarm/divergence"] == 0  # forty steps alone say too little
 
 
@@ -96,8 +96,8 @@ def test_an_evaluation_every_few_steps_is_watched_too():
         reward__mean=[0.1] * 4 + UP[:1] * 12 + [0.9] * 16,
         heldout__final_image=[v for x in [0.8] * 4 + [0.2] * 4 for v in (None, None, None, x)],
     )
-    logged, news, _ = after(rows)
-    assert logged["alarm/divergence"] == 1 and "heldout/final_image" in news[0]
+    logged, new_alarms, _ = after(rows)
+    assert logged["alarm/divergence"] == 1 and "heldout/final_image" in new_alarms[0]
 
 
 def test_paid_parts_are_not_watched():
@@ -124,15 +124,15 @@ def test_a_tool_rate_that_was_never_there_has_not_fallen():
 STAMP = "reward__critic__rubber_stamp_rate"
 
 
-def test_critiques_that_approve_of_wrong_pictures():
-    rows = history(**{STAMP: [1.0, 0.9, 1.0, 1.0], "reward__critic__wrong_pictures": [0.5] * 4})
+def test_critiques_that_approve_of_wrong_images():
+    rows = history(**{STAMP: [1.0, 0.9, 1.0, 1.0], "reward__critic__wrong_images": [0.5] * 4})
     logged, [sentence], _ = after(rows)
     assert logged["alarm/rubber_stamp"] == 1 and logged["alarm/rubber_stamp/value"] == pytest.approx(0.975)
     assert "98% of the critiques that 'critic' reads approve" in sentence
 
 
-def test_critiques_that_approve_of_right_pictures_are_right():
-    rows = history(**{STAMP: [1.0] * 4, "reward__critic__wrong_pictures": [0.0, 0.01, 0.0, 0.02]})
+def test_critiques_that_approve_of_right_images_are_right():
+    rows = history(**{STAMP: [1.0] * 4, "reward__critic__wrong_images": [0.0, 0.01, 0.0, 0.02]})
     assert "alarm/rubber_stamp" not in after(rows)[0]
 
 
@@ -156,9 +156,9 @@ def test_unjudged_trajectories():
 
 
 def test_diversity_falls_from_its_best_window():
-    logged, news, _ = after(history(rollout__diversity=[0.4] * 4 + [0.09] * 4))
+    logged, new_alarms, _ = after(history(rollout__diversity=[0.4] * 4 + [0.09] * 4))
     assert logged["alarm/diversity"] == 1 and logged["alarm/diversity/value"] == pytest.approx(0.225)
-    assert len(news) == 1
+    assert len(new_alarms) == 1
 
 
 # ---- windows, repetition, configuration -------------------------------------------------------------------------
@@ -178,11 +178,11 @@ EVERYTHING = history(
 
 
 def test_every_alarm_can_be_raised_and_every_one_turned_off():
-    logged, news, _ = after(EVERYTHING, ["clip"])
-    assert {name for name in NAMES if logged[f"alarm/{name}"]} == set(NAMES) and len(news) == len(NAMES)
+    logged, new_alarms, _ = after(EVERYTHING, ["clip"])
+    assert {name for name in NAMES if logged[f"alarm/{name}"]} == set(NAMES) and len(new_alarms) == len(NAMES)
     for name in NAMES:
-        logged, news, _ = after(EVERYTHING, ["clip"], **{name: None})
-        assert f"alarm/{name}" not in logged and len(news) == len(NAMES) - 1
+        logged, new_alarms, _ = after(EVERYTHING, ["clip"], **{name: None})
+        assert f"alarm/{name}" not in logged and len(new_alarms) == len(NAMES) - 1
 
 
 def test_too_few_steps_say_nothing():
@@ -195,7 +195,7 @@ def test_too_few_steps_say_nothing():
 def test_an_alarm_is_told_once_and_again_never_though_it_stays():
     alarms = Alarms(AlarmsConfig(window=2))
     told = [alarms.check({"reward/none": value})[1] for value in (0.9, 0.9, 0.9, 0.0, 0.0, 0.9, 0.9)]
-    assert [len(news) for news in told] == [0, 1, 0, 0, 0, 0, 0]
+    assert [len(new_alarms) for new_alarms in told] == [0, 1, 0, 0, 0, 0, 0]
 
 
 def test_what_was_told_before_a_resumption_is_not_told_again():
@@ -205,8 +205,8 @@ def test_what_was_told_before_a_resumption_is_not_told_again():
         rows.append({**row, **alarms.check(row)[0]})
     again = Alarms(AlarmsConfig(window=2))
     again.recall(rows)
-    logged, news, _ = again.check({"reward/none": 0.9})
-    assert logged["alarm/unjudged"] == 1 and news == []
+    logged, new_alarms, _ = again.check({"reward/none": 0.9})
+    assert logged["alarm/unjudged"] == 1 and new_alarms == []
 
 
 def test_nulls_and_numbers_that_are_none_are_passed_over():
@@ -236,31 +236,31 @@ def gray(level, side=8):
 
 def test_diversity_by_hand():
     # levels 0, 0, 255: distances 0, 1, 1 -> 2/3; one of the three pairs is equal
-    group = [thought({}, image("sketch", gray(level))) for level in (0, 0, 255)]
+    group = [trajectory_of({}, image_segment("sketch", gray(level))) for level in (0, 0, 255)]
     assert diversity_of(group) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
 
 
-def test_diversity_looks_at_final_pictures_of_any_size():
-    # 0 against 51: a fifth of the way, whatever the size; the first pictures are alike
+def test_diversity_looks_at_final_images_of_any_size():
+    # 0 against 51: a fifth of the way, whatever the size; the first images are alike
     group = [
-        thought({}, image("sketch", gray(7)), image("sketch", gray(level, side)))
+        trajectory_of({}, image_segment("sketch", gray(7)), image_segment("sketch", gray(level, side)))
         for level, side in ((0, 100), (51, 17))
     ]
     assert diversity_of(group) == (pytest.approx(0.2), 0.0)
     assert diversity_of(group[:1]) is None
-    assert diversity_of([thought({}, text("plan", "no picture"))] * 3) is None
+    assert diversity_of([trajectory_of({}, text("plan", "no image"))] * 3) is None
 
 
 def test_a_thumb_is_the_mean_of_its_cells():
     checkered = gray(0, 64)
     checkered[::2] = 255  # every cell of 2 x 2 is half white
     even = gray(255, 64)
-    group = [thought({}, image("sketch", picture)) for picture in (checkered, even)]
+    group = [trajectory_of({}, image_segment("sketch", image)) for image in (checkered, even)]
     assert diversity_of(group)[0] == pytest.approx(0.5)
 
 
 def called(role="tool_call"):
-    return thought(
+    return trajectory_of(
         {},
         text(role, "<tool_call>zoom</tool_call>"),
         Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, text="seen"),
@@ -270,7 +270,7 @@ def called(role="tool_call"):
 
 def test_tool_rate_is_logged_from_the_first_call_on():
     alarms = Alarms(AlarmsConfig())
-    silent = thought({}, text("answer", "x"))
+    silent = trajectory_of({}, text("answer", "x"))
     assert "rollout/tool_rate" not in alarms.measure([[silent, silent]])
     assert alarms.measure([[silent, called()], [silent, silent]])["rollout/tool_rate"] == 0.25
     assert alarms.measure([[silent, silent]])["rollout/tool_rate"] == 0
@@ -293,8 +293,8 @@ class OneSided(CodeJudge):
         super().__init__(**at)
         self.start = start
 
-    def judge(self, groups, step=0):
-        report = super().judge(groups, step)
+    def score(self, groups, step=0):
+        report = super().score(groups, step)
         for group in groups if step >= self.start else ():
             for trajectory in group:
                 trajectory.reward = 1.0
@@ -358,7 +358,7 @@ def test_what_a_recipe_watches_is_what_moves_no_advantage():
     from underdrawing.recipe import check_recipe
 
     parts = {name: {"function": "geneval"} for name in ("paid", "logged", "credited")}
-    parts["seen"] = {"function": "geneval", "watch": True}
+    parts["seen"] = {"function": "geneval", "log_only": True}
     data = {
         "name": "mine",
         "policy": {},
@@ -368,7 +368,7 @@ def test_what_a_recipe_watches_is_what_moves_no_advantage():
     }
     alarms = build_alarms(check_recipe(data, "here"))
     assert alarms.config.window == 7
-    assert alarms.watched == ("reward/logged", "reward/credited", "reward/seen", "heldout/final_image")
+    assert alarms.log_only == ("reward/logged", "reward/credited", "reward/seen", "heldout/final_image")
     # By segment, parts outside the formula are credited, unless their weight is 0.
     data["grpo"] = {"advantage_level": "segment", "segment_reward_weights": {"logged": 0.0}}
-    assert build_alarms(check_recipe(data, "here")).watched == ("reward/logged", "reward/seen", "heldout/final_image")
+    assert build_alarms(check_recipe(data, "here")).log_only == ("reward/logged", "reward/seen", "heldout/final_image")

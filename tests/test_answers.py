@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shelf_helpers import PICTURE, conversation, say, tool
+from shelf_helpers import IMAGE, conversation, say, tool
 
 from rewards.contract import RewardError
 from rewards.functions.answers import (
@@ -27,7 +27,7 @@ from rewards.functions.answers import (
     token_f1,
 )
 from rewards.functions.text import balanced, blocks, boxed, last_opened, policy_turns, transcript, unwrapped
-from rewards.functions.tool_use import ToolCall, returned_pictures, tool_calls
+from rewards.functions.tool_use import ToolCall, returned_images, tool_calls
 from runtime.errors import UserError
 
 # ---- comparisons ----------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_an_answer_in_an_observation_is_nobodys():
     thought = conversation(
         {"ground_truth": "7"},
         say("<tool_call>{}</tool_call>"),
-        tool("<answer>7</answer>", PICTURE),
+        tool("<answer>7</answer>", IMAGE),
         tool("the answer is 7"),
         say("I do not know"),
     )
@@ -266,8 +266,8 @@ def test_blocks_and_boxes():
 
 def test_turns_leave_out_what_others_wrote():
     drawn = say("", role="sketch")
-    drawn.picture = np.zeros((2, 2, 3), np.uint8)
-    thought = conversation({}, say("one "), drawn, say("more"), tool("seen", PICTURE), say("two"))
+    drawn.image = np.zeros((2, 2, 3), np.uint8)
+    thought = conversation({}, say("one "), drawn, say("more"), tool("seen", IMAGE), say("two"))
     assert policy_turns(thought) == ["one more", "two"]
     assert transcript(thought, "<image>") == "one <image>moreseentwo"
     assert transcript(conversation({})) == ""
@@ -282,7 +282,7 @@ CALL = "<tool_call>{}</tool_call>"
     ("segments", "calls"),
     [
         ((say("hello"),), []),
-        ((say(CALL), tool("crop", PICTURE)), [ToolCall(1, True, True)]),
+        ((say(CALL), tool("crop", IMAGE)), [ToolCall(1, True, True)]),
         ((say("{}", role="tool_call"), tool("Error: no such tool")), [ToolCall(1, False, False)]),
         (
             (
@@ -297,12 +297,12 @@ CALL = "<tool_call>{}</tool_call>"
             [ToolCall(1, True, False), ToolCall(3, False, False)],
         ),
         (
-            (say(CALL + CALL), tool("one", PICTURE), tool("error: two")),
+            (say(CALL + CALL), tool("one", IMAGE), tool("error: two")),
             [ToolCall(1, True, True), ToolCall(1, False, False)],
         ),
         ((say(CALL),), [ToolCall(1, False, False)]),  # cut off before it was answered
         ((say("<tool_call>{}"), tool("x")), []),  # never closed: no call
-        ((tool("crop", PICTURE), say("I write of a " + "tool_call")), []),  # a picture that nobody called for
+        ((tool("crop", IMAGE), say("I write of a " + "tool_call")), []),  # an image that nobody called for
         ((say("I saw an error"), tool(CALL)), []),  # what the environment writes is no call
     ],
 )
@@ -310,7 +310,7 @@ def test_tool_calls(segments, calls):
     assert tool_calls(conversation({}, *segments)) == calls
 
 
-def test_returned_pictures_are_the_environments():
+def test_returned_images_are_the_environments():
     drawn = say("", role="sketch")
-    drawn.picture = PICTURE
-    assert returned_pictures(conversation({}, tool("", PICTURE), drawn, say(CALL), tool("", PICTURE))) == 1
+    drawn.image = IMAGE
+    assert returned_images(conversation({}, tool("", IMAGE), drawn, say(CALL), tool("", IMAGE))) == 1

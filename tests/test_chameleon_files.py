@@ -34,11 +34,11 @@ def test_saved_policy_is_the_policy(saved):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert "model.vqmodel.decoder.up.0.block.0.conv1.weight" in load_file(folder / "model.safetensors")
     again = reload(folder)
-    trajectories = sampled(policy, [["text", "picture", "text"]])
+    trajectories = sampled(policy, [["text", "image", "text"]])
     with torch.no_grad():
         assert torch.equal(again.score(trajectories).logprob_N, policy.score(trajectories).logprob_N)
     content = trajectories[0].segments[2].ids[1:-1]
-    assert (again.draw([content])[0] == policy.draw([content])[0]).all()
+    assert (again.decode_images([content])[0] == policy.decode_images([content])[0]).all()
     assert again.vocabulary.map == policy.vocabulary.map and again.max_length == policy.max_length
     policy.save(folder)  # over what is there
     assert sorted(folder.parent.iterdir()) == [folder]

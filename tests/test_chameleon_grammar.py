@@ -1,4 +1,4 @@
-"""What may follow what around a picture."""
+"""What may follow what around an image."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy.chameleon.grammar import PictureGrammar, PictureLogitsProcessor
+from policy.chameleon.grammar import ImageGrammar, ImageLogitsProcessor
 from policy.chameleon.vocabulary import BOI, EOI, code_table
 
 FIXTURE = Path(os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")) / "chameleon_tiny.pt"
-# Ids 0..9: words 0-3, codes 4-7, EOI 8, BOI 9; two codes a picture; rows of 12 ids.
-GRAMMAR = PictureGrammar(boi=9, eoi=8, code_ids=torch.tensor([4, 5, 6, 7]), codes_per_image=2, size=10, max_length=12)
+# Ids 0..9: words 0-3, codes 4-7, EOI 8, BOI 9; two codes an image; rows of 12 ids.
+GRAMMAR = ImageGrammar(boi=9, eoi=8, code_ids=torch.tensor([4, 5, 6, 7]), codes_per_image=2, size=10, max_length=12)
 
 
 def allowed(prefix: list[int]) -> list[int]:
@@ -38,11 +38,11 @@ def test_by_hand():
 @given(st.lists(st.lists(st.integers(0, 9), min_size=6, max_size=6), min_size=1, max_size=5), st.integers(1, 6))
 def test_batched_rule_is_the_rule(rows, length):
     ids = torch.tensor(rows)[:, :length]
-    scores = PictureLogitsProcessor(GRAMMAR)(ids, torch.zeros(len(rows), 10))
+    scores = ImageLogitsProcessor(GRAMMAR)(ids, torch.zeros(len(rows), 10))
     assert torch.equal(scores == 0, torch.stack([GRAMMAR.allowed(row) for row in ids]))
 
 
-def test_transformers_generate_draws_whole_pictures():
+def test_transformers_generate_draws_whole_images():
     from transformers import LogitsProcessorList
 
     from policy.chameleon.family import load
@@ -50,10 +50,10 @@ def test_transformers_generate_draws_whole_pictures():
 
     policy = load(small_config(), WORDS)
     vocabulary, limit = policy.vocabulary, 80
-    grammar = PictureGrammar.of(vocabulary, limit)
+    grammar = ImageGrammar.of(vocabulary, limit)
     prompt = torch.tensor([[vocabulary.bos, vocabulary.boi], [vocabulary.bos, vocabulary.sep]])
     torch.manual_seed(0)
-    processors = LogitsProcessorList([PictureLogitsProcessor(grammar)])
+    processors = LogitsProcessorList([ImageLogitsProcessor(grammar)])
     ids = policy.core.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -63,8 +63,8 @@ def test_transformers_generate_draws_whole_pictures():
         logits_processor=processors,
     )
     assert ids.shape == (2, limit)
-    picture = ids[0, 2:18].numpy()
-    assert (vocabulary.code_of[picture] >= 0).all() and ids[0, 18] == vocabulary.eoi
+    image = ids[0, 2:18].numpy()
+    assert (vocabulary.code_of[image] >= 0).all() and ids[0, 18] == vocabulary.eoi
     outside = ids[0].numpy().copy()
     begins = np.flatnonzero(outside == vocabulary.boi)
     for begin in begins:
@@ -77,7 +77,7 @@ def test_transformers_generate_draws_whole_pictures():
 def test_reference_allowed_after_every_prefix():
     fixture = torch.load(FIXTURE, weights_only=True)
     expected, script, table = fixture["allowed_after_prefix"], fixture["script"], fixture["vocab_map"]
-    grammar = PictureGrammar(
+    grammar = ImageGrammar(
         table[BOI],
         table[EOI],
         torch.from_numpy(code_table(table)),
@@ -85,7 +85,7 @@ def test_reference_allowed_after_every_prefix():
         expected.shape[1],
         fixture["max_length"],
     )
-    processor = PictureLogitsProcessor(grammar)
+    processor = ImageLogitsProcessor(grammar)
     for length in range(1, len(script)):
         assert torch.equal(grammar.allowed(script[:length]), expected[length - 1]), f"after {length} ids"
         scores = processor(script[None, :length], torch.zeros(1, expected.shape[1]))

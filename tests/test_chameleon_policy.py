@@ -14,7 +14,7 @@ from record.trajectory import Context, Guidance, Piece, RecordError, Trajectory,
 from runtime.errors import UserError
 from tests.chameleon_helpers import prompt_segment, sample, sampled, small_policy, windowed
 
-PLANS = [["text", "picture", "text"], ["text"], ["picture", "text", "picture", "text"]]
+PLANS = [["text", "image", "text"], ["text"], ["image", "text", "image", "text"]]
 
 
 def full_logits(policy, ids, positions=None):
@@ -73,7 +73,7 @@ def test_rows_are_refilled_and_copied():
 
 def test_windowed_context_keeps_its_positions():
     policy = small_policy()
-    trajectory = sampled(policy, [["text", "picture"]])[0]
+    trajectory = sampled(policy, [["text", "image"]])[0]
     context = windowed(trajectory, 2)
     first, second = trajectory.segments[0].ids, trajectory.segments[1].ids
     half = len(second) // 2
@@ -91,7 +91,7 @@ def test_windowed_context_keeps_its_positions():
 
 def test_append_equals_stepping():
     policy = small_policy()
-    trajectories = sampled(policy, [["text", "picture"], ["text", "picture"]])
+    trajectories = sampled(policy, [["text", "image"], ["text", "image"]])
     with torch.inference_mode():
         cache = policy.allocate(2, 64)
         contexts = [(each, full_history(each, 1)) for each in trajectories]
@@ -117,16 +117,18 @@ def test_on_policy_ratio_is_one():
 
 def test_score_is_the_log_softmax_under_the_recorded_law():
     policy = small_policy()
-    trajectory = sampled(policy, [["text", "picture"]])[0]
-    picture, decisions = trajectory.segments[2], trajectory.segments[2].decisions
+    trajectory = sampled(policy, [["text", "image"]])[0]
+    image, decisions = trajectory.segments[2], trajectory.segments[2].decisions
     ids = np.concatenate([segment.ids for segment in trajectory.segments])
     logits = full_logits(policy, ids)
-    offset = len(ids) - len(picture.ids)
+    offset = len(ids) - len(image.ids)
     expected, entropies = [], []
     for n, position in enumerate(decisions.position_N):
-        allowed = torch.from_numpy(mask_of(decisions.law.sets[decisions.law.allowed_N[n]], policy.vocabulary.size))
-        row = logits[offset + position - 1][allowed] / float(decisions.law.temperature_N[n])
-        place = int(allowed[: picture.ids[position]].sum())
+        allowed = torch.from_numpy(
+            mask_of(decisions.sampling.sets[decisions.sampling.allowed_N[n]], policy.vocabulary.size)
+        )
+        row = logits[offset + position - 1][allowed] / float(decisions.sampling.temperature_N[n])
+        place = int(allowed[: image.ids[position]].sum())
         expected.append(row.log_softmax(-1)[place])
         entropies.append(torch.distributions.Categorical(logits=row).entropy())
     scored = policy.score([trajectory], entropy=True)
@@ -142,9 +144,9 @@ def test_windowed_segments_are_scored_in_rows_of_their_own():
 
 
 def guided_branches(trajectory, number):
-    pictures = [index for index in range(number) if trajectory.segments[index].role == "sketch"]
+    images = [index for index in range(number) if trajectory.segments[index].role == "sketch"]
     pieces, at = [], 0
-    for index in pictures:
+    for index in images:
         pieces.append(Piece(index, "ids", at))
         at += len(trajectory.segments[index].ids)
     return [Context("unconditional", (), 0), Context("image", tuple(pieces), at)]
@@ -158,14 +160,14 @@ def test_guidance_is_replayed_for_codes_and_not_for_words():
     for trajectory in trajectories:
         for segment in trajectory.segments:
             if segment.decisions is not None:
-                segment.decisions.law.guidance = None
+                segment.decisions.sampling.guidance = None
     assert policy.score(trajectories).log_ratio_N.abs().max() > 0.1  # and it had mattered
 
 
 def test_missing_branch_is_named():
     policy = small_policy()
     guidance = Guidance("normal", {"full": 2.0, "image": 1.2})
-    trajectory = sampled(policy, [["picture"]], guidance=guidance, branches=guided_branches)[0]
+    trajectory = sampled(policy, [["image"]], guidance=guidance, branches=guided_branches)[0]
     segment = trajectory.segments[1]
     segment.contexts = tuple(context for context in segment.contexts if context.branch != "image")
     with pytest.raises(RecordError, match="segment 1 .*'image'.*full, unconditional"):
@@ -176,8 +178,8 @@ def test_missing_branch_is_named():
 
 def test_greedy_and_untrained_decisions_are_left_out():
     policy = small_policy()
-    trajectory = sampled(policy, [["text", "picture"]])[0]
-    trajectory.segments[1].decisions.law.temperature_N[:2] = 0
+    trajectory = sampled(policy, [["text", "image"]])[0]
+    trajectory.segments[1].decisions.sampling.temperature_N[:2] = 0
     trajectory.segments[1].decisions.logprob_N[:2] = np.nan
     assert (policy.score([trajectory]).segment_N == 1).sum() == 3
     trajectory.segments[2].trained = False
@@ -264,25 +266,25 @@ def test_only_tokens_are_stepped():
         policy.step(policy.allocate(1, 8), [0], FlowStep(zero, zero, zero))
 
 
-def test_pictures_there_and_back():
+def test_images_there_and_back():
     policy = small_policy()
     rng = np.random.default_rng(0)
     contents = [policy.vocabulary.to_ids(rng.integers(0, 32, 16)) for _ in range(3)]
-    pictures = policy.draw(contents)
-    assert all(picture.shape == (16, 16, 3) and picture.dtype == np.uint8 for picture in pictures)
-    seen = policy.see(pictures)
+    images = policy.decode_images(contents)
+    assert all(image.shape == (16, 16, 3) and image.dtype == np.uint8 for image in images)
+    seen = policy.encode_images(images)
     assert all(ids.dtype == np.int32 and len(ids) == 16 for ids in seen)
     assert set(np.concatenate(seen)) <= set(policy.vocabulary.code_ids.tolist())
     # The tokenizer that the tests use is untrained: equality is of `see` with the encoder's own codes.
     from policy.chameleon.vq import to_pixels
 
     with torch.inference_mode():
-        codes = policy.core.model.vqmodel.codes(to_pixels(pictures)).numpy()
+        codes = policy.core.model.vqmodel.codes(to_pixels(images)).numpy()
     assert np.array_equal(policy.vocabulary.to_codes(np.stack(seen)), codes)
     with pytest.raises(UserError, match="is no visual code"):
-        policy.draw([np.append(contents[0][:-1], policy.vocabulary.eoi)])
+        policy.decode_images([np.append(contents[0][:-1], policy.vocabulary.eoi)])
     with pytest.raises(UserError, match="15 codes"):
-        policy.draw([contents[0][:-1]])
+        policy.decode_images([contents[0][:-1]])
 
 
 def test_decision_without_anything_before_it_is_refused():
@@ -295,8 +297,8 @@ def test_decision_without_anything_before_it_is_refused():
 
 def test_sampling_is_reproducible():
     policy = small_policy()
-    first, again = (sampled(policy, [["text", "picture"]])[0] for _ in range(2))
+    first, again = (sampled(policy, [["text", "image"]])[0] for _ in range(2))
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(first.segments, again.segments, strict=True))
     with torch.inference_mode():
-        other = sample(policy, Trajectory("", {}, "strokes", [first.segments[0]]), ["text", "picture"], seed=9)
+        other = sample(policy, Trajectory("", {}, "strokes", [first.segments[0]]), ["text", "image"], seed=9)
     assert not np.array_equal(first.segments[2].ids, other.segments[2].ids)

@@ -16,13 +16,13 @@ from rewards.config import RewardsConfig
 from rewards.contract import RewardError, policy_text
 from rewards.judge.base import AnswerCheck, Question
 from rewards.judge.config import JudgeConfig
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from rewards.samples import sample_thoughts
 from runtime.errors import UserError
 
 
 def words_in(completions):
-    """The words of each completion, pictures left out."""
+    """The words of each completion, images left out."""
     said = []
     for messages in completions:
         parts = [
@@ -50,8 +50,8 @@ SOUND = """
         values = []
         for messages in completions:
             parts = [p for m in messages if isinstance(m["content"], list) for p in m["content"]]
-            pictures = [np.asarray(p["image"]) for p in parts if p["type"] == "image"]
-            values.append(float((pictures[-1] >= ground).all(-1).mean()) if pictures else None)
+            images = [np.asarray(p["image"]) for p in parts if p["type"] == "image"]
+            values.append(float((images[-1] >= ground).all(-1).mean()) if images else None)
         return values
 """
 
@@ -61,7 +61,7 @@ def test_a_sound_reward_in_a_file_has_no_problem(tmp_path):
     assert check.ok and check.problems == ()
     assert check.scope == "row" and "say scope: row in the recipe" in " ".join(check.notes)
     assert [value is None for value in check.values] == [True, False, False, True, True, True, False, True]
-    assert dict(zip(check.thoughts, check.values, strict=True))["a picture alone"] == pytest.approx(1 - 64 / 1024)
+    assert dict(zip(check.thoughts, check.values, strict=True))["an image alone"] == pytest.approx(1 - 64 / 1024)
     assert "keeps the contract" in str(check)
 
 
@@ -103,8 +103,8 @@ def wants_words(completions, **columns):
     return [len(messages[0]["content"].split()) for messages in completions]
 
 
-def wants_pictures(trajectories, **columns):
-    return [float(t.pictures()[-1].mean()) for t in trajectories]
+def wants_images(trajectories, **columns):
+    return [float(t.images()[-1].mean()) for t in trajectories]
 
 
 def chance(completions, **columns):
@@ -143,9 +143,9 @@ def scribbles(trajectories, **columns):
 def paints(trajectories, **columns):
     values = []
     for t in trajectories:
-        for picture in t.pictures():
-            picture[0] = 0
-        values.append(float(len(t.pictures())))
+        for image in t.images():
+            image[0] = 0
+        values.append(float(len(t.images())))
     return values
 
 
@@ -194,13 +194,13 @@ class Tires:
         (not_a_list, "it returned float; it must return a list with one value a completion"),
         (no_numbers, "it returned 'I d' for a completion; a value is a number, None"),
         (numbers_as_text, "it returns text in place of numbers"),
-        (not_a_number, "it gives nan for a picture alone; where there is nothing to judge, return None"),
+        (not_a_number, "it gives nan for an image alone; where there is nothing to judge, return None"),
         (
             wants_words,
-            "it raises for a picture alone and for words and a picture and for several pictures of different "
+            "it raises for an image alone and for words and an image and for several images of different "
             "sizes: AttributeError",
         ),
-        (wants_pictures, "IndexError: list index out of range"),
+        (wants_images, "IndexError: list index out of range"),
         (chance, "called twice with the same thoughts it gives different values"),
         (remembers, "called twice with the same thoughts it gives different values"),
         (eight_alone, "with 1 thought(s) in a call it raises, with 8 it does not: ValueError: a step has eight"),
@@ -250,8 +250,8 @@ def test_values_may_come_one_by_one_as_they_may_in_a_run(function):
     assert check.ok and len(check.values) == 8
     thoughts = sample_thoughts()
     part = {"function": f"{__name__}:{function.__name__}"}
-    with Judge(RewardsConfig.model_validate({"parts": {"a": part}})) as judge:
-        judge.judge([thoughts[:4], thoughts[4:]])
+    with RewardManager(RewardsConfig.model_validate({"parts": {"a": part}})) as manager:
+        manager.score([thoughts[:4], thoughts[4:]])
     assert tuple(t.reward for t in thoughts) == check.values
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from record.store import load_trajectories, save_trajectories
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from rollout.pool.local import LocalRollouts
 from tests.test_recipe import ROOT, SHIPPED
 from training import checkpoint
@@ -216,7 +216,7 @@ def test_ctrl_c_in_a_rollout_stores_what_is_finished(capsys, warm, tmp_path, mon
         "--prompts",
     ]
     assert main([*command, "2"]) == 0
-    stream, judge = LocalRollouts.stream, Judge.judge
+    stream, judge = LocalRollouts.stream, RewardManager.score
 
     def sampling(self, requests, timeout_s=None):
         for number, group in enumerate(stream(self, requests, timeout_s)):
@@ -229,7 +229,7 @@ def test_ctrl_c_in_a_rollout_stores_what_is_finished(capsys, warm, tmp_path, mon
         return judge(self, groups, step)
 
     monkeypatch.setattr(LocalRollouts, "stream", sampling)
-    monkeypatch.setattr(Judge, "judge", judging)
+    monkeypatch.setattr(RewardManager, "score", judging)
     capsys.readouterr()
     assert main([*command, "8"]) == 130
     said = capsys.readouterr()
@@ -338,10 +338,10 @@ def test_a_corrupt_model_is_named_by_its_file(capsys, warm, tmp_path, name: str)
 
 
 def test_a_half_written_store_is_named_by_its_file(capsys, tmp_path):
-    picture = np.zeros((8, 8, 3), np.uint8)
+    image = np.zeros((8, 8, 3), np.uint8)
     segments = [
         Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 2], np.int32), "a circle"),
-        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.array([3, 4, 5], np.int32), picture=picture),
+        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.array([3, 4, 5], np.int32), image=image),
     ]
     save_trajectories([Trajectory("a circle", {}, "strokes", segments, stop=StopReason.END)], tmp_path / "stored")
     assert main(["view", str(tmp_path / "stored")]) == 0

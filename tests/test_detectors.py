@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from rewards.config import RewardsConfig
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.detectors.base import COLORS, CachedDetector, Detected, UnknownClass
 from rewards.detectors.coco import GENEVAL_CLASSES, geneval_names
 from rewards.detectors.colors import TEMPLATES, ColorNamer, crop_of
@@ -22,11 +22,11 @@ from rewards.detectors.owlv2 import Owlv2Detector
 from rewards.detectors.phrases import by_phrase
 from rewards.detectors.registry import RELEASED, DetectorConfig, build_detector, detector_spec
 from rewards.detectors.weights import WeightsError, folder_of
-from rewards.functions.geneval import check_record, score_pictures
-from rewards.manager import Judge
+from rewards.functions.geneval import check_record, score_images
+from rewards.manager import RewardManager
 from runtime.errors import UserError
 
-SMALL = (100, 64)  # px, a test size under which tiny pictures stay tiny
+SMALL = (100, 64)  # px, a test size under which tiny images stay tiny
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +42,8 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pictures():
-    """Blocks of random colours, of three sizes; two of the same size."""
+def images():
+    """Blocks of random colors, of three sizes; two of the same size."""
     rng = np.random.default_rng(0)
     return [
         np.kron(rng.integers(0, 256, (h // 8, w // 8, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
@@ -52,7 +52,7 @@ def pictures():
 
 
 def flat(found):
-    """(class, score, box, mask) of one picture's objects, best first."""
+    """(class, score, box, mask) of one image's objects, best first."""
     return sorted(
         ((name, o.score, o.box, o.mask) for name, items in found.items() for o in items),
         key=lambda item: (-item[1], item[0]),
@@ -62,18 +62,18 @@ def flat(found):
 # ---- mask2former ------------------------------------------------------------------------------------------------
 
 
-def by_hand(model, mean, std, picture, names, min_score, top=100, test_size=SMALL):
-    """One picture, one pair at a time: the rule as it stands in the protocol, in plain loops."""
-    height, width = picture.shape[:2]
+def by_hand(model, mean, std, image, names, min_score, top=100, test_size=SMALL):
+    """One image, one pair at a time: the rule as it stands in the protocol, in plain loops."""
+    height, width = image.shape[:2]
     scale = min(test_size[0] / max(height, width), test_size[1] / min(height, width))
     new_h, new_w = int(height * scale + 0.5), int(width * scale + 0.5)
-    image = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
-    image = torch.nn.functional.interpolate(image, size=(new_h, new_w), mode="bilinear", align_corners=False)
-    image = image.round().clamp(0, 255) / 255
-    image = (image - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    pil = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
+    pil = torch.nn.functional.interpolate(pil, size=(new_h, new_w), mode="bilinear", align_corners=False)
+    pil = pil.round().clamp(0, 255) / 255
+    pil = (pil - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
     pad_h, pad_w = (new_h + 31) // 32 * 32, (new_w + 31) // 32 * 32
     canvas = torch.zeros(1, 3, pad_h, pad_w)
-    canvas[:, :, :new_h, :new_w] = image
+    canvas[:, :, :new_h, :new_w] = pil
     with torch.no_grad():
         output = model(pixel_values=canvas)
     logits, masks = output.class_queries_logits[0], output.masks_queries_logits[0]
@@ -103,12 +103,12 @@ def by_hand(model, mean, std, picture, names, min_score, top=100, test_size=SMAL
 
 
 @pytest.mark.parametrize("min_score", [0.02, 0.3])
-def test_mask2former_equals_the_rule_picture_by_picture(models, pictures, min_score):
+def test_mask2former_equals_the_rule_image_by_image(models, images, min_score):
     detector = Mask2FormerDetector(str(models["mask2former"]), min_score=min_score, test_size=SMALL, batch_size=2)
     assert detector.classes == GENEVAL_CLASSES
     total = 0
-    for picture, found in zip(pictures, detector.detect(pictures), strict=True):
-        expected = by_hand(detector.model, detector.mean, detector.std, picture, GENEVAL_CLASSES, min_score)
+    for image, found in zip(images, detector.detect(images), strict=True):
+        expected = by_hand(detector.model, detector.mean, detector.std, image, GENEVAL_CLASSES, min_score)
         got = flat(found)
         total += len(got)
         assert [item[0] for item in got] == [item[0] for item in expected]
@@ -142,8 +142,8 @@ def test_the_void_takes_its_share_and_an_empty_mask_is_worth_nothing():
     assert len(empty.scores_K) == 0
 
 
-def test_masks_are_cut_to_the_resized_picture_before_they_are_scaled_to_the_picture():
-    # padded 8 x 8, of which 8 x 4 is picture; the mask's right half lies in the padding
+def test_masks_are_cut_to_the_resized_image_before_they_are_scaled_to_the_image():
+    # padded 8 x 8, of which 8 x 4 is image; the mask's right half lies in the padding
     mask = torch.full((1, 1, 8, 8), 5.0)
     (found,) = instances(torch.tensor([[[9.0, 0.0]]]), mask, (8, 8), (8, 4), (16, 8))
     assert found.masks_KHW.shape == (1, 16, 8) and found.boxes_K4.tolist() == [[0, 0, 8, 16]]
@@ -184,7 +184,7 @@ def test_labels_of_released_checkpoints_get_genevals_names():
     assert geneval_names(shuffled) == tuple(shuffled)  # no order is guessed
 
 
-def test_ten_colours_and_eighty_names_are_genevals():
+def test_ten_colors_and_eighty_names_are_genevals():
     assert len(set(GENEVAL_CLASSES)) == 80 and len(COLORS) == 10
     assert {"computer mouse", "tv remote", "computer keyboard"} <= set(GENEVAL_CLASSES)
 
@@ -192,24 +192,24 @@ def test_ten_colours_and_eighty_names_are_genevals():
 # ---- open vocabulary --------------------------------------------------------------------------------------------
 
 
-def test_grounding_dino_agrees_with_the_librarys_own_boxes(models, pictures):
+def test_grounding_dino_agrees_with_the_librarys_own_boxes(models, images):
     detector = GroundingDinoDetector(str(models["grounding_dino"]), min_score=0.2, batch_size=4)
-    phrases = [["dog", "red cup"]] * len(pictures)
-    found = detector.detect_phrases(pictures, phrases)
+    phrases = [["dog", "red cup"]] * len(images)
+    found = detector.detect_phrases(images, phrases)
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(models["grounding_dino"])
-    for picture, objects in zip(pictures, found, strict=True):
-        inputs = processor(images=[picture], text=[["dog", "red cup"]], return_tensors="pt")
+    for image, objects in zip(images, found, strict=True):
+        inputs = processor(images=[image], text=[["dog", "red cup"]], return_tensors="pt")
         with torch.no_grad():
             output = detector.model(**inputs)
         theirs = processor.post_process_grounded_object_detection(
-            output, inputs["input_ids"], threshold=0.0, target_sizes=[picture.shape[:2]]
+            output, inputs["input_ids"], threshold=0.0, target_sizes=[image.shape[:2]]
         )[0]
         boxes = theirs["boxes"].numpy()
         for name, score, box, mask in flat(objects):
             distance = np.abs(boxes - np.asarray(box)).max(1)
-            assert distance.min() < 1e-2 and mask is None  # one of the network's own boxes, in px of the picture
+            assert distance.min() < 1e-2 and mask is None  # one of the network's own boxes, in px of the image
             # the library's confidence is the largest over the whole caption
             assert score <= theirs["scores"][distance.argmin()].item() + 1e-4
             assert name in ("dog", "red cup")
@@ -224,18 +224,18 @@ def test_a_caption_and_its_tokens():
     assert tokens_of(offsets, spans[0]) == [1] and tokens_of(offsets, spans[1]) == [3, 4]
 
 
-def test_too_many_phrases_for_the_text_encoder_are_refused(models, pictures):
+def test_too_many_phrases_for_the_text_encoder_are_refused(models, images):
     detector = GroundingDinoDetector(str(models["grounding_dino"]))
     with pytest.raises(UserError, match="reads 32 tokens.*fewer phrases"):
-        detector.detect_phrases(pictures[:1], [["computer keyboard", "refrigerator", "tennis racket"]])
+        detector.detect_phrases(images[:1], [["computer keyboard", "refrigerator", "tennis racket"]])
 
 
-def test_owlv2_agrees_with_the_librarys_own_post_processing(models, pictures):
+def test_owlv2_agrees_with_the_librarys_own_post_processing(models, images):
     detector = Owlv2Detector(str(models["owlv2"]), min_score=0.3, batch_size=4)
     phrases = [["dog", "cup"], ["cat"], ["bus"], []]
-    found = detector.detect_phrases(pictures, phrases)
+    found = detector.detect_phrases(images, phrases)
     assert found[3] == {}
-    for picture, some, objects in zip(pictures, phrases, found, strict=True):
+    for image, some, objects in zip(images, phrases, found, strict=True):
         if not some:
             continue
         words = detector.tokenizer(
@@ -245,15 +245,15 @@ def test_owlv2_agrees_with_the_librarys_own_post_processing(models, pictures):
             truncation=True,
             return_tensors="pt",
         )
-        seen = detector.processor(images=[picture], return_tensors="pt")
+        seen = detector.processor(images=[image], return_tensors="pt")
         with torch.no_grad():
             output = detector.model(**words, pixel_values=seen["pixel_values"])
-        theirs = detector.processor.post_process_object_detection(output, 0.3, [picture.shape[:2]])[0]
+        theirs = detector.processor.post_process_object_detection(output, 0.3, [image.shape[:2]])[0]
         order = theirs["scores"].argsort(descending=True)
         got = flat(objects)
         assert [item[1] for item in got] == pytest.approx(theirs["scores"][order].tolist(), abs=1e-4)
         assert [item[0] for item in got] == [some[label] for label in theirs["labels"][order].tolist()]
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         limits = np.array([width, height, width, height])
         for (_, _, box, _), their in zip(got, theirs["boxes"][order].numpy(), strict=True):
             assert np.asarray(box) == pytest.approx(np.clip(their, 0, limits), abs=0.05)
@@ -271,25 +271,25 @@ def test_boxes_by_phrase_by_hand():
     assert len(by_phrase(scores, boxes, ["dog", "cup"], (100.0, 200.0), (100, 200), 0.25, 0.91)["dog"]) == 2
 
 
-# ---- colours ----------------------------------------------------------------------------------------------------
+# ---- colors ----------------------------------------------------------------------------------------------------
 
 
 def test_the_crop_is_the_object_on_grey_with_corners_rounded():
-    picture = np.zeros((10, 10, 3), np.uint8)
-    picture[2:6, 3:7] = (250, 0, 0)
+    image = np.zeros((10, 10, 3), np.uint8)
+    image[2:6, 3:7] = (250, 0, 0)
     mask = np.zeros((10, 10), bool)
     mask[2:6, 3:5] = True
-    crop = np.asarray(crop_of(picture, Detected((2.4, 1.6, 7.4, 6.4), 0.9, None, mask)))
+    crop = np.asarray(crop_of(image, Detected((2.4, 1.6, 7.4, 6.4), 0.9, None, mask)))
     assert crop.shape == (4, 5, 3)  # rows 2..5 (1.6 -> 2, 6.4 -> 6), columns 2..6 (2.4 -> 2, 7.4 -> 7)
     assert (crop[:, 1:3] == (250, 0, 0)).all()
     assert (crop[:, [0, 3, 4]] == 0x99).all()  # what is red but not in the mask is grey too
-    plain = np.asarray(crop_of(picture, Detected((2.4, 1.6, 7.4, 6.4), 0.9)))
+    plain = np.asarray(crop_of(image, Detected((2.4, 1.6, 7.4, 6.4), 0.9)))
     assert (plain[:, 0] == 0).all() and (plain[:, 1:5] == (250, 0, 0)).all()
     for thin in ((3.1, 2.0, 3.3, 6.0), (10.0, 10.0, 10.0, 10.0)):  # narrower than a pixel, and outside of it
-        assert min(crop_of(picture, Detected(thin, 0.9)).size) == 1
+        assert min(crop_of(image, Detected(thin, 0.9)).size) == 1
 
 
-def test_colours_equal_one_object_at_a_time(models, pictures):
+def test_colors_equal_one_object_at_a_time(models, images):
     import open_clip
 
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{models['open_clip']}")
@@ -297,22 +297,22 @@ def test_colours_equal_one_object_at_a_time(models, pictures):
     model.eval()
     rng = np.random.default_rng(3)
     objects = []
-    for picture in pictures:
-        height, width = picture.shape[:2]
+    for image in images:
+        height, width = image.shape[:2]
         objects.append([])
         for name in ("dog", "cup", "dog"):
             x0, y0 = rng.uniform(0, width / 2), rng.uniform(0, height / 2)
             mask = rng.random((height, width)) < 0.7
             objects[-1].append((name, Detected((x0, y0, x0 + width / 3, y0 + height / 3), 0.9, None, mask)))
     expected = []
-    for picture, items in zip(pictures, objects, strict=True):
+    for image, items in zip(images, objects, strict=True):
         expected.append([])
         for name, item in items:
-            grey = np.full_like(picture, 0x99)
-            grey[item.mask] = picture[item.mask]
-            image = Image.fromarray(grey).crop([round(corner) for corner in item.box])
+            grey = np.full_like(image, 0x99)
+            grey[item.mask] = image[item.mask]
+            pil = Image.fromarray(grey).crop([round(corner) for corner in item.box])
             with torch.no_grad():
-                seen = model.encode_image(preprocess(image)[None])[0]
+                seen = model.encode_image(preprocess(pil)[None])[0]
                 best, name_of_best = -2.0, ""
                 for color in COLORS:
                     vectors = []
@@ -329,7 +329,7 @@ def test_colours_equal_one_object_at_a_time(models, pictures):
                         best, name_of_best = cosine, color
             expected[-1].append(name_of_best)
     namer = ColorNamer(OpenClipConfig(path=str(models["open_clip"]), batch_size=5))
-    assert namer.name(pictures, objects) == expected
+    assert namer.name(images, objects) == expected
     assert len({color for row in expected for color in row}) > 1
 
 
@@ -358,9 +358,9 @@ def test_an_activation_that_the_weights_were_not_trained_with_is_refused(models,
     plain = tiny_models.open_clip_model(tmp_path / "plain", quick_gelu=False)
     with pytest.raises(WeightsError, match="plain computes GELU.*quick_gelu: false"):
         OpenClipEncoder(OpenClipConfig(path=str(plain)))
-    picture = [Image.fromarray(np.full((32, 32, 3), 90, np.uint8))]
-    without = OpenClipEncoder(OpenClipConfig(path=str(plain), quick_gelu=False)).pictures(picture)
-    assert not torch.allclose(without, OpenClipEncoder(OpenClipConfig(path=str(models["open_clip"]))).pictures(picture))
+    image = [Image.fromarray(np.full((32, 32, 3), 90, np.uint8))]
+    without = OpenClipEncoder(OpenClipConfig(path=str(plain), quick_gelu=False)).images(image)
+    assert not torch.allclose(without, OpenClipEncoder(OpenClipConfig(path=str(models["open_clip"]))).images(image))
     assert OpenClipConfig().model == "ViT-L-14-quickgelu" and OpenClipConfig().pretrained == "openai"
 
 
@@ -460,7 +460,7 @@ def record(name, **more):
     return {"tag": "single_object", "prompt": f"a photo of a {name}", "include": [{"class": name, "count": 1, **more}]}
 
 
-def test_a_recipe_builds_its_detector_and_a_class_or_colour_it_lacks_stops_it_before_anything_runs(models):
+def test_a_recipe_builds_its_detector_and_a_class_or_color_it_lacks_stops_it_before_anything_runs(models):
     written = {
         "backend": "mask2former",
         "path": str(models["mask2former"]),
@@ -468,24 +468,24 @@ def test_a_recipe_builds_its_detector_and_a_class_or_colour_it_lacks_stops_it_be
         "colors": {"path": str(models["open_clip"])},
     }
     recipe = {"parts": {"a": {"function": "geneval"}}, "detector": written}
-    with Judge(RewardsConfig.model_validate(recipe), Coco(record("computer mouse", color="red"))) as judge:
-        assert judge.setting.detector.classes == GENEVAL_CLASSES
+    with RewardManager(RewardsConfig.model_validate(recipe), Coco(record("computer mouse", color="red"))) as manager:
+        assert manager.context.detector.classes == GENEVAL_CLASSES
     with pytest.raises(
         UnknownClass,
         match="'a photo of a mouse' \\(train\\) asks for 'mouse', which the detector cannot see.*computer mouse",
     ):
-        Judge(RewardsConfig.model_validate(recipe), Coco(record("mouse")))
+        RewardManager(RewardsConfig.model_validate(recipe), Coco(record("mouse")))
     written["colors"] = None
-    with Judge(RewardsConfig.model_validate(recipe), Coco(record("bus"))):
+    with RewardManager(RewardsConfig.model_validate(recipe), Coco(record("bus"))):
         pass
-    with pytest.raises(UserError, match="asks for a colour, and the detector names none; give rewards.detector.colors"):
-        Judge(RewardsConfig.model_validate(recipe), Coco(record("bus", color="red")))
+    with pytest.raises(UserError, match="asks for a color, and the detector names none; give rewards.detector.colors"):
+        RewardManager(RewardsConfig.model_validate(recipe), Coco(record("bus", color="red")))
     written["colors"] = {"path": "nowhere/at/all"}
     with pytest.raises(WeightsError, match="rewards.detector.colors.path: no folder"):
-        Judge(RewardsConfig.model_validate(recipe), Coco(record("bus", color="red")))
+        RewardManager(RewardsConfig.model_validate(recipe), Coco(record("bus", color="red")))
 
 
-def test_the_shapes_backend_and_geneval_through_a_photographs_detector(models, pictures):
+def test_the_shapes_backend_and_geneval_through_a_photographs_detector(models, images):
     assert build_detector(DetectorConfig(backend="shapes")).classes == ("circle", "square", "triangle", "cross")
     for backend in ("mask2former", "grounding_dino", "owlv2"):
         detector = build_detector(
@@ -493,43 +493,43 @@ def test_the_shapes_backend_and_geneval_through_a_photographs_detector(models, p
                 backend=backend, path=str(models[backend]), min_score=0.01, colors={"path": str(models["open_clip"])}
             )
         )
-        setting = Setting.of(None, None, detector)
+        context = RewardContext.of(None, None, detector)
         records = [record("dog", color="red"), record("bus"), record("cup"), record("dog", color="blue")]
-        graded = score_pictures(pictures, records, setting, "graded")
+        graded = score_images(images, records, context, "graded")
         assert len(graded) == 4 and all(0 <= score <= 1 for score, _ in graded)
         assert graded == [
-            score_pictures([p], [r], Setting.of(None, None, detector), "graded")[0]
-            for p, r in zip(pictures, records, strict=True)
+            score_images([p], [r], RewardContext.of(None, None, detector), "graded")[0]
+            for p, r in zip(images, records, strict=True)
         ]
 
 
 class Names:
-    """Sees two dogs and a cup; names colours by the score, and says how often it was asked."""
+    """Sees two dogs and a cup; names colors by the score, and says how often it was asked."""
 
     classes = ("dog", "cup")
 
     def __init__(self):
         self.asked = []
 
-    def detect(self, pictures):
+    def detect(self, images):
         return [
             {"dog": [Detected((0, 0, 1, 1), 0.4), Detected((0, 0, 1, 1), 0.8)], "cup": [Detected((0, 0, 1, 1), 0.9)]}
-            for _ in pictures
+            for _ in images
         ]
 
-    def name_colors(self, pictures, objects):
+    def name_colors(self, images, objects):
         self.asked += [(name, item.score) for items in objects for name, item in items]
         return [["red" if item.score > 0.5 else "blue" for _, item in items] for items in objects]
 
 
-def test_colours_are_named_for_the_best_objects_asked_about_and_once():
-    picture, names = np.zeros((4, 4, 3), np.uint8), Names()
+def test_colors_are_named_for_the_best_objects_asked_about_and_once():
+    image, names = np.zeros((4, 4, 3), np.uint8), Names()
     cached = CachedDetector(names)
-    (found,) = cached.detect([picture], colored=[{"dog": 1}])
+    (found,) = cached.detect([image], colored=[{"dog": 1}])
     assert names.asked == [("dog", 0.8)]
     assert [o.color for o in found["dog"]] == [None, "red"] and found["cup"][0].color is None
-    cached.detect([picture], colored=[{}])
-    (again,) = cached.detect([picture])  # all of them now
+    cached.detect([image], colored=[{}])
+    (again,) = cached.detect([image])  # all of them now
     assert names.asked == [("dog", 0.8), ("dog", 0.4), ("cup", 0.9)]
     assert [o.color for o in again["dog"]] == ["blue", "red"] and cached.looks == 1
     check_record(cached, record("dog", color="red"), "here")
@@ -539,19 +539,19 @@ def test_an_open_vocabulary_is_asked_for_what_each_record_names(models):
     class Asked:
         classes, open_vocabulary = (), True
 
-        def detect_phrases(self, pictures, phrases):
+        def detect_phrases(self, images, phrases):
             return [{phrase: [Detected((0, 0, 1, 1), 0.9)] for phrase in some} for some in phrases]
 
     cached = CachedDetector(Asked())
-    picture = np.zeros((4, 4, 3), np.uint8)
+    image = np.zeros((4, 4, 3), np.uint8)
     cached.require(["anything"], "here")
-    assert [sorted(found) for found in cached.detect([picture, picture], [["dog", "cup"], ["bus"]])] == [
+    assert [sorted(found) for found in cached.detect([image, image], [["dog", "cup"], ["bus"]])] == [
         ["cup", "dog"],
         ["bus"],
     ]
     assert cached.looks == 2
     with pytest.raises(UserError, match="must be told which phrases"):
-        cached.detect([picture])
+        cached.detect([image])
 
 
 def test_configurations_on_disk_are_the_released_layout(models):

@@ -149,20 +149,20 @@ def test_segments_are_the_grammars_and_laws_are_recorded():
         assert trajectory.segments[0].role == "prompt" and trajectory.segments[0].author is Author.USER
         for index, segment in enumerate(trajectory.segments[1:], 1):
             seen.add(segment.modality)
-            decisions, law = segment.decisions, segment.decisions.law
+            decisions, sampling = segment.decisions, segment.decisions.sampling
             assert segment.trained and segment.contexts[0].branch == "full"
             assert [p.segment for p in segment.contexts[0].pieces] == list(range(index))
             assert segment.contexts[0].start == sum(len(s.ids) for s in trajectory.segments[:index])
             for n, position in enumerate(decisions.position_N):
-                allowed = mask_of(law.sets[law.allowed_N[n]], vocabulary.size)
+                allowed = mask_of(sampling.sets[sampling.allowed_N[n]], vocabulary.size)
                 assert allowed[segment.ids[position]]
             if segment.modality is Modality.IMAGE_TOKENS:
                 assert segment.ids[0] == vocabulary.boi and segment.ids[-1] == vocabulary.eoi
                 # the opening marker is a word's choice, the closing one nobody's
                 assert decisions.position_N.tolist() == [0, 1, 2, 3, 4]
                 assert decisions.kind_N.tolist() == [DecisionKind.WORD] + [DecisionKind.CODE] * 4
-                np.testing.assert_allclose(law.temperature_N, [0.7, 1.8, 1.8, 1.8, 1.8])
-                np.testing.assert_array_equal(segment.picture[0, :, 0] - 1, segment.ids[1:-1] - vocabulary.code_ids[0])
+                np.testing.assert_allclose(sampling.temperature_N, [0.7, 1.8, 1.8, 1.8, 1.8])
+                np.testing.assert_array_equal(segment.image[0, :, 0] - 1, segment.ids[1:-1] - vocabulary.code_ids[0])
             else:
                 assert len(decisions) == len(segment.ids) and not decisions.kind_N.any()
                 assert segment.text == vocabulary.decode(segment.ids)
@@ -180,16 +180,16 @@ def test_a_forced_first_id_is_no_decision():
 def test_top_k_is_recorded_as_the_set_that_was_sampled_from():
     trajectories = engine(top_k=3).run(requests())
     for segment in (s for t in trajectories for s in t.segments[1:]):
-        law = segment.decisions.law
-        assert set(law.allowed_N.tolist()) == set(range(len(law.sets)))
-        for ranges in law.sets:
+        sampling = segment.decisions.sampling
+        assert set(sampling.allowed_N.tolist()) == set(range(len(sampling.sets)))
+        for ranges in sampling.sets:
             assert (ranges[:, 1] - ranges[:, 0]).sum() <= 3
 
 
 def test_greedy_decisions_have_no_logprob():
     trajectories = engine(temperature={"default": 0.0}).run(requests())
     for segment in (s for t in trajectories for s in t.segments[1:]):
-        assert np.isnan(segment.decisions.logprob_N).all() and segment.decisions.law.greedy_N.all()
+        assert np.isnan(segment.decisions.logprob_N).all() and segment.decisions.sampling.greedy_N.all()
     assert contents(trajectories[0]) == contents(trajectories[1])  # members of one group cannot differ
 
 
@@ -201,12 +201,12 @@ def test_flow_steps_are_recorded():
         flow, decisions = image.flow, image.decisions
         assert flow.time_N.tolist() == [1.0, 0.75] and flow.time_next_N.tolist() == [0.75, 0.5]
         assert decisions.kind_N.tolist() == [DecisionKind.WORD, DecisionKind.FLOW, DecisionKind.FLOW]
-        assert decisions.position_N.tolist() == [0, 0, 1] and not decisions.law.greedy_N.any()
+        assert decisions.position_N.tolist() == [0, 0, 1] and not decisions.sampling.greedy_N.any()
         np.testing.assert_array_equal(flow.x_next_N[0], flow.x_N[1])
         z_N = (flow.x_next_N - flow.mean_N) / flow.sigma_N[:, None, None]
         by_hand = (-0.5 * z_N**2 - np.log(flow.sigma_N)[:, None, None] - 0.5 * np.log(2 * np.pi)).mean((1, 2))
         np.testing.assert_allclose(decisions.logprob_N[1:], by_hand, atol=1e-5)
-        assert image.ids.tolist() == [3, 4] and image.latent.shape == (2, 3) and image.picture.shape == (1, 2, 3)
+        assert image.ids.tolist() == [3, 4] and image.latent.shape == (2, 3) and image.image.shape == (1, 2, 3)
     assert len({image.flow.x_N[0].tobytes() for image in images}) == len(images)
 
 
@@ -227,7 +227,7 @@ def test_guided_rows_are_stepped_with_their_branches_and_recorded():
     for segment in (s for t in trajectories for s in t.segments[1:]):
         image = segment.modality is Modality.IMAGE_TOKENS
         assert [c.branch for c in segment.contexts] == (["full", "uncond"] if image else ["full"])
-        assert (segment.decisions.law.guidance is not None) == image
+        assert (segment.decisions.sampling.guidance is not None) == image
     unguided = engine().run(requests())
     assert [contents(t) for t in unguided] != [contents(t) for t in trajectories]
 
@@ -248,11 +248,11 @@ def test_a_group_is_handed_over_while_others_are_still_written():
     assert min(at.values()) < rollouts.stats.tokens / 2
 
 
-def test_pictures_are_drawn_together():
+def test_images_are_drawn_together():
     rollouts = engine(rows=30)
     trajectories = rollouts.run(requests(8, 4))
-    drawn = sum(len(t.pictures()) for t in trajectories)
-    assert drawn == sum(rollouts.policy.draws) == rollouts.stats.pictures
+    drawn = sum(len(t.images()) for t in trajectories)
+    assert drawn == sum(rollouts.policy.draws) == rollouts.stats.images
     assert len(rollouts.policy.draws) <= 8  # at most once a group: its last member brings what others left
 
 
@@ -260,7 +260,7 @@ def test_pictures_are_drawn_together():
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 30, 3))
-def test_max_tokens_never_cuts_a_picture(max_tokens):
+def test_max_tokens_never_cuts_an_image(max_tokens):
     rollouts = engine(max_tokens=max_tokens)
     trajectories = rollouts.run(requests(5, 3))
     for trajectory in trajectories:
@@ -276,7 +276,7 @@ def test_max_tokens_never_cuts_a_picture(max_tokens):
 
 
 @pytest.mark.parametrize("max_length", [8, 12, 17])
-def test_the_context_is_never_passed_and_a_picture_that_does_not_fit_is_not_begun(max_length):
+def test_the_context_is_never_passed_and_an_image_that_does_not_fit_is_not_begun(max_length):
     rollouts = engine(max_length=max_length, max_tokens=90, max_images=9)
     vocabulary = rollouts.policy.vocabulary
     trajectories = rollouts.run(requests(5, 4))
@@ -285,8 +285,8 @@ def test_the_context_is_never_passed_and_a_picture_that_does_not_fit_is_not_begu
         at = 0
         for segment in trajectory.segments:
             for n, position in enumerate(segment.decisions.position_N if segment.decisions else []):
-                law = segment.decisions.law
-                allowed = mask_of(law.sets[law.allowed_N[n]], vocabulary.size)
+                sampling = segment.decisions.sampling
+                allowed = mask_of(sampling.sets[sampling.allowed_N[n]], vocabulary.size)
                 if segment.modality is Modality.TEXT:
                     fits = at + position + 6 <= max_length
                     assert allowed[vocabulary.boi] == fits
@@ -295,7 +295,7 @@ def test_the_context_is_never_passed_and_a_picture_that_does_not_fit_is_not_begu
     assert float(rollouts.policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
 
 
-def test_a_forced_picture_that_does_not_fit_is_not_begun():
+def test_a_forced_image_that_does_not_fit_is_not_begun():
     trajectory = engine(begins_with_image=True, max_tokens=5).run([RolloutRequest(0, "red")])[0]
     assert len(trajectory.segments) == 1 and trajectory.stop is StopReason.MAX_TOKENS
 
@@ -307,7 +307,7 @@ def test_a_prompt_longer_than_the_context_is_named():
 
 def test_a_format_whose_context_forgets_what_was_sampled_is_refused():
     class Forgetful(FakeFormat):
-        """The picture forgets the words, but its opening marker was sampled from them."""
+        """The image forgets the words, but its opening marker was sampled from them."""
 
         def contexts(self, trajectory, segment):
             if trajectory.segments[segment].modality is Modality.TEXT:
@@ -320,7 +320,7 @@ def test_a_format_whose_context_forgets_what_was_sampled_is_refused():
         rollouts.run(requests())
 
 
-def test_publishing_while_rows_are_live_is_refused():
+def test_weight_syncing_while_rows_are_live_is_refused():
     rollouts = engine()
     stream = rollouts.stream(requests())
     next(stream)
@@ -359,9 +359,9 @@ def test_the_environment_answers_between_segments(view):
     rollouts = engine(view)
     rollouts.environment = judge_of(rollouts.policy)
     trajectories = rollouts.run(requests(5, 4))
-    heard = [(t, i) for t in trajectories for i, s in enumerate(t.segments) if s.author is Author.ENVIRONMENT]
-    assert len(heard) > 5
-    for trajectory, index in heard:
+    on_metrics = [(t, i) for t in trajectories for i, s in enumerate(t.segments) if s.author is Author.ENVIRONMENT]
+    assert len(on_metrics) > 5
+    for trajectory, index in on_metrics:
         segment = trajectory.segments[index]
         assert segment.decisions is None and not segment.trained
         said = trajectory.segments[index - 1]
@@ -398,7 +398,12 @@ def test_a_larger_vocabulary_and_an_unconstrained_set():
     policy = FakePolicy(FakeVocabulary(codes=30, codes_per_image=9))
     rollouts = Engine(policy, Free("plain", max_images=1), RolloutConfig(rows=4, max_tokens=30))
     trajectories = rollouts.run(requests(4, 3))
-    free = [s.decisions.law for t in trajectories for s in t.segments[1:] if (s.decisions.law.allowed_N == -1).any()]
+    free = [
+        s.decisions.sampling
+        for t in trajectories
+        for s in t.segments[1:]
+        if (s.decisions.sampling.allowed_N == -1).any()
+    ]
     assert free
     assert float(policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
     assert ranges_of([1, 2]).tolist() == [[1, 3]]

@@ -31,7 +31,7 @@ TINY = {
 def policy():
     policy = load_policy(PolicyConfig(family="chameleon", tiny=TINY))
     vocabulary = policy.vocabulary
-    with torch.no_grad():  # fresh weights would write tags and pictures too seldom
+    with torch.no_grad():  # fresh weights would write tags and images too seldom
         generator = torch.Generator().manual_seed(1)
         head = policy.model.lm_head.weight
         head.copy_(torch.randn(head.shape, generator=generator) * 0.5)
@@ -107,10 +107,10 @@ def test_what_full_constraint_writes_is_well_formed(policy, name):
     for trajectory in trajectories:
         for segment in trajectory.segments:
             if segment.modality is Modality.IMAGE_TOKENS:
-                assert segment.picture.shape == (32, 32, 3) and len(segment.ids) == 18
-                again = policy.draw([segment.ids[1:-1]])[0]
+                assert segment.image.shape == (32, 32, 3) and len(segment.ids) == 18
+                again = policy.decode_images([segment.ids[1:-1]])[0]
                 # drawn alone or in a batch: the same but for rounding
-                assert np.abs(again.astype(int) - segment.picture).max() <= 1
+                assert np.abs(again.astype(int) - segment.image).max() <= 1
 
 
 def test_rows_and_neighbours_change_nothing(policy):

@@ -22,7 +22,7 @@ VOCABULARIES = {
     "word": WordVocabulary([tag for fmt in FORMATS.values() for tag in tags_of(fmt)]),
     "piece": PieceVocabulary(),
 }
-PICTURE = np.zeros((4, 4, 3), np.uint8)
+PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 
 def written(fmt, vocabulary, ids, spans, stop=StopReason.END):
@@ -110,8 +110,8 @@ def test_one_wrong_token_in_a_well_formed_thought_is_named_or_harmless(vocabular
     """Drop, double or replace one word of a well-formed thought: it is accepted only if it still reads as one."""
     fmt = get_format("strokes", max_images=2, max_tokens={"plan": 3, "inspect": 3, "refine": 3})
     ids, _, _ = walk(fmt, vocabulary, "full", data, limit=400)
-    pictures = {vocabulary.boi, vocabulary.eoi, *vocabulary.code_ids.tolist(), vocabulary.eos}
-    at = data.draw(st.sampled_from([i for i, id in enumerate(ids) if id not in pictures]))
+    images = {vocabulary.boi, vocabulary.eoi, *vocabulary.code_ids.tolist(), vocabulary.eos}
+    at = data.draw(st.sampled_from([i for i, id in enumerate(ids) if id not in images]))
     how = data.draw(st.sampled_from(["drop", "double", "replace"]))
     words = [i for i in range(vocabulary.size) if vocabulary.piece(i)]
     new = {"drop": [], "double": [ids[at]] * 2, "replace": [data.draw(st.sampled_from(words))]}[how]
@@ -122,7 +122,7 @@ def test_one_wrong_token_in_a_well_formed_thought_is_named_or_harmless(vocabular
 
 
 def reads_as_strokes(text: str) -> bool:
-    """An independent reading of `strokes` by a regular expression over text, with # for a picture."""
+    """An independent reading of `strokes` by a regular expression over text, with # for an image."""
     no_tag = r"(?:(?!</?(?:ins|des|inspect|refine)>)[^#])*"
 
     def tagged(tag):
@@ -199,7 +199,7 @@ def test_sets_are_one_object_for_all_rows():
             second.advance(id)
 
 
-def test_self_critique_begins_with_a_forced_picture():
+def test_self_critique_begins_with_a_forced_image():
     for constrain in ("images", "full"):
         vocabulary = VOCABULARIES["word"]
         cursor = FORMATS["self_critique"].cursor(vocabulary, constrain)
@@ -210,7 +210,7 @@ def test_self_critique_begins_with_a_forced_picture():
         assert [s.role for s in cursor.spans] == ["sketch", "critique", "redraw", "end"]
 
 
-def test_the_last_picture_of_subgoals_is_the_final_one():
+def test_the_last_image_of_subgoals_is_the_final_one():
     vocabulary, fmt = VOCABULARIES["word"], FORMATS["subgoals"]
     words = vocabulary.encode("red circle")
     ids = [*words, *image(vocabulary), *words, *image(vocabulary), *words, *image(vocabulary), vocabulary.eos]
@@ -219,7 +219,7 @@ def test_the_last_picture_of_subgoals_is_the_final_one():
     assert fmt.violations(written(fmt, vocabulary, ids, spans)) == []
 
 
-def test_unclosed_text_is_ended_by_a_picture_and_strays_stay_inside():
+def test_unclosed_text_is_ended_by_an_image_and_strays_stay_inside():
     vocabulary, fmt = VOCABULARIES["word"], FORMATS["strokes"]
     ids = [*encode(fmt, "<ins> red</ins><inspect> fine", vocabulary), *image(vocabulary), vocabulary.eos]
     spans = fmt.parse(ids, vocabulary)
@@ -341,16 +341,16 @@ BROKEN = {
     ),
     "blank body": ([GOOD[0], GOOD[1], ("inspect", "<inspect> </inspect>")], 3, "nothing stands between <inspect>"),
     "words after the tag": ([GOOD[0], GOOD[1], ("inspect", "<inspect>fine</inspect> and so")], 3, "outside any role"),
-    "no plan": (GOOD[1:], 1, "a picture (sketch) follows 'start'; expected <ins> (plan)"),
-    "wrong order": ([GOOD[0], GOOD[2]], 2, "<inspect> (inspect) follows 'plan'; expected a picture (sketch)"),
+    "no plan": (GOOD[1:], 1, "an image (sketch) follows 'start'; expected <ins> (plan)"),
+    "wrong order": ([GOOD[0], GOOD[2]], 2, "<inspect> (inspect) follows 'plan'; expected an image (sketch)"),
     "not inspected": (GOOD[:2], 2, "the turn ends after 'sketch'; expected <inspect> (inspect)"),
     "wrong role": (
         [GOOD[0], GOOD[1], ("refine", "<inspect>fine</inspect>")],
         3,
         "recorded as refine; the text reads inspect",
     ),
-    "too many pictures": ([*GOOD, *GOOD, *GOOD, *GOOD, *GOOD], 14, "picture 5 (sketch); at most 4"),
-    "a role unknown": ([GOOD[0], ("crop", None), GOOD[2]], 2, "a picture in the role 'crop'"),
+    "too many images": ([*GOOD, *GOOD, *GOOD, *GOOD, *GOOD], 14, "image 5 (sketch); at most 4"),
+    "a role unknown": ([GOOD[0], ("crop", None), GOOD[2]], 2, "an image in the role 'crop'"),
 }
 
 
@@ -384,7 +384,7 @@ def test_a_limit_is_told_from_a_fault():
     assert "before anything" in fmt.violations(thought([], StopReason.MAX_TOKENS))[0].message
 
 
-def test_a_cut_picture_is_a_violation():
+def test_a_cut_image_is_a_violation():
     trajectory = thought([*GOOD, *GOOD])
     trajectory.segments[2].ids = trajectory.segments[2].ids[:-1]
     assert "4 ids; the others have 5" in FORMATS["strokes"].violations(trajectory)[0].message
@@ -400,14 +400,14 @@ def test_bodies_are_read_leniently():
     assert fmt.bodies(Segment("sketch", Author.POLICY, IMAGE, True)) == {}
 
 
-def test_parse_refuses_broken_pictures():
+def test_parse_refuses_broken_images():
     vocabulary, fmt = VOCABULARIES["word"], FORMATS["strokes"]
     whole = image(vocabulary)
     for ids, message in (
         ([*whole[:2], vocabulary.eoi], "expected a visual code"),
         (whole[:-1], "cut off"),
         ([*whole[:-1], whole[1]], "expected the end marker"),
-        ([whole[1]], "belongs inside a picture"),
+        ([whole[1]], "belongs inside an image"),
         ([vocabulary.eos, vocabulary.eos], "follows the end"),
     ):
         with pytest.raises(RecordError, match=message):
@@ -444,9 +444,9 @@ DEMONSTRATIONS = {
 @pytest.mark.parametrize("name", names())
 def test_a_demonstration_is_rendered_and_parsed_back(name, vocabulary):
     fmt = FORMATS[name]
-    parts = [Part(role, text or "", None if text is not None else PICTURE) for role, text in DEMONSTRATIONS[name]]
-    pictures = sum(part.picture is not None for part in parts)
-    codes = [vocabulary.code_ids[[k % 6, 1, 2]] for k in range(pictures)]
+    parts = [Part(role, text or "", None if text is not None else PIXELS) for role, text in DEMONSTRATIONS[name]]
+    images = sum(part.image is not None for part in parts)
+    codes = [vocabulary.code_ids[[k % 6, 1, 2]] for k in range(images)]
     trajectory = render(fmt, "red circle", {"tag": "x"}, parts, vocabulary, codes)
     assert fmt.violations(trajectory) == [] and trajectory.stop is StopReason.DEMONSTRATION
     prompt, *turn = trajectory.segments
@@ -457,12 +457,12 @@ def test_a_demonstration_is_rendered_and_parsed_back(name, vocabulary):
     spans = fmt.parse(ids, vocabulary)
     assert [(s.role, s.modality, s.stop - s.start) for s in spans] == [(s.role, s.modality, len(s.ids)) for s in turn]
     for span, part in zip(spans, parts, strict=False):
-        if part.picture is None:
+        if part.image is None:
             assert vocabulary.decode(ids[span.start : span.stop]).split() == part.text.split() or name == "strokes"
             assert fmt.bodies(
                 Segment(span.role, Author.POLICY, TEXT, True, text=vocabulary.decode(ids[span.start : span.stop]))
             ) == fmt.bodies(Segment(part.role, Author.POLICY, TEXT, True, text=part.text))
-    assert (turn[-1].role == "end") == (parts[-1].picture is not None)
+    assert (turn[-1].role == "end") == (parts[-1].image is not None)
 
 
 def test_a_demonstration_that_is_no_sentence_is_refused():
@@ -470,7 +470,7 @@ def test_a_demonstration_that_is_no_sentence_is_refused():
     parts = [Part("plan", "<ins>red</ins><des>red</des>"), Part("inspect", "<inspect>fine</inspect>")]
     with pytest.raises(RecordError, match=r"demonstration 'red': segment 2: <inspect> \(inspect\) follows 'plan'"):
         render(fmt, "red", {}, parts, vocabulary, [])
-    with pytest.raises(RecordError, match="1 pictures but codes of 0"):
-        render(fmt, "red", {}, [Part("sketch", picture=PICTURE)], vocabulary, [])
-    with pytest.raises(RecordError, match=r"part 0 \(sketch\) has 2 ids; a picture is 3 ids"):
-        render(fmt, "red", {}, [Part("sketch", picture=PICTURE)], vocabulary, [vocabulary.code_ids[:2]])
+    with pytest.raises(RecordError, match="1 images but codes of 0"):
+        render(fmt, "red", {}, [Part("sketch", image=PIXELS)], vocabulary, [])
+    with pytest.raises(RecordError, match=r"part 0 \(sketch\) has 2 ids; an image is 3 ids"):
+        render(fmt, "red", {}, [Part("sketch", image=PIXELS)], vocabulary, [vocabulary.code_ids[:2]])

@@ -23,11 +23,11 @@ from runtime.errors import UserError
 from tests.vocabularies import PieceVocabulary, WordVocabulary
 
 TEXT, IMAGE = Modality.TEXT, Modality.IMAGE_TOKENS
-PICTURE = np.zeros((4, 4, 3), np.uint8)
+PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 
 def draw(role):
-    return Part(role, picture=PICTURE)
+    return Part(role, image=PIXELS)
 
 
 DEMONSTRATIONS = {
@@ -100,8 +100,8 @@ def test_formats_and_the_store_import_no_model():
 
 THINK = Grammar(
     "think",
-    (Role("think", tags=(("<think>", "</think>"),)), Role("answer"), Role("picture", IMAGE)),
-    {START: ("think", "answer"), "think": ("answer", "picture"), "answer": (END,), "picture": (END,)},
+    (Role("think", tags=(("<think>", "</think>"),)), Role("answer"), Role("image", IMAGE)),
+    {START: ("think", "answer"), "think": ("answer", "image"), "answer": (END,), "image": (END,)},
     max_images=1,
 )
 
@@ -120,13 +120,13 @@ def test_a_declared_format_mixes_tagged_and_free_text(kind):
         [
             [Part("think", "<think>red</think>"), Part("answer", " blue circle")],
             [Part("answer", "red")],
-            [Part("think", "<think>red</think>"), draw("picture")],
+            [Part("think", "<think>red</think>"), draw("image")],
         ],
     )
 
 
 class Leaky(DeclaredFormat):
-    """Lets a picture follow anything under full constraint."""
+    """Lets an image follow anything under full constraint."""
 
     def cursor(self, vocabulary, constrain="images"):
         return super().cursor(vocabulary, "images")
@@ -147,7 +147,7 @@ def test_registering_and_misspelling():
         (lambda: get_format("strokes", max_image=2), "no 'max_image'; did you mean 'max_images'"),
         (lambda: get_format("formats.nowhere.f"), "cannot be imported"),
         (lambda: get_format("formats.strokes.stroke"), "did you mean 'strokes'"),
-        (lambda: get_format("builtins.dict"), "no ThoughtFormat"),
+        (lambda: get_format("builtins.dict"), "no Format"),
         (lambda: get_format("think", images=2), "has no 'images'; did you mean 'max_tokens'"),
         (lambda: register("strokes", think), "registered already"),
         (lambda: get_format("strokes", max_tokens={"pln": 3}), "did you mean 'plan'"),
@@ -226,7 +226,7 @@ def test_layout_shows_every_role_once():
     shown = [d.role for d in get_format("strokes").layout()]
     assert shown == ["prompt", "negative", "plan", "sketch", "inspect", "refine", "redraw", "other", "end"]
     assert get_format("strokes").display("redraw").label == "redrawn"
-    assert get_format("strokes").display("unheard of").colour == "fault"
+    assert get_format("strokes").display("unheard of").color == "fault"
 
 
 # ---- guidance ----
@@ -324,4 +324,4 @@ def test_a_cursor_costs_microseconds_a_token():
 
 def test_segments_of_other_roles_have_no_bodies():
     assert get_format("strokes").bodies(Segment("other", Author.POLICY, TEXT, True, text="x")) == {}
-    assert Trajectory("p", {}, "strokes", []).pictures() == []
+    assert Trajectory("p", {}, "strokes", []).images() == []

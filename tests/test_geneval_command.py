@@ -36,7 +36,7 @@ def test_rows_and_summary(capsys, tmp_path):
     ((x0, y0, x1, y1, score),) = json.loads(rows[0]["details"])["circle"]
     assert (x1 - x0, y1 - y0) == (12, 12) and score == 1
     told = json.loads(out.splitlines()[-1])
-    # tags 1/2, 0/2, 1, 1; pictures 5 of 8; prompts 3 of 4
+    # tags 1/2, 0/2, 1, 1; images 5 of 8; prompts 3 of 4
     assert told["tags"] == {"single_object": 0.5, "counting": 1.0, "colors": 0.0, "position": 1.0}
     assert told["overall"] == pytest.approx(2.5 / 4)
     assert told["images"] == 5 / 8 and told["prompts"] == 3 / 4
@@ -182,7 +182,7 @@ def test_a_set_that_the_prompts_file_names_is_whole(capsys, caplog, tmp_path):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_detections_with_fewer_pictures_of_one_prompt(capsys, tmp_path):
+def test_detections_with_fewer_images_of_one_prompt(capsys, tmp_path):
     seen = tmp_path / "seen.jsonl"
     seen.write_text(
         "".join(
@@ -191,7 +191,7 @@ def test_detections_with_fewer_pictures_of_one_prompt(capsys, tmp_path):
         )
     )
     said = refused(capsys, "--detections", seen, "--out", tmp_path / "rows.jsonl")
-    assert "1 of 2 prompts have fewer than 2 pictures" in said and "00001 (1)" in said
+    assert "1 of 2 prompts have fewer than 2 images" in said and "00001 (1)" in said
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ def without(images, *parts):
     ("spoil", "words"),
     [
         (lambda i: without(i, "00001"), ["1 of 4 prompts have no folder: 00001"]),
-        (lambda i: without(i, "00002", "samples"), ["1 of 4 prompts have fewer than 2 pictures", "00002 (0)"]),
-        (lambda i: without(i, "00003", "samples", "0001.png"), ["fewer than 2 pictures", "00003 (1)"]),
+        (lambda i: without(i, "00002", "samples"), ["1 of 4 prompts have fewer than 2 images", "00002 (0)"]),
+        (lambda i: without(i, "00003", "samples", "0001.png"), ["fewer than 2 images", "00003 (1)"]),
         (
             lambda i: shutil.copy(i / "00000/samples/0001.png", i / "00000/samples/1.png"),
             ["00000/samples: 0001.png and 1.png are both sample 1"],
@@ -299,14 +299,14 @@ def test_the_prompts_file_says_what_must_be_there(capsys, tmp_path):
     ("arguments", "words"),
     [
         ((), ["give --images DIR, or --detections FILE"]),
-        (("--images", "none"), ["none: no such folder of pictures"]),
+        (("--images", "none"), ["none: no such folder of images"]),
         (("--images", "empty"), ["empty: no numbered folders there"]),
         (("--images", "images", "--detector", "shape"), ["no detector 'shape'", "did you mean 'shapes'"]),
         (("--images", "images", "--detector", "mask2former:nowhere/at/all"), ["no folder nowhere/at/all"]),
         (("--images", "images", "--detections", "none.jsonl"), ["none.jsonl: no such file of detections"]),
         (
             ("--images", "images", "--detections", "some.jsonl"),
-            ["7 of 8 pictures have no row", "00000/samples/0001.png"],
+            ["7 of 8 images have no row", "00000/samples/0001.png"],
         ),
         (("--images", "images", "--detections", "twice.jsonl"), ["line 2: a second row for 00000/samples/0000.png"]),
         (("--images", "images", "--detections", "bad.jsonl"), ["bad.jsonl, line 1: detections of 'circle'"]),
@@ -350,7 +350,7 @@ def test_summary_by_hand():
     assert summary.tags == {"counting": 1.0, "colors": 0.25}
     assert summary.overall == 0.625  # not 3 of 6: tags weigh the same
     assert summary.images == 0.5 and summary.prompts == pytest.approx(2 / 3)
-    with pytest.raises(EvaluationError, match="no pictures"):
+    with pytest.raises(EvaluationError, match="no images"):
         summarise([])
 
 

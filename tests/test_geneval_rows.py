@@ -14,19 +14,19 @@ from evals.geneval import EvaluationError, Results
 
 @pytest.fixture
 def looked(monkeypatch):
-    """The names of the pictures that the detector was shown."""
-    names, load = [], geneval.load_picture
-    monkeypatch.setattr(geneval, "load_picture", lambda sample: names.append(sample.name) or load(sample))
+    """The names of the images that the detector was shown."""
+    names, load = [], geneval.load_image
+    monkeypatch.setattr(geneval, "load_image", lambda sample: names.append(sample.name) or load(sample))
     return names
 
 
-def test_a_corrupt_picture_is_named_the_others_rows_are_kept_and_the_next_call_goes_on(capsys, tmp_path, looked):
+def test_a_corrupt_image_is_named_the_others_rows_are_kept_and_the_next_call_goes_on(capsys, tmp_path, looked):
     images = write(tmp_path / "images")
     bad = images / "00001/samples/0000.png"
     whole = bad.read_bytes()
     bad.write_bytes(whole[: len(whole) // 2])
     said = refused(capsys, "--images", images, "--detector", "shapes", "--batch-size", 3)
-    assert f"{bad}: no picture can be read from it" in said and "the rows of the others are kept" in said
+    assert f"{bad}: no image can be read from it" in said and "the rows of the others are kept" in said
     kept = rows_of(images / "results.jsonl")
     assert [row["filename"][-22:] for row in kept] == ["00000/samples/0000.png", "00000/samples/0001.png"]
     bad.write_bytes(whole)
@@ -39,9 +39,9 @@ def test_a_corrupt_picture_is_named_the_others_rows_are_kept_and_the_next_call_g
     assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0 and not looked
 
 
-def test_of_a_batch_with_a_corrupt_picture_the_later_ones_are_kept_too(capsys, tmp_path):
+def test_of_a_batch_with_a_corrupt_image_the_later_ones_are_kept_too(capsys, tmp_path):
     images = write(tmp_path / "images")
-    (images / "00000/samples/0001.png").write_text("not a picture")
+    (images / "00000/samples/0001.png").write_text("not an image")
     refused(capsys, "--images", images, "--detector", "shapes", "--batch-size", 4)
     assert len(rows_of(images / "results.jsonl")) == 3
 
@@ -89,7 +89,7 @@ def test_a_file_that_holds_something_else_is_left_as_it_is(tmp_path):
         Results(tmp_path, {})
 
 
-def test_a_picture_that_was_drawn_anew_is_judged_anew(capsys, caplog, tmp_path, looked):
+def test_an_image_that_was_drawn_anew_is_judged_anew(capsys, caplog, tmp_path, looked):
     images = write(tmp_path / "images", wrong=((1, 1),))
     assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
     looked.clear()
@@ -100,7 +100,7 @@ def test_a_picture_that_was_drawn_anew_is_judged_anew(capsys, caplog, tmp_path, 
     assert "1 of its 8 rows" in said and said.endswith("00001/samples/0001.png")
 
 
-def test_another_models_pictures_get_rows_of_their_own(capsys, tmp_path, looked):
+def test_another_models_images_get_rows_of_their_own(capsys, tmp_path, looked):
     out = tmp_path / "rows.jsonl"
     good, bad = write(tmp_path / "good"), write(tmp_path / "bad", wrong=[(n, s) for n in range(4) for s in range(2)])
     for images, correct in ((good, True), (bad, False)):
@@ -113,7 +113,7 @@ def test_another_models_pictures_get_rows_of_their_own(capsys, tmp_path, looked)
     assert all(row["filename"].startswith(str(tmp_path / "moved")) for row in rows_of(out))
 
 
-def test_a_record_that_changed_has_its_pictures_judged_anew(capsys, tmp_path, looked):
+def test_a_record_that_changed_has_its_images_judged_anew(capsys, tmp_path, looked):
     images = write(tmp_path / "images")
     assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
     looked.clear()
@@ -163,28 +163,28 @@ def test_stopped_while_it_judges_anew_it_goes_on_from_there(capsys, tmp_path, lo
     assert len(looked) == 5 and [row["correct"] for row in rows_of(images / "results.jsonl")] == [True] * 8
 
 
-def test_a_picture_drawn_anew_while_it_is_looked_at_is_judged_anew(capsys, tmp_path, monkeypatch):
+def test_an_image_drawn_anew_while_it_is_looked_at_is_judged_anew(capsys, tmp_path, monkeypatch):
     images = write(tmp_path / "images", (ONE,), 1, wrong=((0, 0),))
-    load = geneval.load_picture
+    load = geneval.load_image
 
     def drawn_anew(sample):
-        picture = load(sample)
+        image = load(sample)
         Image.fromarray(GOOD[0]).save(sample.path)
-        return picture
+        return image
 
-    monkeypatch.setattr(geneval, "load_picture", drawn_anew)
+    monkeypatch.setattr(geneval, "load_image", drawn_anew)
     for correct in (False, True):
         assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
         assert [row["correct"] for row in rows_of(images / "results.jsonl")] == [correct]
 
 
-def test_rows_of_pictures_that_are_gone_are_not_thrown_away(capsys, tmp_path, looked):
+def test_rows_of_images_that_are_gone_are_not_thrown_away(capsys, tmp_path, looked):
     images = write(tmp_path / "images")
     assert run(capsys, "--images", images, "--detector", "shapes")[0] == 0
     rows = (images / "results.jsonl").read_text()
     (images / "00003").rename(tmp_path / "aside")
     said = refused(capsys, "--images", images, "--detector", "shapes")
-    assert "has 2 rows of pictures that are gone: 00003 (2)" in said and "take their lines out of it" in said
+    assert "has 2 rows of images that are gone: 00003 (2)" in said and "take their lines out of it" in said
     assert (images / "results.jsonl").read_text() == rows
     looked.clear()
     (images / "results.jsonl").write_text("".join(rows.splitlines(True)[:6]))  # the documented way

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rewards_helpers import image, thought
+from rewards_helpers import image_segment, trajectory_of
 
 from rewards.config import RewardsConfig
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 
 FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 
 RECORDED = '''
-"""Sees what is written in cases.jsonl; a picture's first pixel says which line."""
+"""Sees what is written in cases.jsonl; an image's first pixel says which line."""
 import json
 from pathlib import Path
 from rewards.detectors.base import Detected
@@ -30,9 +30,9 @@ class Recorded:
                                      [*case["metadata"]["include"], *case["metadata"].get("exclude", ())]
                                      for name in [clause["class"]]}))
 
-    def detect(self, pictures):
+    def detect(self, images):
         return [{name: [Detected(tuple(o["box"]), o["score"], o.get("color")) for o in items]
-                 for name, items in self.cases[int(p[0, 0, 0]) * 256 + int(p[0, 0, 1])].items()} for p in pictures]
+                 for name, items in self.cases[int(p[0, 0, 0]) * 256 + int(p[0, 0, 1])].items()} for p in images]
 '''
 
 
@@ -45,9 +45,9 @@ def cases():
 
 
 def numbered(number):
-    picture = np.zeros((2, 2, 3), np.uint8)
-    picture[0, 0, :2] = divmod(number, 256)
-    return picture
+    image = np.zeros((2, 2, 3), np.uint8)
+    image[0, 0, :2] = divmod(number, 256)
+    return image
 
 
 @pytest.mark.parity
@@ -70,7 +70,9 @@ def test_every_case_of_the_released_scorer(cases, tmp_path, part, more):
     (tmp_path / "recorded.py").write_text(RECORDED)
     groups = [
         [
-            thought(cases[number]["metadata"], image("sketch", numbered(number)), group=start, member=number - start)
+            trajectory_of(
+                cases[number]["metadata"], image_segment("sketch", numbered(number)), group=start, member=number - start
+            )
             for number in range(start, min(start + 8, len(cases)))
         ]
         for start in range(0, len(cases), 8)
@@ -84,8 +86,8 @@ def test_every_case_of_the_released_scorer(cases, tmp_path, part, more):
             **more,
         }
     )
-    with Judge(config) as judge:
-        judge.judge(groups)
+    with RewardManager(config) as manager:
+        manager.score(groups)
     rows = [t for group in groups for t in group]
     assert len(rows) == len(cases)
     assert [t.reward for t in rows] == [float(case["correct"]) for case in cases]

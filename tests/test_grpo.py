@@ -18,8 +18,8 @@ from accelerate import Accelerator
 
 import rl.grpo
 from rl.config import GrpoConfig
-from rl.prompts import PromptCursor
-from rl.run import Run, keeping
+from rl.run import Run
+from rl.state import RunState
 from rl.trainer import Trainer, TrainingError
 from rollout.pool.contract import FailedGroup, GenerateResult
 from runtime.errors import UserError
@@ -27,7 +27,7 @@ from runtime.interrupt import Interrupted
 from tests.bigram import BigramPolicy, reward
 from tests.test_trainer_processes import launch
 from training import checkpoint
-from training.ranks import BrokenOffError, alone
+from training.ranks import BrokenOffError, rank_local
 from training.tracking import Tracker, read_metrics
 
 PROMPTS = [{"prompt": f"prompt {number}"} for number in range(7)]
@@ -66,10 +66,10 @@ class BigramRollouts:
         failed = [FailedGroup(i, r.group, "timeout", "") for i, r in enumerate(requests) if r.group in self.fail]
         return GenerateResult(groups, failed, {"time/rollout": 0.1})
 
-    def shares(self, policy):
+    def shares_weights(self, policy):
         return policy is self.policy
 
-    def adopt(self, version):
+    def set_version(self, version):
         self.version = version
 
 
@@ -89,7 +89,7 @@ class AtOnce:
         pass
 
     def finish(self, groups):
-        return self.judge.judge(groups, self.step)
+        return self.judge.score(groups, self.step)
 
 
 class CodeJudge:
@@ -101,7 +101,7 @@ class CodeJudge:
     def __init__(self, **at):
         self.at = {int(step[1:]): happens for step, happens in at.items()}
 
-    def judge(self, groups, step=0):
+    def score(self, groups, step=0):
         if step in self.at:
             self.at[step]()
         for group in groups:
@@ -121,7 +121,7 @@ def make(folder: Path, judge=None, fail=(), accelerator=None, **config) -> Run:
         accelerator,
         PROMPTS,
         rollouts=BigramRollouts(policy, fail) if first else None,
-        judge=judge or CodeJudge() if first else None,
+        reward_manager=judge or CodeJudge() if first else None,
         tracker=Tracker(folder) if first else None,
         folder=folder,
         seed=5,
@@ -358,9 +358,9 @@ def faulty(run, where):
     def refuse(*args):
         raise UserError("a fault that can be mended")
 
-    adopt, evaluate, log = run.rollouts.adopt, run.evaluate, run.tracker.log
+    set_version, evaluate, log = run.rollouts.set_version, run.evaluate, run.tracker.log
     if where == "publish":
-        run.rollouts.adopt = lambda version: refuse() if version == 4 else adopt(version)
+        run.rollouts.set_version = lambda version: refuse() if version == 4 else set_version(version)
     elif where == "evaluate":
         run.evaluate = lambda step: refuse() if step == 4 else evaluate(step)
     else:
@@ -387,7 +387,7 @@ def test_a_fault_after_the_update_loses_neither_the_step_nor_its_line(tmp_path, 
     _, rows, weights = undisturbed
     assert lines(tmp_path) == rows
     assert all(torch.equal(p, weights[name]) for name, p in trainer.policy.model.named_parameters())
-    assert not list((tmp_path / "checkpoints").rglob("owed.json"))  # whatever was owed has been made good
+    assert not list((tmp_path / "checkpoints").rglob("*_metrics.json"))  # whatever was owed has been made good
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         assert row["time/step"] >= row["time/update"] > 0
 
@@ -434,11 +434,11 @@ def test_where_the_disk_is_full_too_the_fault_is_told_first(tmp_path):
 def test_a_fault_of_one_process_alone_asks_the_others_for_nothing(tmp_path, monkeypatch):
     run = make(tmp_path)
     trainer = Trainer(run.policy, run.config, run.accelerator)
-    cursor = PromptCursor(run.prompts, 0)
-    monkeypatch.setattr("rl.run.on_first", lambda *args: pytest.fail("the others are not there to answer"))
+    state = RunState(run, trainer)
+    monkeypatch.setattr("rl.state.run_on_main", lambda *args: pytest.fail("the others are not there to answer"))
     two = SimpleNamespace(num_processes=2, process_index=1)
     with pytest.raises(BrokenOffError, match="TrainingError in process 1: the policy scored 3"):
-        with keeping(run, trainer, cursor, 3, []), alone(two):
+        with state.training(4), rank_local(two):
             raise TrainingError("the policy scored 3")
 
 

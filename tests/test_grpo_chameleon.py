@@ -35,7 +35,7 @@ class CodeJudge:
     def begin(self, step, sizes):
         return AtOnce(self, step)
 
-    def judge(self, groups, step=0):
+    def score(self, groups, step=0):
         for group in groups:
             for trajectory in group:
                 kinds = [s.decisions.kind_N for s in trajectory.segments if s.decisions is not None]
@@ -100,13 +100,13 @@ def test_real_parts_resume_as_the_same_run(tmp_path, lora, separate):
         pass
 
     class Stops(CodeJudge):
-        def judge(self, groups, step=0):
+        def score(self, groups, step=0):
             if step == 3:
                 raise PowerCut
-            return super().judge(groups, step)
+            return super().score(groups, step)
 
     run = make(broken, lora, separate)
-    run.judge = Stops()
+    run.reward_manager = Stops()
     with pytest.raises(PowerCut):
         rl.grpo.train(run)
     resumed = rl.grpo.train(make(broken, lora, separate), checkpoint.latest(broken / "checkpoints"))

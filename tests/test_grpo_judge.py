@@ -11,7 +11,7 @@ from judge_server import Answer, JudgeServer
 
 import rl.grpo
 from rewards.config import RewardsConfig
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from tests.test_grpo import lines, make
 
 STEPS, PROMPTS, MEMBERS = 5, 3, 4
@@ -54,10 +54,10 @@ def run_with(folder, server, retries):
         }
     )
     kept = []
-    with Judge(config) as judge:
+    with RewardManager(config) as manager:
         run = make(
             folder / "run",
-            judge,
+            manager,
             steps=STEPS,
             prompts_per_step=PROMPTS,
             num_generations=MEMBERS,
@@ -71,11 +71,11 @@ def run_with(folder, server, retries):
             trajectory.segments[-1].text = f"said {trajectory.segments[-1].ids[0]} in {trajectory.key}"
             return trajectory
 
-        def keeping(*arguments, **more):
+        def checkpoint_on_error(*arguments, **more):
             kept.append(generate(*arguments, **more))
             return kept[-1]
 
-        run.policy.sample, run.rollouts.generate = talking, keeping
+        run.policy.sample, run.rollouts.generate = talking, checkpoint_on_error
         rl.grpo.train(run)
     return [result.groups for result in kept], lines(folder / "run")
 
@@ -117,8 +117,8 @@ def test_a_judge_that_hangs_and_fails_leaves_rows_unjudged_and_never_at_zero(tmp
     if not retries:
         assert retried == 0
         for cause, count in (("timeout", answer.hung), ("server", answer.failed)):
-            shares = [row.get(f"judge/unjudged/{cause}", 0) for row in rows]
-            assert sum(shares) * PROMPTS * MEMBERS == pytest.approx(count)
+            shares_weights = [row.get(f"judge/unjudged/{cause}", 0) for row in rows]
+            assert sum(shares_weights) * PROMPTS * MEMBERS == pytest.approx(count)
     else:
         assert retried > 0 and sum(value is not None for value in answer.last.values()) > asked - failures
     assert all(row["reward/right/failed"] == 0 for row in rows)  # the part itself did its duty

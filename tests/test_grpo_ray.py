@@ -11,7 +11,7 @@ import rl.grpo
 from formats.config import FormatConfig
 from policy.config import LoraSection, PolicyConfig, TinySection
 from rewards.config import RewardsConfig
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from rollout.config import RolloutConfig
 from rollout.pool.local import LocalRollouts
 from rollout.pool.ray_rollouts import RayRollouts
@@ -32,10 +32,10 @@ class Killer(CodeJudge):
     def __init__(self, rollouts: RayRollouts):
         self.rollouts = rollouts
 
-    def judge(self, groups, step=0):
+    def score(self, groups, step=0):
         if step == 1:
             os.kill(self.rollouts.health()[0].pid, signal.SIGKILL)
-        return super().judge(groups, step)
+        return super().score(groups, step)
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_a_killed_actor_changes_nothing(tmp_path):
             run = make(tmp_path / name, lora=True)
             run.rollouts = RayRollouts(engine_spec(POLICY, FormatConfig(max_images=2), SAMPLING, WORDS), SAMPLING)
             if name == "killed":
-                run.judge = Killer(run.rollouts)
+                run.reward_manager = Killer(run.rollouts)
             rl.grpo.train(run)
             assert run.rollouts.health()[0].restarts == (name == "killed")
             run.rollouts.close()
@@ -93,7 +93,7 @@ def test_rewards_in_actors_beside_rollouts_in_actors_are_those_of_one_process(tm
             )
             run = make(tmp_path / name, lora=True)
             run.rollouts = RayRollouts(spec, sampling) if workers else LocalRollouts(spec.build())
-            with Judge(config) as run.judge:
+            with RewardManager(config) as run.reward_manager:
                 rl.grpo.train(run)
             run.rollouts.close()
         here, there = (

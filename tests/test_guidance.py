@@ -68,8 +68,8 @@ def test_reference_combinations(kind, branches):
 @pytest.mark.parametrize("scales", [{}, {"image": 0.0}, {"image": 0.0, "original": 0.0}, {"full": 0.0}])
 def test_a_format_hands_over_every_branch_that_the_combination_needs(kind, scales):
     fmt = get_format("subgoals", guidance=[kind], scales=scales)
-    picture = Segment("subgoal", Author.POLICY, Modality.IMAGE_TOKENS, True, np.zeros(3, np.int32))
+    image = Segment("subgoal", Author.POLICY, Modality.IMAGE_TOKENS, True, np.zeros(3, np.int32))
     words = Segment("prompt", Author.USER, Modality.TEXT, False, np.zeros(2, np.int32), "a circle")
-    trajectory = Trajectory("a circle", {}, "subgoals", [words, picture, picture])
+    trajectory = Trajectory("a circle", {}, "subgoals", [words, image, image])
     needed = set(branch_weights(fmt.guidance(trajectory, 2)))
     assert needed <= {context.branch for context in fmt.contexts(trajectory, 2)} | {"full"}

@@ -21,11 +21,11 @@ RECORDS = [
 
 
 def answer(request, member, shades):
-    """A thought whose pictures are plain shades: their score is the shade, 0..255 as 0..1."""
+    """A thought whose images are plain shades: their score is the shade, 0..255 as 0..1."""
     segments = [Segment("prompt", Author.USER, Modality.TEXT, False)]
     for shade in shades:
         segments.append(
-            Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, picture=np.full((2, 2, 3), shade, np.uint8))
+            Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, image=np.full((2, 2, 3), shade, np.uint8))
         )
     return Trajectory(request.prompt, request.record, "strokes", segments, request.group, member, request.seed)
 
@@ -42,17 +42,17 @@ class Answers:
         return GenerateResult(groups, self.failed, {"time/rollout": 1.0})
 
 
-def score(pictures, records):
-    return [float(picture[0, 0, 0]) / 255 for picture in pictures]
+def score(images, records):
+    return [float(image[0, 0, 0]) / 255 for image in images]
 
 
-def test_tags_weigh_the_same_and_no_picture_scores_nothing():
+def test_tags_weigh_the_same_and_no_image_scores_nothing():
     # color: final 1 and 0 (nothing drawn) -> 0.5; counting: 1 -> overall 0.75. First: color (0 + 0) / 2, counting 1.
     rollouts = Answers({"a": [[0, 0, 255]], "b": [[]], "c": [[255]]})
     heldout = evaluate(rollouts, score, RECORDS, seed=7)
     assert heldout.final_image == 0.75 and heldout.first_sketch == 0.5
     assert heldout.tags == {"color": 0.5, "counting": 1.0}
-    assert heldout.as_metrics()["heldout/pictures"] == pytest.approx(4 / 3)
+    assert heldout.as_metrics()["heldout/images"] == pytest.approx(4 / 3)
     assert [(r.group, r.seed, r.members) for r in rollouts.requests] == [(0, 7, (0,)), (1, 7, (0,)), (2, 7, (0,))]
 
 
@@ -123,17 +123,17 @@ def test_the_shapes_world_scores_its_own_demonstrations():
     """The scorer that evaluations use, on rendered scenes: a demonstration ends right, by GenEval's own rules."""
     pytest.importorskip("tasks.shapes")
     from evals.heldout import geneval_scorer
-    from rewards.contract import Setting
+    from rewards.contract import RewardContext
     from rewards.detectors.shapes import TaskDetector
     from tasks.registry import get_task
 
     task = get_task("shapes")
-    scorer = geneval_scorer(Setting.of(task, None, TaskDetector.of(task)))
+    scorer = geneval_scorer(RewardContext.of(task, None, TaskDetector.of(task)))
     demonstrations = task.demonstrations("strokes", 60, 0)
-    final = [[p.picture for p in d.parts if p.picture is not None][-1] for d in demonstrations]
+    final = [[p.image for p in d.parts if p.image is not None][-1] for d in demonstrations]
     assert np.mean(scorer(final, [d.record for d in demonstrations])) > 0.95
-    blank = SimpleNamespace(picture=np.full_like(final[0], 255))
-    assert scorer([blank.picture], [demonstrations[0].record]) == [0.0]
+    blank = SimpleNamespace(image=np.full_like(final[0], 255))
+    assert scorer([blank.image], [demonstrations[0].record]) == [0.0]
 
 
 def test_refinement_is_the_final_images_gain_over_the_first_sketches():

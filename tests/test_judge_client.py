@@ -285,10 +285,10 @@ def test_compare_by_logprobs_by_hand():
         assert judge.compare([Comparison("t", "first", "second")], by_logprobs=True) == [pytest.approx(0.6)]
 
 
-def test_pictures_of_a_comparison_stand_with_their_candidate():
+def test_images_of_a_comparison_stand_with_their_candidate():
     red, blue = (np.full((2, 2, 3), color, np.uint8) for color in ((255, 0, 0), (0, 0, 255)))
     with JudgeServer(lambda *_: "T") as server, client(server) as judge:
-        judge.compare([Comparison("t", first_pictures=(red,), second_pictures=(blue,))])
+        judge.compare([Comparison("t", first_images=(red,), second_images=(blue,))])
     orders = []
     for body in server.requests:
         urls = [p["image_url"]["url"] for p in body["messages"][-1]["content"] if p["type"] == "image_url"]
@@ -515,13 +515,13 @@ def test_the_cache_is_keyed_by_model_and_whole_request(tmp_path, change):
 
 
 def test_one_pixel_is_another_request(tmp_path):
-    picture = np.zeros((4, 4, 3), np.uint8)
-    other = picture.copy()
+    image = np.zeros((4, 4, 3), np.uint8)
+    other = image.copy()
     other[3, 3, 2] = 1
     with JudgeServer(lambda *_: "yes") as server, client(server, cache_dir=tmp_path) as judge:
-        judge.ask([Question.of("a", [picture])])
+        judge.ask([Question.of("a", [image])])
         judge.ask([Question.of("a", [other])])
-        judge.ask([Question.of("a", [picture.copy()])])
+        judge.ask([Question.of("a", [image.copy()])])
     assert len(server.requests) == 2
 
 

@@ -1,4 +1,4 @@
-"""Repetition and length: by hand, by properties, and over thoughts with pictures and tags."""
+"""Repetition and length: by hand, by properties, and over thoughts with images and tags."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
 from rewards.functions.length import (
@@ -19,7 +19,7 @@ from rewards.functions.length import (
 )
 from runtime.errors import UserError
 
-PICTURE = np.zeros((4, 4, 3), np.uint8)
+IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -74,35 +74,38 @@ def test_group_length_by_hand(lengths, values):
 
 def test_a_format_that_repeats_its_tags_is_not_repetitive():
     rounds = [
-        s for n in range(4) for s in (text("plan", f"<ins> draw </ins><des> step {n} </des>"), image("sketch", PICTURE))
+        s
+        for n in range(4)
+        for s in (text("plan", f"<ins> draw </ins><des> step {n} </des>"), image_segment("sketch", IMAGE))
     ]
     # the tags of one round stand in the next as well: counted as words they would be most of the repetition
-    assert repetition_penalty([thought({}, *rounds)], n=1) == [pytest.approx(-(1 - 6 / 12))]
-    assert repetition_penalty([thought({}, *rounds)], n=2) == [pytest.approx(0)]
-    assert repetition_penalty([thought({}, *rounds)], n=2, tags=True)[0] < -0.4
+    assert repetition_penalty([trajectory_of({}, *rounds)], n=1) == [pytest.approx(-(1 - 6 / 12))]
+    assert repetition_penalty([trajectory_of({}, *rounds)], n=2) == [pytest.approx(0)]
+    assert repetition_penalty([trajectory_of({}, *rounds)], n=2, tags=True)[0] < -0.4
 
 
 def test_repetition_over_thoughts():
     observed = text("observation", "look look look look look", Author.ENVIRONMENT)
     assert repetition_penalty(
-        [thought({}, observed), thought({}), thought({}, text("think", "Red red RED red"))], penalty=0.5
+        [trajectory_of({}, observed), trajectory_of({}), trajectory_of({}, text("think", "Red red RED red"))],
+        penalty=0.5,
     ) == [0, 0, -0.25]
-    ids = thought({}, text("think", "a b a b a b", ids=[1, 2, 1, 2, 1, 2]))
-    assert repetition_penalty([ids, thought({}, text("think", "a b a b"))], n=2, unit="tokens") == [
+    ids = trajectory_of({}, text("think", "a b a b a b", ids=[1, 2, 1, 2, 1, 2]))
+    assert repetition_penalty([ids, trajectory_of({}, text("think", "a b a b"))], n=2, unit="tokens") == [
         pytest.approx(-3 / 5),
         None,
     ]
 
 
-def test_pictures_and_observations_have_no_length():
-    written = thought(
+def test_images_and_observations_have_no_length():
+    written = trajectory_of(
         {},
         text("think", "a b c", ids=range(70)),
-        image("sketch", PICTURE, ids=range(500)),
+        image_segment("sketch", IMAGE, ids=range(500)),
         text("observation", "x", Author.ENVIRONMENT, ids=range(500)),
         text("answer", "d", ids=range(10)),
     )
-    unknown = thought({}, text("think", "no ids were recorded"))
+    unknown = trajectory_of({}, text("think", "no ids were recorded"))
     assert overlong_penalty([written, unknown], max_length=100, cache=40) == [-0.5, None]
     assert overlong_penalty([unknown], max_length=4, cache=2, unit="words") == [-1]
     assert overlong_penalty([unknown], max_length=25, cache=10, unit="characters") == [pytest.approx(-0.5)]
@@ -110,7 +113,7 @@ def test_pictures_and_observations_have_no_length():
 
 def test_length_is_compared_within_a_group():
     group = [
-        thought({}, text("think", "x", ids=range(n)), group=g, member=m)
+        trajectory_of({}, text("think", "x", ids=range(n)), group=g, member=m)
         for g, m, n in [(0, 0, 10), (1, 0, 1000), (0, 1, 30), (1, 1, 2000), (0, 2, 20)]
     ]
     logged = {}

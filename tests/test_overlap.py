@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
 from rewards.contract import RewardError
@@ -162,7 +162,7 @@ def test_box_forms():
 
 
 def boxed(said, record, *more):
-    return thought({"prompt": "where?", **record}, *more, text("answer", said))
+    return trajectory_of({"prompt": "where?", **record}, *more, text("answer", said))
 
 
 def test_the_last_answer_block_is_read_and_no_observation():
@@ -187,7 +187,7 @@ def test_frames_and_forms():
     # read as pixels, as the naive reading has it, the same answer misses
     assert box_iou_reward([boxed("[100, 100, 200, 200]", record)]) == [0]
     unsized = {"ground_truth": [20, 10, 40, 20]}
-    shown = boxed("[100, 100, 200, 200]", unsized, image("prompt", wide, Author.USER))
+    shown = boxed("[100, 100, 200, 200]", unsized, image_segment("prompt", wide, Author.USER))
     assert box_iou_reward([shown], frame="thousand", gold_frame="pixels") == [1]
     with pytest.raises(RewardError, match="'image_size'"):
         box_iou_reward([boxed("[1, 1, 2, 2]", unsized)], frame="unit", gold_frame="pixels")

@@ -135,12 +135,12 @@ def test_every_fault_is_told_at_once(tmp_path):
     [
         ("", "a YAML text file"),
         ("none.yaml", "no such recipe"),
-        ("picture.yaml/x", "no such recipe"),
-        ("picture.yaml", "a YAML text file"),
+        ("image.yaml/x", "no such recipe"),
+        ("image.yaml", "a YAML text file"),
     ],
 )
 def test_a_path_that_leads_to_no_text_is_named(tmp_path, name: str, words: str):
-    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
+    (tmp_path / "image.yaml").write_bytes(b"\x89PNG\xff\xfe\x00")
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value) and words in str(caught.value)

@@ -18,7 +18,7 @@ from underdrawing.report.page import ReportData, _pairs, _tagged, render, report
 
 
 def thought(member: int, tag: str, word: str) -> Trajectory:
-    picture = np.full((8, 8, 3), 200, np.uint8)
+    image = np.full((8, 8, 3), 200, np.uint8)
     segments = [
         Segment("prompt", Author.USER, Modality.TEXT, False, text="a red circle"),
         Segment(
@@ -29,9 +29,7 @@ def thought(member: int, tag: str, word: str) -> Trajectory:
             ids=np.arange(3, dtype=np.int32),
             text=f"<ins>draw {word}</ins><des>red circle</des>",
         ),
-        Segment(
-            "sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, ids=np.arange(4, dtype=np.int32), picture=picture
-        ),
+        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, ids=np.arange(4, dtype=np.int32), image=image),
     ]
     return Trajectory(
         "a red circle",
@@ -43,7 +41,7 @@ def thought(member: int, tag: str, word: str) -> Trajectory:
         stop=StopReason.MAX_TOKENS,
         rewards={"detect": 1.0, "critique": None},
         reward=0.75,
-        segment_rewards={"pictures": {2: 1.0}},
+        segment_rewards={"images": {2: 1.0}},
         advantage_S=np.array([0.0, 0.5, -1.25], np.float32),
     )
 
@@ -52,7 +50,7 @@ def test_a_filmstrip_shows_every_segment_with_its_advantage_and_credit() -> None
     page = render(ReportData("run", "", sampled=[(10, [thought(0, "colors", "boldly")])]))
     assert "draw boldly" in page and "&lt;ins&gt;" not in page  # tags are labels, not text
     assert "+0.50" in page and "-1.25" in page  # advantages by segment
-    assert "pictures +1.00" in page  # what was credited to the picture
+    assert "images +1.00" in page  # what was credited to the image
     assert "stopped: max tokens" in page
     assert "data:image/png;base64," in page
     assert page.count('class="frame ') == 2  # the prompt is the heading, not a frame

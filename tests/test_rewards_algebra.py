@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from rewards_helpers import text, thought
+from rewards_helpers import text, trajectory_of
 
 from rewards.config import RewardsConfig
 from rewards.formula import groupwise
 from rewards.formula.expression import Expression, ExpressionError
 from rewards.formula.schedule import ScheduleConfig
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from rewards.tree import lines
 
 PARTS = ("a", "b")
@@ -258,12 +258,12 @@ def file(tmp_path):
 
 
 def group(*words, number=0):
-    return [thought({}, text("answer", w), group=number, member=m) for m, w in enumerate(words)]
+    return [trajectory_of({}, text("answer", w), group=number, member=m) for m, w in enumerate(words)]
 
 
 def judged(section, *groups, step=1):
-    with Judge(RewardsConfig.model_validate(section)) as judge:
-        report = judge.judge(groups, step)
+    with RewardManager(RewardsConfig.model_validate(section)) as manager:
+        report = manager.score(groups, step)
     return [[t.reward for t in members] for members in groups], report
 
 
@@ -282,10 +282,10 @@ def test_a_weight_can_follow_a_schedule(file):
     section = {"parts": {"n": file("lengths", weight="w"), "o": file("ones")}, "schedules": {"w": {1: 2.0, 3: 0.5}}}
     config = RewardsConfig.model_validate(section)
     assert config.formula() == "w * n + o"
-    with Judge(config) as judge:
+    with RewardManager(config) as manager:
         for step, expected in ((1, 7), (2, 4.75), (3, 2.5)):
             rows = group("aaa")
-            judge.judge([rows], step)
+            manager.score([rows], step)
             assert rows[0].reward == pytest.approx(expected)
 
 
@@ -297,22 +297,22 @@ def test_a_gate_pays_the_rest_only_behind_it(file):
 
 
 def test_a_watched_part_is_logged_and_never_paid(file):
-    section = {"parts": {"n": file("lengths", watch=True), "o": file("ones")}}
+    section = {"parts": {"n": file("lengths", log_only=True), "o": file("ones")}}
     assert RewardsConfig.model_validate(section).formula() == "o"
     rows = group("aaa", "")
     rewards, report = judged(section, rows)
     assert rewards == [[1, 1]] and [t.rewards for t in rows] == [{"n": 3, "o": 1}, {"n": None, "o": 1}]
     assert report.metrics["reward/n"] == 3 and report.metrics["reward/n/none"] == 0.5
-    with pytest.raises(ExpressionError, match="rewards.total: 'n' is watched, so it is never paid"):
+    with pytest.raises(ExpressionError, match="rewards.total: 'n' is log-only"):
         RewardsConfig.model_validate({**section, "total": "o + n"})
-    with pytest.raises(ExpressionError, match="'n' is watched"):
+    with pytest.raises(ExpressionError, match="'n' is log-only"):
         RewardsConfig.model_validate({**section, "total": "o + group_mean(n)"})
 
 
 def test_what_a_watched_part_says_of_segments_moves_no_advantage(file):
     paid, watched = group("a"), group("a")
     judged({"parts": {"c": file("credits")}}, paid)
-    judged({"parts": {"c": file("credits", watch=True), "o": file("ones")}}, watched)
+    judged({"parts": {"c": file("credits", log_only=True), "o": file("ones")}}, watched)
     assert paid[0].segment_rewards == {"c": {1: 2.0, 0: 4.0}}
     assert watched[0].segment_rewards == {} and watched[0].rewards["c"] == 3.0
     assert watched[0].info["rewards"] == {"c": {"segments": {"1": 2.0, "0": 4.0}}}
@@ -326,7 +326,7 @@ def test_the_tree_says_what_each_part_is_and_how_they_are_combined(file):
         {
             "parts": {
                 "result": {"function": "geneval", "options": {"mode": "graded"}},
-                "form": {"function": "format", "watch": True},
+                "form": {"function": "format", "log_only": True},
                 "mine": {
                     "function": "trl.rewards.think_format_reward",
                     "scope": "row",
@@ -340,8 +340,8 @@ def test_the_tree_says_what_each_part_is_and_how_they_are_combined(file):
     )
     printed = "\n".join(lines(config))
     for said in (
-        "result [paid] = geneval(mode='graded')",
-        "form [watched] = format()",
+        "result [weighted] = geneval(mode='graded')",
+        "form [log-only] = format()",
         "GenEval, arXiv:2310.11513",
         "in the driver",
         "in 2 Ray actors of 1 CPU and 0.25 GPU, 8 at a time; 20 s a call, then 1 more",

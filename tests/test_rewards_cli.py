@@ -13,10 +13,10 @@ import pytest
 import yaml
 from judge_server import Answer, JudgeServer
 from PIL import Image
-from rewards_helpers import from_parts, text, thought
+from rewards_helpers import from_parts, text, trajectory_of
 
 from record.store import save_trajectories
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from rewards.registry import REWARDS
 from tasks.registry import get_task
 from underdrawing import build
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = {
     "right": {"function": "geneval"},
     "share": {"function": "geneval", "options": {"mode": "graded"}},
-    "exact": {"function": "geneval", "options": {"mode": "strict"}, "watch": True},
+    "exact": {"function": "geneval", "options": {"mode": "strict"}, "log_only": True},
 }
 
 
@@ -74,7 +74,7 @@ def test_explain_tells_all_of_a_reward(capsys, name):
     import inspect
 
     for option, parameter in inspect.signature(reward.load()).parameters.items():
-        if option not in ("trajectories", "setting", "log_metric", "log_extra", "columns"):
+        if option not in ("trajectories", "context", "log_metric", "log_extra", "columns"):
             assert f" {option} {parameter.default!r}"[:25] in out
 
 
@@ -163,16 +163,16 @@ def test_try_on_thoughts_gives_the_judges_numbers_and_a_page(capsys, tmp_path, s
     path = recipe(tmp_path)
     out = said(capsys, "rewards", "try", path, "--trajectories", stored)
     loaded = load_recipe(path)
-    with Judge(loaded.rewards, build.build_task(loaded), build.build_format(loaded)) as judge:
-        metrics = judge.judge([demonstrations[n : n + 2] for n in range(0, 12, 2)]).metrics
+    with RewardManager(loaded.rewards, build.build_task(loaded), build.build_format(loaded)) as manager:
+        metrics = manager.score([demonstrations[n : n + 2] for n in range(0, 12, 2)]).metrics
     for name in ("right", "share", "exact"):
-        assert re.search(rf"{name}( \(watched\))? {metrics[f'reward/{name}']:.3f} ", out)
+        assert re.search(rf"{name}( \(log-only\))? {metrics[f'reward/{name}']:.3f} ", out)
     assert f"reward {metrics['reward/mean']:.3f} {metrics['reward/std']:.3f}" in out
     assert "reward = right + 0.5 * share" in out
     page = (stored / "rewards.html").read_text()
-    pictures = sum(len(t.pictures()) for t in demonstrations)
-    assert page.count('<div class="pic">') == pictures and page.count('class="verdict ') == pictures
-    assert page.count('class="box"') >= 12 and "watched" in page and "http" not in page.split("</style>")[1]
+    images = sum(len(t.images()) for t in demonstrations)
+    assert page.count('<div class="pic">') == images and page.count('class="verdict ') == images
+    assert page.count('class="box"') >= 12 and "log-only" in page and "http" not in page.split("</style>")[1]
     rows = [json.loads(line) for line in (stored / "rewards.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [t.reward for t in demonstrations]
     assert rows[0]["rewards"] == demonstrations[0].rewards and rows[0]["key"] == "0-0"
@@ -180,12 +180,12 @@ def test_try_on_thoughts_gives_the_judges_numbers_and_a_page(capsys, tmp_path, s
 
 
 def test_boxes_stand_where_the_objects_are(demonstrations):
-    """A box in percent of the picture, cut at its edges."""
+    """A box in percent of the image, cut at its edges."""
     from rewards.detectors.base import Detected
 
-    picture = np.zeros((50, 200, 3), np.uint8)
+    image = np.zeros((50, 200, 3), np.uint8)
     seen = seen_of(
-        picture,
+        image,
         {"cat": [Detected((20, 10, 120, 60), 0.7, "black")], "dog": [Detected((-10, 0, 50, 25), 0.9)]},
         False,
         "expected",
@@ -193,7 +193,7 @@ def test_boxes_stand_where_the_objects_are(demonstrations):
     dog, cat = seen.boxes
     assert (dog.label, dog.left, dog.top, dog.width, dog.height) == ("dog", 0, 0, 25, 50)
     assert (cat.label, cat.left, cat.top, cat.width, cat.height) == ("black cat", 10, 20, 50, 80)
-    assert cat.colour != dog.colour
+    assert cat.color != dog.color
 
 
 def test_the_parts_thresholds_hold_for_the_page_too(demonstrations):
@@ -203,16 +203,16 @@ def test_the_parts_thresholds_hold_for_the_page_too(demonstrations):
     class Dim:
         classes = tuple(get_task("shapes").classes)
 
-        def detect(self, pictures):
-            return [{name: [Detected((0, 0, 9, 9), 0.2, "red")] for name in self.classes} for _ in pictures]
+        def detect(self, images):
+            return [{name: [Detected((0, 0, 9, 9), 0.2, "red")] for name in self.classes} for _ in images]
 
     shown = [look(demonstrations[:1], CachedDetector(Dim()), limits) for limits in ((0.3, 0.9), (0.1, 0.1))]
     boxes = [sum(len(seen.boxes) for of in found.values() for seen in of.values()) for found in shown]
-    assert boxes[0] == 0 and boxes[1] == len(Dim.classes) * len(demonstrations[0].pictures())
+    assert boxes[0] == 0 and boxes[1] == len(Dim.classes) * len(demonstrations[0].images())
 
 
 def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images, monkeypatch):
-    """Named in the recipe; it is asked for what each record names, and colours are named afterwards."""
+    """Named in the recipe; it is asked for what each record names, and colors are named afterwards."""
     (tmp_path / "mine.py").write_text(
         textwrap.dedent("""
         from rewards.detectors.base import Detected
@@ -220,13 +220,13 @@ def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images
         class Mine:
             classes, open_vocabulary = (), True
 
-            def detect(self, pictures):
+            def detect(self, images):
                 raise AssertionError("asked without phrases")
 
-            def detect_phrases(self, pictures, phrases):
+            def detect_phrases(self, images, phrases):
                 return [{phrase: [Detected((0, 0, 8, 16), 0.95)] for phrase in some} for some in phrases]
 
-            def name_colors(self, pictures, objects):
+            def name_colors(self, images, objects):
                 return [["red"] * len(row) for row in objects]
     """)
     )
@@ -249,20 +249,20 @@ def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images
         ),
         ("def __init__(self, path): pass", "Mine' cannot be made: TypeError: Mine.__init__() missing 1 required"),
         ("def detect(self): return []", "Mine raises TypeError: Mine.detect() takes 1 positional argument but 2 were"),
-        ("def detect(self, pictures): return [1 / 0]", "Mine raises ZeroDivisionError: division by zero ("),
+        ("def detect(self, images): return [1 / 0]", "Mine raises ZeroDivisionError: division by zero ("),
         (
-            "def detect(self, pictures): return {}",
+            "def detect(self, images): return {}",
             "Mine gives {}; it must give a list with one {class: [Detected, ...]}",
         ),
-        ("def detect(self, pictures): return [None for _ in pictures]", "Mine gives [None"),
-        ("def detect(self, pictures): raise SystemExit(1)", "Mine raises SystemExit: 1 ("),
+        ("def detect(self, images): return [None for _ in images]", "Mine gives [None"),
+        ("def detect(self, images): raise SystemExit(1)", "Mine raises SystemExit: 1 ("),
     ],
 )
 @pytest.mark.parametrize("rewards", [{}, {"detector_workers": {}}])
 def test_what_a_detector_of_ones_own_raises_is_a_sentence(capsys, tmp_path, stored, body, words, rewards):
     (tmp_path / "mine.py").write_text(
         "class Mine:\n    classes = ('circle', 'square', 'triangle', 'cross')\n"
-        f"    def detect(self, pictures): return []\n    {body}\n"
+        f"    def detect(self, images): return []\n    {body}\n"
     )
     parts = {name: {**part, "retries": 0} for name, part in PARTS.items()}
     path = recipe(tmp_path, parts=parts, detector=f"{tmp_path}/mine.py:Mine", **rewards)
@@ -292,26 +292,26 @@ def test_the_overrides_of_a_recipe_hold(capsys, tmp_path, stored):
     assert len((tmp_path / "out" / "page.jsonl").read_text().splitlines()) == 12
 
 
-def pictures_in(folder, demonstrations, samples=2):
+def images_in(folder, demonstrations, samples=2):
     for index in range(0, len(demonstrations), samples):
         place = folder / f"{index // samples:05d}" / "samples"
         place.mkdir(parents=True)
         (place.parent / "metadata.jsonl").write_text(json.dumps(demonstrations[index].record))
         for number in range(samples):
-            Image.fromarray(demonstrations[index + number].pictures()[-1]).save(place / f"{number:04d}.png")
+            Image.fromarray(demonstrations[index + number].images()[-1]).save(place / f"{number:04d}.png")
     return folder
 
 
 @pytest.fixture
 def images(tmp_path, demonstrations):
-    return pictures_in(tmp_path / "images", demonstrations)
+    return images_in(tmp_path / "images", demonstrations)
 
 
-def test_try_on_pictures_judges_each_and_shows_prompts_as_rows(capsys, tmp_path, images, demonstrations):
+def test_try_on_images_judges_each_and_shows_prompts_as_rows(capsys, tmp_path, images, demonstrations):
     out = said(capsys, "rewards", "try", recipe(tmp_path), "--images", images)
     rows = [json.loads(line) for line in (images / "rewards.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and rows[3]["file"] == "00001/samples/0001.png"
-    # The first picture of each prompt is its own demonstration's, which is right; whatever else, each row adds up.
+    # The first image of each prompt is its own demonstration's, which is right; whatever else, each row adds up.
     assert all(row["rewards"]["right"] == 1 for row in rows[::2])
     assert all(row["reward"] == row["rewards"]["right"] + 0.5 * row["rewards"]["share"] for row in rows)
     right = [row["rewards"]["right"] for row in rows]
@@ -322,7 +322,7 @@ def test_try_on_pictures_judges_each_and_shows_prompts_as_rows(capsys, tmp_path,
     assert "expected" in page or sum(right) == 12
 
 
-def test_a_page_of_many_pictures_shows_every_tag(demonstrations):
+def test_a_page_of_many_images_shows_every_tag(demonstrations):
     shown = spread(demonstrations, 6)
     assert len(shown) == 6 and {id(t) for t in shown} <= {id(t) for t in demonstrations}
     tags = {t.record["tag"] for t in demonstrations[::2]}
@@ -358,7 +358,7 @@ def spoil(images, what):
         import shutil
 
         shutil.rmtree(images / "00003")
-    elif what == "colour":
+    elif what == "color":
         (first / "metadata.jsonl").write_text(
             json.dumps(
                 {
@@ -377,14 +377,14 @@ def spoil(images, what):
 @pytest.mark.parametrize(
     "what, words",
     [
-        ("corrupt", ["00000/samples/0001.png", "no picture can be read"]),
+        ("corrupt", ["00000/samples/0001.png", "no image can be read"]),
         ("twice", ["00000/samples", "0001.jpg and 0001.png"]),
         ("missing", ["1 of 6 prompts", "00003"]),
         ("class", ["'tirangle'", "did you mean 'triangle'?"]),
-        ("colour", ["'a grey circle'", "the colour 'grey'", "did you mean 'green'?"]),
+        ("color", ["'a grey circle'", "the color 'grey'", "did you mean 'green'?"]),
     ],
 )
-def test_bad_pictures_are_named(capsys, tmp_path, images, what, words):
+def test_bad_images_are_named(capsys, tmp_path, images, what, words):
     spoil(images, what)
     out = said(capsys, "rewards", "try", recipe(tmp_path), "--images", images, code=2)
     assert all(word in out for word in words), out
@@ -433,7 +433,7 @@ def rows_in(folder):
 
 def test_answers_that_were_paid_for_outlive_a_division_by_zero(capsys, tmp_path):
     thoughts = [
-        thought(
+        trajectory_of(
             {"prompt": f"p{n}", "question": f"How many is {n}?", "ground_truth": "two"},
             text("answer", f"FINAL ANSWER: {n}. TERMINATE"),
             member=n,
@@ -471,7 +471,7 @@ def test_earlier_rewards_are_not_taken_for_what_the_parts_gave(capsys, tmp_path)
 def test_a_judge_that_fails_now_and_then_is_counted_and_its_thoughts_go_unjudged(capsys, tmp_path):
     """Through the whole command: recipe, process of its own, client, server, table."""
     thoughts = [
-        thought(
+        trajectory_of(
             {"prompt": f"p{n}", "question": f"How many is {n}?", "ground_truth": "two"},
             text("answer", f"FINAL ANSWER: {n}. TERMINATE"),
             group=n // 4,
@@ -505,7 +505,7 @@ def test_a_judge_that_fails_now_and_then_is_counted_and_its_thoughts_go_unjudged
     "arguments, words",
     [
         (["--trajectories", "nowhere"], "nowhere: there are no trajectories here"),
-        (["--images", "nowhere"], "nowhere: no such folder of pictures"),
+        (["--images", "nowhere"], "nowhere: no such folder of images"),
     ],
 )
 def test_folders_that_are_not_there(capsys, tmp_path, arguments, words):
@@ -515,4 +515,4 @@ def test_folders_that_are_not_there(capsys, tmp_path, arguments, words):
 def test_one_kind_of_input_is_needed(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["rewards", "try", recipe(tmp_path)])
-    assert "one of the arguments --images --trajectories is required" in capsys.readouterr().err
+    assert "one of the arguments --images/--pictures --trajectories is required" in capsys.readouterr().err

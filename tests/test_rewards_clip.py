@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 from safetensors.torch import load_file, save_file
 
 from record.trajectory import Author
@@ -34,28 +34,33 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def thoughts():
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((32, 32), (48, 40), (32, 32), (20, 64))]
+    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((32, 32), (48, 40), (32, 32), (20, 64))]
     return [
-        thought(
-            {"prompt": "a red dog"}, image("sketch", pictures[0]), text("inspect", "no"), image("sketch", pictures[1])
+        trajectory_of(
+            {"prompt": "a red dog"},
+            image_segment("sketch", images[0]),
+            text("inspect", "no"),
+            image_segment("sketch", images[1]),
         ),
-        thought({"prompt": "two cats"}, image("sketch", pictures[2])),
-        thought({"prompt": "nothing"}),
-        thought(
-            {"prompt": "a red dog"}, image("sketch", pictures[3]), image("observation", pictures[0], Author.ENVIRONMENT)
+        trajectory_of({"prompt": "two cats"}, image_segment("sketch", images[2])),
+        trajectory_of({"prompt": "nothing"}),
+        trajectory_of(
+            {"prompt": "a red dog"},
+            image_segment("sketch", images[3]),
+            image_segment("observation", images[0], Author.ENVIRONMENT),
         ),
     ]
 
 
-def cosine(model, preprocess, tokenizer, prompt, picture):
+def cosine(model, preprocess, tokenizer, prompt, image):
     with torch.no_grad():
         a = model.encode_text(tokenizer([prompt]))[0].double()
-        b = model.encode_image(preprocess(Image.fromarray(picture))[None])[0].double()
+        b = model.encode_image(preprocess(Image.fromarray(image))[None])[0].double()
     return float(a @ b / a.norm() / b.norm())
 
 
 def final(thoughts):
-    return [t.pictures()[-1] if t.pictures() else None for t in thoughts]
+    return [t.images()[-1] if t.images() else None for t in thoughts]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
@@ -72,11 +77,11 @@ def test_clip_similarity_equals_one_pair_at_a_time(models, thoughts, batch_size)
     assert clip_similarity(thoughts, form="clipscore", **options) == pytest.approx(
         [2.5 * value for value in expected], abs=1e-5
     )
-    first = cosine(model, preprocess, tokenizer, thoughts[0].prompt, thoughts[0].pictures()[0])
-    assert clip_similarity(thoughts, picture="first", **options)[0] == pytest.approx(first, abs=1e-5)
-    each = clip_similarity(thoughts, picture="each", **options)
+    first = cosine(model, preprocess, tokenizer, thoughts[0].prompt, thoughts[0].images()[0])
+    assert clip_similarity(thoughts, image="first", **options)[0] == pytest.approx(first, abs=1e-5)
+    each = clip_similarity(thoughts, image="each", **options)
     assert each[0] == pytest.approx({1: first, 3: expected[0]}, abs=1e-5) and each[2] == 0.0
-    assert list(each[3]) == [1]  # the environment's picture is not the policy's
+    assert list(each[3]) == [1]  # the environment's image is not the policy's
 
 
 def test_clipscore_is_never_negative(models, thoughts, tmp_path):
@@ -90,7 +95,7 @@ def test_clipscore_is_never_negative(models, thoughts, tmp_path):
     assert clip_similarity(thoughts, path=str(tmp_path / "turned"), form="clipscore") == [0.0] * 4
 
 
-def features(models, prompt, picture):
+def features(models, prompt, image):
     from transformers import AutoProcessor, CLIPModel
 
     model = CLIPModel.from_pretrained(models["clip"]).eval()
@@ -99,7 +104,7 @@ def features(models, prompt, picture):
         output = model(
             **processor(
                 text=[prompt],
-                images=[Image.fromarray(picture)],
+                images=[Image.fromarray(image)],
                 return_tensors="pt",
                 padding=True,
                 truncation=True,
@@ -148,7 +153,7 @@ def test_hps_is_a_cosine_from_a_folder_or_a_file(models, thoughts, tmp_path, mon
     ("call", "message"),
     [
         (lambda m: clip_similarity([], form="cos", path=str(m["open_clip"])), "no form 'cos'; did you mean 'cosine'"),
-        (lambda m: clip_similarity([], picture="last", path=str(m["open_clip"])), "no picture 'last'"),
+        (lambda m: clip_similarity([], image="last", path=str(m["open_clip"])), "no image 'last'"),
         (lambda m: clip_similarity([], library="timm"), "no library 'timm'"),
         (lambda m: clip_similarity([], library="transformers"), "clip_similarity: give `path`"),
         (lambda m: clip_similarity([], path=str(m["plain"])), "computes GELU"),

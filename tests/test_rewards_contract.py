@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 from grid_world import GridWorld, draw
-from rewards_helpers import from_parts, image, text, thought
+from rewards_helpers import from_parts, image_segment, text, trajectory_of
 
 from formats.registry import get_format
 from record.trajectory import (
@@ -20,16 +20,16 @@ from record.trajectory import (
     DecisionKind,
     Decisions,
     FlowSteps,
-    Law,
     Modality,
+    SamplingParams,
     Segment,
 )
 from rewards.config import RewardsConfig
-from rewards.contract import RewardError, Setting, TrainerState, call, lightened
+from rewards.contract import RewardContext, RewardError, TrainerState, call, lightened
 from rewards.detectors.shapes import TaskDetector
 from rewards.judge.base import Reply
 from rewards.loader import load_reward
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from rewards.registry import REWARDS
 from runtime.errors import UserError
 from tasks.registry import get_task
@@ -39,9 +39,9 @@ NO_JUDGE = {"base_url": "http://127.0.0.1:9/v1", "model": "none", "check_at_star
 
 
 @pytest.fixture(scope="module")
-def setting():
+def context():
     task = get_task("shapes")
-    return Setting.of(task, get_format("strokes"), TaskDetector.of(task), AgreeingJudge())
+    return RewardContext.of(task, get_format("strokes"), TaskDetector.of(task), AgreeingJudge())
 
 
 class AgreeingJudge:
@@ -58,24 +58,24 @@ class AgreeingJudge:
 
 
 @pytest.fixture(scope="module")
-def thoughts(setting):
+def thoughts(context):
     """Good ones, and everything short of that."""
-    demos = setting.task.demonstrations("strokes", 6, seed=1)
+    demos = context.task.demonstrations("strokes", 6, seed=1)
     record = demos[0].record
-    picture = next(p.picture for p in demos[0].parts if p.picture is not None)
+    image = next(p.image for p in demos[0].parts if p.image is not None)
     return [from_parts(d.record, d.parts) for d in demos] + [
-        thought(record),
-        thought({}),
-        thought({}, image("sketch", picture)),
-        thought(record, text("other", "< <ins> ]")),
-        thought(record, image("sketch", picture), text("inspect", "<inspect> wrong fine wrong")),
-        thought(record, image("sketch", np.zeros_like(picture)), text("inspect", "")),
-        thought(
+        trajectory_of(record),
+        trajectory_of({}),
+        trajectory_of({}, image_segment("sketch", image)),
+        trajectory_of(record, text("other", "< <ins> ]")),
+        trajectory_of(record, image_segment("sketch", image), text("inspect", "<inspect> wrong fine wrong")),
+        trajectory_of(record, image_segment("sketch", np.zeros_like(image)), text("inspect", "")),
+        trajectory_of(
             {"question": "How many?", "ground_truth": "7"},
             text("think", "<think> one by one </think>"),
             text("answer", "<answer> 7 </answer>"),
         ),
-        thought({"question": "How many?", "ground_truth": "7"}, text("answer", "\\boxed{8"), group=1),
+        trajectory_of({"question": "How many?", "ground_truth": "7"}, text("answer", "\\boxed{8"), group=1),
     ]
 
 
@@ -94,19 +94,19 @@ COLUMNS = {
 GRID = {"grid": ["S.", "#G"]}
 
 
-def fitting(name, setting, thoughts):
+def fitting(name, context, thoughts):
     """The setting and the thoughts with records that the reward can read."""
     if name == "vprl":
         planned = [
-            thought(GRID, *[image("sketch", draw(GRID["grid"], cell)) for cell in cells])
+            trajectory_of(GRID, *[image_segment("sketch", draw(GRID["grid"], cell)) for cell in cells])
             for cells in ([], [(0, 1), (1, 1)], [(1, 1)])
         ]
-        return Setting(GridWorld(), setting.fmt), [*thoughts, *planned]
+        return RewardContext(GridWorld(), context.fmt), [*thoughts, *planned]
     own = [copy.deepcopy(t) for t in thoughts]
     for t in own:
         if "ground_truth" in t.record:
             t.record |= {"ground_truth": REFERENCES.get(name, t.record["ground_truth"]), **COLUMNS.get(name, {})}
-    return setting, own
+    return context, own
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +122,12 @@ def weights(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_finite_value_a_thought_whatever_it_is_and_nothing_is_changed(name, setting, thoughts, weights):
-    setting, thoughts = fitting(name, setting, thoughts)
+def test_one_finite_value_a_thought_whatever_it_is_and_nothing_is_changed(name, context, thoughts, weights):
+    context, thoughts = fitting(name, context, thoughts)
     before = copy.deepcopy(thoughts)
     function = load_reward(name)
     options = weights.get(name, {})
-    values, logs = call(function, name, thoughts, options=options, state=TrainerState(), view="auto", setting=setting)
+    values, logs = call(function, name, thoughts, options=options, state=TrainerState(), view="auto", context=context)
     assert len(values) == len(thoughts)
     numbers = [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
     assert all(value is None or math.isfinite(value) for value in numbers)
@@ -136,12 +136,12 @@ def test_one_finite_value_a_thought_whatever_it_is_and_nothing_is_changed(name, 
     assert all(len(column) == len(thoughts) for column in logs.columns.values())
     for old, new in zip(before, thoughts, strict=True):
         assert [s.text for s in old.segments] == [s.text for s in new.segments] and old.record == new.record
-    again, _ = call(function, name, thoughts, options=options, state=TrainerState(), view="auto", setting=setting)
+    again, _ = call(function, name, thoughts, options=options, state=TrainerState(), view="auto", context=context)
     assert again == values
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_thoughts_no_values(name, setting, weights):
+def test_no_thoughts_no_values(name, context, weights):
     assert (
         call(
             load_reward(name),
@@ -150,7 +150,7 @@ def test_no_thoughts_no_values(name, setting, weights):
             options=weights.get(name, {}),
             state=TrainerState(),
             view="auto",
-            setting=setting,
+            context=context,
         )[0]
         == []
     )
@@ -158,39 +158,37 @@ def test_no_thoughts_no_values(name, setting, weights):
 
 # A format's grammar says where an observation may stand, so one elsewhere is a violation.
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "format"])
-def test_what_the_environment_wrote_changes_nothing(name, setting, thoughts, weights):
+def test_what_the_environment_wrote_changes_nothing(name, context, thoughts, weights):
     noise = [
         Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, text="wrong color red circle"),
-        Segment(
-            "observation", Author.ENVIRONMENT, Modality.IMAGE_TOKENS, False, picture=np.zeros((32, 32, 3), np.uint8)
-        ),
+        Segment("observation", Author.ENVIRONMENT, Modality.IMAGE_TOKENS, False, image=np.zeros((32, 32, 3), np.uint8)),
     ]
-    setting, thoughts = fitting(name, setting, thoughts)
+    context, thoughts = fitting(name, context, thoughts)
     watched = [copy.deepcopy(t) for t in thoughts]
     for t in watched:
         t.segments += noise
     function = load_reward(name)
     plain, seen = (
-        call(function, name, rows, options=weights.get(name, {}), state=TrainerState(), view="auto", setting=setting)[0]
+        call(function, name, rows, options=weights.get(name, {}), state=TrainerState(), view="auto", context=context)[0]
         for rows in (thoughts, watched)
     )
     assert seen == plain
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_misspelt_option_is_refused_at_the_start(name, setting):
+def test_a_misspelt_option_is_refused_at_the_start(name, context):
     config = RewardsConfig.model_validate(
         {"parts": {"part": {"function": name, "options": {"no_such": 1}, "isolate": False}}, "judge": NO_JUDGE}
     )
     with pytest.raises(RewardError, match="rewards.parts.part.options: 'no_such' is no argument"):
-        Judge(config, setting.task)
+        RewardManager(config, context.task)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("geneval", {"mode": "loose"}, "geneval: no mode 'loose'"),
-        ("geneval", {"picture": "last"}, "no picture 'last'"),
+        ("geneval", {"image": "last"}, "no image 'last'"),
         ("improvement", {"mode": "loose"}, "improvement: no mode"),
         ("improvement", {"credit": "x"}, "no credit 'x'"),
         ("critique_consistency", {"named": 3}, "named is 3"),
@@ -198,10 +196,10 @@ def test_a_misspelt_option_is_refused_at_the_start(name, setting):
         ("steps", {"min_turns": 3, "max_turns": 1}, "max_turns is 1"),
     ],
 )
-def test_an_option_out_of_range_is_refused_at_the_start(name, options, message, setting):
+def test_an_option_out_of_range_is_refused_at_the_start(name, options, message, context):
     config = RewardsConfig.model_validate({"parts": {"part": {"function": name, "options": options}}})
     with pytest.raises(UserError, match=message):
-        Judge(config, setting.task)
+        RewardManager(config, context.task)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -212,8 +210,10 @@ def test_formula_and_source_are_stated(name):
 
 def test_latents_stay_behind_when_a_thought_travels():
     steps = FlowSteps(*[np.zeros(1, np.float32)] * 2, *[np.zeros((1, 2), np.float32)] * 3, np.ones(1, np.float32))
-    law = Law(np.ones(1, np.float32), np.full(1, -1, np.int32), ())
-    decisions = Decisions(np.full(1, DecisionKind.FLOW, np.int8), np.zeros(1, np.int32), np.zeros(1, np.float32), law)
+    sampling = SamplingParams(np.ones(1, np.float32), np.full(1, -1, np.int32), ())
+    decisions = Decisions(
+        np.full(1, DecisionKind.FLOW, np.int8), np.zeros(1, np.int32), np.zeros(1, np.float32), sampling
+    )
     drawn = Segment(
         "sketch",
         Author.POLICY,
@@ -222,11 +222,11 @@ def test_latents_stay_behind_when_a_thought_travels():
         decisions=decisions,
         flow=steps,
         latent=np.zeros((1, 2), np.float32),
-        picture=np.zeros((2, 2, 3), np.uint8),
+        image=np.zeros((2, 2, 3), np.uint8),
     )
-    travels = lightened(thought({}, drawn, text("inspect", "fine")))
+    travels = lightened(trajectory_of({}, drawn, text("inspect", "fine")))
     assert travels.segments[1].flow is None and travels.segments[1].latent is None
-    assert travels.segments[1].picture is drawn.picture and drawn.flow is steps
+    assert travels.segments[1].image is drawn.image and drawn.flow is steps
 
 
 def test_a_detector_of_ones_own(tmp_path):
@@ -234,16 +234,16 @@ def test_a_detector_of_ones_own(tmp_path):
 from rewards.detectors.base import Detected
 class Dogs:
     classes = ("dog",)
-    def detect(self, pictures):
-        return [{"dog": [Detected((0, 0, 4, 4), 0.9)]} for _ in pictures]
+    def detect(self, images):
+        return [{"dog": [Detected((0, 0, 4, 4), 0.9)]} for _ in images]
 """)
     record = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
-    group = [thought(record, image("sketch", np.zeros((4, 4, 3), np.uint8)))]
+    group = [trajectory_of(record, image_segment("sketch", np.zeros((4, 4, 3), np.uint8)))]
     config = RewardsConfig.model_validate(
         {"parts": {"result": {"function": "geneval"}}, "detector": f"{tmp_path / 'dogs.py'}:Dogs"}
     )
-    with Judge(config) as judge:
-        judge.judge([group])
+    with RewardManager(config) as manager:
+        manager.score([group])
     assert group[0].reward == 1
 
 
@@ -261,10 +261,10 @@ def wait(completions): time.sleep(600)
             }
         }
     )
-    judge, started = Judge(config), time.monotonic()
+    judge, started = RewardManager(config), time.monotonic()
     process = judge.parts["wait"].workers[0]._process
     with pytest.raises(KeyboardInterrupt):
-        judge.judge([[thought({})]])
+        judge.score([[trajectory_of({})]])
     assert process.poll() is not None and time.monotonic() - started < 30
 
 

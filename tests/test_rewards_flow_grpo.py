@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rewards_helpers import image, thought
+from rewards_helpers import image_segment, trajectory_of
 
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.detectors.base import Detected
 from rewards.functions.geneval import evaluate, geneval
 from rewards.published.flow_grpo import flow_grpo_geneval
@@ -57,7 +57,7 @@ def test_equals_the_released_reward_server():
             {"dog": seen(BOX) + seen(RIGHT, color="blue")},
             0.75,
         ),
-        # the count fails, so the colour adds a 0: (1/2 + 0) / 2
+        # the count fails, so the color adds a 0: (1/2 + 0) / 2
         ({"include": [{"class": "dog", "count": 2, "color": "red"}]}, {"dog": seen(BOX)}, 0.25),
         (POSITION, {"cat": seen(BOX), "dog": seen(RIGHT)}, 1.0),
         # wrong place: (1 + 1 + 0 + 1) / 4, where a naive reading pays (1 + 1 + 0) / 3
@@ -90,14 +90,15 @@ def test_it_has_the_options_of_geneval_and_they_hold():
     class Dim:
         classes = ("dog",)
 
-        def detect(self, pictures):
-            return [{"dog": [Detected(BOX, 0.2), Detected(RIGHT, 0.5)]} for _ in pictures]
+        def detect(self, images):
+            return [{"dog": [Detected(BOX, 0.2), Detected(RIGHT, 0.5)]} for _ in images]
 
     def paid(tag, **options):
-        row = thought(
-            {"tag": tag, "include": [{"class": "dog", "count": 1}]}, image("sketch", np.zeros((4, 4, 3), np.uint8))
+        row = trajectory_of(
+            {"tag": tag, "include": [{"class": "dog", "count": 1}]},
+            image_segment("sketch", np.zeros((4, 4, 3), np.uint8)),
         )
-        return flow_grpo_geneval([row], Setting.of(None, None, Dim()), **options)
+        return flow_grpo_geneval([row], RewardContext.of(None, None, Dim()), **options)
 
     # one wanted; of scores 0.2 and 0.5 one is above 0.3, none above 0.9, and both above 0.1: 1, 1 - 1 and 1 - 1
     assert paid("single_object") == [1] and paid("counting") == [0]

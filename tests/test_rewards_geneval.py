@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rewards_helpers import image, thought
+from rewards_helpers import image_segment, trajectory_of
 
 from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.config import RewardsConfig
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.detectors.base import COLORS, CachedDetector, Detected, UnknownClass
 from rewards.functions.geneval import RecordColumnError, check_clauses, check_record, evaluate, geneval, relations
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from runtime.errors import UserError
 
 FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
@@ -76,7 +76,7 @@ def test_at_most_sixteen_of_a_class():
     assert evaluate(many, {"dog": seen(*[(0.5, BOX)] * 20)}) == (False, "expected dog>=17, found 16")
 
 
-def test_colour_is_judged_on_the_best_boxes_alone():
+def test_color_is_judged_on_the_best_boxes_alone():
     record = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
     found = seen((0.9, BOX), color="blue") + seen((0.8, RIGHT), color="red")
     assert evaluate(record, {"dog": found}) == (False, "expected red dog>=1, found 0 red; and 1 blue")
@@ -116,7 +116,7 @@ def test_strict_wants_the_exact_count_and_ignores_exclude():
 
 
 def test_graded_by_hand():
-    # count 2 of 2 (1), colour 1 of 2 (0.5): mean 0.75
+    # count 2 of 2 (1), color 1 of 2 (0.5): mean 0.75
     record = {"tag": "color_attr", "include": [{"class": "dog", "count": 2, "color": "red"}]}
     found = seen((0.9, BOX)) + seen((0.9, RIGHT), color="blue")
     assert evaluate(record, {"dog": found}, "graded")[0] == pytest.approx(0.75)
@@ -194,22 +194,22 @@ def test_bad_records_and_modes_are_named():
             "here: 'dog' has the position .'left of', 1.; it is .relation, index of an earlier",
         ),
         ({"position": "left of"}, "'dog' has the position 'left of'"),
-        ({"color": "grey"}, "here asks for the colour 'grey'.*did you mean 'green'.* Known: black, blue"),
+        ({"color": "grey"}, "here asks for the color 'grey'.*did you mean 'green'.* Known: black, blue"),
         ({"color": "chartreuse"}, "'chartreuse'.* Known: black, blue"),
     ],
 )
-def test_what_no_picture_can_meet_is_refused(more, message):
+def test_what_no_image_can_meet_is_refused(more, message):
     record = {"include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, **more}]}
     with pytest.raises(RecordColumnError, match=message):
         check_record(CachedDetector(Marked()), record, "here")
     with pytest.raises(RecordColumnError, match=message):  # without a detector, for detections that were stored
         check_clauses(record, "here")
-    thoughts = [thought(record, image("sketch", np.ones((4, 4, 3), np.uint8)))]
+    thoughts = [trajectory_of(record, image_segment("sketch", np.ones((4, 4, 3), np.uint8)))]
     with pytest.raises(RecordColumnError):  # and not a 0 for every row
-        geneval(thoughts, Setting.of(None, None, Marked()), mode="graded")
+        geneval(thoughts, RewardContext.of(None, None, Marked()), mode="graded")
 
 
-def test_a_detector_may_name_colours_of_its_own():
+def test_a_detector_may_name_colors_of_its_own():
     class Greys(Marked):
         colors = ("grey", "black")
 
@@ -234,14 +234,14 @@ class Placed:
             }
         ]
 
-    def detect(self, picture):
+    def detect(self, image):
         return []
 
 
 @pytest.mark.parametrize("place", [{}, {"workers": {}}])
 def test_a_run_is_refused_at_its_start_unless_its_rewards_know_the_relation(place):
     def judge(function):
-        return Judge(RewardsConfig.model_validate({"parts": {"a": {"function": function, **place}}}), Placed())
+        return RewardManager(RewardsConfig.model_validate({"parts": {"a": {"function": function, **place}}}), Placed())
 
     judge("t2i_r1_detector").close()  # knows more relations
     for function in ("geneval", "flow_grpo_geneval", "improvement", "janus_pro_r1_geneval"):
@@ -259,13 +259,13 @@ class Marked:
 
     classes = ("dog", "cat")
 
-    def detect(self, pictures):
-        return [{"dog": [Detected(BOX, 0.9, "red")]} if picture[0, 0, 0] else {} for picture in pictures]
+    def detect(self, images):
+        return [{"dog": [Detected(BOX, 0.9, "red")]} if image[0, 0, 0] else {} for image in images]
 
 
 def drawn(*bright, record=None):
     segments = [
-        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, picture=np.full((4, 4, 3), 255 * b, np.uint8))
+        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, image=np.full((4, 4, 3), 255 * b, np.uint8))
         for b in bright
     ]
     return Trajectory(
@@ -276,27 +276,27 @@ def drawn(*bright, record=None):
     )
 
 
-def test_reward_reads_the_final_or_the_first_picture_and_no_picture_earns_nothing():
-    setting = Setting.of(None, None, Marked())
+def test_reward_reads_the_final_or_the_first_image_and_no_image_earns_nothing():
+    context = RewardContext.of(None, None, Marked())
     thoughts = [drawn(0, 1), drawn(1, 0), drawn(), drawn(1, record={"tag": "free"})]
-    assert geneval(trajectories=thoughts, setting=setting) == [1.0, 0.0, 0.0, None]
-    assert geneval(trajectories=thoughts, setting=setting, picture="first") == [0.0, 1.0, 0.0, None]
-    assert setting.detector.looks == 2  # two distinct pictures, whoever asks
+    assert geneval(trajectories=thoughts, context=context) == [1.0, 0.0, 0.0, None]
+    assert geneval(trajectories=thoughts, context=context, image="first") == [0.0, 1.0, 0.0, None]
+    assert context.detector.looks == 2  # two distinct images, whoever asks
 
 
-def test_each_picture_credits_its_own_segment():
-    setting = Setting.of(None, None, Marked())
+def test_each_image_credits_its_own_segment():
+    context = RewardContext.of(None, None, Marked())
     thoughts = [drawn(0, 1), drawn(1), drawn(), drawn(1, record={"tag": "free"})]
-    assert geneval(trajectories=thoughts, setting=setting, picture="each") == [{0: 0.0, 1: 1.0}, {0: 1.0}, 0.0, None]
+    assert geneval(trajectories=thoughts, context=context, image="each") == [{0: 0.0, 1: 1.0}, {0: 1.0}, 0.0, None]
 
 
-def test_reward_ignores_pictures_that_the_policy_did_not_draw():
+def test_reward_ignores_images_that_the_policy_did_not_draw():
     thought = drawn(0, 1)
     thought.segments[-1].author = Author.ENVIRONMENT
-    assert geneval(trajectories=[thought], setting=Setting.of(None, None, Marked())) == [0.0]
+    assert geneval(trajectories=[thought], context=RewardContext.of(None, None, Marked())) == [0.0]
 
 
 def test_a_class_that_the_detector_lacks_is_named():
     record = {"prompt": "a photo of a dgo", "include": [{"class": "dgo", "count": 1}]}
     with pytest.raises(UnknownClass, match="'a photo of a dgo' asks for 'dgo'.*did you mean 'dog'"):
-        geneval(trajectories=[drawn(1, record=record)], setting=Setting.of(None, None, Marked()))
+        geneval(trajectories=[drawn(1, record=record)], context=RewardContext.of(None, None, Marked()))

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from formats.config import FormatConfig
 from rewards.config import RewardsConfig
@@ -16,9 +16,9 @@ from rewards.contract import RewardError, RewardFailed
 from rewards.detectors.base import UnknownClass
 from rewards.formula.expression import ExpressionError
 from rewards.loader import load_reward
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from rewards.runtime.isolate import ProcessWorker
-from rewards.runtime.serving import CallFailed, PartSpec
+from rewards.runtime.serving import CallFailed, ComponentSpec
 from tasks.registry import get_task
 from tasks.shapes.render import render
 from tasks.shapes.world import Object, Scene
@@ -45,22 +45,24 @@ def own(tmp_path):
 
 
 def words(*texts, group=0):
-    return [thought(DOG, text("answer", t, ids=range(len(t))), group=group, member=m) for m, t in enumerate(texts)]
+    return [
+        trajectory_of(DOG, text("answer", t, ids=range(len(t))), group=group, member=m) for m, t in enumerate(texts)
+    ]
 
 
 def judged(configuration, *groups, **kwargs):
-    with Judge(configuration, **kwargs) as judge:
-        report = judge.judge(groups, step=1)
+    with RewardManager(configuration, **kwargs) as manager:
+        report = manager.score(groups, step=1)
     return [[t.reward for t in group] for group in groups], report
 
 
 # ---- functions of others ------------------------------------------------------------------------------------------
 
 
-def test_trl_rewards_work_unchanged_on_thoughts_with_pictures():
-    picture = np.zeros((4, 4, 3), np.uint8)
+def test_trl_rewards_work_unchanged_on_thoughts_with_images():
+    image = np.zeros((4, 4, 3), np.uint8)
     group = words("<think>\nhm\n</think>\nyes", "no tags")
-    group[0].segments.insert(2, image("sketch", picture))  # after the words, so that TRL reads them around it
+    group[0].segments.insert(2, image_segment("sketch", image))  # after the words, so that TRL reads them around it
     configuration = config(
         think="trl.rewards.think_format_reward",
         long={
@@ -73,7 +75,7 @@ def test_trl_rewards_work_unchanged_on_thoughts_with_pictures():
     # 25 and 7 ids: over 20 is -1; (20 - 15 - 7) / 15 = -0.1333
     assert [t.rewards for t in group] == [{"think": 1.0, "long": -1.0}, {"think": 0.0, "long": pytest.approx(-2 / 15)}]
     assert rewards == [[0.0, pytest.approx(-2 / 15)]]
-    assert report.faults == []
+    assert report.failures == []
 
 
 def test_a_users_file_needs_no_registration_and_gets_the_columns(own):
@@ -91,14 +93,17 @@ def test_a_users_file_needs_no_registration_and_gets_the_columns(own):
     assert group[1].info["rewards"] == {"mine": {"length": 5}}
 
 
-def test_pictures_reach_a_users_function(own):
+def test_images_reach_a_users_function(own):
     path = own("""
         def score(completions):
             import numpy as np
             return [np.asarray(part["image"]).mean() / 255 for row in completions for part in row[0]["content"]
                     if part["type"] == "image"]
         """)
-    group = [thought(DOG, text("plan", "so"), image("sketch", np.full((2, 2, 3), v, np.uint8))) for v in (0, 51)]
+    group = [
+        trajectory_of(DOG, text("plan", "so"), image_segment("sketch", np.full((2, 2, 3), v, np.uint8)))
+        for v in (0, 51)
+    ]
     assert judged(config(mine=path), group)[0] == [[0, pytest.approx(0.2)]]
 
 
@@ -177,7 +182,7 @@ def test_a_part_that_raises_is_retried_then_none_and_shown(own):
     group = words("x", "y")
     rewards, report = judged(config("coalesce(bad, 0) + good", bad=path, good=path.replace(":score", ":fine")), group)
     assert rewards == [[1, 1]] and [t.rewards["bad"] for t in group] == [None, None]
-    assert [(f.part, f.kind, f.attempt, f.rows) for f in report.faults] == [
+    assert [(f.part, f.kind, f.attempt, f.rows) for f in report.failures] == [
         ("bad", "raised", 1, 0),
         ("bad", "raised", 2, 2),
     ]
@@ -198,14 +203,14 @@ def test_a_second_try_can_succeed(own, tmp_path, isolate):
             return [1.0]
         """)
     rewards, report = judged(config(mine={"function": path, "isolate": isolate}), words("x"))
-    assert rewards == [[1.0]] and [f.rows for f in report.faults] == [0]
+    assert rewards == [[1.0]] and [f.rows for f in report.failures] == [0]
 
 
 def test_nan_is_a_fault_and_never_zero(own):
     path = own("def score(completions): return [1.0, float('nan'), float('inf')]")
     rewards, report = judged(config(mine=path), words("x", "y", "z"))
     assert rewards == [[1.0, None, None]]
-    assert [(f.kind, f.rows) for f in report.faults] == [("nan", 0), ("nan", 2)]
+    assert [(f.kind, f.rows) for f in report.failures] == [("nan", 0), ("nan", 2)]
 
 
 def test_a_part_that_hangs_is_killed_and_says_where_it_stood(own):
@@ -215,14 +220,14 @@ def test_a_part_that_hangs_is_killed_and_says_where_it_stood(own):
         def score(completions): dawdle()
         """)
     group = words("x")
-    with Judge(config("coalesce(slow, 0)", slow={"function": path, "timeout_s": 0.5, "retries": 0})) as judge:
-        process = judge.parts["slow"].workers[0]._process
+    with RewardManager(config("coalesce(slow, 0)", slow={"function": path, "timeout_s": 0.5, "retries": 0})) as manager:
+        process = manager.parts["slow"].workers[0]._process
         started = time.monotonic()
-        report = judge.judge([group])
+        report = manager.score([group])
         assert time.monotonic() - started < 30
         assert process.poll() is not None  # dead, not left behind
     assert group[0].rewards == {"slow": None} and group[0].reward == 0
-    (fault,) = report.faults
+    (fault,) = report.failures
     assert fault.kind == "timeout" and "longer than 0.5 s" in fault.message
     assert "dawdle" in fault.stack and "my_rewards.py" in fault.stack
 
@@ -237,16 +242,16 @@ def test_a_hang_delays_no_other_part_and_the_next_step_works(own, tmp_path):
             return [1.0]
         def quick(completions): return [2.0]
         """)
-    with Judge(
+    with RewardManager(
         config(
             "coalesce(slow, 0) + quick",
             slow={"function": path, "timeout_s": 0.5, "retries": 0},
             quick=path.replace(":score", ":quick"),
         )
-    ) as judge:
+    ) as manager:
         first, second = words("x"), words("x")
-        judge.judge([first])
-        judge.judge([second])
+        manager.score([first])
+        manager.score([second])
     assert (first[0].reward, second[0].reward) == (2.0, 3.0)
 
 
@@ -258,7 +263,7 @@ def test_a_part_that_takes_its_process_down_is_a_fault(own):
         """)
     for name, what in (("score", "signal 11"), ("leave", "SystemExit: 3")):
         report = judged(config("coalesce(bad, 0)", bad=path.replace(":score", f":{name}")), words("x"))[1]
-        assert what in report.faults[-1].message
+        assert what in report.failures[-1].message
 
 
 @pytest.mark.parametrize("isolate", [True, False])
@@ -282,14 +287,14 @@ def test_arguments_that_do_not_exist_are_named(own):
     with pytest.raises(RewardError, match="asks for 'wnated', which is no column of the records; did you mean 'wanted"):
         judged(config(mine=path), words("x"))
     with pytest.raises(RewardError, match="options: 'bouns' is no argument of the function; did you mean 'bonus'"):
-        Judge(config(mine={"function": path.replace(":score", ":opt"), "options": {"bouns": 1}}))
+        RewardManager(config(mine={"function": path.replace(":score", ":opt"), "options": {"bouns": 1}}))
 
 
-def test_a_text_reward_that_meets_pictures_is_told_what_to_set(own):
+def test_a_text_reward_that_meets_images_is_told_what_to_set(own):
     path = own("import re\ndef score(completions): return [bool(re.match('a', c[0]['content'])) for c in completions]")
-    group = [thought(DOG, text("plan", "abc"), image("sketch", np.zeros((2, 2, 3), np.uint8)))]
+    group = [trajectory_of(DOG, text("plan", "abc"), image_segment("sketch", np.zeros((2, 2, 3), np.uint8)))]
     report = judged(config("coalesce(mine, 0)", mine=path), group)[1]
-    assert "set completions: text" in report.faults[0].message
+    assert "set completions: text" in report.failures[0].message
     assert judged(config(mine={"function": path, "completions": "text"}), group)[0] == [[1.0]]
 
 
@@ -300,28 +305,28 @@ def test_the_run_stops_when_a_part_fails_too_often(own, tmp_path):
             if os.path.exists("{tmp_path}/works"): return [1.0]
             raise ValueError("no server")
         """)
-    with Judge(config("coalesce(mine, 0)", none_limit=2, mine={"function": path, "retries": 0})) as judge:
-        judge.judge([words("x")], step=0)
+    with RewardManager(config("coalesce(mine, 0)", none_limit=2, mine={"function": path, "retries": 0})) as manager:
+        manager.score([words("x")], step=0)
         (tmp_path / "works").touch()
-        judge.judge([words("x")], step=1)  # a good step starts the count afresh
+        manager.score([words("x")], step=1)  # a good step starts the count afresh
         (tmp_path / "works").unlink()
-        judge.judge([words("x")], step=2)
+        manager.score([words("x")], step=2)
         with pytest.raises(
             RewardFailed,
             match=r"part 'mine' .*failed in 2 step\(s\) in a row, up to step 3: "
             r"ValueError: no server.*rewards.none_limit",
         ):
-            judge.judge([words("x")], step=3)
+            manager.score([words("x")], step=3)
 
 
 def test_the_run_stops_when_nothing_is_judged(own):
     path = own("def score(completions): return [None] * len(completions)")
-    with Judge(config("mine", none_limit=2, mine=path)) as judge:
-        assert judge.judge([words("x", "y")]).metrics["reward/none"] == 1
+    with RewardManager(config("mine", none_limit=2, mine=path)) as manager:
+        assert manager.score([words("x", "y")]).metrics["reward/none"] == 1
         with pytest.raises(RewardFailed, match="'mine' gave None for all.*coalesce"):
-            judge.judge([words("x", "y")])
-    with Judge(config("coalesce(mine, 0)", none_limit=1, mine=path)) as judge:
-        judge.judge([words("x")])  # None by choice is no failure
+            manager.score([words("x", "y")])
+    with RewardManager(config("coalesce(mine, 0)", none_limit=1, mine=path)) as manager:
+        manager.score([words("x")])  # None by choice is no failure
 
 
 # ---- at the start -------------------------------------------------------------------------------------------------
@@ -343,7 +348,7 @@ def test_files_that_do_not_load_are_named(own, code, name, message):
     with pytest.raises(RewardError, match=message):
         load_reward(path)
     with pytest.raises(RewardError, match=message):  # and before any rollout
-        Judge(config(mine=path))
+        RewardManager(config(mine=path))
 
 
 @pytest.mark.parametrize(
@@ -385,7 +390,7 @@ def test_dotted_paths_that_lead_nowhere(spec, message):
             None,
             "gets it in one call",
         ),
-        ({"a": {"function": "format", "watch": True, "weight": 2}}, None, "a watched part is never paid"),
+        ({"a": {"function": "format", "log_only": True, "weight": 2}}, None, "a log-only component has no weight"),
         ({"a": {"function": "format", "weight": "w"}}, None, "no schedule 'w'"),
         ({"group_mean": {"function": "format"}}, None, "must be a plain word"),
         ({}, None, "at least 1 item"),
@@ -423,20 +428,20 @@ def test_a_class_that_the_worlds_detector_lacks_is_named_before_any_rollout():
         def prompts(self, split):
             return [{"prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]}]
 
-        def detect(self, picture):
+        def detect(self, image):
             return []
 
     with pytest.raises(UnknownClass, match="'a photo of a dog' .*asks for 'dog', which the detector cannot see"):
-        Judge(config(result="geneval"), Dogs())
+        RewardManager(config(result="geneval"), Dogs())
     with pytest.raises(RewardError, match="needs a detector"):
-        Judge(config(result="geneval"))
+        RewardManager(config(result="geneval"))
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
 def test_a_part_leaves_when_its_driver_is_gone(own):
-    reward = ProcessWorker(PartSpec("mine", own("def score(completions): return [1.0]")))
+    reward = ProcessWorker(ComponentSpec("mine", own("def score(completions): return [1.0]")))
     reward.start()
     process = reward._process
     reward._to.close()  # what the end of the driver does
@@ -449,7 +454,7 @@ def test_closing_ends_a_call_in_another_thread(own):
 
     from rewards.contract import TrainerState
 
-    reward = ProcessWorker(PartSpec("mine", own("import time\ndef score(completions): time.sleep(600)")))
+    reward = ProcessWorker(ComponentSpec("mine", own("import time\ndef score(completions): time.sleep(600)")))
     reward.start()
     raised = []
 
@@ -478,29 +483,29 @@ def test_what_a_reward_prints_does_not_disturb_the_pipe(own):
 
 
 def test_a_large_batch_crosses_the_pipe(own):
-    path = own("def score(completions, trajectories): return [t.pictures()[0].nbytes for t in trajectories]")
-    group = [thought(DOG, image("sketch", np.zeros((512, 512, 3), np.uint8))) for _ in range(8)]
+    path = own("def score(completions, trajectories): return [t.images()[0].nbytes for t in trajectories]")
+    group = [trajectory_of(DOG, image_segment("sketch", np.zeros((512, 512, 3), np.uint8))) for _ in range(8)]
     assert judged(config(mine=path), group)[0] == [[786432.0] * 8]
 
 
 # ---- sharing --------------------------------------------------------------------------------------------------------
 
 
-def test_the_shapes_recipe_shares_one_look_at_each_picture():
+def test_the_shapes_recipe_shares_one_look_at_each_image():
     task = get_task("shapes")
     group = []
     for member in range(8):
         demo = task.demonstrations("strokes", 1, seed=member)[0]
-        pictures = [render(Scene((Object("circle", "red", place, member % 2),))) for place in range(3)]
+        images = [render(Scene((Object("circle", "red", place, member % 2),))) for place in range(3)]
         group.append(
-            thought(
+            trajectory_of(
                 demo.record,
-                *[image("sketch", p) for p in pictures],
+                *[image_segment("sketch", p) for p in images],
                 text("inspect", "<inspect> nothing : fine </inspect>"),
                 member=member,
             )
         )
-    with Judge(
+    with RewardManager(
         config(
             "result + coalesce(critique, 0) + better",
             result="geneval",
@@ -508,6 +513,6 @@ def test_the_shapes_recipe_shares_one_look_at_each_picture():
             better="improvement",
         ),
         task,
-    ) as judge:
-        judge.judge([group])
-        assert judge.setting.detector.looks == 4  # first and final picture x 2 jitters, however often asked for
+    ) as manager:
+        manager.score([group])
+        assert manager.context.detector.looks == 4  # first and final image x 2 jitters, however often asked for

@@ -6,13 +6,13 @@ import time
 from functools import partial
 
 import pytest
-from rewards_helpers import text, thought
+from rewards_helpers import text, trajectory_of
 
 from rewards.config import RewardsConfig
 from rewards.contract import TrainerState
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from rewards.runtime.ray_worker import RayWorker
-from rewards.runtime.serving import CallFailed, PartSpec
+from rewards.runtime.serving import CallFailed, ComponentSpec
 from runtime.ray_cluster import start_ray
 
 CODE = """
@@ -51,7 +51,7 @@ def free(expected):
 
 
 def rows(count=2):
-    return [thought({}, text("answer", "x"), member=member) for member in range(count)]
+    return [trajectory_of({}, text("answer", "x"), member=member) for member in range(count)]
 
 
 def test_two_halves_share_the_gpu_and_leave_nothing(one_gpu, function):
@@ -63,18 +63,18 @@ def test_two_halves_share_the_gpu_and_leave_nothing(one_gpu, function):
         }
     )
     assert free(1) == 1
-    with Judge(config) as judge:
+    with RewardManager(config) as manager:
         assert free(0) == 0
-        pids = {worker.pid for worker in judge.parts["a"].workers}
+        pids = {worker.pid for worker in manager.parts["a"].workers}
         assert len(pids) == 2
-        for worker in judge.parts["a"].workers:  # each was given the one GPU's index
+        for worker in manager.parts["a"].workers:  # each was given the one GPU's index
             assert worker(rows(), TrainerState())[0] == [0, 0]
     assert free(1) == 1
 
 
 def test_a_quarter_leaves_three_and_a_whole_one_waits_for_them(one_gpu, function):
     def worker(gpus, **more):
-        return RayWorker(PartSpec("mine", function), num_cpus=0.5, num_gpus=gpus, **more)
+        return RayWorker(ComponentSpec("mine", function), num_cpus=0.5, num_gpus=gpus, **more)
 
     quarter, whole = worker(0.25), worker(1.0, load_timeout_s=3.0)
     quarter.start()

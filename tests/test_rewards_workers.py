@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from formats.registry import get_format
 from rewards.config import RewardsConfig
 from rewards.contract import RewardError, RewardFailed, TrainerState
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from rewards.runtime.isolate import ProcessWorker
 from rewards.runtime.ray_worker import RayWorker
-from rewards.runtime.serving import CallFailed, PartSpec
-from rewards.runtime.workers import Stretch, plan
+from rewards.runtime.serving import CallFailed, ComponentSpec
+from rewards.runtime.workers import RowSlice, plan
 from runtime.ray_cluster import start_ray
 from tasks.registry import get_task
 
@@ -76,7 +76,10 @@ def ray_cluster():
 def some_groups(sizes=(3, 2, 4, 1), seed=0):
     noise = random.Random(seed)
     return [
-        [thought({}, text("answer", "x" * noise.randrange(6)), group=number, member=member) for member in range(size)]
+        [
+            trajectory_of({}, text("answer", "x" * noise.randrange(6)), group=number, member=member)
+            for member in range(size)
+        ]
         for number, size in enumerate(sizes)
     ]
 
@@ -103,7 +106,7 @@ def build(total=None, detector=None, **parts):
     ],
 )
 def test_plans_by_hand(scope, sizes, batch_size, expected):
-    assert plan(scope, sizes, batch_size) == [tuple(Stretch(*s) for s in call) for call in expected]
+    assert plan(scope, sizes, batch_size) == [tuple(RowSlice(*s) for s in call) for call in expected]
 
 
 @settings(deadline=None)
@@ -147,43 +150,43 @@ def test_the_order_of_arrival_changes_nothing(file, place):
         rows=file("calls", **batch),
     )
     sizes = (3, 2, 4, 1)
-    with Judge(config) as judge:
+    with RewardManager(config) as manager:
         at_once = some_groups(sizes)
-        whole = judge.judge(at_once, step=4)
+        whole = manager.score(at_once, step=4)
         assert at_once[0][0].rewards["rows"] == 10  # a part that sees the batch gets it in one call
         for seed in range(3):
             groups = some_groups(sizes)
             order = list(enumerate(groups))
             random.Random(seed).shuffle(order)
-            judgement = judge.begin(4, sizes)
+            pending = manager.begin(4, sizes)
             for index, group in order[: seed + 1]:  # the others are given at the end, as by rollouts that do not stream
-                judgement.add(index, group)
-            report = judgement.finish(groups)
+                pending.add(index, group)
+            report = pending.finish(groups)
             assert everything(groups) == everything(at_once)
             assert without_time(report.metrics) == without_time(whole.metrics)
 
 
 def test_metrics_of_several_calls_are_weighted_by_the_rows_they_judged(file):
     groups = [
-        [thought({}, text("answer", w), group=n, member=m) for m, w in enumerate(words)]
+        [trajectory_of({}, text("answer", w), group=n, member=m) for m, w in enumerate(words)]
         for n, words in enumerate((["aa", "aa", "aa"], ["aaaaaa", ""]))
     ]
-    with Judge(build(n=file("lengths", scope="row", isolate=False))) as judge:
-        report = judge.judge(groups)
+    with RewardManager(build(n=file("lengths", scope="row", isolate=False))) as manager:
+        report = manager.score(groups)
     assert report.metrics["reward/n/mean"] == pytest.approx((3 * 2 + 1 * 3) / 4)  # 3 and 1 rows had a value
 
 
 def test_groups_are_scored_while_others_are_still_sampled(file):
     config = build("n + s", n=file("slow", scope="row"), s=file("slow", scope="group", isolate=False))
-    with Judge(config) as judge:
+    with RewardManager(config) as manager:
         groups = some_groups((2, 2))
-        judgement, started = judge.begin(1, (2, 2)), time.monotonic()
-        judgement.add(1, groups[1])
-        judgement.add(0, groups[0])
-        while not all(call.future.done() for call in judgement._all()):  # rolling out
+        pending, started = manager.begin(1, (2, 2)), time.monotonic()
+        pending.add(1, groups[1])
+        pending.add(0, groups[0])
+        while not all(call.future.done() for call in pending._all()):  # rolling out
             time.sleep(0.05)
         rolled_out, finishing = time.monotonic() - started, time.monotonic()
-        report = judgement.finish(groups)
+        report = pending.finish(groups)
         finished = time.monotonic() - finishing
     # Two lanes, each busy for two calls of 0.3 s, and nothing is left to do in the end.
     assert 0.6 <= report.metrics["time/reward/hidden"] <= rolled_out
@@ -192,36 +195,36 @@ def test_groups_are_scored_while_others_are_still_sampled(file):
 
 
 def test_what_is_not_hidden_is_waited_for(file):
-    with Judge(build(n=file("slow", scope="row", isolate=False))) as judge:
-        report = judge.judge(some_groups((1, 1)))
+    with RewardManager(build(n=file("slow", scope="row", isolate=False))) as manager:
+        report = manager.score(some_groups((1, 1)))
     assert report.metrics["time/reward/waited"] >= 0.6 and report.metrics["time/reward/hidden"] < 0.3
 
 
 def test_a_group_that_never_comes_back_holds_nobody_up(file):
     more = {"workers": {"batch_size": 4}}
-    with Judge(build("n + rows", n=file("calls", scope="row", **more), rows=file("calls"))) as judge:
+    with RewardManager(build("n + rows", n=file("calls", scope="row", **more), rows=file("calls"))) as manager:
         groups = some_groups((2, 2, 2))
-        judgement = judge.begin(1, (2, 2, 2))
-        judgement.add(2, groups[2])
-        judgement.add(0, groups[0])  # its call waits for group 1, which is lost
-        report = judgement.finish([groups[0], groups[2]])
+        pending = manager.begin(1, (2, 2, 2))
+        pending.add(2, groups[2])
+        pending.add(0, groups[0])  # its call waits for group 1, which is lost
+        report = pending.finish([groups[0], groups[2]])
         assert [t.rewards for t in groups[0] + groups[2]] == [{"n": 2, "rows": 4}] * 4
         assert report.judged == 4 and groups[1][0].rewards == {}
         with pytest.raises(ValueError, match="3 groups came back of 2"):
-            judge.begin(1, (2, 2)).finish(some_groups((2, 2, 2)))
+            manager.begin(1, (2, 2)).finish(some_groups((2, 2, 2)))
 
 
 def test_a_part_that_breaks_the_contract_stops_the_rollout_too(file):
-    with Judge(build(n=file("short", scope="row"))) as judge:
+    with RewardManager(build(n=file("short", scope="row"))) as manager:
         groups = some_groups((2, 2, 2))
-        judgement = judge.begin(1, (2, 2, 2))
-        judgement.add(0, groups[0])
+        pending = manager.begin(1, (2, 2, 2))
+        pending.add(0, groups[0])
         with pytest.raises(RewardError, match="returned 0 values for 2 completions"):
             for _ in range(200):  # at the first group that comes in after it is known
                 time.sleep(0.05)
-                judgement._raise_what_failed()
+                pending._raise_what_failed()
         with pytest.raises(RewardError):
-            judgement.add(1, groups[1])
+            pending.add(1, groups[1])
 
 
 # ---- what hangs ------------------------------------------------------------------------------------------------------
@@ -230,13 +233,13 @@ def test_a_part_that_breaks_the_contract_stops_the_rollout_too(file):
 def test_one_stuck_group_costs_its_own_rows(file):
     words = [["a", "b"], ["a", "hang"], ["a", "b"]]
     groups = [
-        [thought({}, text("answer", w), group=n, member=m) for m, w in enumerate(group)]
+        [trajectory_of({}, text("answer", w), group=n, member=m) for m, w in enumerate(group)]
         for n, group in enumerate(words)
     ]
-    with Judge(build("s", s=file("sometimes", scope="row", timeout_s=4.0, retries=0))) as judge:
-        report = judge.judge(groups)
+    with RewardManager(build("s", s=file("sometimes", scope="row", timeout_s=4.0, retries=0))) as manager:
+        report = manager.score(groups)
     assert [[t.reward for t in group] for group in groups] == [[1, 1], [None, None], [1, 1]]
-    (fault,) = report.faults
+    (fault,) = report.failures
     assert (fault.kind, fault.rows) == ("timeout", 2) and "dawdle" in fault.stack
     assert report.metrics["reward/s/failed"] == pytest.approx(1 / 3)
 
@@ -244,13 +247,13 @@ def test_one_stuck_group_costs_its_own_rows(file):
 def test_a_part_that_always_hangs_is_given_up_for_the_step_and_ends_the_run_in_time(file):
     config = build("coalesce(s, 0)", s=file("stuck", scope="row", timeout_s=0.5, retries=0))
     config = config.model_copy(update={"none_limit": 2})
-    with Judge(config) as judge:
-        report = judge.judge(some_groups((2,) * 30), step=1)
-        assert [f.kind for f in report.faults].count("timeout") == 3
-        assert [f.kind for f in report.faults].count("given up") == 27
+    with RewardManager(config) as manager:
+        report = manager.score(some_groups((2,) * 30), step=1)
+        assert [f.kind for f in report.failures].count("timeout") == 3
+        assert [f.kind for f in report.failures].count("given up") == 27
         assert report.metrics["reward/s/failed"] == 1
         with pytest.raises(RewardFailed, match="part 's' .* failed in 2 step.*up to step 2: a call took longer"):
-            judge.judge(some_groups((2,) * 5), step=2)
+            manager.score(some_groups((2,) * 5), step=2)
 
 
 # ---- parts of the toolkit in workers -----------------------------------------------------------------------------
@@ -259,11 +262,11 @@ def test_a_part_that_always_hangs_is_given_up_for_the_step_and_ends_the_run_in_t
 def drawn(task, count=6):
     groups = []
     for number, demo in enumerate(task.demonstrations("strokes", count, seed=3)):
-        pictures = [part.picture for part in demo.parts if part.picture is not None]
+        images = [part.image for part in demo.parts if part.image is not None]
         groups.append(
             [
-                thought(demo.record, image("sketch", picture), group=number, member=member)
-                for member, picture in enumerate([pictures[-1], np.zeros_like(pictures[-1])])
+                trajectory_of(demo.record, image_segment("sketch", each), group=number, member=member)
+                for member, each in enumerate([images[-1], np.zeros_like(images[-1])])
             ]
         )
     return groups
@@ -286,11 +289,11 @@ def test_a_part_of_the_toolkit_gives_the_same_anywhere(kind, request):
         }
     }
     groups = drawn(task)
-    with Judge(RewardsConfig.model_validate(config), task, fmt) as judge:
-        judge.judge(groups)
+    with RewardManager(RewardsConfig.model_validate(config), task, fmt) as manager:
+        manager.score(groups)
     values = [t.rewards for group in groups for t in group]
     assert all(v["here"] == v["there"] and v["form"] is not None for v in values)
-    assert {v["here"] for v in values} > {1.0}  # the drawn picture, and the empty one
+    assert {v["here"] for v in values} > {1.0}  # the drawn image, and the empty one
 
 
 @pytest.mark.parametrize("kind", ["process", "ray"])
@@ -300,17 +303,17 @@ def test_a_served_detector_sees_what_the_drivers_own_sees(kind, request):
     task = get_task("shapes")
     parts = {"result": {"function": "geneval"}, "better": {"function": "improvement"}}
     here, there = drawn(task), drawn(task)
-    with Judge(RewardsConfig.model_validate({"parts": parts}), task) as judge:
-        judge.judge(here)
+    with RewardManager(RewardsConfig.model_validate({"parts": parts}), task) as manager:
+        manager.score(here)
     section = {"parts": parts, "detector_workers": {"kind": kind, "count": 2, "num_cpus": 0.5, "batch_size": 2}}
-    with Judge(RewardsConfig.model_validate(section), task) as judge:
-        judge.judge(there)
-        assert judge.setting.detector.looks > 2
-        assert judge.setting.detector.classes == tuple(task.classes)
-        for worker in judge._served.workers:  # killed: the part's next attempt finds fresh ones
+    with RewardManager(RewardsConfig.model_validate(section), task) as manager:
+        manager.score(there)
+        assert manager.context.detector.looks > 2
+        assert manager.context.detector.classes == tuple(task.classes)
+        for worker in manager._served.workers:  # killed: the part's next attempt finds fresh ones
             os.kill(worker.pid if kind == "ray" else worker._process.pid, 9)
         again = drawn(task)
-        judge.judge(again)
+        manager.score(again)
     assert everything(there) == everything(here) == everything(again)
 
 
@@ -326,7 +329,7 @@ def test_a_part_asks_the_judge_of_the_recipe_and_its_questions_are_counted(tmp_p
         judge_server.JudgeServer(lambda body, number: "yes", models=["other"]) as server,
         pytest.raises(Exception, match="has no model 'judge'"),
     ):
-        Judge(
+        RewardManager(
             RewardsConfig.model_validate(
                 {"parts": {"a": {"function": name}}, "judge": {"base_url": server.url, "model": "judge"}}
             )
@@ -344,11 +347,11 @@ def test_a_ray_part_scores_in_actors(file, ray_cluster):
     )
     same = build("n + s", n=file("lengths", scope="row", workers={"batch_size": 4}), s=file("share", scope="group"))
     there, here = some_groups(), some_groups()
-    with Judge(config) as judge, Judge(same) as processes:
-        metrics = judge.judge(there).metrics
-        assert without_time(metrics) == without_time(processes.judge(here).metrics)
+    with RewardManager(config) as manager, RewardManager(same) as processes:
+        metrics = manager.score(there).metrics
+        assert without_time(metrics) == without_time(processes.score(here).metrics)
         pids = {t.info["rewards"]["n"]["process"] for group in there for t in group}
-        assert pids == {judge.parts["n"].workers[0].pid}
+        assert pids == {manager.parts["n"].workers[0].pid}
     assert everything(there) == everything(here)
     assert os.getpid() not in pids
 
@@ -365,23 +368,23 @@ def test_whoever_comes_second_joins_the_ray_that_runs_and_leaves_it_running(ray_
 def test_several_actors_share_the_calls(file, ray_cluster):
     config = build(p=file("pids", scope="row", workers={"kind": "ray", "count": 2, "num_cpus": 0.5}))
     groups = some_groups((1,) * 6)
-    with Judge(config) as judge:
-        judge.judge(groups)
+    with RewardManager(config) as manager:
+        manager.score(groups)
     assert len({t.reward for group in groups for t in group}) == 2
 
 
 def test_an_actor_that_hangs_is_killed_says_where_it_stood_and_is_replaced(file, ray_cluster):
     words = [["a"], ["hang"], ["b"]]
-    groups = [[thought({}, text("answer", w), group=n)] for n, (w,) in enumerate(words)]
+    groups = [[trajectory_of({}, text("answer", w), group=n)] for n, (w,) in enumerate(words)]
     config = build(
         "s", s=file("sometimes", scope="row", timeout_s=5.0, retries=0, workers={"kind": "ray", "num_cpus": 0.5})
     )
-    with Judge(config) as judge:
-        before = judge.parts["s"].workers[0].pid
-        report = judge.judge(groups)
-        after = judge.parts["s"].workers[0].pid
+    with RewardManager(config) as manager:
+        before = manager.parts["s"].workers[0].pid
+        report = manager.score(groups)
+        after = manager.parts["s"].workers[0].pid
     assert [group[0].reward for group in groups] == [1, None, 1]
-    (fault,) = report.faults
+    (fault,) = report.failures
     assert (fault.kind, fault.rows) == ("timeout", 1) and "dawdle" in fault.stack and "parts.py" in fault.stack
     assert before != after
     with pytest.raises(ProcessLookupError):
@@ -390,7 +393,7 @@ def test_an_actor_that_hangs_is_killed_says_where_it_stood_and_is_replaced(file,
 
 def test_an_actor_that_dies_raises_or_breaks_the_contract(file, ray_cluster):
     def worker(name):
-        return RayWorker(PartSpec("mine", file(name)["function"]), num_cpus=0.5)
+        return RayWorker(ComponentSpec("mine", file(name)["function"]), num_cpus=0.5)
 
     rows = some_groups((2,))[0]
     for name, kind, message in (("leave", "crash", "Ray actor ended during a call"), ("broken", "raised", "no server")):
@@ -406,11 +409,11 @@ def test_an_actor_that_dies_raises_or_breaks_the_contract(file, ray_cluster):
     with pytest.raises(RewardError, match="has no function 'lenghts'; did you mean 'lengths'"):
         worker("lenghts").start()
     with pytest.raises(RewardError, match="asks for 99 GPU, and the whole cluster has 0"):
-        RayWorker(PartSpec("mine", file("calls")["function"]), num_gpus=99).start()
+        RayWorker(ComponentSpec("mine", file("calls")["function"]), num_gpus=99).start()
 
 
 def test_closing_ends_a_call_to_an_actor(file, ray_cluster):
-    actor = RayWorker(PartSpec("mine", file("stuck")["function"]), num_cpus=0.5)
+    actor = RayWorker(ComponentSpec("mine", file("stuck")["function"]), num_cpus=0.5)
     actor.start()
     raised = []
 
@@ -431,7 +434,7 @@ def test_closing_ends_a_call_to_an_actor(file, ray_cluster):
 def test_a_worker_that_cannot_load_is_loaded_afresh_the_next_time(tmp_path):
     path = tmp_path / "later.py"
     path.write_text("import nothing_of_that_name\n")
-    worker = ProcessWorker(PartSpec("mine", f"{path}:score"))
+    worker = ProcessWorker(ComponentSpec("mine", f"{path}:score"))
     with pytest.raises(RewardError, match="nothing_of_that_name"):
         worker.start()
     path.write_text("def score(completions): return [1.0] * len(completions)\n")
@@ -446,8 +449,8 @@ def test_what_cannot_travel_is_said(tmp_path):
         def prompts(self, split):
             return []
 
-        def detect(self, picture):
+        def detect(self, image):
             return []
 
     with pytest.raises(RewardError, match="'a' runs in a process of its own.*must pickle"):
-        Judge(build(a={"function": "geneval", "workers": {}}), Local())
+        RewardManager(build(a={"function": "geneval", "workers": {}}), Local())

@@ -25,9 +25,9 @@ from record.store import save_trajectories
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from runtime.errors import UserError
 from runtime.interrupt import Interrupted
+from sft.checkpoints import finished_checkpoints, newest, write_manifest
 from sft.config import SftConfig
 from sft.data import IGNORE, Collator, lines_of, training_rows
-from sft.keep import newest, seal, sealed
 from sft.losses import VisualReconstruction, targets, weighted_cross_entropy
 from sft.train import check_demonstrations, demonstrate, render_all, warm_start
 from sft.trainer import InterleavedSftTrainer
@@ -55,23 +55,23 @@ def text(policy, role, words, trained=True, author=Author.POLICY):
     return Segment(role, author, Modality.TEXT, trained, np.array(policy.vocabulary.encode(words), np.int32), words)
 
 
-def picture(policy, seed, trained=True, role="sketch"):
+def image(policy, seed, trained=True, role="sketch"):
     v = policy.vocabulary
     codes = np.random.default_rng(seed).choice(v.code_ids, v.codes_per_image)
     return Segment(role, Author.POLICY, Modality.IMAGE_TOKENS, trained, np.array([v.boi, *codes, v.eoi], np.int32))
 
 
-def written(policy, count=12, pictures=(1, 2, 1), seed=0) -> list[Trajectory]:
-    """Plan, picture, inspection; sometimes a second picture."""
+def written(policy, count=12, images=(1, 2, 1), seed=0) -> list[Trajectory]:
+    """Plan, image, inspection; sometimes a second image."""
     rng = np.random.default_rng(seed)
     trajectories = []
     for group in range(count):
         prompt = " ".join(rng.choice(WORDS[:5], 2))
         segments = [prompt_segment(policy, prompt)]
-        for number in range(pictures[group % len(pictures)]):
+        for number in range(images[group % len(images)]):
             segments += [
                 text(policy, "plan", " ".join(rng.choice(WORDS[:5], 1 + group % 4))),
-                picture(policy, group % 3 + 10 * number),
+                image(policy, group % 3 + 10 * number),
                 text(policy, "inspect", "fine ."),
             ]
         trajectories.append(Trajectory(prompt, {}, "strokes", segments, group=group, stop=StopReason.DEMONSTRATION))
@@ -112,9 +112,9 @@ def test_prompt_forced_markers_and_untrained_segments_are_not_learned(policy):
         [
             prompt_segment(policy, "a red circle"),
             text(policy, "plan", "red circle"),
-            picture(policy, 1),
+            image(policy, 1),
             text(policy, "observation", "fine", trained=False, author=Author.ENVIRONMENT),
-            picture(policy, 2, trained=False),
+            image(policy, 2, trained=False),
             text(policy, "inspect", "wrong ."),
         ],
     )
@@ -138,8 +138,8 @@ def test_prompt_forced_markers_and_untrained_segments_are_not_learned(policy):
 @given(lengths=st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=8), limit=st.integers(3, 90))
 def test_a_long_row_loses_whole_segments_from_its_end(policy, lengths, limit):
     segments = [prompt_segment(policy, "a")]
-    for number, (is_picture, words) in enumerate(lengths):
-        segments.append(picture(policy, number) if is_picture else text(policy, "plan", " ".join(["red"] * words)))
+    for number, (is_image, words) in enumerate(lengths):
+        segments.append(image(policy, number) if is_image else text(policy, "plan", " ".join(["red"] * words)))
     trajectory = Trajectory("a", {}, "strokes", segments)
     try:
         (row,), cut = training_rows([trajectory], limit)
@@ -150,7 +150,7 @@ def test_a_long_row_loses_whole_segments_from_its_end(policy, lengths, limit):
     ids = row["input_ids"]
     assert len(ids) <= limit
     ends = np.cumsum([len(s.ids) for s in segments])
-    assert len(ids) in ends  # a segment boundary, so never inside a picture
+    assert len(ids) in ends  # a segment boundary, so never inside an image
     kept = list(ends).index(len(ids))
     assert cut.shortened == (kept + 1 < len(segments))
     assert kept + 1 == len(segments) or ends[kept + 1] > limit  # and no segment that fits is lost
@@ -176,10 +176,10 @@ def drawn(policy, value):
 def strokes(policy, mistakes=()):
     parts = (
         Part("plan", "<ins> a red circle </ins><des> circle </des>"),
-        Part("sketch", picture=drawn(policy, 10)),
+        Part("sketch", image=drawn(policy, 10)),
         Part("inspect", "<inspect> wrong </inspect>"),
         Part("refine", "<refine> red </refine>"),
-        Part("redraw", picture=drawn(policy, 200)),
+        Part("redraw", image=drawn(policy, 200)),
         Part("inspect", "<inspect> fine </inspect>"),
     )
     return Demonstration("a red circle", {"tag": "single_object"}, parts, mistakes)
@@ -189,10 +189,10 @@ def test_a_needless_text_is_seen_and_what_it_leads_to_is_learned(policy):
     fine = "<inspect> fine </inspect>"
     parts = (
         Part("plan", "<ins> a red circle </ins><des> circle </des>"),
-        Part("sketch", picture=drawn(policy, 10)),
+        Part("sketch", image=drawn(policy, 10)),
         Part("inspect", fine),
         Part("plan", "<ins> red </ins><des> circle </des>"),
-        Part("sketch", picture=drawn(policy, 10)),
+        Part("sketch", image=drawn(policy, 10)),
         Part("inspect", fine),
     )
     shown = Demonstration("a red circle", {"tag": "single_object"}, parts, needless=(3,))
@@ -296,7 +296,7 @@ def test_on_words_alone_it_is_the_loss_of_transformers_and_trl(policy, tmp_path)
     assert ours == pytest.approx(float(trls), abs=1e-6)
 
 
-def test_pictures_are_learned_here_and_not_by_the_stock_forward(policy, tmp_path):
+def test_images_are_learned_here_and_not_by_the_stock_forward(policy, tmp_path):
     rows, _ = training_rows(written(policy, 3), 256)
     batch = Collator(policy.vocabulary.pad, pack=False)(rows)
     codes = torch.as_tensor(policy.vocabulary.code_ids.astype(np.int64))
@@ -378,7 +378,7 @@ def test_visual_loss_regresses_the_code_that_a_position_predicts(policy, tmp_pat
         with torch.no_grad():  # the projection reads the first E dimensions
             visual.projection.weight.copy_(torch.eye(dims, width))
             visual.projection.bias.zero_()
-        segment = picture(policy, 5)
+        segment = image(policy, 5)
         ids = torch.tensor([[v.bos, *segment.ids]], dtype=torch.int64)
         labels = ids.clone()
         labels[0, 0] = labels[0, -1] = IGNORE
@@ -397,7 +397,7 @@ def test_visual_loss_regresses_the_code_that_a_position_predicts(policy, tmp_pat
         trainer._visual = None
 
 
-def test_visual_loss_of_no_picture_is_zero_with_a_gradient():
+def test_visual_loss_of_no_image_is_zero_with_a_gradient():
     module = VisualReconstruction(8, torch.randn(5, 3))
     loss = module(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64))
     loss.backward()
@@ -409,7 +409,7 @@ def test_projection_is_trained_and_not_saved(tmp_path):
     seen = []
 
     class Watch:
-        def heard(self, step, metrics):
+        def on_metrics(self, step, metrics):
             seen.append(policy.core.visual_reconstruction.projection.weight.detach().clone())
 
     tracker = Tracker(tmp_path / "sft")
@@ -490,7 +490,7 @@ class CtrlC:
     def __init__(self, at):
         self.at = at
 
-    def heard(self, step, metrics):
+    def on_metrics(self, step, metrics):
         if step == self.at:
             self.at = None
             os.kill(os.getpid(), signal.SIGINT)
@@ -572,13 +572,13 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path):
     assert newest(output) == output / "checkpoint-4"
     run(tmp_path / "killed", resume=True)
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    assert [path.name for path in sealed(output)] == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in finished_checkpoints(output)] == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     policy = small_policy()
     (tmp_path / "sft" / "checkpoint-3").mkdir(parents=True)
-    seal(tmp_path / "sft" / "checkpoint-3")
+    write_manifest(tmp_path / "sft" / "checkpoint-3")
     with pytest.raises(UserError, match="already holds a warm start .checkpoint-3.*--resume"):
         warm_start(policy, written(policy), section(), tmp_path)
 
@@ -661,7 +661,7 @@ def test_a_corrupt_checkpoint_is_named(tmp_path, spoil, sentence):
     folder.mkdir(parents=True)
     for name in ("optimizer.pt", "scheduler.pt"):
         (folder / name).write_bytes(b"12345678")
-    seal(folder)
+    write_manifest(folder)
     spoil(folder)
     with pytest.raises(UserError, match=f"{sentence}.*start anew"):
         warm_start(policy, written(policy), section(), tmp_path, resume=True)
@@ -674,7 +674,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     class Fill:
-        def heard(self, step, metrics):
+        def on_metrics(self, step, metrics):
             if step == 3:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
 

@@ -22,15 +22,15 @@ def written():
     return {name: TASK.demonstrations(name, COUNT, seed=0) for name in FORMATS}
 
 
-def judged(record, picture):
+def judged(record, image):
     objects: dict = {}
-    for seen in TASK.detect(picture):
+    for seen in TASK.detect(image):
         objects.setdefault(seen.cls, []).append({"box": seen.box, "score": seen.score, "color": seen.color})
     return evaluate(record, objects)[0]
 
 
-def pictures(demonstration):
-    return [(i, part.picture) for i, part in enumerate(demonstration.parts) if part.picture is not None]
+def images(demonstration):
+    return [(i, part.image) for i, part in enumerate(demonstration.parts) if part.image is not None]
 
 
 class Words:
@@ -60,26 +60,24 @@ def test_demonstrations_are_sentences_of_their_format(written, name):
     codes = vocabulary.code_ids[:16]
     for shown in written[name][:200]:
         # render raises when a part is no sentence of the format, and encode when a word is unknown
-        thought = render_thought(
-            fmt, shown.prompt, shown.record, shown.parts, vocabulary, [codes] * len(pictures(shown))
-        )
+        thought = render_thought(fmt, shown.prompt, shown.record, shown.parts, vocabulary, [codes] * len(images(shown)))
         assert fmt.violations(thought) == []
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_two_to_four_pictures_and_the_last_is_right(written, name):
-    counts = Counter(len(pictures(shown)) for shown in written[name])
+def test_two_to_four_images_and_the_last_is_right(written, name):
+    counts = Counter(len(images(shown)) for shown in written[name])
     assert set(counts) == {2, 3, 4}
     for shown in written[name]:
-        assert judged(shown.record, pictures(shown)[-1][1]), shown.prompt
+        assert judged(shown.record, images(shown)[-1][1]), shown.prompt
 
 
 def test_only_the_plan_to_keep_a_right_sketch_is_needless(written):
     for shown in written["strokes"]:
         kept = [i for i, part in enumerate(shown.parts) if part.role == "plan" and "keep all" in part.text]
         assert list(shown.needless) == kept
-        for i in kept:  # after a picture that is right and was called so
-            assert "fine" in shown.parts[i - 1].text and judged(shown.record, shown.parts[i - 2].picture)
+        for i in kept:  # after an image that is right and was called so
+            assert "fine" in shown.parts[i - 1].text and judged(shown.record, shown.parts[i - 2].image)
     assert 0.2 < np.mean([bool(shown.needless) for shown in written["strokes"]]) < 0.6
     assert not any(shown.needless for name in ("subgoals", "self_critique") for shown in written[name])
 
@@ -106,25 +104,25 @@ def test_every_word_is_known(written, name):
 
 
 def inspected(name, shown):
-    """(record owed, wrong on purpose, picture, the words after it) of each picture that is commented on."""
+    """(record owed, wrong on purpose, image, the words after it) of each image that is commented on."""
     stage = shown.record
     for i, part in enumerate(shown.parts):
         if name == "strokes" and part.role == "plan":
             stage = requirement(shown.record, part.text)
-        if part.picture is not None and i + 1 < len(shown.parts):
-            yield stage, i in shown.mistakes, part.picture, shown.parts[i + 1].text
+        if part.image is not None and i + 1 < len(shown.parts):
+            yield stage, i in shown.mistakes, part.image, shown.parts[i + 1].text
 
 
 @pytest.mark.parametrize("name", ["strokes", "self_critique"])
 def test_inspections_say_what_is_there_and_are_right(written, name):
     verdicts: Counter = Counter()
     for shown in written[name]:
-        for stage, mistaken, picture, text in inspected(name, shown):
+        for stage, mistaken, image, text in inspected(name, shown):
             claim = claims(text)
-            detections = TASK.detect(picture)
+            detections = TASK.detect(image)
             assert Counter(c.shape for c in claim.seen) == Counter(d.cls for d in detections)
             assert Counter(c.color for c in claim.seen) == Counter(d.color for d in detections)
-            assert (claim.verdict == "wrong") == mistaken == (not judged(stage, picture)), (shown.prompt, text)
+            assert (claim.verdict == "wrong") == mistaken == (not judged(stage, image)), (shown.prompt, text)
             for mistake in claim.mistakes:
                 assert holds(mistake, stage, detections), (shown.prompt, text)
                 verdicts[mistake.kind] += 1
@@ -135,35 +133,35 @@ def test_inspections_say_what_is_there_and_are_right(written, name):
 
 def test_subgoal_reflections_are_right(written):
     for shown in written["subgoals"]:
-        for _, mistaken, picture, text in inspected("subgoals", shown):
+        for _, mistaken, image, text in inspected("subgoals", shown):
             claim = claims(text)
             assert claim.verdict == ("wrong" if mistaken else "fine")
-            assert Counter(c.shape for c in claim.seen) == Counter(d.cls for d in TASK.detect(picture))
+            assert Counter(c.shape for c in claim.seen) == Counter(d.cls for d in TASK.detect(image))
 
 
 def test_a_repair_changes_one_object_and_keeps_the_rest(written):
     seen = 0
     for shown in written["strokes"]:
         for i in shown.mistakes:
-            before = {(d.cls, d.color, d.box) for d in TASK.detect(shown.parts[i].picture)}
-            after_index = next(j for j, part in enumerate(shown.parts[i + 1 :], i + 1) if part.picture is not None)
+            before = {(d.cls, d.color, d.box) for d in TASK.detect(shown.parts[i].image)}
+            after_index = next(j for j, part in enumerate(shown.parts[i + 1 :], i + 1) if part.image is not None)
             if after_index in shown.mistakes:
                 continue  # went wrong again
-            after = {(d.cls, d.color, d.box) for d in TASK.detect(shown.parts[after_index].picture)}
+            after = {(d.cls, d.color, d.box) for d in TASK.detect(shown.parts[after_index].image)}
             assert 1 <= len(before ^ after) <= 2
             seen += 1
     assert seen > 100
 
 
-def test_right_pictures_show_what_their_plan_describes(written):
+def test_right_images_show_what_their_plan_describes(written):
     for shown in written["strokes"]:
         planned = None
         for i, part in enumerate(shown.parts):
             if part.role == "plan":
                 planned = parse_plan(part.text)
-            if part.picture is not None and i not in shown.mistakes:
+            if part.image is not None and i not in shown.mistakes:
                 assert Counter((c.shape, c.color) for c in planned) == Counter(
-                    (d.cls, d.color) for d in TASK.detect(part.picture)
+                    (d.cls, d.color) for d in TASK.detect(part.image)
                 )
 
 
@@ -180,7 +178,7 @@ def test_a_stroke_trajectory_is_short(written):
     vocabulary = Words(tags_of(fmt))
     codes = vocabulary.code_ids[:16]
     lengths = [
-        render_thought(fmt, s.prompt, s.record, s.parts, vocabulary, [codes] * len(pictures(s))).num_tokens()
+        render_thought(fmt, s.prompt, s.record, s.parts, vocabulary, [codes] * len(images(s))).num_tokens()
         for s in written["strokes"]
     ]
     assert np.mean(lengths) < 130 and max(lengths) < 256
@@ -192,7 +190,7 @@ def test_the_seed_decides():
             (
                 s.prompt,
                 [p.text for p in s.parts],
-                [p.picture.tobytes() for _, p in enumerate(s.parts) if p.picture is not None],
+                [p.image.tobytes() for _, p in enumerate(s.parts) if p.image is not None],
             )
             for s in TASK.demonstrations("strokes", 20, seed)
         ]

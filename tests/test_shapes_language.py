@@ -153,7 +153,7 @@ GREEN_CIRCLE = Object("circle", "green", PLACES.index("bottom"))
 @pytest.mark.parametrize(
     "record, objects, said",
     [
-        # a colour that fits comes before reading order, a shape that fits before one that doesn't
+        # a color that fits comes before reading order, a shape that fits before one that doesn't
         (
             color_attr(("circle", "green"), ("square", "red")),
             (BLUE_CIRCLE, GREEN_CIRCLE, RED_SQUARE),
@@ -194,7 +194,7 @@ def test_an_inspection_puts_what_is_seen_beside_what_is_wanted(record, objects, 
     assert listed is not None and set(listed) <= {clause_of(item) for item in objects}
 
 
-def test_marks_say_no_exactly_where_the_picture_is_wrong():
+def test_marks_say_no_exactly_where_the_image_is_wrong():
     rng = np.random.default_rng(4)
     for tag in TAGS:
         for record in pool("train", tag)[::40]:

@@ -96,7 +96,7 @@ def test_a_relation_is_held_out_in_both_wordings():
             assert ("relation", b, INVERSE[relation], a) in HELDOUT
 
 
-def test_train_prompts_say_every_shape_colour_count_and_relation():
+def test_train_prompts_say_every_shape_color_count_and_relation():
     words = {word for record in prompts("train") for word in record["prompt"].split()}
     assert {*SHAPES, *COLORS, "two", "three", "four", "left", "right", "above", "below"} <= words
     heldout_words = {word for record in prompts("heldout") for word in record["prompt"].split()}
@@ -175,7 +175,7 @@ def test_the_task_is_built_by_name_and_refuses_what_it_does_not_know():
 def test_the_task_imports_no_model():
     code = (
         "import sys; from tasks.registry import get_task; task = get_task('shapes');"
-        "shown = task.demonstrations('strokes', 6, 0)[0]; task.detect(shown.parts[1].picture);"
+        "shown = task.demonstrations('strokes', 6, 0)[0]; task.detect(shown.parts[1].image);"
         "heavy = {'torch', 'transformers', 'ray', 'policy', 'rewards', 'rl', 'sft'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -28,22 +28,22 @@ def every_object():
     ]
 
 
-def test_pictures_are_made_of_193_patches():
+def test_images_are_made_of_193_patches():
     patches = set()
     for item in every_object():
-        picture = render(Scene((item,)))
+        image = render(Scene((item,)))
         for y in range(0, CANVAS, PATCH):
             for x in range(0, CANVAS, PATCH):
-                patches.add(picture[y : y + PATCH, x : x + PATCH].tobytes())
+                patches.add(image[y : y + PATCH, x : x + PATCH].tobytes())
     assert len(patches) <= 193
 
 
 def test_objects_stay_in_the_canvas_and_cover_their_box():
     for item in every_object():
-        picture = render(Scene((item,)))
-        ys, xs = np.nonzero((picture != 255).any(-1))
+        image = render(Scene((item,)))
+        ys, xs = np.nonzero((image != 255).any(-1))
         assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == item.box
-        assert (picture[ys, xs] == COLORS[item.color]).all()
+        assert (image[ys, xs] == COLORS[item.color]).all()
 
 
 def test_shapes_differ_from_one_another():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import PICTURE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
+from shelf_helpers import IMAGE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
 
 from rewards.published.chain_of_focus import advantages, chain_of_focus, chain_of_focus_base, replaced
 from runtime.errors import UserError
@@ -54,7 +54,7 @@ def base_of(*segments, judge=True, **options):
         ((say(THINK + "<answer>blue</answer><answer>red</answer>"),), True, 1.0, ["red"]),  # the last counts
         # the tool's reply opens an answer tag: the release reads the answer from there on: unbalanced
         ((say(THINK + CALL), tool("close with <answer> when ready"), say("<answer>red</answer>")), True, 1.0, ["red"]),
-        ((say(THINK + CALL), tool("<answer>red</answer>", PICTURE), say("done")), True, 0.0, []),
+        ((say(THINK + CALL), tool("<answer>red</answer>", IMAGE), say("done")), True, 0.0, []),
         ((say(THINK + "<answer> </answer>"),), True, 0.0, []),
         ((say(THINK + f"<answer>{'a ' * 1000}</answer>"),), False, 0.1, None),
         ((say(THINK + f"<answer>{'a ' * 1001}</answer>"),), False, 0.0, None),
@@ -89,7 +89,7 @@ def group(*members, number=0):
 
 def test_groups_over_trajectories():
     right, wrong = "<answer>red</answer>", "<answer>blue</answer>"
-    zoom = say(THINK + CALL), tool("", PICTURE)
+    zoom = say(THINK + CALL), tool("", IMAGE)
     rows = group(
         (say(THINK + right),), (*zoom, say(right)), (*zoom, say(wrong)), (say(THINK + wrong),), (say(wrong),)
     ) + group((*zoom, say(right)), (say(THINK + "<answer>?</answer>"),), number=1)

@@ -1,11 +1,11 @@
-"""DeepEyes and DeepEyesV2 by hand, over trajectories with calls, observations and pictures."""
+"""DeepEyes and DeepEyesV2 by hand, over trajectories with calls, observations and images."""
 
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import PICTURE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
+from shelf_helpers import IMAGE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
 
-from rewards.contract import RewardError, Setting
+from rewards.contract import RewardContext, RewardError
 from rewards.published.deepeyes import MATH_WEIGHTS, Reading, Weights, deepeyes, read_release, score
 from rewards.published.deepeyes_v2 import deepeyes_v2
 from runtime.errors import UserError
@@ -32,11 +32,11 @@ def test_the_formula():
 @pytest.mark.parametrize(
     ("segments", "judge", "value", "asked"),
     [
-        # right: 0.8, and 1.2 more for a picture that came back
+        # right: 0.8, and 1.2 more for an image that came back
         ((say(THINK + ANSWER),), True, 0.8, ["red"]),
-        ((say(THINK + CALL), tool("", PICTURE), say(ANSWER)), True, 2.0, ["red"]),
-        ((say(THINK + CALL), tool("", PICTURE), say(ANSWER)), False, 0.0, ["red"]),
-        # a call that failed brings no bonus; nor does a picture that the prompt showed
+        ((say(THINK + CALL), tool("", IMAGE), say(ANSWER)), True, 2.0, ["red"]),
+        ((say(THINK + CALL), tool("", IMAGE), say(ANSWER)), False, 0.0, ["red"]),
+        # a call that failed brings no bonus; nor does an image that the prompt showed
         ((say(THINK + CALL), tool("Error: no such box"), say(ANSWER)), True, 0.8, ["red"]),
         # an answer tag in the tool's reply is nobody's answer: no answer, no accuracy, a format error
         ((say(THINK + CALL), tool("<answer>red</answer>", None), say("I am done.")), True, -0.2, []),
@@ -130,8 +130,8 @@ def test_bad_options_and_a_missing_judge_are_named():
     with pytest.raises(UserError, match="deepeyes: no variant 'paper'"):
         deepeyes([], judged_by(None), variant="paper")
     with pytest.raises(RewardError, match="reward 'deepeyes' asks a judge"):
-        deepeyes([conversation(RECORD, say(THINK + ANSWER))], Setting())
-    assert deepeyes([conversation(RECORD, say(THINK))], Setting()) == [pytest.approx(-0.2)]  # nothing to ask
+        deepeyes([conversation(RECORD, say(THINK + ANSWER))], RewardContext())
+    assert deepeyes([conversation(RECORD, say(THINK))], RewardContext()) == [pytest.approx(-0.2)]  # nothing to ask
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from rewards_helpers import text, thought
+from rewards_helpers import text, trajectory_of
 
 from record.trajectory import Author
 from rewards.published.openthinkimg import (
@@ -48,7 +48,7 @@ OCR, END = ("OCR", {"image": "img_1"}), ("Terminate", {"ans": "Lisbon"})
     ],
 )
 def test_accuracy_by_hand(last, gold, ours, release):
-    row = thought({"ground_truth": gold}, text("answer", last))
+    row = trajectory_of({"ground_truth": gold}, text("answer", last))
     assert openthinkimg([row]) == [ours]
     assert accuracy_release([turn(OCR), last], gold) == release
     if last:
@@ -91,12 +91,12 @@ def test_reading():
 def test_over_thoughts():
     observed = text("observation", 'OBSERVATION: {"thought": "x", "actions": []} Lisbon', Author.ENVIRONMENT)
     rows = [
-        thought({"ground_truth": "Lisbon"}, text("tool_call", turn(OCR)), observed, text("answer", turn(END))),
-        thought({"ground_truth": "Lisbon"}, text("tool_call", "no object"), observed, text("answer", turn(END))),
-        thought({"ground_truth": ["Porto", "Lisbon"]}, text("answer", turn(END) + "<|im_end|>")),
-        thought({"ground_truth": "Lisbon"}, text("tool_call", turn(OCR)), observed),
-        thought({}, text("answer", turn(END))),
-        thought({"ground_truth": "Lisbon"}),
+        trajectory_of({"ground_truth": "Lisbon"}, text("tool_call", turn(OCR)), observed, text("answer", turn(END))),
+        trajectory_of({"ground_truth": "Lisbon"}, text("tool_call", "no object"), observed, text("answer", turn(END))),
+        trajectory_of({"ground_truth": ["Porto", "Lisbon"]}, text("answer", turn(END) + "<|im_end|>")),
+        trajectory_of({"ground_truth": "Lisbon"}, text("tool_call", turn(OCR)), observed),
+        trajectory_of({}, text("answer", turn(END))),
+        trajectory_of({"ground_truth": "Lisbon"}),
     ]
     assert openthinkimg(rows) == [1, 1, 1, 0, None, 0]
     # the mean over the policy's turns alone: the observation's object counts for nothing

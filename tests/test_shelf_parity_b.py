@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 
 import pytest
-from rewards_helpers import text, thought
+from rewards_helpers import text, trajectory_of
 
 from record.trajectory import Author
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.functions.overlap import ndcg
 from rewards.functions.text import transcript
 from rewards.judge.base import Reply
@@ -160,7 +160,7 @@ def vrag_thought(sample):
         parts.append(
             text("answer" if own else "observation", turn["text"], Author.POLICY if own else Author.ENVIRONMENT)
         )
-    made = thought(
+    made = trajectory_of(
         {**{key: sample[key] for key in ("question", "ground_truth", "file_name", "reference_pages")}},
         *parts,
         *([text("glue", rest, Author.ENVIRONMENT)] if rest else []),
@@ -175,25 +175,30 @@ def vrag_thought(sample):
 def rewarded(record):
     """(found, expected) totals of the reward function over thoughts; None where a record is no whole reward."""
     function, inputs, expected = record["function"], record["inputs"], record["outputs"].get("total")
-    system, silent = record["system"], Setting(judge=Judge())
+    system, silent = record["system"], RewardContext(judge=Judge())
     if system == "vrag" and function != "ndcg":
         found = [
-            vrag.vrag([vrag_thought(s)], Setting(judge=Judge(s["judge_verdict"])), mode=function, variant="release")[0]
+            vrag.vrag(
+                [vrag_thought(s)],
+                RewardContext(judge=Judge(s["judge_verdict"])),
+                mode=function,
+                variant="release",
+            )[0]
             for s in inputs["samples"]
         ]
         return found, expected
     if system == "visual_arft" and function != "f1":
         task = record["variant"].removeprefix("release_")
-        row = thought({"ground_truth": inputs["ground_truth"]}, text("answer", inputs["response_text"]))
+        row = trajectory_of({"ground_truth": inputs["ground_truth"]}, text("answer", inputs["response_text"]))
         return visual_arft.visual_arft([row], task=task, variant="release")[0], expected
     if system == "openthinkimg" and function == "trajectory":
         glue = text("observation", "OBSERVATION", Author.ENVIRONMENT)
         parts = [part for turn in inputs["turns"] for part in (text("answer", turn), glue)]
-        row = thought({"ground_truth": inputs["ground_truth"]}, *parts[:-1])
+        row = trajectory_of({"ground_truth": inputs["ground_truth"]}, *parts[:-1])
         return openthinkimg.openthinkimg([row], variant="release")[0], expected
     if system == "vista" and function == "tool_gain" and expected is not None:
         picked = ",".join(map(str, sorted(record["outputs"]["tools"] or [])))
-        row = thought(
+        row = trajectory_of(
             {
                 "ground_truth": inputs["ground_truth"],
                 "answer_without_tools": inputs["answer_without_tools"],

@@ -1,4 +1,4 @@
-"""Rewards on drawn pictures from the shelf: parity with the releases, hand-computed tables, and every relation on
+"""Rewards on drawn images from the shelf: parity with the releases, hand-computed tables, and every relation on
 rendered scenes."""
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
-from rewards.contract import RewardError, Setting
+from rewards.contract import RewardContext, RewardError
 from rewards.detectors.base import Detected, UnknownClass
 from rewards.detectors.shapes import TaskDetector
 from rewards.functions.geneval import geneval
@@ -63,14 +63,14 @@ def test_t2i_r1_equals_the_release_and_its_repair():
 
 
 class Placed:
-    """Sees the fixture's boxes, whatever the picture is."""
+    """Sees the fixture's boxes, whatever the image is."""
 
     open_vocabulary, classes = True, ()
 
     def __init__(self, detections, size):
         self.detections, self.size = detections, size
 
-    def detect_phrases(self, pictures, phrases):
+    def detect_phrases(self, images, phrases):
         width, height = self.size
         return [
             {
@@ -94,14 +94,14 @@ def test_t2i_r1_gives_the_same_through_a_detector_and_a_trajectory():
             continue
         given = record["inputs"]
         size = given.get("image_size", [384, 384])
-        setting = Setting.of(None, None, Placed(given["detections"], size))
-        row = thought(
+        context = RewardContext.of(None, None, Placed(given["detections"], size))
+        row = trajectory_of(
             {key: given[key] for key in ("object_1", "object_2", "relation", "counts", "objects") if key in given},
-            image("sketch", np.zeros((size[1], size[0], 3), np.uint8)),
+            image_segment("sketch", np.zeros((size[1], size[0], 3), np.uint8)),
         )
         for variant, key in (("release", "total"), ("repaired", "total_repaired")):
             if key in record["outputs"]:
-                (got_value,) = t2i.t2i_r1_detector([row], setting, variant=variant)
+                (got_value,) = t2i.t2i_r1_detector([row], context, variant=variant)
                 assert got_value == pytest.approx(record["outputs"][key], abs=1e-4), (number, variant)
 
 
@@ -122,7 +122,7 @@ def test_janus_pro_r1_equals_the_release():
 
 
 class Says:
-    """A judge that gives each picture the probability written into its first pixel, in per mille; None from 65 on."""
+    """A judge that gives each image the probability written into its first pixel, in per mille; None from 65 on."""
 
     def __init__(self):
         self.asked = []
@@ -138,9 +138,9 @@ class Says:
 
 def marked(probability):
     value = round(probability * 10_000) if probability is not None else 65 * 256
-    picture = np.zeros((4, 4, 3), np.uint8)
-    picture[0, 0, :2] = divmod(value, 256)
-    return picture
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[0, 0, :2] = divmod(value, 256)
+    return image
 
 
 @pytest.mark.parity
@@ -149,11 +149,15 @@ def test_janus_pro_r1_gives_the_same_through_trajectories():
         given = record["inputs"]
         rows = []
         for first, final, yes in zip(given["first_score"], given["final_score"], given["self_check_yes"], strict=True):
-            again = [] if yes and first == final else [image("sketch", marked(final))]
-            rows.append(thought({}, image("sketch", marked(first)), text("inspect", "Yes" if yes else "No"), *again))
-        totals = janus.janus_pro_r1(rows, Setting(judge=Says()), credit="trajectory")
+            again = [] if yes and first == final else [image_segment("sketch", marked(final))]
+            rows.append(
+                trajectory_of(
+                    {}, image_segment("sketch", marked(first)), text("inspect", "Yes" if yes else "No"), *again
+                )
+            )
+        totals = janus.janus_pro_r1(rows, RewardContext(judge=Says()), credit="trajectory")
         assert totals == pytest.approx(record["outputs"]["total"], abs=1e-3), number
-        for row, credited in enumerate(janus.janus_pro_r1(rows, Setting(judge=Says()))):
+        for row, credited in enumerate(janus.janus_pro_r1(rows, RewardContext(judge=Says()))):
             expected = {
                 1: record["outputs"]["draw"][row],
                 2: record["outputs"]["self_check"][row],
@@ -229,21 +233,21 @@ def test_objects_and_yes_by_hand():
 def test_t2i_r1_yes_asks_once_a_phrase_and_an_unjudged_phrase_leaves_the_thought_unjudged():
     judge = Says()
     rows = [
-        thought({"task": "attribute", "phrases": ["a red cat", "a dog"]}, image("sketch", marked(0.5))),
-        thought({"task": "attribute", "objects": ["cat"]}, image("sketch", marked(None))),
-        thought({"task": "numeracy", "objects": ["cat"]}, image("sketch", marked(0.5))),
-        thought({"task": "complex", "objects": []}, image("sketch", marked(0.5))),
-        thought({"task": "complex", "objects": ["cat"]}),
-        thought({}),
+        trajectory_of({"task": "attribute", "phrases": ["a red cat", "a dog"]}, image_segment("sketch", marked(0.5))),
+        trajectory_of({"task": "attribute", "objects": ["cat"]}, image_segment("sketch", marked(None))),
+        trajectory_of({"task": "numeracy", "objects": ["cat"]}, image_segment("sketch", marked(0.5))),
+        trajectory_of({"task": "complex", "objects": []}, image_segment("sketch", marked(0.5))),
+        trajectory_of({"task": "complex", "objects": ["cat"]}),
+        trajectory_of({}),
     ]
-    assert t2i.t2i_r1_yes(rows, Setting(judge=judge)) == [0.5, None, None, 1.0, 0.0, None]
+    assert t2i.t2i_r1_yes(rows, RewardContext(judge=judge)) == [0.5, None, None, 1.0, 0.0, None]
     assert judge.asked == [
         "Does the picture show a red cat? Answer with yes or no.",
         "Does the picture show a dog? Answer with yes or no.",
         "Does the picture show cat? Answer with yes or no.",
     ]
     with pytest.raises(RewardError, match="'t2i_r1_yes' asks a judge"):
-        t2i.t2i_r1_yes(rows, Setting())
+        t2i.t2i_r1_yes(rows, RewardContext())
 
 
 # ---- relations on rendered scenes ---------------------------------------------------------------------------------
@@ -252,7 +256,7 @@ def test_t2i_r1_yes_asks_once_a_phrase_and_an_unjudged_phrase_leaves_the_thought
 @pytest.fixture(scope="module")
 def shapes():
     task = get_task("shapes")
-    return Setting.of(task, None, TaskDetector.of(task))
+    return RewardContext.of(task, None, TaskDetector.of(task))
 
 
 def scene(circle, square):
@@ -281,7 +285,7 @@ HOLDS = {
 @pytest.mark.parametrize("asked", HOLDS)
 @pytest.mark.parametrize("drawn", HOLDS)
 def test_every_relation_pays_and_refuses_on_rendered_scenes(shapes, asked, drawn):
-    row = thought(placed(asked), image("sketch", scene(*HOLDS[drawn])))
+    row = trajectory_of(placed(asked), image_segment("sketch", scene(*HOLDS[drawn])))
     holds = asked == drawn
     assert geneval([row], shapes) == [float(holds)]
     assert geneval([row], shapes, mode="strict") == [float(holds)]
@@ -301,7 +305,7 @@ def test_every_wording_of_a_relation_pays_and_refuses(shapes, wording):
     )
     columns = {"object_1": "circle", "object_2": "square", "relation": wording}
     for drawn, places in HOLDS.items():
-        (paid,) = t2i.t2i_r1_detector([thought(columns, image("sketch", scene(*places)))], shapes)
+        (paid,) = t2i.t2i_r1_detector([trajectory_of(columns, image_segment("sketch", scene(*places)))], shapes)
         assert paid == pytest.approx(0.9 if drawn == means else 0.4), (wording, drawn)
 
 
@@ -312,8 +316,8 @@ def test_near_pays_and_refuses(shapes, wording):
     class Large:  # the same scene as if it were drawn 16 times as large: 512 px
         classes = ("circle", "square", "triangle", "cross")
 
-        def detect(self, pictures):
-            found = shapes.detector.detector.detect([p[::16, ::16] for p in pictures])
+        def detect(self, images):
+            found = shapes.detector.detector.detect([p[::16, ::16] for p in images])
             return [
                 {
                     name: [Detected(tuple(16 * c for c in o.box), o.score) for o in items]
@@ -322,12 +326,12 @@ def test_near_pays_and_refuses(shapes, wording):
                 for objects in found
             ]
 
-    large = Setting.of(None, None, Large())
+    large = RewardContext.of(None, None, Large())
     near, far = (
         np.kron(scene(*places), np.ones((16, 16, 1), np.uint8))
         for places in (("left", "right"), ("top-left", "bottom-right"))
     )
-    rows = [thought(columns, image("sketch", picture)) for picture in (near, far)]
+    rows = [trajectory_of(columns, image_segment("sketch", image)) for image in (near, far)]
     paid = t2i.t2i_r1_detector(rows, large)
     assert paid[0] == pytest.approx(0.9)  # on one height
     assert paid[1] == pytest.approx(0.4 + 0.5 * 150 / 256)  # 16 px of 32 apart on both axes: 256 px
@@ -344,16 +348,16 @@ def test_t2i_r1_reads_genevals_records_counts_and_objects(shapes):
     }
     both = {"tag": "two_object", "include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1}]}
     rows = [
-        thought(counting, image("sketch", two)),
-        thought({**counting, "include": [{"class": "circle", "count": 3}]}, image("sketch", two)),
-        thought(both, image("sketch", two)),
-        thought(both),
-        thought({}, image("sketch", two)),
-        thought({"object_1": "circle", "object_2": "square", "relation": "behind"}, image("sketch", two)),
+        trajectory_of(counting, image_segment("sketch", two)),
+        trajectory_of({**counting, "include": [{"class": "circle", "count": 3}]}, image_segment("sketch", two)),
+        trajectory_of(both, image_segment("sketch", two)),
+        trajectory_of(both),
+        trajectory_of({}, image_segment("sketch", two)),
+        trajectory_of({"object_1": "circle", "object_2": "square", "relation": "behind"}, image_segment("sketch", two)),
     ]
     assert t2i.t2i_r1_detector(rows, shapes) == [1.0, pytest.approx(0.2), 0.5, 0.0, None, None]
     with pytest.raises(UnknownClass, match="'zebra'"):
-        t2i.t2i_r1_detector([thought({"objects": ["zebra"]}, image("sketch", two))], shapes)
+        t2i.t2i_r1_detector([trajectory_of({"objects": ["zebra"]}, image_segment("sketch", two))], shapes)
     with pytest.raises(UserError, match="no variant 'paper'"):
         t2i.t2i_r1_detector([], shapes, variant="paper")
 
@@ -371,28 +375,30 @@ def test_janus_by_hand():
 
 def test_janus_credits_segments_and_leaves_the_unscored_unjudged():
     rows = [
-        thought(
+        trajectory_of(
             {"prompt": "a cat"},
-            image("sketch", marked(0.8)),
+            image_segment("sketch", marked(0.8)),
             text("inspect", "No, the cat is missing"),
-            image("sketch", marked(0.6)),
+            image_segment("sketch", marked(0.6)),
         ),
-        thought({}, image("sketch", marked(0.8)), text("inspect", "Yes.")),
-        thought({}, image("sketch", marked(0.8)), text("inspect", "hm"), image("sketch", marked(0.6))),
-        thought({}, image("sketch", marked(0.8)), image("sketch", marked(None))),
-        thought({}),
-        thought({}, image("sketch", marked(0.8))),
+        trajectory_of({}, image_segment("sketch", marked(0.8)), text("inspect", "Yes.")),
+        trajectory_of(
+            {}, image_segment("sketch", marked(0.8)), text("inspect", "hm"), image_segment("sketch", marked(0.6))
+        ),
+        trajectory_of({}, image_segment("sketch", marked(0.8)), image_segment("sketch", marked(None))),
+        trajectory_of({}),
+        trajectory_of({}, image_segment("sketch", marked(0.8))),
     ]
     judge = Says()
     logged = {}
-    credited = janus.janus_pro_r1(rows, Setting(judge=judge), lambda name, value: logged.update({name: value}))
+    credited = janus.janus_pro_r1(rows, RewardContext(judge=judge), lambda name, value: logged.update({name: value}))
     assert credited[0] == pytest.approx({1: 0.8, 2: 0.2, 3: 0.6})
     assert credited[1] == pytest.approx({1: 0.8, 2: 0.8})
     assert credited[2] == pytest.approx({1: 0.8, 2: 0.0, 3: 0.6})  # unreadable: as wrong as can be
     assert credited[3:5] == [None, 0.0] and credited[5] == pytest.approx({1: 0.8})
     assert logged == {"says_yes": 0.5}
     assert judge.asked[0] == janus.QUESTION.format(prompt="a cat") and len(judge.asked) == 8
-    totals = janus.janus_pro_r1(rows, Setting(judge=Says()), credit="trajectory")
+    totals = janus.janus_pro_r1(rows, RewardContext(judge=Says()), credit="trajectory")
     assert totals == [pytest.approx(1.6), pytest.approx(2.4), pytest.approx(1.4), None, 0.0, pytest.approx(1.6)]
 
 
@@ -400,9 +406,11 @@ def test_janus_by_the_detector_on_rendered_scenes(shapes):
     good, bad = scene("left", "right"), scene("right", "left")
     record = placed("left of")
     rows = [
-        thought(record, image("sketch", bad), text("inspect", "<inspect> wrong"), image("sketch", good)),
-        thought(record, image("sketch", good), text("inspect", "yes")),
-        thought({}, image("sketch", good)),
+        trajectory_of(
+            record, image_segment("sketch", bad), text("inspect", "<inspect> wrong"), image_segment("sketch", good)
+        ),
+        trajectory_of(record, image_segment("sketch", good), text("inspect", "yes")),
+        trajectory_of({}, image_segment("sketch", good)),
     ]
     fixed, kept, without = janus.janus_pro_r1_geneval(rows, shapes)
     assert fixed == pytest.approx({1: 2 / 3, 2: 1 / 3, 3: 1.0})
@@ -468,18 +476,20 @@ def test_got_on_rendered_scenes(shapes):
         a, b = ([round(c * 1000 / 32, 2) for c in box] for box in (one, other))
         return f"a red circle ({a[0]},{a[1]}),({a[2]},{a[3]}), a blue square ({b[0]},{b[1]}),({b[2]},{b[3]})"
 
-    picture = scene("left", "right")
+    image = scene("left", "right")
     rows = [
-        thought(record, text("plan", plan(circle, square)), image("sketch", picture)),
-        thought(record, text("plan", plan(square, circle)), image("sketch", picture)),
-        thought(record, text("plan", "a circle and a square"), image("sketch", picture)),
-        thought(record, text("plan", plan(circle, square))),
-        thought(record, text("hint", plan(circle, square), Author.ENVIRONMENT), image("sketch", picture)),
-        thought(record, image("sketch", picture), text("plan", plan(circle, square))),
+        trajectory_of(record, text("plan", plan(circle, square)), image_segment("sketch", image)),
+        trajectory_of(record, text("plan", plan(square, circle)), image_segment("sketch", image)),
+        trajectory_of(record, text("plan", "a circle and a square"), image_segment("sketch", image)),
+        trajectory_of(record, text("plan", plan(circle, square))),
+        trajectory_of(record, text("hint", plan(circle, square), Author.ENVIRONMENT), image_segment("sketch", image)),
+        trajectory_of(record, image_segment("sketch", image), text("plan", plan(circle, square))),
     ]
     values = got.got_r1(rows, shapes)
     assert values[0] == pytest.approx(1.0, abs=0.02) and values[1:] == [0.0] * 5
-    pixels = thought(record, text("plan", f"circle [{', '.join(map(str, circle))}]"), image("sketch", picture))
+    pixels = trajectory_of(
+        record, text("plan", f"circle [{', '.join(map(str, circle))}]"), image_segment("sketch", image)
+    )
     assert got.got_r1([pixels], shapes, frame="pixels") == [pytest.approx(1.0)]
     with pytest.raises(UserError, match="no frame 'px'"):
         got.got_r1([], shapes, frame="px")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import PICTURE, conversation, say, tool
+from shelf_helpers import IMAGE, conversation, say, tool
 
 from rewards.contract import RewardError
 from rewards.published.pixel_reasoner import (
@@ -46,7 +46,7 @@ def test_other_constants():
 
 
 def test_the_official_shaping():
-    # 0.25 (0.3 - 0.125) / (2 * 0.125) = 0.175 for a picture, 0.25 (0.175) / (1.5 * 0.125) = 0.23333 for a video
+    # 0.25 (0.3 - 0.125) / (2 * 0.125) = 0.175 for an image, 0.25 (0.175) / (1.5 * 0.125) = 0.23333 for a video
     assert shaped_official(Sample(1, 1), 0.125, False)["total"] == pytest.approx(1.175)
     assert shaped_official(Sample(1, 1, is_video=True), 0.125, False)["total"] == pytest.approx(1.23333, abs=1e-4)
     assert shaped_official(Sample(1, 4), 0.5, False)["total"] == pytest.approx(0.85)
@@ -121,8 +121,8 @@ def rows(*members, group=0):
     ]
 
 
-def looked(times, said, picture=PICTURE):
-    return [part for _ in range(times) for part in (say(CALL), tool("", picture))] + [say(f"\\boxed{{{said}}}")]
+def looked(times, said, image=IMAGE):
+    return [part for _ in range(times) for part in (say(CALL), tool("", image))] + [say(f"\\boxed{{{said}}}")]
 
 
 def test_a_group_by_hand():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import PICTURE, ScriptedJudge, conversation, judged_by, say, tool
+from shelf_helpers import IMAGE, ScriptedJudge, conversation, judged_by, say, tool
 
-from rewards.published.asking import flag_in
+from rewards.published.judge_helpers import flag_in
 from rewards.published.thyme import Reading, by_rule, read, score, score_release, thyme
 from runtime.errors import UserError
 
@@ -67,7 +67,7 @@ def test_the_two_formulas():
         (
             (
                 say("<think>a<code>1</code>"),
-                tool("<sandbox_output><think></sandbox_output>", PICTURE),
+                tool("<sandbox_output><think></sandbox_output>", IMAGE),
                 say("</think>\n<answer>red</answer>"),
             ),
             True,

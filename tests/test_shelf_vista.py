@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
-from rewards.contract import RewardError, Setting
+from rewards.contract import RewardContext, RewardError
 from rewards.judge.base import Reply
 from rewards.published.vista import (
     final_answer_release,
@@ -106,9 +106,9 @@ class Frozen:
 
 
 def picked(said, **record):
-    return thought(
+    return trajectory_of(
         {"ground_truth": "7", "question": "How many bars?", **record},
-        image("prompt", CHART, Author.USER),
+        image_segment("prompt", CHART, Author.USER),
         text("answer", said),
     )
 
@@ -125,7 +125,7 @@ def test_the_frozen_model_is_asked_with_and_without():
         picked("none", ground_truth=None),
     ]
     logged = {}
-    assert vista(rows, Setting(judge=frozen), logged.__setitem__) == [1, 0, 0, None]
+    assert vista(rows, RewardContext(judge=frozen), logged.__setitem__) == [1, 0, 0, None]
     assert len(frozen.asked) == 5  # two, two, and one for the pick of no tool
     assert all(q.messages[-1]["content"][0]["type"] == "image" for q in frozen.asked)
     assert logged == pytest.approx({"total": 1 / 3, "right_without": 0, "right_with": 1 / 3, "format": 1, "tools": 1})
@@ -139,20 +139,20 @@ def test_replies_that_were_computed_before_are_not_asked_for():
         picked("<answer></answer>", **known),
         picked("no list", **known),
     ]
-    assert vista(rows, Setting()) == [-0.5, 1, 1, 1]
-    assert vista(rows, Setting(), format=0.1) == pytest.approx([-0.4, 1.1, 1.1, 1])
+    assert vista(rows, RewardContext()) == [-0.5, 1, 1, 1]
+    assert vista(rows, RewardContext(), format=0.1) == pytest.approx([-0.4, 1.1, 1.1, 1])
 
 
 def test_a_model_that_did_not_answer_is_not_a_wrong_one():
     rows = [picked("<answer>0</answer>", **OUTPUTS), picked("<answer>1</answer>", answer_without_tools="7", **OUTPUTS)]
-    assert vista(rows, Setting(judge=Frozen(fails=True))) == [None, None]
-    assert vista(rows, Setting(judge=Frozen(fails=True)), variant="release") == [0, 0]
+    assert vista(rows, RewardContext(judge=Frozen(fails=True))) == [None, None]
+    assert vista(rows, RewardContext(judge=Frozen(fails=True)), variant="release") == [0, 0]
 
 
 def test_bad_input_is_named():
     with pytest.raises(RewardError, match="no 'tool_outputs'"):
-        vista([picked("<answer>0</answer>")], Setting(judge=Frozen()))
+        vista([picked("<answer>0</answer>")], RewardContext(judge=Frozen()))
     with pytest.raises(RewardError, match="vista"):
-        vista([picked("<answer>0</answer>", **OUTPUTS)], Setting())
+        vista([picked("<answer>0</answer>", **OUTPUTS)], RewardContext())
     with pytest.raises(UserError, match="no variant 'paper'"):
-        vista([], Setting(), variant="paper")
+        vista([], RewardContext(), variant="paper")

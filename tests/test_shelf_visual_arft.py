@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
 from rewards.contract import RewardError
@@ -15,7 +15,7 @@ from rewards.functions.sentences import SentenceEncoder
 from rewards.published.visual_arft import accuracy, f1_release, kind_of, score_release, visual_arft, well_formed
 from runtime.errors import UserError
 
-PICTURE = np.zeros((4, 4, 3), np.uint8)
+IMAGE = np.zeros((4, 4, 3), np.uint8)
 CODE = "<code>\n```python\nimg = cv2.rotate(img, 1)\n```\n</code>"
 
 
@@ -112,7 +112,7 @@ def test_the_search_script_does_not_ask_for_the_references_kind():
 
 
 def coded(gold, *observed):
-    return thought(
+    return trajectory_of(
         {"ground_truth": gold},
         text("code", f"<think>turn it</think>{CODE}"),
         *observed,
@@ -121,14 +121,14 @@ def coded(gold, *observed):
 
 
 def test_over_thoughts():
-    came = image("observation", PICTURE, Author.ENVIRONMENT)
+    came = image_segment("observation", IMAGE, Author.ENVIRONMENT)
     failed = text("observation", "Execution error: no module cv3", Author.ENVIRONMENT)
     rows = [
         coded(CODE, came),
         coded(CODE, failed),
         coded("<answer>kite</answer>", came),
-        thought({}, text("answer", "x")),
-        thought({"ground_truth": CODE}, text("code", f"<think>x</think>{CODE}")),
+        trajectory_of({}, text("answer", "x")),
+        trajectory_of({"ground_truth": CODE}, text("code", f"<think>x</think>{CODE}")),
     ]
     assert visual_arft(rows) == [pytest.approx(1.9), 1.0, pytest.approx(1 + 2 / 3), None, None]
     assert visual_arft(rows, variant="release") == [pytest.approx(1.9)] * 2 + [
@@ -181,7 +181,7 @@ def test_a_sentence_is_the_mean_of_its_tokens_without_padding(model):
 
 def test_searches_over_thoughts(model):
     rows = [
-        thought({"ground_truth": "<search>red kite</search>"}, text("search", f"<think>x</think>{said}"))
+        trajectory_of({"ground_truth": "<search>red kite</search>"}, text("search", f"<think>x</think>{said}"))
         for said in ("<search>red kite</search>", "<search></search>", "<answer>red kite</answer>")
     ]
     assert visual_arft(rows, task="search", encoder=model) == [pytest.approx(2, abs=1e-4), 1, 0]
@@ -190,7 +190,7 @@ def test_searches_over_thoughts(model):
 
 
 def test_bad_input_is_named(tmp_path):
-    row = thought({"ground_truth": "<search>red kite</search>"}, text("search", "<search>kite</search>"))
+    row = trajectory_of({"ground_truth": "<search>red kite</search>"}, text("search", "<search>kite</search>"))
     with pytest.raises(WeightsError, match="visual_arft.encoder: no folder"):
         visual_arft([row], task="search", encoder=str(tmp_path / "none"))
     with pytest.raises(RewardError, match="none of the tags answer, code, problem"):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
 from rewards.published.vital import sample_weight, scaled_iou, vital, vital_weight, well_formed
-from rl.advantages import credit
+from rl.advantages import compute_advantages
 from rl.config import GrpoConfig
 from runtime.errors import UserError
 from underdrawing.recipe import RecipeError, check_recipe
@@ -62,8 +62,8 @@ def test_form(turns, formed):
 
 
 def clipped(answer, gold, group=0, task="grounding", observed=None):
-    seen = observed or image("observation", FRAME, Author.ENVIRONMENT)
-    return thought(
+    seen = observed or image_segment("observation", FRAME, Author.ENVIRONMENT)
+    return trajectory_of(
         {"ground_truth": gold, "task": task},
         text("tool_call", CALL),
         seen,
@@ -79,7 +79,7 @@ def test_over_thoughts():
         clipped("10 to 20", [10, 30], observed=failed),  # the call failed: no pay for the tool
         clipped("B", "B", task="qa"),
         clipped("(C)", "B", task="qa"),
-        thought({"ground_truth": [10, 30]}, text("answer", "10 to 20")),  # no answer block: nothing is paid
+        trajectory_of({"ground_truth": [10, 30]}, text("answer", "10 to 20")),  # no answer block: nothing is paid
         clipped("B", None),
         clipped("0:10 - 0:30", [[10, 20], [20, 30]]),
     ]
@@ -123,7 +123,7 @@ def test_a_factor_of_the_whole_group_is_divided_out_by_its_own_deviation(scale, 
     for row, value, weight in zip(rows, vital(rows), vital_weight(rows), strict=True):
         row.reward = value * weight
     # 1.25 and 1: 0.125 from their mean, and their standard deviation is 0.25 / sqrt(2)
-    credit([rows], GrpoConfig(scale_rewards=scale))
+    compute_advantages([rows], GrpoConfig(scale_rewards=scale))
     trained = [index for index, s in enumerate(rows[0].segments) if s.trained]
     assert rows[0].advantage_S[trained] == pytest.approx([first] * len(trained), rel=1e-3)
 

@@ -7,10 +7,10 @@ import pytest
 from grid_world import GridWorld, draw
 from hypothesis import given
 from hypothesis import strategies as st
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
-from rewards.contract import RewardError, Setting
+from rewards.contract import RewardContext, RewardError
 from rewards.published.vprl import kind_of_step, kinds_of_plan, vprl
 from runtime.errors import UserError
 
@@ -31,7 +31,7 @@ WORLD = GridWorld()
         ((0, 0), (1, 0), "invalid"),  # into the wall
         ((0, 0), (1, 1), "invalid"),
         ((0, 0), (1, 2), "invalid"),  # nearer to the goal, but no single step: naively +1
-        ((0, 0), (0, 0), "invalid"),  # the same picture again
+        ((0, 0), (0, 0), "invalid"),  # the same image again
         ((0, 0), None, "invalid"),
     ],
 )
@@ -84,27 +84,27 @@ def test_a_plan_is_optimal_throughout_only_if_it_gets_nearer_each_time(states):
         assert WORLD.distance(RECORD, states[-1]) == WORLD.distance(RECORD, (0, 0)) - len(states)
 
 
-def planned(*cells, record=RECORD, pictures=()):
-    drawn = [image("sketch", draw(GRID, *([cell] if cell else []))) for cell in cells]
-    return thought(record, image("prompt", draw(GRID, (0, 0)), Author.USER), *drawn, *pictures)
+def planned(*cells, record=RECORD, images=()):
+    drawn = [image_segment("sketch", draw(GRID, *([cell] if cell else []))) for cell in cells]
+    return trajectory_of(record, image_segment("prompt", draw(GRID, (0, 0)), Author.USER), *drawn, *images)
 
 
 def test_over_thoughts():
-    setting = Setting(WORLD)
-    other_size = image("sketch", np.zeros((5, 5, 3), np.uint8))
-    two_walkers = image("sketch", draw(GRID, (0, 1), (1, 1)))
+    context = RewardContext(WORLD)
+    other_size = image_segment("sketch", np.zeros((5, 5, 3), np.uint8))
+    two_walkers = image_segment("sketch", draw(GRID, (0, 1), (1, 1)))
     rows = [
         planned((0, 1), (1, 1), (1, 2)),
         planned((0, 1), (0, 0), (0, 1)),
         planned((0, 1), None, (1, 1)),
         planned(),
         planned((0, 1), record={}),
-        planned((0, 1), pictures=[other_size]),
-        planned(pictures=[two_walkers]),
-        planned(pictures=[image("observation", draw(GRID, (0, 1)), Author.ENVIRONMENT)]),
+        planned((0, 1), images=[other_size]),
+        planned(images=[two_walkers]),
+        planned(images=[image_segment("observation", draw(GRID, (0, 1)), Author.ENVIRONMENT)]),
     ]
     logged = {}
-    assert vprl(rows, setting, logged.__setitem__) == [
+    assert vprl(rows, context, logged.__setitem__) == [
         {2: 1, 3: 1, 4: 1},
         {2: 1, 3: 0, 4: 1},
         {2: 1, 3: -5},
@@ -115,18 +115,18 @@ def test_over_thoughts():
         -5,
     ]
     assert logged == pytest.approx({"reached": 1 / 7, "optimal": 7 / 11, "invalid": 3 / 11})
-    assert vprl(rows, setting, credit="trajectory") == pytest.approx([1, 2 / 3, -2, -5, None, -2, -5, -5])
-    assert vprl(rows[:2], setting, optimal=2, other=-1) == [{2: 2, 3: 2, 4: 2}, {2: 2, 3: -1, 4: 2}]
+    assert vprl(rows, context, credit="trajectory") == pytest.approx([1, 2 / 3, -2, -5, None, -2, -5, -5])
+    assert vprl(rows[:2], context, optimal=2, other=-1) == [{2: 2, 3: 2, 4: 2}, {2: 2, 3: -1, 4: 2}]
 
 
 def test_words_do_not_matter():
     talked = planned((0, 1))
     talked.segments.insert(2, text("plan", "I jump over the wall"))
-    assert vprl([talked], Setting(WORLD)) == [{3: 1}]
+    assert vprl([talked], RewardContext(WORLD)) == [{3: 1}]
 
 
 def test_bad_input_is_named():
     with pytest.raises(RewardError, match="'none' has no function 'first_state'"):
-        vprl([planned((0, 1))], Setting())
+        vprl([planned((0, 1))], RewardContext())
     with pytest.raises(UserError, match="no credit 'all'"):
-        vprl([], Setting(WORLD), credit="all")
+        vprl([], RewardContext(WORLD), credit="all")

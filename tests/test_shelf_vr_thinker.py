@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
 from rewards.contract import RewardError
@@ -113,11 +113,11 @@ def judged(*turns, gold=GOLD, group=0, seen=True):
     for turn in turns:
         segments += [
             text("answer", turn),
-            image("observation", FRAMES, Author.ENVIRONMENT)
+            image_segment("observation", FRAMES, Author.ENVIRONMENT)
             if seen
             else text("observation", "Error: no such frame", Author.ENVIRONMENT),
         ]
-    return thought({"ground_truth": gold} if gold else {}, *segments[:-1], group=group)
+    return trajectory_of({"ground_truth": gold} if gold else {}, *segments[:-1], group=group)
 
 
 def test_over_a_group():

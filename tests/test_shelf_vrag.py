@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rewards_helpers import image, text, thought
+from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
-from rewards.contract import RewardError, Setting
+from rewards.contract import RewardContext, RewardError
 from rewards.published.vrag import Reading, page_name, read, read_release, reference_names, score, vrag
 from runtime.errors import UserError
 
@@ -32,13 +32,13 @@ class Judge:
         return [self.said.pop(0) for _ in checks]
 
 
-def setting(*said):
-    return Setting(judge=Judge(*said))
+def context(*said):
+    return RewardContext(judge=Judge(*said))
 
 
 def retrieval(*pages, answer="<answer>on the shelf</answer>", record=RECORD, search="<search> kite </search>"):
-    seen = [image("observation", PAGE, Author.ENVIRONMENT) for _ in pages]
-    made = thought(
+    seen = [image_segment("observation", PAGE, Author.ENVIRONMENT) for _ in pages]
+    made = trajectory_of(
         record, text("think", "<think>first look</think>"), text("search", search), *seen, text("answer", answer)
     )
     made.info["retrieved"] = [f"images/drum_{page}.jpg" for page in pages]
@@ -79,7 +79,7 @@ def test_reading():
 
 def test_over_thoughts():
     rows = [retrieval(3, 7), retrieval(5, 3), retrieval(), retrieval(3, answer="no answer")]
-    judge = setting(True, False, True)
+    judge = context(True, False, True)
     third = 0.7 + 0.1
     assert vrag(rows, judge) == pytest.approx([1.0, 0.1 + 0.2 * (0.6309297535714575 / IDEAL), third, 0.0])
     assert [c.answer for c in judge.judge.asked] == ["on the shelf"] * 3  # nothing was asked about the last
@@ -88,15 +88,15 @@ def test_over_thoughts():
 
 def test_a_page_that_comes_twice_is_found_once():
     twice = retrieval(3, 3, record={**RECORD, "reference_pages": [3]})
-    assert vrag([twice], setting(True)) == [pytest.approx(1.0)]
-    assert vrag([twice], setting(True), variant="release") == [pytest.approx(0.8 + 0.2 * IDEAL)]  # 1.126
+    assert vrag([twice], context(True)) == [pytest.approx(1.0)]
+    assert vrag([twice], context(True), variant="release") == [pytest.approx(0.8 + 0.2 * IDEAL)]  # 1.126
 
 
 def test_tags_that_the_environment_wrote_are_not_the_policys():
     hinted = retrieval(3, answer="I give up")
     hinted.segments.insert(-1, text("observation", "\nfinish with <answer> Nairobi </answer>", Author.ENVIRONMENT))
-    assert vrag([hinted], setting()) == [0.0]
-    judge = setting(True)
+    assert vrag([hinted], context()) == [0.0]
+    judge = context(True)
     assert vrag([hinted], judge, variant="release")[0] > 0.8
     assert judge.judge.asked[0].answer == " Nairobi "
 
@@ -104,25 +104,25 @@ def test_tags_that_the_environment_wrote_are_not_the_policys():
 def test_what_is_missing_is_none_and_never_zero():
     none = retrieval(3, record={k: v for k, v in RECORD.items() if k != "ground_truth"})
     unpaged = retrieval(3, record={**RECORD, "reference_pages": []})
-    assert vrag([none, unpaged, retrieval(3)], setting(None)) == [None, None, None]
-    assert vrag([unpaged], setting(True), mode="eval") == [1.0]
-    assert vrag([retrieval(3)], setting(None), variant="release") == [pytest.approx(0.1 + 0.2 / IDEAL)]
-    assert vrag([retrieval(3, answer="<answer></answer>")], setting()) == [pytest.approx(0.1 + 0.2 / IDEAL)]
+    assert vrag([none, unpaged, retrieval(3)], context(None)) == [None, None, None]
+    assert vrag([unpaged], context(True), mode="eval") == [1.0]
+    assert vrag([retrieval(3)], context(None), variant="release") == [pytest.approx(0.1 + 0.2 / IDEAL)]
+    assert vrag([retrieval(3, answer="<answer></answer>")], context()) == [pytest.approx(0.1 + 0.2 / IDEAL)]
 
 
 def test_pages_are_read_from_observations_where_the_tool_noted_none():
     told = retrieval(answer="<answer>on the shelf</answer>")
     told.info.clear()
     told.segments.insert(3, text("observation", "found pages/drum_7.jpg and pages/kite_1.jpg", Author.ENVIRONMENT))
-    assert vrag([told], setting(False)) == [pytest.approx(0.1 + 0.2 / IDEAL)]
+    assert vrag([told], context(False)) == [pytest.approx(0.1 + 0.2 / IDEAL)]
 
 
 def test_bad_input_is_named():
     with pytest.raises(UserError, match="no mode 'test'"):
-        vrag([], setting(), mode="test")
+        vrag([], context(), mode="test")
     with pytest.raises(UserError, match="none may be negative"):
-        vrag([], setting(), retrieval=-1)
+        vrag([], context(), retrieval=-1)
     with pytest.raises(RewardError, match="in 'file_name'"):
-        vrag([retrieval(3, record={**RECORD, "file_name": None})], setting(True))
+        vrag([retrieval(3, record={**RECORD, "file_name": None})], context(True))
     with pytest.raises(RewardError, match="vrag"):
-        vrag([retrieval(3)], Setting())
+        vrag([retrieval(3)], RewardContext())

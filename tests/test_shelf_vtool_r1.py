@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shelf_helpers import PICTURE, ScriptedJudge, conversation, judged_by, say, tool
+from shelf_helpers import IMAGE, ScriptedJudge, conversation, judged_by, say, tool
 
 from rewards.published.vtool_r1 import (
     answer_repaired,
@@ -52,7 +52,7 @@ def paid(*segments, verdict=True, gold="blue", **options):
 
 
 # The observation names an answer, which is the environment's.
-OBSERVED = (say("ACTION 0: focus()"), tool("OBSERVATION: FINAL ANSWER: blue TERMINATE", None), tool("", PICTURE))
+OBSERVED = (say("ACTION 0: focus()"), tool("OBSERVATION: FINAL ANSWER: blue TERMINATE", None), tool("", IMAGE))
 
 
 @pytest.mark.parametrize(

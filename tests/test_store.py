@@ -23,10 +23,10 @@ from record.trajectory import (
     Decisions,
     FlowSteps,
     Guidance,
-    Law,
     Modality,
     Piece,
     RecordError,
+    SamplingParams,
     Segment,
     StopReason,
     Trajectory,
@@ -82,8 +82,10 @@ def segments(draw):
         guidance = draw(
             st.none() | st.builds(Guidance, names, st.dictionaries(names, st.floats(allow_nan=False), max_size=2))
         )
-        law = Law(draw(arrays(np.float32, n)), draw(arrays(np.int32, n)), sets, guidance)
-        decisions = Decisions(draw(arrays(np.int8, n)), np.arange(n, dtype=np.int32), draw(arrays(np.float32, n)), law)
+        sampling = SamplingParams(draw(arrays(np.float32, n)), draw(arrays(np.int32, n)), sets, guidance)
+        decisions = Decisions(
+            draw(arrays(np.int8, n)), np.arange(n, dtype=np.int32), draw(arrays(np.float32, n)), sampling
+        )
     if draw(st.booleans()):
         n = draw(st.integers(0, 2))
         one, many = arrays(np.float32, n), arrays(np.float32, (n, 2, 3))
@@ -145,15 +147,18 @@ def test_what_is_saved_comes_back_without_loss(tmp_path_factory, saved):
 
 def example():
     """A sketch of two codes under guidance, and a denoised one. The law's temperature 0 has no density: NaN."""
-    picture = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-    law = Law(
+    image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    sampling = SamplingParams(
         np.array([1, 0.5, 0], np.float32),
         np.array([-1, 0, 0], np.int32),
         (np.array([[6, 12]], np.int32),),
         Guidance("normal", {"full": 2.0}),
     )
     made = Decisions(
-        np.array([0, 1, 1], np.int8), np.array([0, 1, 2], np.int32), np.array([-0.25, -1.5, np.nan], np.float32), law
+        np.array([0, 1, 1], np.int8),
+        np.array([0, 1, 2], np.int32),
+        np.array([-0.25, -1.5, np.nan], np.float32),
+        sampling,
     )
     contexts = (Context("full", (Piece(0, "ids", 0),), 2), Context("unconditional", (), 0))
     ones = np.ones(2, np.float32)
@@ -169,7 +174,7 @@ def example():
             True,
             np.array([3, 8, 9, 4], np.int32),
             decisions=made,
-            picture=picture,
+            image=image,
             contexts=contexts,
             version=7,
         ),
@@ -179,7 +184,7 @@ def example():
             Modality.IMAGE_LATENT,
             True,
             flow=flow,
-            picture=picture[::-1].copy(),
+            image=image[::-1].copy(),
             latent=np.full((2, 3), 0.5, np.float32),
         ),
     ]
@@ -211,10 +216,10 @@ def test_it_is_readable_without_our_code(tmp_path):
     assert sketch.sets[sketch.allowed[1]].tolist() == [6, 12]
     assert json.loads(sketch.guidance) == {"kind": "normal", "scales": {"full": 2.0}}
     assert json.loads(sketch.contexts)[0] == {"branch": "full", "start": 2, "pieces": [[0, "ids", 0, None]]}
-    image = np.asarray(Image.open(tmp_path / "step" / sketch.picture))
-    np.testing.assert_array_equal(image, example().segments[1].picture)
-    # Two trajectories of one key do not share their pictures.
-    assert segments.picture.dropna().nunique() == 4
+    image = np.asarray(Image.open(tmp_path / "step" / sketch.image))
+    np.testing.assert_array_equal(image, example().segments[1].image)
+    # Two trajectories of one key do not share their images.
+    assert segments.image.dropna().nunique() == 4
 
 
 def test_the_documented_columns_are_those_that_are_written():
@@ -232,7 +237,7 @@ def test_saving_again_replaces_the_folder_whole(tmp_path):
     save_trajectories([example()], tmp_path / "step")
     save_trajectories([], tmp_path / "step")
     assert load_trajectories(tmp_path / "step") == []
-    assert os.listdir(tmp_path) == ["step"] and os.listdir(tmp_path / "step" / "pictures") == []
+    assert os.listdir(tmp_path) == ["step"] and os.listdir(tmp_path / "step" / "images") == []
     (tmp_path / "step" / "report.html").write_text("what `underdrawing view` made of them")
     save_trajectories([example()], tmp_path / "step")
     assert_same(load_trajectories(tmp_path / "step"), [example()])
@@ -245,11 +250,11 @@ def test_saving_again_replaces_the_folder_whole(tmp_path):
     [
         (False, "thesis.tex", "holds 'thesis.tex' and no stored trajectories"),
         (False, "trajectories.parquet", "holds 'trajectories.parquet' and no stored trajectories"),
-        (False, "pictures/0-0-1.png", "holds 'pictures' and no stored trajectories"),
+        (False, "images/0-0-1.png", "holds 'images' and no stored trajectories"),
         (True, "thesis.tex", "holds 'thesis.tex' beside stored trajectories"),
         (True, ".git/HEAD", "holds '.git' beside stored trajectories"),
         (True, "rewards.jsonl", "holds 'rewards.jsonl' beside stored trajectories"),
-        (True, "pictures/holiday.png", "holds 'pictures/holiday.png' beside stored trajectories"),
+        (True, "images/holiday.png", "holds 'images/holiday.png' beside stored trajectories"),
     ],
 )
 def test_nothing_but_stored_trajectories_is_replaced(tmp_path, stored, name, words):
@@ -265,7 +270,7 @@ def test_nothing_but_stored_trajectories_is_replaced(tmp_path, stored, name, wor
         assert_same(load_trajectories(tmp_path / "step"), [example()])
 
 
-@pytest.mark.parametrize("place", [".", "..", "../step", "pictures/.."])
+@pytest.mark.parametrize("place", [".", "..", "../step", "images/.."])
 def test_the_folder_that_one_stands_in_is_not_replaced(tmp_path, monkeypatch, place):
     monkeypatch.chdir(saved(tmp_path))
     with pytest.raises(StoreError, match="the current folder is there"):
@@ -303,7 +308,7 @@ def saved(tmp_path):
     return tmp_path / "step"
 
 
-FILES = ["trajectories.parquet", "segments.parquet", "latents.safetensors", "pictures/3-1-1.png"]
+FILES = ["trajectories.parquet", "segments.parquet", "latents.safetensors", "images/3-1-1.png"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -332,7 +337,7 @@ def test_a_missing_folder_and_a_file_of_another_program_are_named(tmp_path):
         load_trajectories(folder)
 
 
-@pytest.mark.parametrize("name", ["segments.parquet", "pictures/3-1-1.png"])
+@pytest.mark.parametrize("name", ["segments.parquet", "images/3-1-1.png"])
 def test_no_altered_byte_goes_unnoticed(tmp_path, name):
     """Flip each byte in turn: the folder is refused, or read exactly as it was."""
     path = saved(tmp_path) / name

@@ -100,7 +100,7 @@ def wandb_records(run_dir: Path) -> list[Any]:
     return records
 
 
-def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_pictures(tmp_path: Path) -> None:
+def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_images(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, TrackConfig(wandb="offline", trajectories=3), name="mirrored", recipe={"seed": 7})
     drawn = drawn_trajectory("a red circle")
     for step in (1, 2):
@@ -137,7 +137,7 @@ def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_pictures(tmp_
     }
     assert config["seed"] == 7
 
-    # A table travels as an artifact: its rows, and the pictures that they name.
+    # A table travels as an artifact: its rows, and the images that they name.
     artifacts = [
         {entry.path: Path(entry.local_path) for entry in r.artifact.manifest.contents}
         for r in records
@@ -150,12 +150,12 @@ def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_pictures(tmp_
         assert row["step"] == step and row["prompt"] == "a red circle" and row["reward"] == 0.5
         assert row["thought"].startswith("[plan] draw it\n[sketch]")
         assert json.loads(row["parts"]) == {"detect": 1.0} and row["stop"] == "end"
-        picture = Image.open(files[row["pictures"]["path"]]).convert("RGB")
-        assert np.array_equal(np.asarray(picture), filmstrip(drawn.pictures()))
-        assert row["pictures"]["caption"] == "sketch, redraw"
+        image = Image.open(files[row["images"]["path"]]).convert("RGB")
+        assert np.array_equal(np.asarray(image), filmstrip(drawn.images()))
+        assert row["images"]["caption"] == "sketch, redraw"
 
 
-def test_a_filmstrip_shows_every_picture_in_order() -> None:
+def test_a_filmstrip_shows_every_image_in_order() -> None:
     red, blue = np.full((2, 3, 3), (255, 0, 0), np.uint8), np.full((4, 1, 3), (0, 0, 255), np.uint8)
     strip = filmstrip([red, blue])  # 128 / 4 = 32 times as large
     assert strip.shape == (128, 3 * 32 + 4 + 32, 3)
@@ -166,20 +166,20 @@ def test_a_filmstrip_shows_every_picture_in_order() -> None:
 
 
 def drawn_trajectory(prompt: str) -> Trajectory:
-    """A thought of words and one picture, judged."""
-    picture = np.zeros((8, 8, 3), np.uint8)
-    picture[2:5, 2:5] = (255, 0, 0)
+    """A thought of words and one image, judged."""
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[2:5, 2:5] = (255, 0, 0)
     segments = [
         Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 2], np.int32), prompt),
         Segment("plan", Author.POLICY, Modality.TEXT, True, np.array([3, 4], np.int32), "draw it"),
-        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(6, dtype=np.int32), picture=picture),
+        Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(6, dtype=np.int32), image=image),
         Segment(
             "redraw",
             Author.POLICY,
             Modality.IMAGE_TOKENS,
             True,
             np.arange(6, dtype=np.int32),
-            picture=picture[::-1].copy(),
+            image=image[::-1].copy(),
         ),
     ]
     trajectory = Trajectory(prompt, {}, "strokes", segments, 0)

@@ -1,4 +1,4 @@
-"""The shapes tokenizer: its recipe's pictures, losses and codebook, resuming; and the committed weights."""
+"""The shapes tokenizer: its recipe's images, losses and codebook, resuming; and the committed weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiments.train_vq import (
     read_right,
     reconstruction_loss,
     round_trip,
-    sample_pictures,
+    sample_images,
     shuffled,
     stray,
 )
@@ -56,7 +56,7 @@ def test_every_object_is_read_right_alone():
         for jitter in range(len(JITTERS))
     ]
     made, _ = round_trip(load_shapes_vq(), [render(scene) for scene in singles])
-    wrong = [scene for scene, picture in zip(singles, made, strict=True) if not read_right(picture, scene)]
+    wrong = [scene for scene, image in zip(singles, made, strict=True) if not read_right(image, scene)]
     assert not wrong
 
 
@@ -64,7 +64,7 @@ def test_codes_redraw_to_themselves():
     """What was drawn can be seen again: a policy reads in its context the codes that it wrote."""
     vq = load_shapes_vq()
     made, codes = round_trip(vq, [render(scene) for scene in scenes(100, seed=7)])
-    assert (vq.see(made) == codes).float().mean() > 0.85
+    assert (vq.encode_images(made) == codes).float().mean() > 0.85
 
 
 def test_committed_weights_are_small_and_half_stored():
@@ -74,35 +74,35 @@ def test_committed_weights_are_small_and_half_stored():
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in vq.state_dict().values())
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 def test_shuffled_keeps_the_patches():
     rng = np.random.default_rng(0)
-    pictures = sample_pictures(8, rng, strays=False)
-    dealt = shuffled(pictures, rng)
-    assert not np.array_equal(dealt, pictures)
-    together = patch_identity(np.concatenate([pictures, dealt])).view(2, -1)
+    images = sample_images(8, rng, strays=False)
+    dealt = shuffled(images, rng)
+    assert not np.array_equal(dealt, images)
+    together = patch_identity(np.concatenate([images, dealt])).view(2, -1)
     assert torch.equal(together[0].sort().values, together[1].sort().values)
 
 
 def test_patch_identity_is_in_the_order_of_the_codes():
-    picture = np.zeros((1, CANVAS, CANVAS, 3), np.uint8)
-    picture[0, 0:8, 8:16] = 9  # the second code of the first row
-    picture[0, 8:16, 0:8] = 9  # the first of the second
-    identity = patch_identity(picture)
+    image = np.zeros((1, CANVAS, CANVAS, 3), np.uint8)
+    image[0, 0:8, 8:16] = 9  # the second code of the first row
+    image[0, 8:16, 0:8] = 9  # the first of the second
+    identity = patch_identity(image)
     assert (identity != identity[0]).nonzero().flatten().tolist() == [1, 4]
 
 
 def test_strays_leave_the_world():
     rng = np.random.default_rng(1)
-    known = {bytes(row) for row in _patches(sample_pictures(200, rng, strays=False))}
+    known = {bytes(row) for row in _patches(sample_images(200, rng, strays=False))}
     outside = [bytes(row) not in known for row in _patches(np.stack([stray(rng) for _ in range(50)]))]
     assert 0.2 < np.mean(outside) < 1
 
 
-def _patches(pictures: np.ndarray) -> np.ndarray:
-    return pictures.reshape(len(pictures), 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(-1, 192)
+def _patches(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(-1, 192)
 
 
 # ---- losses ----
@@ -187,7 +187,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, one_thread):
 
 def test_training_lowers_the_loss():
     training = Training(short(60, batch=8, warmup=0.9))
-    losses = [training.advance()["loss/picture"] for _ in range(50)]
+    losses = [training.advance()["loss/image"] for _ in range(50)]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from policy.chameleon.family import load
 from policy.config import LoraSection
 from record.trajectory import StopReason
-from rl.advantages import credit
+from rl.advantages import compute_advantages
 from rl.batches import pack, plan, trainable
 from rl.config import GrpoConfig
 from rl.trainer import Trainer, TrainingError
@@ -37,7 +37,7 @@ def credited(policy, config, **kwargs):
     for group in groups:
         for trajectory in group:
             trajectory.reward = reward(trajectory)
-    return credit(groups, config).trained
+    return compute_advantages(groups, config).trained
 
 
 def weights(policy):
@@ -56,9 +56,9 @@ def test_a_law_that_is_not_the_samplings_stops_the_run(breach):
     trajectories = [t for group in sampled_groups(policy) for t in group]
     decisions = trajectories[5].segments[2].decisions
     if breach == "temperature":
-        decisions.law.temperature_N[:] = 1.0
+        decisions.sampling.temperature_N[:] = 1.0
     elif breach == "allowed set":
-        decisions.law.sets = (np.array([[4, 12]], np.int32),)
+        decisions.sampling.sets = (np.array([[4, 12]], np.int32),)
     else:
         decisions.logprob_N[1] = np.nan if breach == "nan" else decisions.logprob_N[1] - 0.01
     with pytest.raises(TrainingError, match=r"over the tolerance of 0.0001.*trajectory 1-1, segment 2 \(sketch\)"):
@@ -178,7 +178,7 @@ def test_who_is_trained():
     group[0].reward = None
     group[1].stop = StopReason.MAX_TOKENS
     for segment in group[2].segments[1:]:
-        segment.decisions.law.temperature_N[:] = 0  # greedy
+        segment.decisions.sampling.temperature_N[:] = 0  # greedy
     assert trainable([group], GrpoConfig()) == [group[1], group[3]]
     assert trainable([group], GrpoConfig(mask_truncated_completions=True)) == [group[3]]
 
@@ -224,7 +224,7 @@ def test_adapters_of_a_16_bit_policy_are_float32_and_move():
     assert base == {torch.bfloat16}
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     before = [p.detach().clone() for p in policy.parameters()]
-    group = sampled(policy, [["text", "picture"]] * 2)
+    group = sampled(policy, [["text", "image"]] * 2)
     for trajectory, advantage in zip(group, (1.0, -1.0), strict=True):
         trajectory.reward = advantage
         trajectory.advantage_S = np.full(len(trajectory.segments), advantage, np.float32)

@@ -13,7 +13,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import nanstd
 
 from record.trajectory import Author, DecisionKind, Modality, Segment, Trajectory
-from rl.advantages import credit
+from rl.advantages import compute_advantages
 from rl.config import GrpoConfig
 from rl.losses import ClipRange, Layout, LossSettings, ScoredDecisions, decision_weights, policy_loss, summarise
 
@@ -204,7 +204,7 @@ def test_advantages_equal_trl(scale):
         ]
         for g, row in enumerate(rewards_BG.tolist())
     ]
-    credit(groups, GrpoConfig(scale_rewards=scale))
+    compute_advantages(groups, GrpoConfig(scale_rewards=scale))
     ours_BG = torch.tensor([[t.advantage_S[0] for t in group] for group in groups], dtype=torch.float64)
     torch.testing.assert_close(ours_BG, trl_advantages(rewards_BG, scale), atol=1e-6, rtol=1e-6)
 

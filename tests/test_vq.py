@@ -19,7 +19,7 @@ from policy.chameleon.vq import (
     load_checkpoint_entries,
     load_vq,
     save_vq,
-    to_pictures,
+    to_images,
     to_pixels,
     vq_config,
 )
@@ -100,20 +100,20 @@ def test_stands_as_vqmodel_and_travels_in_a_checkpoint():
 
 
 def test_white_stays_white_and_black_black():
-    picture = np.zeros((2, 2, 3), np.uint8)
-    picture[0] = 255
-    picture[1, 1] = 127
-    pixels = to_pixels([picture])
+    image = np.zeros((2, 2, 3), np.uint8)
+    image[0] = 255
+    image[1, 1] = 127
+    pixels = to_pixels([image])
     assert pixels[0, :, 0, 0].tolist() == [1, 1, 1] and pixels[0, :, 1, 0].tolist() == [-1, -1, -1]
-    assert np.array_equal(to_pictures(pixels)[0], picture)
+    assert np.array_equal(to_images(pixels)[0], image)
     every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    assert np.array_equal(to_pictures(to_pixels([every]))[0], every)
+    assert np.array_equal(to_images(to_pixels([every]))[0], every)
 
 
 def test_pixels_are_clamped_and_rounded_once():
     # (0.5 / 2 + 0.5) x 255 = 191.25; 0.506 -> 192.0; outside [-1, 1] is clamped, never wrapped.
     pixels = torch.tensor([0.5, 0.506, 3.0, -3.0]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert to_pictures(pixels)[0][..., 0].tolist() == [[191, 192], [255, 0]]
+    assert to_images(pixels)[0][..., 0].tolist() == [[191, 192], [255, 0]]
 
 
 def test_fit_takes_the_centre_of_the_shortest_side():

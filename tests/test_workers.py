@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.publish import Publisher
+from rl.weight_sync import WeightSynchronizer
 from rollout.config import RolloutConfig
 from rollout.open import open_rollouts
 from rollout.pool.assignment import Assignment, Call
@@ -25,7 +25,7 @@ from rollout.pool.local import LocalRollouts
 from rollout.pool.ray_rollouts import RayRollouts
 from rollout.requests import RolloutRequest
 from rollout.spec import EngineSpec, engine_spec
-from rollout.weights.wire import PublicationError
+from rollout.weights.wire import WeightSyncError
 from runtime import ray_cluster
 from runtime.errors import UserError
 from runtime.ray_cluster import ClusterError, start_ray
@@ -136,7 +136,7 @@ def test_without_workers_the_trainers_policy_samples():
 
     policy = engine(ROLLOUT).policy
     rollouts = open_rollouts(policy, None, FormatConfig(), RolloutConfig(workers=0))
-    assert isinstance(rollouts, LocalRollouts) and rollouts.shares(policy)
+    assert isinstance(rollouts, LocalRollouts) and rollouts.shares_weights(policy)
 
 
 def test_a_start_sweeps_the_folders_of_killed_runs(monkeypatch):
@@ -258,11 +258,11 @@ def test_a_reader_that_leaves_leaves_no_worker_writing(pool):
 
 def test_weights_reach_actors_and_their_successors(pool):
     trainer = engine(ROLLOUT).policy
-    publisher = Publisher(trainer, pool, chunk_bytes=2048)
-    publisher.publish(0)
+    weight_sync = WeightSynchronizer(trainer, pool, chunk_bytes=2048)
+    weight_sync.sync_weights(0)
     probe = pool.generate(requests(2)).groups[0]
     nudge(trainer)
-    published = publisher.publish(1, probe)
+    published = weight_sync.sync_weights(1, probe)
     assert published.probed > 0 and published.gap < 1e-4
     mine = engine(ROLLOUT)
     mine.policy.model.load_state_dict(trainer.model.state_dict())
@@ -272,8 +272,8 @@ def test_weights_reach_actors_and_their_successors(pool):
     assert ids(successors) == ids(wanted)
     assert {s.version for group in successors for t in group for s in t.segments if s.decisions} == {1}
     assert all(np.abs(answer - trainer_says(trainer, probe)).max() < 1e-4 for answer in pool.probe(probe))
-    with pytest.raises(PublicationError, match="version 1 comes after version 1"):
-        Publisher(trainer, pool).publish(1)
+    with pytest.raises(WeightSyncError, match="version 1 comes after version 1"):
+        WeightSynchronizer(trainer, pool).sync_weights(1)
 
 
 def trainer_says(policy, trajectories) -> np.ndarray:
@@ -283,11 +283,11 @@ def trainer_says(policy, trajectories) -> np.ndarray:
 def test_an_actor_that_ignores_new_weights_is_found_out(cluster):
     trainer, pool = engine(ROLLOUT).policy, lone_worker("deaf_engine")
     try:
-        publisher = Publisher(trainer, pool)
-        publisher.publish(0, pool.generate(requests(1)).groups[0])
+        weight_sync = WeightSynchronizer(trainer, pool)
+        weight_sync.sync_weights(0, pool.generate(requests(1)).groups[0])
         nudge(trainer)
-        with pytest.raises(PublicationError, match="version 1 on worker 0: its log-probs differ from the trainer's"):
-            publisher.publish(1)
+        with pytest.raises(WeightSyncError, match="version 1 on worker 0: its log-probs differ from the trainer's"):
+            weight_sync.sync_weights(1)
     finally:
         pool.close()
 
@@ -320,7 +320,7 @@ def test_an_actor_without_a_place_is_waited_for_aloud_and_not_for_ever(cluster, 
 
     import rollout.pool.ray_rollouts
 
-    monkeypatch.setattr(rollout.pool.ray_rollouts, "SAY_AFTER_S", 1.0)
+    monkeypatch.setattr(rollout.pool.ray_rollouts, "LOG_AFTER_S", 1.0)
     spec = EngineSpec({"rollout": ROLLOUT}, "tests.worker_factories.engine")
     cpus = int(ray.cluster_resources()["CPU"])  # the pool holds two of them
     with pytest.raises(WorkersError, match="silent for 4 s while starting: Ray gave it no process"):
@@ -340,6 +340,6 @@ def test_a_real_policy_writes_the_same_in_an_actor(cluster):
     try:
         there = pool.generate(asked).groups
         assert ids(there) == ids(LocalRollouts(spec.build()).generate(asked).groups)
-        assert any(t.pictures() for group in there for t in group)
+        assert any(t.images() for group in there for t in group)
     finally:
         pool.close()

@@ -23,7 +23,7 @@ class BrokenOffError(UserError):
 
 
 @contextmanager
-def alone(accelerator: Accelerator) -> Iterator[None]:
+def rank_local(accelerator: Accelerator) -> Iterator[None]:
     """Within it a UserError may be this process's only: with several it becomes a BrokenOffError."""
     try:
         yield
@@ -33,7 +33,7 @@ def alone(accelerator: Accelerator) -> Iterator[None]:
         raise BrokenOffError(f"{type(error).__name__} in process {accelerator.process_index}: {error}") from error
 
 
-def on_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """What `work` returns on the first process, on every process (pickled). Nothing else runs it.
 
     An error there is raised on all: the others would wait for ever. It is an ElsewhereError there after a UserError,

@@ -1,4 +1,4 @@
-"""One writer of metrics: `metrics.jsonl` always, W&B as its mirror on its own step axis, trajectories as pictures.
+"""One writer of metrics: `metrics.jsonl` always, W&B as its mirror on its own step axis, trajectories as images.
 
 A line of metrics.jsonl is {"step": int, name: number, ...}, written whole and flushed. Rank 0 alone holds a Tracker.
 """
@@ -41,7 +41,23 @@ STRIP_HEIGHT, STRIP_GAP = 128, 4  # px
 
 
 # Metrics by the names that they had in release 0.1: written beside the present ones until release 0.3.
-OLD_NAMES = {"rollout/reprefills": "rollout/anew"}
+OLD_NAMES = {
+    "rollout/reprefills": "rollout/anew",
+    "rollout/images": "rollout/pictures",
+    "heldout/images": "heldout/pictures",
+    "weight_sync/version": "publish/version",
+    "weight_sync/bytes": "publish/bytes",
+    "weight_sync/gap": "publish/gap",
+    "weight_sync/probed": "publish/probed",
+    "time/weight_sync": "time/publish",
+}
+
+
+def old_name(name: str) -> str:
+    """What release 0.1 called a metric."""
+    if name.startswith("reward/") and name.endswith("/wrong_images"):
+        return name.removesuffix("images") + "pictures"
+    return OLD_NAMES.get(name, name)
 
 
 class Tracker:
@@ -75,7 +91,7 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Write one line. NaN and infinity are written as null: JSON has no such numbers."""
-        named = {**metrics, **{old: metrics[new] for new, old in OLD_NAMES.items() if new in metrics}}
+        named = {**metrics, **{old_name(name): value for name, value in metrics.items()}}
         row = {"step": step, **{k: _finite(v) for k, v in named.items()}}
         self._write(json.dumps(row) + "\n")
         if self._wandb is not None:
@@ -85,7 +101,7 @@ class Tracker:
     def show(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Tell the listeners without writing: for steps between logged ones."""
         for listener in self.listeners:
-            listener.heard(step, metrics)
+            listener.on_metrics(step, metrics)
 
     def trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> Path | None:
         """Store a sample of trajectories under run_dir/trajectories/<step> and mirror them as a W&B table."""
@@ -123,33 +139,33 @@ class Tracker:
         import wandb
 
         # One table that grows: tables logged under one key replace each other (trl#2045).
-        columns: list[str | int] = ["step", "prompt", "thought", "pictures", "reward", "parts", "stop"]
+        columns: list[str | int] = ["step", "prompt", "thought", "images", "reward", "parts", "stop"]
         if self._table is None:
             self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
         for t in sample:
             # One image a cell, which every view of W&B shows.
-            shown = [(segment.role, segment.picture) for segment in t.segments if segment.picture is not None]
-            pictures = (
-                wandb.Image(filmstrip([picture for _, picture in shown]), caption=", ".join(role for role, _ in shown))
+            shown = [(segment.role, segment.image) for segment in t.segments if segment.image is not None]
+            images = (
+                wandb.Image(filmstrip([image for _, image in shown]), caption=", ".join(role for role, _ in shown))
                 if shown
                 else None
             )
-            thought = "\n".join(f"[{s.role}] {s.text}" for s in t.segments[1:])
-            self._table.add_data(step, t.prompt, thought, pictures, t.reward, json.dumps(t.rewards), str(t.stop))
+            trajectory = "\n".join(f"[{s.role}] {s.text}" for s in t.segments[1:])
+            self._table.add_data(step, t.prompt, trajectory, images, t.reward, json.dumps(t.rewards), str(t.stop))
         self._wandb.log({"step": step, "trajectories": self._table})
 
 
-def filmstrip(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 [height, width, 3]: pictures side by side in their order, small ones enlarged by a whole factor."""
-    tall = max(picture.shape[0] for picture in pictures)
+def filmstrip(images: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 [height, width, 3]: images side by side in their order, small ones enlarged by a whole factor."""
+    tall = max(image.shape[0] for image in images)
     times = max(1, STRIP_HEIGHT // tall)
     frames = [
         np.pad(
-            picture.repeat(times, 0).repeat(times, 1),
-            ((0, (tall - picture.shape[0]) * times), (0, STRIP_GAP), (0, 0)),
+            image.repeat(times, 0).repeat(times, 1),
+            ((0, (tall - image.shape[0]) * times), (0, STRIP_GAP), (0, 0)),
             constant_values=255,
         )
-        for picture in pictures
+        for image in images
     ]
     return np.concatenate(frames, 1)[:, :-STRIP_GAP]
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from formats.base import ThoughtFormat
+from formats.base import Format
 from policy.base import Policy
 from policy.registry import FAMILIES, load_policy
 from rewards.alarms import Alarms
-from rewards.manager import Judge
+from rewards.manager import RewardManager
 from runtime.errors import UserError, writing
 from runtime.ray_cluster import Cluster, start_ray
 from tasks.base import Task
@@ -37,7 +37,7 @@ def build_task(recipe: Recipe) -> Task:
     return get_task(recipe.task.name, **recipe.task.options)
 
 
-def build_format(recipe: Recipe) -> ThoughtFormat:
+def build_format(recipe: Recipe) -> Format:
     return recipe.format.build()
 
 
@@ -54,20 +54,22 @@ def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Pol
     return load_policy(config, task.words)
 
 
-def build_judge(recipe: Recipe, task: Task, fmt: ThoughtFormat) -> Judge:
-    return Judge(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps)
+def build_reward_manager(recipe: Recipe, task: Task, fmt: Format) -> RewardManager:
+    return RewardManager(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps)
 
 
 def build_alarms(recipe: Recipe) -> Alarms:
     """Watched are the parts that move no advantage: neither the formula names them, nor are segments credited by
     them."""
-    paid, by_segment = recipe.rewards.expression().names, recipe.grpo.advantage_level == "segment"
-    watched = [
+    weighted, by_segment = recipe.rewards.expression().names, recipe.grpo.advantage_level == "segment"
+    log_only = [
         name
         for name, part in recipe.rewards.parts.items()
-        if part.watch or name not in paid and not (by_segment and recipe.grpo.segment_reward_weights.get(name, 1.0))
+        if part.log_only
+        or name not in weighted
+        and not (by_segment and recipe.grpo.segment_reward_weights.get(name, 1.0))
     ]
-    return Alarms(recipe.rewards.alarms, watched)
+    return Alarms(recipe.rewards.alarms, log_only)
 
 
 def start_cluster(recipe: Recipe) -> Cluster | None:

@@ -83,7 +83,7 @@ def _has_gpu() -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="underdrawing",
-        description="Reinforcement-learning post-training for models that think in pictures and words.",
+        description="Reinforcement-learning post-training for models that think in images and words.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
     from underdrawing import geneval
 
-    sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of pictures in a folder")
+    sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of images in a folder")
     sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
     sub.add_argument("--label", help="name under run_dir/evaluations (default: from the weights' place)")
     geneval.add_options(sub)
@@ -143,7 +143,7 @@ def _dry_run(recipe: Any) -> int:
 
     build.check_policy_path(recipe)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
-    with build.build_judge(recipe, task, fmt):
+    with build.build_reward_manager(recipe, task, fmt):
         pass
     print(dump_recipe(recipe), end="")
     print(f"# reward = {recipe.rewards.formula()}")

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 def add_options(parser: argparse.ArgumentParser) -> None:
     """GenEval's options of the command `evaluate`."""
     group = parser.add_argument_group(
-        f"evaluate {NAME}", "GenEval on a folder of pictures: DIR/00000/metadata.jsonl and DIR/00000/samples/0000.png"
+        f"evaluate {NAME}", "GenEval on a folder of images: DIR/00000/metadata.jsonl and DIR/00000/samples/0000.png"
     )
-    group.add_argument("--images", type=Path, metavar="DIR", help="pictures in GenEval's layout")
+    group.add_argument("--images", "--pictures", type=Path, metavar="DIR", help="images in GenEval's layout")
     group.add_argument(
         "--out",
         type=Path,
@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar=("SCORE", "COUNTING"),
         help="scores that an object, and one that is counted, must exceed (default 0.3 0.9)",
     )
-    group.add_argument("--batch-size", type=int, metavar="N", help="pictures looked at between two writes (default 32)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="images looked at between two writes (default 32)")
 
 
 def refuse_options(options: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ def refuse_options(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Judge all pictures and print the score; the last line is one JSON object."""
+    """Judge all images and print the score; the last line is one JSON object."""
     from rich.console import Console
     from rich.table import Table
 
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
         )
     out = options.out or options.images / "results.jsonl"
     results = geneval.Results(out, said)
-    bar = StepProgress(f"GenEval, {len(samples)} pictures", len(samples))
+    bar = StepProgress(f"GenEval, {len(samples)} images", len(samples))
     try:
         rows = geneval.judge(
             samples,
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
             thresholds,
             options.batch_size or 32,
             options.images,
-            lambda done: bar.heard(done, {}),
+            lambda done: bar.on_metrics(done, {}),
         )
     finally:
         bar.close()
@@ -155,15 +155,15 @@ def run(options: argparse.Namespace) -> int:
 def _detector(text: str | None, samples: Any) -> tuple[Any, Any]:
     """What the detector is, for the settings kept beside the rows, and how it sees."""
     from evals.geneval import by_detector
-    from rewards.contract import Setting
+    from rewards.contract import RewardContext
     from rewards.detectors.registry import DetectorConfig, detector_spec
-    from rewards.runtime.serving import SettingSpec
+    from rewards.runtime.serving import RewardContextSpec
 
     spec = detector_spec(text if text is not None else "mask2former")
-    detector = SettingSpec(detector=spec).detector_or_none()
+    detector = RewardContextSpec(detector=spec).detector_or_none()
     said = (
         spec.model_dump(exclude_unset=True, exclude={"device", "batch_size", "download"})
         if isinstance(spec, DetectorConfig)
         else spec
     )
-    return said, by_detector(Setting.of(None, None, detector), samples)
+    return said, by_detector(RewardContext.of(None, None, detector), samples)

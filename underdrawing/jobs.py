@@ -15,7 +15,7 @@ from evals.heldout import Heldout, PromptScore, geneval_scorer, spread_over_tags
 from evals.heldout import evaluate as evaluate_heldout
 from record.store import check_folder, save_trajectories
 from record.trajectory import Trajectory
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.manager import detector_of
 from rewards.runtime.serving import check_prompts
 from rl.grpo import train
@@ -32,7 +32,7 @@ from underdrawing import build
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 RESUME = "give the same command with --resume"
 STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look at, small on disk
 
@@ -40,13 +40,13 @@ STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look
 def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) -> Path:
     """The warm start. Returns the folder of its weights."""
     from policy.chameleon.family import ChameleonPolicy
-    from sft.keep import sealed
+    from sft.checkpoints import finished_checkpoints
     from sft.train import check_demonstrations, demonstrate, warm_start
 
     build.seed_everything(recipe.seed)
     first = PartialState(cpu=recipe.policy.device == "cpu").is_main_process
     if first:
-        build.write_recipe(recipe, refused=not resume and bool(sealed(recipe.run_dir / "sft")))
+        build.write_recipe(recipe, refused=not resume and bool(finished_checkpoints(recipe.run_dir / "sft")))
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task)
     if not isinstance(policy, ChameleonPolicy):
@@ -87,27 +87,27 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, 
     accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
     if resume and newest is None:
-        log.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
+        logger.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
     first = accelerator.is_main_process
-    rollouts = judge = tracker = cluster = None
+    rollouts = manager = tracker = cluster = None
     progress = StepProgress("GRPO", recipe.grpo.steps) if first else None
     try:
         if first:
             build.write_recipe(recipe, refused=not resume and newest is not None)
             cluster = build.start_cluster(recipe)
-            judge = build.build_judge(recipe, task, fmt)
+            manager = build.build_reward_manager(recipe, task, fmt)
             config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy
             rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, task.words)
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             tracker.listeners.append(progress)
-        heldout = _heldout_metrics(recipe, task, rollouts, judge.setting) if judge else None
+        heldout = _heldout_metrics(recipe, task, rollouts, manager.context) if manager else None
         run = Run(
             policy=policy,
             config=recipe.grpo,
             accelerator=accelerator,
             prompts=task.prompts("train"),
             rollouts=rollouts,
-            judge=judge,
+            reward_manager=manager,
             tracker=tracker,
             folder=recipe.run_dir,
             seed=recipe.seed,
@@ -120,7 +120,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, 
         )
         train(run, newest if resume else None)
     finally:
-        for part in (progress, judge, rollouts, tracker):
+        for part in (progress, manager, rollouts, tracker):
             if part is not None:
                 part.close()
         if cluster is not None:
@@ -158,7 +158,7 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task, weights)
     records = task.prompts("heldout" if split == "heldout" else "train")[:count]
-    with build.build_judge(recipe, task, fmt) as judge:
+    with build.build_reward_manager(recipe, task, fmt) as manager:
         rollouts = open_rollouts(
             policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format, recipe.rollout, task.words
         )
@@ -175,14 +175,14 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
             finally:
                 rollouts.close()
             if result.failed:
-                log.warning(
+                logger.warning(
                     "%d of %d prompts got no answer; the first is group %d: %s",
                     len(result.failed),
                     len(records),
                     result.failed[0].group,
                     f"{result.failed[0].reason}: {result.failed[0].detail}",
                 )
-            judge.judge(result.groups)
+            manager.score(result.groups)
         except BaseException as error:  # neither Ctrl-C nor a formula that fails loses a thought
             stored = _store(groups, folder) if groups else []
             judged = sum(t.reward is not None for t in stored)
@@ -268,13 +268,13 @@ def read_prompt_scores(path: Path) -> list[PromptScore]:
     return scores
 
 
-def _setting(recipe: Recipe, task: Task) -> Setting:
-    return Setting.of(task, build.build_format(recipe), detector_of(recipe.rewards, task))
+def _setting(recipe: Recipe, task: Task) -> RewardContext:
+    return RewardContext.of(task, build.build_format(recipe), detector_of(recipe.rewards, task))
 
 
-def _evaluate(recipe: Recipe, task: Task, rollouts: Any, setting: Setting) -> Heldout:
+def _evaluate(recipe: Recipe, task: Task, rollouts: Any, context: RewardContext) -> Heldout:
     records = spread_over_tags(task.prompts("heldout"), recipe.evaluate.prompts)
-    return evaluate_heldout(rollouts, geneval_scorer(setting), records, recipe.evaluate.seed, recipe.evaluate.samples)
+    return evaluate_heldout(rollouts, geneval_scorer(context), records, recipe.evaluate.seed, recipe.evaluate.samples)
 
 
 @dataclass(frozen=True)
@@ -284,22 +284,22 @@ class _HeldoutMetrics:
     recipe: Recipe
     task: Task
     rollouts: Any
-    setting: Setting
+    context: RewardContext
 
     def __call__(self, step: int) -> dict[str, float]:
-        return _evaluate(self.recipe, self.task, self.rollouts, self.setting).as_metrics()
+        return _evaluate(self.recipe, self.task, self.rollouts, self.context).as_metrics()
 
 
-def _heldout_metrics(recipe: Recipe, task: Task, rollouts: Any, setting: Setting) -> _HeldoutMetrics | None:
+def _heldout_metrics(recipe: Recipe, task: Task, rollouts: Any, context: RewardContext) -> _HeldoutMetrics | None:
     """`setting`: the judge's, whose detector is taken where it has one, so that no weights are loaded twice.
 
     Raises UserError for a held-out prompt that cannot be judged, before the first step.
     """
     if not recipe.grpo.evaluate_every:
         return None
-    setting = setting if setting.detector else _setting(recipe, task)
-    check_prompts(setting.detector_for("grpo.evaluate_every"), task, splits=("heldout",))
-    return _HeldoutMetrics(recipe, task, rollouts, setting)
+    context = context if context.detector else _setting(recipe, task)
+    check_prompts(context.detector_for("grpo.evaluate_every"), task, splits=("heldout",))
+    return _HeldoutMetrics(recipe, task, rollouts, context)
 
 
 def local(recipe: Recipe, threads: int | None = None) -> Recipe:

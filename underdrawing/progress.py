@@ -48,7 +48,7 @@ class StepProgress:
             self._bar.start()
             self._task = self._bar.add_task(title, total=steps, shown="")
 
-    def heard(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+    def on_metrics(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Show a step's numbers; held-out scores stay until the next ones."""
         self._last.update({k: float(v) for k, v in metrics.items() if v is not None})
         shown = "  ".join(f"{short} {_short(self._last[name])}" for name, short in SHOWN if name in self._last)

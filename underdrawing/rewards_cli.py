@@ -1,5 +1,5 @@
 """`underdrawing rewards list | explain | check | try`: the shelf, one reward in full, a reward of one's own held to the
-contract, and a recipe's reward tried on pictures or thoughts."""
+contract, and a recipe's reward tried on images or thoughts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
     sub = command(
         "try",
         try_recipe,
-        "judge pictures or stored thoughts by a recipe's reward: a table of its parts, "
+        "judge images or stored thoughts by a recipe's reward: a table of its parts, "
         "and a page with what the detector sees",
     )
     sub.add_argument("recipe", type=Path, help="a YAML recipe; shipped ones are under configs/")
@@ -62,9 +62,10 @@ def add_parser(commands: Any) -> None:
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--images",
+        "--pictures",
         type=Path,
         metavar="FOLDER",
-        help="pictures in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png",
+        help="images in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png",
     )
     which.add_argument("--trajectories", type=Path, metavar="FOLDER", help="stored thoughts")
     sub.add_argument(
@@ -73,7 +74,7 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="the page (default rewards.html in the folder); its rows stand beside it as .jsonl",
     )
-    sub.add_argument("--most", type=int, default=60, help="pictures or thoughts on the page (default 60)")
+    sub.add_argument("--most", type=int, default=60, help="images or thoughts on the page (default 60)")
 
 
 # ---- list and explain -------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def explain(options: argparse.Namespace) -> int:
     facts.add_column()
     if own is not None:
         needs = ["a detector (rewards.detector)"] * own.needs_detector + ["a judge (rewards.judge)"] * own.needs_judge
-        where = "in the driver" if own.place == "driver" else "in a process of its own"
+        where = "in the driver" if own.runs_on == "driver" else "in a process of its own"
         for name, fact in (
             ("pays", own.formula),
             ("source", own.source),
@@ -128,9 +129,9 @@ def explain(options: argparse.Namespace) -> int:
             if fact:
                 facts.add_row(name, _plain(fact))
     source = inspect.unwrap(function)
-    place = inspect.getsourcefile(source) if inspect.isroutine(source) or inspect.isclass(source) else None
-    if place:
-        facts.add_row("code", f"{_plain(_shorter(place))}:{source.__name__}")
+    runs_on = inspect.getsourcefile(source) if inspect.isroutine(source) or inspect.isclass(source) else None
+    if runs_on:
+        facts.add_row("code", f"{_plain(_shorter(runs_on))}:{source.__name__}")
     console.print(facts)
     described = option_rows(function)
     if described:
@@ -199,8 +200,8 @@ def check(options: argparse.Namespace) -> int:
         timeout_s=options.timeout,
     )
     console = _console()
-    for value, thought in zip(found.values, found.thoughts, strict=False):
-        console.print(f"  {_number(value):>12}  {_plain(thought)}", highlight=False)
+    for value, trajectory in zip(found.values, found.trajectories, strict=False):
+        console.print(f"  {_number(value):>12}  {_plain(trajectory)}", highlight=False)
     for problem in found.problems:
         console.print(f"[red]problem[/red]  {_plain(problem)}", highlight=False)
     for note in found.notes:
@@ -235,11 +236,11 @@ def _number(value: Any) -> str:
 def try_recipe(options: argparse.Namespace) -> int:
     from underdrawing.recipe import load_recipe
     from underdrawing.report.trial import write_trial
-    from underdrawing.trial import try_on_pictures, try_on_thoughts
+    from underdrawing.trial import try_on_images, try_on_thoughts
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.images is not None:
-        trial, folder = try_on_pictures(recipe, options.images), options.images
+        trial, folder = try_on_images(recipe, options.images), options.images
     else:
         trial = try_on_thoughts(recipe, options.trajectories)
         folder = options.trajectories if options.trajectories.is_dir() else options.trajectories.parent
@@ -250,7 +251,7 @@ def try_recipe(options: argparse.Namespace) -> int:
         print(f"rows: {rows}")
         raise trial.fault
     count = len(trial.trajectories)
-    what = "pictures" if options.images is not None else "thoughts"
+    what = "images" if options.images is not None else "thoughts"
     table = _table()
     table.add_column("part", no_wrap=True)
     for column in ("mean", "std", "least", "most", "not judged", "failed"):

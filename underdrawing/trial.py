@@ -1,4 +1,4 @@
-"""A recipe's reward tried on what there is: stored thoughts, or a folder of pictures in GenEval's layout.
+"""A recipe's reward tried on what there is: stored thoughts, or a folder of images in GenEval's layout.
 
 Nothing is rolled out and no policy is loaded. `underdrawing rewards try` prints the numbers and writes the page
 (report/trial.py) and rewards.jsonl beside it.
@@ -13,23 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.geneval import load_picture
+from evals.geneval import load_image
 from evals.geneval_folder import read_folder
 from record.store import load_trajectories
 from record.trajectory import Author, Modality, Segment, Trajectory
-from rewards.contract import policy_pictures
+from rewards.contract import policy_images
 from rewards.detectors.base import CachedDetector
 from rewards.functions.geneval import THRESHOLDS, classes_of, colored_of, evaluate, kept
 from rewards.loader import is_own
-from rewards.manager import Judge, JudgeReport, detector_of
+from rewards.manager import RewardManager, RewardReport, detector_of
 from rewards.registry import REWARDS
 from runtime.errors import UserError, writing
 from underdrawing import build
 from underdrawing.recipe import Recipe
 from underdrawing.report.page import Seen
-from underdrawing.report.trial import PartRow, TrialPage, picture_films, row_of, seen_of, thought_films
+from underdrawing.report.trial import PartRow, TrialPage, image_films, row_of, seen_of, thought_films
 
-DETECTED_AT_ONCE = 32  # pictures whose detections are made and drawn together
+DETECTED_AT_ONCE = 32  # images whose detections are made and drawn together
 
 
 @dataclass
@@ -38,19 +38,25 @@ class Trial:
 
     recipe: Recipe
     trajectories: list[Trajectory]
-    report: JudgeReport
+    report: RewardReport
     source: str  # of the trajectories
-    pictures: Mapping[int, str]  # by id() of a trajectory its file's name; empty for thoughts
+    images: Mapping[int, str]  # by id() of a trajectory its file's name; empty for thoughts
     seen: dict[int, dict[int, Seen]] = field(default_factory=dict)  # by id(), then segment
     fault: UserError | None = None  # what went wrong once the parts had judged: there are rows, and no page
 
     def rows(self) -> list[PartRow]:
         """A row for each part, and one for the reward."""
-        rewards, paid = self.recipe.rewards, self.recipe.rewards.expression().names
+        rewards, weighted = self.recipe.rewards, self.recipe.rewards.expression().names
         rows = []
         for name, part in rewards.parts.items():
             kind = (
-                "watched" if part.watch else "" if name in paid else "by segment" if self._credits(name) else "not paid"
+                "log-only"
+                if part.log_only
+                else ""
+                if name in weighted
+                else "by segment"
+                if self._credits(name)
+                else "not weighted"
             )
             what = REWARDS[part.function].formula if is_own(part.function) else part.function
             what += "".join(f" · {option}: {value}" for option, value in part.options.items())
@@ -95,8 +101,8 @@ class Trial:
 
     def page(self, most: int) -> TrialPage:
         shown = spread(self.trajectories, most)
-        films = picture_films(shown, self.seen, self.pictures) if self.pictures else thought_films(shown, self.seen)
-        unit = "pictures" if self.pictures else "thoughts"
+        films = image_films(shown, self.seen, self.images) if self.images else thought_films(shown, self.seen)
+        unit = "images" if self.images else "thoughts"
         count = f"{len(self.trajectories)} {unit}"
         heading = unit.capitalize() + (
             f", {len(shown)} of {len(self.trajectories)}" if len(shown) < len(self.trajectories) else ""
@@ -111,14 +117,14 @@ class Trial:
             heading,
             films,
             self.report.sentences(),
-            side=262 if self.pictures else 150,
+            side=262 if self.images else 150,
         )
 
     def write_rows(self, path: Path) -> None:
-        """One JSON object a thought or picture: where it is from, its parts, its reward, and what the parts said."""
+        """One JSON object a thought or image: where it is from, its parts, its reward, and what the parts said."""
         lines = []
         for t in self.trajectories:
-            row: dict[str, Any] = {"file": self.pictures[id(t)]} if self.pictures else {"key": t.key}
+            row: dict[str, Any] = {"file": self.images[id(t)]} if self.images else {"key": t.key}
             row |= {
                 "prompt": t.prompt,
                 "tag": t.record.get("tag"),
@@ -144,10 +150,10 @@ def try_on_thoughts(recipe: Recipe, folder: Path) -> Trial:
     return _judge(recipe, trajectories, str(folder), {})
 
 
-def try_on_pictures(recipe: Recipe, folder: Path) -> Trial:
-    """A folder in GenEval's layout: each picture is a thought of one picture and no words, each prompt a group.
+def try_on_images(recipe: Recipe, folder: Path) -> Trial:
+    """A folder in GenEval's layout: each image is a thought of one image and no words, each prompt a group.
 
-    Raises EvaluationError for a folder that misses prompts, two files for one sample, or a file that is no picture.
+    Raises EvaluationError for a folder that misses prompts, two files for one sample, or a file that is no image.
     """
     trajectories: list[Trajectory] = []
     names: dict[int, str] = {}
@@ -159,7 +165,7 @@ def try_on_pictures(recipe: Recipe, folder: Path) -> Trial:
         prompt = str(sample.record["prompt"])
         segments = [
             Segment("prompt", Author.USER, Modality.TEXT, False, text=prompt),
-            Segment("image", Author.POLICY, Modality.IMAGE_TOKENS, True, picture=load_picture(sample)),
+            Segment("image", Author.POLICY, Modality.IMAGE_TOKENS, True, image=load_image(sample)),
         ]
         trajectory = Trajectory(prompt, sample.record, recipe.format.name, segments, group, member)
         trajectories.append(trajectory)
@@ -172,11 +178,11 @@ def _judge(recipe: Recipe, trajectories: list[Trajectory], source: str, names: M
     groups: dict[int, list[Trajectory]] = {}
     for trajectory in trajectories:
         groups.setdefault(trajectory.group, []).append(trajectory)
-    with build.build_judge(recipe, task, fmt) as judge:
-        trial = Trial(recipe, trajectories, JudgeReport({}, [], 0, 0), source, names)
+    with build.build_reward_manager(recipe, task, fmt) as manager:
+        trial = Trial(recipe, trajectories, RewardReport({}, [], 0, 0), source, names)
         try:
-            trial.report = judge.judge(list(groups.values()))
-            detector = _detector(recipe, task, judge)
+            trial.report = manager.score(list(groups.values()))
+            detector = _detector(recipe, task, manager)
             if detector is not None:
                 trial.seen = look(trajectories, detector, _thresholds(recipe))
         except UserError as error:
@@ -186,15 +192,15 @@ def _judge(recipe: Recipe, trajectories: list[Trajectory], source: str, names: M
     return trial
 
 
-def _detector(recipe: Recipe, task: Any, judge: Judge) -> CachedDetector | None:
+def _detector(recipe: Recipe, task: Any, manager: RewardManager) -> CachedDetector | None:
     """The one that the parts look with; None where no part does."""
     needed = any(
         is_own(part.function) and REWARDS[part.function].needs_detector for part in recipe.rewards.parts.values()
     )
     if not needed:
         return None
-    if judge.setting.detector is not None:
-        return judge.setting.detector
+    if manager.context.detector is not None:
+        return manager.context.detector
     made = detector_of(recipe.rewards, task)
     return None if made is None else CachedDetector(made)
 
@@ -210,23 +216,23 @@ def _thresholds(recipe: Recipe) -> tuple[float, float]:
 def look(
     trajectories: Sequence[Trajectory], detector: CachedDetector, thresholds: tuple[float, float] = THRESHOLDS
 ) -> dict[int, dict[int, Seen]]:
-    """What is seen in every picture above the thresholds, with GenEval's verdict where the record asks for
+    """What is seen in every image above the thresholds, with GenEval's verdict where the record asks for
     something."""
-    places = [
-        (t, index, picture)
+    positions = [
+        (t, index, image)
         for t in trajectories
-        for index, picture in policy_pictures(t)
+        for index, image in policy_images(t)
         if classes_of(t.record) or not detector.open_vocabulary
     ]
     seen: dict[int, dict[int, Seen]] = {}
-    for start in range(0, len(places), DETECTED_AT_ONCE):
-        batch = places[start : start + DETECTED_AT_ONCE]
+    for start in range(0, len(positions), DETECTED_AT_ONCE):
+        batch = positions[start : start + DETECTED_AT_ONCE]
         found = detector.detect(
-            [picture for _, _, picture in batch],
+            [image for _, _, image in batch],
             [classes_of(t.record) for t, _, _ in batch],
             [colored_of(t.record) for t, _, _ in batch],
         )
-        for (trajectory, index, picture), objects in zip(batch, found, strict=True):
+        for (trajectory, index, image), objects in zip(batch, found, strict=True):
             record = trajectory.record
             correct, reason = None, ""
             if record.get("include"):
@@ -238,7 +244,7 @@ def look(
                 for name, items in kept(record, objects, thresholds).items()
                 if items and (name in named or not detector.names_colors)
             }
-            seen.setdefault(id(trajectory), {})[index] = seen_of(picture, shown, correct, reason)
+            seen.setdefault(id(trajectory), {})[index] = seen_of(image, shown, correct, reason)
     return seen
 
 

@@ -139,9 +139,9 @@ class ChameleonPolicy:
         steps = int(count_B.max())
         ids_BT = np.full((len(some), steps), self.vocabulary.pad, np.int64)
         position_BT = np.zeros((len(some), steps), np.int64)
-        for place, index in enumerate(some.tolist()):
+        for position, index in enumerate(some.tolist()):
             ids, positions = known[index]
-            ids_BT[place, : len(ids)], position_BT[place, : len(ids)] = ids, positions
+            ids_BT[position, : len(ids)], position_BT[position, : len(ids)] = ids, positions
         if int(position_BT.max()) >= self.max_length:
             raise ContextOverflow(f"position {int(position_BT.max())} in a context: the model has {self.max_length}")
         hidden_BD = self._decoder()(
@@ -167,25 +167,24 @@ class ChameleonPolicy:
             self._decode = Decode(self.core.model, self.max_length)
         return self._decode
 
-    # ---- pictures ----
+    # ---- images ----
 
-    def see(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        if not pictures:
+    def encode_images(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if not images:
             return []
-        codes_BN = self.core.model.vqmodel.see(pictures).cpu().numpy()
+        codes_BN = self.core.model.vqmodel.encode_images(images).cpu().numpy()
         return list(self.vocabulary.to_ids(codes_BN))
 
-    def draw(self, contents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def decode_images(self, contents: Sequence[np.ndarray]) -> list[np.ndarray]:
         if not contents:
             return []
         for content in contents:
             if len(content) != self.vocabulary.codes_per_image:
                 raise UserError(
-                    f"a picture of {len(content)} codes: this model draws from exactly "
-                    f"{self.vocabulary.codes_per_image}"
+                    f"an image of {len(content)} codes: this model draws from exactly {self.vocabulary.codes_per_image}"
                 )
         codes_BN = self.vocabulary.to_codes(np.stack(contents))
-        return self.core.model.vqmodel.draw(torch.from_numpy(codes_BN))
+        return self.core.model.vqmodel.decode_images(torch.from_numpy(codes_BN))
 
     # ---- training ----
 

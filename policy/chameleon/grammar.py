@@ -1,8 +1,8 @@
-"""What may follow what around a picture: after BOI exactly N codes, then EOI; elsewhere neither codes nor EOI.
+"""What may follow what around an image: after BOI exactly N codes, then EOI; elsewhere neither codes nor EOI.
 
 The engine's formats constrain decoding themselves. This is the released rule over plain ids, in the two shapes that
 transformers' `generate` takes, for benchmarks and for users who decode without us. BOI is forbidden where a whole
-picture no longer fits: current length >= max_length - (N + 1).
+image no longer fits: current length >= max_length - (N + 1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 from formats.base import Vocabulary
 
 
-class PictureGrammar:
+class ImageGrammar:
     """Allowed ids after every prefix. Call it as a `prefix_allowed_tokens_fn(batch_id, ids)`."""
 
     def __init__(self, boi: int, eoi: int, code_ids: Tensor, codes_per_image: int, size: int, max_length: int):
@@ -28,7 +28,7 @@ class PictureGrammar:
         self.words_only_V[boi] = False
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary, max_length: int) -> PictureGrammar:
+    def of(cls, vocabulary: Vocabulary, max_length: int) -> ImageGrammar:
         return cls(
             vocabulary.boi,
             vocabulary.eoi,
@@ -51,17 +51,17 @@ class PictureGrammar:
         return self.allowed(ids_T).nonzero().flatten().tolist()
 
 
-class PictureLogitsProcessor(LogitsProcessor):
+class ImageLogitsProcessor(LogitsProcessor):
     """The same rule over a batch in a few tensor operations."""
 
-    def __init__(self, grammar: PictureGrammar):
+    def __init__(self, grammar: ImageGrammar):
         self.grammar = grammar
         self.masks_4V = torch.stack([grammar.codes_V, grammar.closing_V, grammar.words_V, grammar.words_only_V])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         grammar = self.grammar
         tail_BT = input_ids[:, -(grammar.codes_per_image + 1) :]
-        # Ids since the last BOI, or more than a picture's where there is none.
+        # Ids since the last BOI, or more than an image's where there is none.
         back_T = torch.arange(tail_BT.shape[1] - 1, -1, -1, device=tail_BT.device)
         since_B = torch.where(tail_BT == grammar.boi, back_T, grammar.codes_per_image + 1).min(1).values
         fits = input_ids.shape[1] < grammar.max_length - (grammar.codes_per_image + 1)

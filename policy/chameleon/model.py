@@ -1,7 +1,7 @@
 """transformers' Chameleon with its missing half: a visual tokenizer that draws, and image logits that are not masked.
 
 transformers' forward sets the logits of every visual code to the dtype's minimum, before a loss too, and its
-`vqmodel` has no decoder, so it can neither learn nor draw a picture. The files are those of the released layout:
+`vqmodel` has no decoder, so it can neither learn nor draw an image. The files are those of the released layout:
 config.json, model.safetensors (or shards with their index), the decoder under `model.vqmodel.decoder.*`.
 
 Letters: R rows, T ids, D width, V vocabulary, N decisions, K branches that are combined.

@@ -67,9 +67,9 @@ def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int
     steps = max((len(row) for row in rows), default=1)
     ids_RT = np.full((len(rows), steps), pad, np.int64)
     position_RT = np.zeros((len(rows), steps), np.int64)
-    for place, row in enumerate(rows):
-        ids_RT[place, : len(row)] = row.ids_T
-        position_RT[place, : len(row)] = row.position_T
+    for position, row in enumerate(rows):
+        ids_RT[position, : len(row)] = row.ids_T
+        position_RT[position, : len(row)] = row.position_T
 
     if not chosen:
         none = torch.zeros(0, dtype=torch.long, device=device)
@@ -84,7 +84,7 @@ def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int
         )
 
     branches = list(dict.fromkeys(branch for item in chosen for branch in (FULL, *_branches(item))))
-    pieces = [_place(trajectories, item, rows, row_of, steps, branches) for item in chosen]
+    pieces = [_position(trajectories, item, rows, row_of, steps, branches) for item in chosen]
     index_KN = np.concatenate([index for index, _ in pieces], 1)
     weight_KN = np.concatenate([weight for _, weight in pieces], 1)
     sets: dict[bytes, int] = {}
@@ -94,22 +94,22 @@ def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int
         segment = trajectories[item.trajectory].segments[item.segment]
         decisions = segment.decisions
         assert decisions is not None
-        law = decisions.law
+        sampling = decisions.sampling
         # One table for the whole call: segments of one role nearly always share their sets.
-        place_of = np.full(len(law.sets) + 1, -1, np.int64)
-        for local, held in enumerate(law.sets):
+        position_of = np.full(len(sampling.sets) + 1, -1, np.int64)
+        for local, held in enumerate(sampling.sets):
             key = np.ascontiguousarray(held, np.int32).tobytes()
             if key not in sets:
                 sets[key] = len(ranges)
                 ranges.append(held)
-            place_of[local] = sets[key]
+            position_of[local] = sets[key]
         pick = item.pick_N
         for column, values in zip(
             columns,
             (
                 segment.ids[decisions.position_N[pick]],
-                law.temperature_N[pick],
-                place_of[law.allowed_N[pick]],
+                sampling.temperature_N[pick],
+                position_of[sampling.allowed_N[pick]],
                 decisions.kind_N[pick],
                 decisions.logprob_N[pick],
             ),
@@ -154,10 +154,10 @@ def _choose(trajectory: Trajectory, index: int, number: int) -> _Chosen | None:
             f"trajectory {trajectory.key}: segment {number} ('{segment.role}') has denoising steps; "
             "the family 'chameleon' scores words and codes"
         )
-    pick_N = np.flatnonzero(~decisions.law.greedy_N)
+    pick_N = np.flatnonzero(~decisions.sampling.greedy_N)
     if not len(pick_N):
         return None
-    guidance = decisions.law.guidance
+    guidance = decisions.sampling.guidance
     guided_N = (decisions.kind_N[pick_N] == DecisionKind.CODE) & (guidance is not None)
     return _Chosen(index, number, pick_N, branch_weights(guidance), guided_N)
 
@@ -167,7 +167,7 @@ def _branches(item: _Chosen) -> list[str]:
     return list(dict.fromkeys([*needed, *item.weights])) if item.guided_N.any() else [FULL]
 
 
-def _place(
+def _position(
     trajectories: Sequence[Trajectory],
     item: _Chosen,
     rows: list[Row],
@@ -193,7 +193,7 @@ def _place(
                 f"('{trajectory.segments[item.segment].role}') is a decision, but nothing precedes it "
                 f"in the branch '{branch}'"
             )
-        place = branches.index(branch)
-        index_KN[place] = number * steps + np.maximum(before_N, 0)
-        weight_KN[place] = weight_N
+        position = branches.index(branch)
+        index_KN[position] = number * steps + np.maximum(before_N, 0)
+        weight_KN[position] = weight_N
     return index_KN, weight_KN

@@ -20,7 +20,7 @@ from runtime.errors import UserError
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
 BOI, EOI = "<racm3:break>", "<eoss>"
 SEP = "<reserved08706>"
-IMAGE = "<image>"  # transformers' placeholder for a picture that is yet to be encoded; never sampled
+IMAGE = "<image>"  # transformers' placeholder for an image that is yet to be encoded; never sampled
 
 _CODE = re.compile(r"IMGIMG([A-J]+)Z")
 _DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
@@ -28,7 +28,7 @@ _LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
 
 
 class VocabularyError(UserError):
-    """A tokenizer that lacks what pictures need, or text that its words cannot say."""
+    """A tokenizer that lacks what images need, or text that its words cannot say."""
 
 
 def code_name(code: int) -> str:
@@ -129,7 +129,7 @@ class ChameleonVocabulary:
         codes = self.code_of[ids].astype(np.int64)
         if (codes < 0).any():
             id = int(ids[codes < 0].ravel()[0])
-            raise VocabularyError(f"id {id} is no visual code; a picture's content is its codes without BOI and EOI")
+            raise VocabularyError(f"id {id} is no visual code; an image's content is its codes without BOI and EOI")
         return codes
 
     def to_ids(self, codes: np.ndarray) -> np.ndarray:

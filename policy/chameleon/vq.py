@@ -1,4 +1,4 @@
-"""Chameleon's visual tokenizer whole: pictures to codes and codes to pictures.
+"""Chameleon's visual tokenizer whole: images to codes and codes to images.
 
 transformers has the encoder's half (`ChameleonVQVAE`); the taming-style decoder of the released Anole weights is
 here, under their names (`decoder.*`). `ChameleonVQ` is a `ChameleonVQVAE`, so it can stand as `model.vqmodel` within
@@ -8,7 +8,7 @@ same class for the shapes world.
 Pixels enter as x / 127.5 - 1, Meta's scale: the weights were trained with it, and it is the inverse of the way back,
 so white stays white. transformers' image processor has x * 0.0078 - 1, in which 255 becomes 0.989.
 
-Letters: B pictures, C channels, H height, W width, N codes a picture (row by row), D codebook dimensions.
+Letters: B images, C channels, H height, W width, N codes an image (row by row), D codebook dimensions.
 Sources: Gafni et al., arXiv:2203.13131 (the tokenizer); Esser et al., arXiv:2012.09841, 3.1 (encoder, decoder, loss).
 """
 
@@ -127,7 +127,7 @@ class Reconstruction:
 
 class ChameleonVQ(ChameleonVQVAE):
     """Encoder, codebook and decoder. `encode` is transformers' (ChameleonModel calls it); ours are `codes`,
-    `decode`, and over uint8 pictures `see` and `draw`."""
+    `decode`, and over uint8 images `see` and `draw`."""
 
     def __init__(self, config: ChameleonVQVAEConfig):
         super().__init__(config)
@@ -137,7 +137,7 @@ class ChameleonVQ(ChameleonVQVAE):
 
     @property
     def side(self) -> int:
-        """Codes in a row of a picture."""
+        """Codes in a row of an image."""
         return self.config.resolution // 2 ** (len(self.config.channel_multiplier) - 1)
 
     @property
@@ -150,14 +150,14 @@ class ChameleonVQ(ChameleonVQVAE):
         return indices.view(len(pixels_BCHW), -1)
 
     def decode(self, codes_BN: Tensor) -> Tensor:
-        """Codes to pixels [B, C, H, W], about [-1, 1] but not clamped (`to_pictures` does that).
+        """Codes to pixels [B, C, H, W], about [-1, 1] but not clamped (`to_images` does that).
 
-        Raises ValueError where a row is no square picture or a code is outside the codebook.
+        Raises ValueError where a row is no square image or a code is outside the codebook.
         """
         count, size = codes_BN.shape[-1], self.config.num_embeddings
         side = int(count**0.5)
         if codes_BN.ndim != 2 or side * side != count or count == 0:
-            raise ValueError(f"codes of shape {tuple(codes_BN.shape)}: want [pictures, {self.codes_per_image}]")
+            raise ValueError(f"codes of shape {tuple(codes_BN.shape)}: want [images, {self.codes_per_image}]")
         if codes_BN.numel() and not 0 <= int(codes_BN.min()) <= int(codes_BN.max()) < size:
             raise ValueError(f"codes from {int(codes_BN.min())} to {int(codes_BN.max())}: the codebook has {size}")
         quantized_BNE = self.quantize.embedding(codes_BN)
@@ -174,42 +174,42 @@ class ChameleonVQ(ChameleonVQVAE):
         return Reconstruction(self.decoder(self.post_quant_conv(through)), latent, quantized, codes_BN)
 
     @torch.inference_mode()
-    def see(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """uint8 [height, width, 3] pictures of any size to codes, int64 [B, N] (see `fit`)."""
-        pixels = to_pixels([fit(picture, self.config.resolution) for picture in pictures])
+    def encode_images(self, images: Sequence[np.ndarray]) -> Tensor:
+        """uint8 [height, width, 3] images of any size to codes, int64 [B, N] (see `fit`)."""
+        pixels = to_pixels([fit(image, self.config.resolution) for image in images])
         return self.codes(pixels.to(self.device, self.dtype))
 
     @torch.inference_mode()
-    def draw(self, codes_BN: Tensor) -> list[np.ndarray]:
-        """Codes to uint8 [height, width, 3] pictures."""
-        return to_pictures(self.decode(codes_BN.to(self.device)))
+    def decode_images(self, codes_BN: Tensor) -> list[np.ndarray]:
+        """Codes to uint8 [height, width, 3] images."""
+        return to_images(self.decode(codes_BN.to(self.device)))
 
 
-def fit(picture: np.ndarray, resolution: int) -> np.ndarray:
+def fit(image: np.ndarray, resolution: int) -> np.ndarray:
     """Chameleon's framing: shortest side to `resolution` (Lanczos), then the centre. No-op where it fits already.
 
-    Raises ValueError unless the picture is uint8 [height, width, 3].
+    Raises ValueError unless the image is uint8 [height, width, 3].
     """
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(f"a picture of {picture.dtype} {picture.shape}: want uint8 [height, width, 3]")
-    height, width = picture.shape[:2]
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image of {image.dtype} {image.shape}: want uint8 [height, width, 3]")
+    height, width = image.shape[:2]
     if (height, width) == (resolution, resolution):
-        return picture
+        return image
     scale = resolution / min(height, width)
     wide, high = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    resized = np.asarray(Image.fromarray(picture).resize((wide, high), Image.Resampling.LANCZOS))
+    resized = np.asarray(Image.fromarray(image).resize((wide, high), Image.Resampling.LANCZOS))
     top, left = (high - resolution) // 2, (wide - resolution) // 2
     return resized[top : top + resolution, left : left + resolution]
 
 
-def to_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
-    """uint8 [height, width, 3] pictures of one size to float32 pixels_BCHW in [-1, 1], Meta's scale."""
-    stacked_BHWC = torch.from_numpy(np.stack(pictures))
+def to_pixels(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [height, width, 3] images of one size to float32 pixels_BCHW in [-1, 1], Meta's scale."""
+    stacked_BHWC = torch.from_numpy(np.stack(images))
     return stacked_BHWC.permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1.0).contiguous()
 
 
-def to_pictures(pixels_BCHW: Tensor) -> list[np.ndarray]:
-    """Pixels, clamped to [-1, 1] and rounded once, to uint8 [height, width, 3] pictures."""
+def to_images(pixels_BCHW: Tensor) -> list[np.ndarray]:
+    """Pixels, clamped to [-1, 1] and rounded once, to uint8 [height, width, 3] images."""
     unit = pixels_BCHW.detach().float().clamp(-1.0, 1.0).div(2.0).add(0.5)
     return list(unit.mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 

@@ -53,7 +53,7 @@ def token_logprobs(
 def _logits(
     hidden_CD: Tensor, weight_VD: Tensor, temperature_C: Tensor, allowed_C: np.ndarray, sets: tuple[np.ndarray, ...]
 ) -> Tensor:
-    """Law's logits [C, V] in float32: divided by the temperature, -inf outside the allowed sets."""
+    """SamplingParams's logits [C, V] in float32: divided by the temperature, -inf outside the allowed sets."""
     logits_CV = (hidden_CD @ weight_VD.T).float()
     if bool((temperature_C != 1).any()):
         logits_CV /= temperature_C[:, None]

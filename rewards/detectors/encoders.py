@@ -1,6 +1,6 @@
-"""Encoders that embed words and pictures in one space: open_clip's, and CLIPModel of transformers.
+"""Encoders that embed words and images in one space: open_clip's, and CLIPModel of transformers.
 
-What reads them: the colour of an object (detectors/colors.py), CLIP similarity, and the preference models that are
+What reads them: the color of an object (detectors/colors.py), CLIP similarity, and the preference models that are
 CLIP with other weights. Embeddings come out as unit vectors in float32 on the encoder's device.
 
 Letters: N rows, D features.
@@ -79,11 +79,11 @@ class OpenClipEncoder:
         return float(self.model.logit_scale.detach().exp())
 
     @torch.inference_mode()
-    def pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """[N, D] unit vectors."""
         rows = []
-        for start in range(0, len(pictures), self.batch_size):
-            batch = torch.stack([self.preprocess(p) for p in pictures[start : start + self.batch_size]])
+        for start in range(0, len(images), self.batch_size):
+            batch = torch.stack([self.preprocess(p) for p in images[start : start + self.batch_size]])
             rows.append(self.model.encode_image(batch.to(self.device, self.dtype), normalize=True).float())
         return torch.cat(rows) if rows else torch.empty(0, 0)
 
@@ -100,7 +100,7 @@ class OpenClipEncoder:
 
 
 def _architecture(config: OpenClipConfig, where: str) -> tuple[str, Path, dict[str, Any]]:
-    """The architecture's name, the file of its weights, and how the weights want pictures normalised."""
+    """The architecture's name, the file of its weights, and how the weights want images normalised."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
@@ -221,11 +221,11 @@ class ClipEncoder:
         return float(self.model.logit_scale.detach().exp())
 
     @torch.inference_mode()
-    def pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """[N, D] unit vectors."""
         rows = []
-        for start in range(0, len(pictures), self.batch_size):
-            inputs = self.processor(images=list(pictures[start : start + self.batch_size]), return_tensors="pt")
+        for start in range(0, len(images), self.batch_size):
+            inputs = self.processor(images=list(images[start : start + self.batch_size]), return_tensors="pt")
             pixels = inputs["pixel_values"].to(self.device, self.model.dtype)
             rows.append(_unit(self.model.get_image_features(pixel_values=pixels)))
         return torch.cat(rows) if rows else torch.empty(0, 0)

@@ -1,6 +1,6 @@
 """Grounding DINO: sees whatever phrase it is asked for, as boxes without masks.
 
-The phrases of a picture are one caption, "dog. red cup."; a (box, phrase) scores the largest sigmoid among the
+The phrases of an image are one caption, "dog. red cup."; a (box, phrase) scores the largest sigmoid among the
 phrase's own tokens. The released `predict` (IDEA-Research/GroundingDINO, arXiv:2303.05499) takes the largest over the
 whole caption, full stops included, and reads the phrase off the tokens above a second threshold. Scores are lower than
 a closed detector's: the usual threshold is 0.35, and GenEval's 0.9 for counting would let nothing pass, so a recipe
@@ -40,7 +40,7 @@ class GroundingDinoDetector(PhraseDetector):
         super().__init__(path, device, batch_size, dtype, min_score, overlap, download)
         self.max_tokens = int(self.config.max_text_len)
 
-    def see(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+    def see(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
         captions, spans = zip(*[caption_of(some) for some in phrases], strict=True)
         words = self.tokenizer(list(captions), padding=True, return_offsets_mapping=True, return_tensors="pt")
         offsets = words.pop("offset_mapping")
@@ -50,15 +50,15 @@ class GroundingDinoDetector(PhraseDetector):
                 f"grounding_dino reads {self.max_tokens} tokens at once; '{longest[:80]}...' has more: "
                 f"ask for fewer phrases"
             )
-        # Pictures of a batch have one size, so nothing is padded and shares refer to the whole picture.
-        seen = self.processor(images=list(pictures), return_tensors="pt")
+        # Images of a batch have one size, so nothing is padded and shares refer to the whole image.
+        seen = self.processor(images=list(images), return_tensors="pt")
         output = self.model(
             pixel_values=seen["pixel_values"].to(self.device, self.model.dtype),
             pixel_mask=seen["pixel_mask"].to(self.device),
             **words.to(self.device),
         )
         found = []
-        size = (pictures[0].shape[0], pictures[0].shape[1])
+        size = (images[0].shape[0], images[0].shape[1])
         for row, some in enumerate(phrases):
             probability = output.logits[row].float().sigmoid()
             score_QP = torch.stack([probability[:, tokens_of(offsets[row], span)].amax(1) for span in spans[row]], 1)
@@ -81,7 +81,7 @@ def caption_of(phrases: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
 def tokens_of(offsets_T2: torch.Tensor, span: tuple[int, int]) -> list[int]:
     """Places of the tokens that lie inside a span of characters; special tokens cover none."""
     return [
-        place
-        for place, (start, stop) in enumerate(offsets_T2.tolist())
+        position
+        for position, (start, stop) in enumerate(offsets_T2.tolist())
         if start < stop and start >= span[0] and stop <= span[1]
     ]

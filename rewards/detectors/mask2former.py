@@ -5,15 +5,15 @@ neighbour and gives no boxes; GenEval's protocol (its released scorer runs mmdet
 the same two outputs otherwise. With softmax over the classes and the void, of which the void is then left out:
 
     pairs   the 100 best of (query x class), so that one query may emit several classes; no suppression
-    mask    logits, resized bilinearly to the padded input, cut to the resized picture, resized to the picture, > 0
+    mask    logits, resized bilinearly to the padded input, cut to the resized image, resized to the image, > 0
     score   class probability x mean sigmoid inside the mask (0 where the mask is empty)
     box     the mask's extent, half-open: x0, y0, x1 + 1, y1 + 1
 
 A score is at most its class probability, so pairs whose class probability is not above `min_score` are dropped before
-any mask is resized: nothing that is left changes, and most of the work is gone. Pictures of one size share a forward
+any mask is resized: nothing that is left changes, and most of the work is gone. Images of one size share a forward
 pass; padding never depends on the neighbours.
 
-Letters: B pictures, Q queries, C classes without the void, K pairs that are left, H and W pixels.
+Letters: B images, Q queries, C classes without the void, K pairs that are left, H and W pixels.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from rewards.detectors.weights import WeightsError, device_of, folder_of
 
 TEST_SIZE = (1333, 800)  # px: the longest side at most, the shortest side at most; whichever binds first
 DIVISOR = 32  # px: the network's input is padded to a multiple of it, right and below
-TOP = 100  # (query, class) pairs a picture
+TOP = 100  # (query, class) pairs an image
 CHUNK = 16  # masks resized at once: 16 of 1333 x 800 are 68 MB
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is left of one picture. K pairs, best score first."""
+    """What is left of one image. K pairs, best score first."""
 
     scores_K: torch.Tensor
     labels_K: torch.Tensor
@@ -53,16 +53,16 @@ def resized_size(height: int, width: int, test_size: tuple[int, int] = TEST_SIZE
 
 
 def prepared(
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     mean: Sequence[float],
     std: Sequence[float],
     test_size: tuple[int, int] = TEST_SIZE,
     device: str = "cpu",
 ) -> torch.Tensor:
-    """Pictures of one size to the network's input [B, 3, H, W]: resized bilinearly to whole grey levels (no
+    """Images of one size to the network's input [B, 3, H, W]: resized bilinearly to whole grey levels (no
     antialiasing), normalised by mean and std of the unit range, padded with zeros."""
-    stacked = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float()
-    height, width = resized_size(pictures[0].shape[0], pictures[0].shape[1], test_size)
+    stacked = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float()
+    height, width = resized_size(images[0].shape[0], images[0].shape[1], test_size)
     resized = F.interpolate(stacked, size=(height, width), mode="bilinear", align_corners=False)
     resized = resized.round_().clamp_(0, 255)
     shift, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (mean, std))
@@ -78,22 +78,22 @@ def instances(
     min_score: float = 0.0,
     top: int = TOP,
 ) -> list[Found]:
-    """The rule at the top of this file over a batch of pictures of one size; sizes are (height, width)."""
+    """The rule at the top of this file over a batch of images of one size; sizes are (height, width)."""
     probability_BQC = class_logits_BQC1.float().softmax(-1)[..., :-1]
     classes = probability_BQC.shape[-1]
     flat = probability_BQC.flatten(1)
     best_BT, pair_BT = flat.topk(min(top, flat.shape[1]), dim=1)
     left_BT = best_BT > min_score
-    picture_K, place_K = left_BT.nonzero(as_tuple=True)
-    pair_K = pair_BT[picture_K, place_K]
+    image_K, position_K = left_BT.nonzero(as_tuple=True)
+    pair_K = pair_BT[image_K, position_K]
     query_K, label_K = pair_K // classes, pair_K % classes
     queries = mask_logits_BQhw.shape[1]
-    unique_U, unique_of_K = (picture_K * queries + query_K).unique(return_inverse=True)
+    unique_U, unique_of_K = (image_K * queries + query_K).unique(return_inverse=True)
     mask_U, sure_U, box_U = _masks(mask_logits_BQhw.flatten(0, 1), unique_U, padded, resized, original)
-    score_K = best_BT[picture_K, place_K] * sure_U[unique_of_K]
+    score_K = best_BT[image_K, position_K] * sure_U[unique_of_K]
     found = []
-    for picture in range(class_logits_BQC1.shape[0]):
-        mine = ((picture_K == picture) & (score_K > min_score)).nonzero(as_tuple=True)[0]
+    for image in range(class_logits_BQC1.shape[0]):
+        mine = ((image_K == image) & (score_K > min_score)).nonzero(as_tuple=True)[0]
         mine = mine[score_K[mine].argsort(descending=True, stable=True)]
         of = unique_of_K[mine]
         found.append(Found(score_K[mine], label_K[mine], box_U[of], mask_U[of]))
@@ -162,7 +162,7 @@ class Mask2FormerDetector:
         Args:
             path: a folder in the released layout (config.json, weights, preprocessor_config.json), or a hub id.
             min_score: objects at or below it are left out; GenEval's lowest threshold is 0.3.
-            top: (query, class) pairs a picture.
+            top: (query, class) pairs an image.
 
         Raises:
             WeightsError: the folder is not there, or holds another kind of model.
@@ -183,18 +183,18 @@ class Mask2FormerDetector:
         self.classes = geneval_names(labels)
         self.batch_size, self.min_score, self.test_size, self.top = batch_size, min_score, test_size, top
 
-    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        """Objects by class, best first; box in px of the picture, mask of the picture's size."""
-        found: list[Detections] = [{} for _ in pictures]
-        for rows in same_size(pictures, self.batch_size):
-            for row, objects in zip(rows, self._batch([pictures[row] for row in rows]), strict=True):
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """Objects by class, best first; box in px of the image, mask of the image's size."""
+        found: list[Detections] = [{} for _ in images]
+        for rows in same_size(images, self.batch_size):
+            for row, objects in zip(rows, self._batch([images[row] for row in rows]), strict=True):
                 found[row] = objects
         return found
 
     @torch.inference_mode()
-    def _batch(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        height, width = pictures[0].shape[:2]
-        pixels = prepared(pictures, self.mean, self.std, self.test_size, self.device)
+    def _batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        height, width = images[0].shape[:2]
+        pixels = prepared(images, self.mean, self.std, self.test_size, self.device)
         padded = (int(pixels.shape[2]), int(pixels.shape[3]))
         output = self.model(pixel_values=pixels.to(self.model.dtype), output_auxiliary_logits=False)
         seen = instances(
@@ -219,9 +219,9 @@ class Mask2FormerDetector:
         return objects
 
 
-def same_size(pictures: Sequence[np.ndarray], batch_size: int) -> list[list[int]]:
-    """Indices in batches of at most `batch_size` pictures, all of one batch of one size."""
+def same_size(images: Sequence[np.ndarray], batch_size: int) -> list[list[int]]:
+    """Indices in batches of at most `batch_size` images, all of one batch of one size."""
     by_size: dict[tuple[int, ...], list[int]] = {}
-    for index, picture in enumerate(pictures):
-        by_size.setdefault(picture.shape, []).append(index)
+    for index, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(index)
     return [rows[start : start + batch_size] for rows in by_size.values() for start in range(0, len(rows), batch_size)]

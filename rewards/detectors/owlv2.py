@@ -1,7 +1,7 @@
 """OWLv2: sees whatever phrase it is asked for, as boxes without masks.
 
 Each phrase is a sentence of its own, "a photo of a dog"; a box's score for it is the sigmoid of their similarity
-(arXiv:2306.09683). Pictures are padded to squares below and to the right, so boxes are shares of the longer side.
+(arXiv:2306.09683). Images are padded to squares below and to the right, so boxes are shares of the longer side.
 """
 
 from __future__ import annotations
@@ -40,20 +40,22 @@ class Owlv2Detector(PhraseDetector):
         self.context = int(self.config.text_config.max_position_embeddings)
         self.template = template
 
-    def see(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+    def see(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
         most = max(len(some) for some in phrases)
-        # The network wants equally many phrases for every picture; the last one is repeated and its copies not read.
-        sentences = [self.template.format(some[min(place, len(some) - 1)]) for some in phrases for place in range(most)]
+        # The network wants equally many phrases for every image; the last one is repeated and its copies not read.
+        sentences = [
+            self.template.format(some[min(position, len(some) - 1)]) for some in phrases for position in range(most)
+        ]
         words = self.tokenizer(
             sentences, padding="max_length", truncation=True, max_length=self.context, return_tensors="pt"
         ).to(self.device)
-        seen = self.processor(images=list(pictures), return_tensors="pt")
+        seen = self.processor(images=list(images), return_tensors="pt")
         output = self.model(
             input_ids=words["input_ids"],
             attention_mask=words["attention_mask"],
             pixel_values=seen["pixel_values"].to(self.device, self.model.dtype),
         )
-        height, width = pictures[0].shape[:2]
+        height, width = images[0].shape[:2]
         side = float(max(height, width))
         return [
             by_phrase(

@@ -65,23 +65,23 @@ class PhraseDetector:
         self.model = model.to(self.device).eval()
         self.batch_size, self.min_score, self.overlap = batch_size, min_score, overlap
 
-    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
         raise UserError(f"{self.name} sees what it is asked for: call detect_phrases")
 
-    def detect_phrases(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+    def detect_phrases(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
         """Objects by phrase. Raises UserError for more phrases than the text encoder reads."""
-        found: list[Detections] = [{} for _ in pictures]
-        asked = [row for row in range(len(pictures)) if phrases[row]]
-        for batch in same_size([pictures[row] for row in asked], self.batch_size):
+        found: list[Detections] = [{} for _ in images]
+        asked = [row for row in range(len(images)) if phrases[row]]
+        for batch in same_size([images[row] for row in asked], self.batch_size):
             rows = [asked[index] for index in batch]
             with torch.inference_mode():
-                objects = self.see([pictures[row] for row in rows], [phrases[row] for row in rows])
+                objects = self.see([images[row] for row in rows], [phrases[row] for row in rows])
             for row, those in zip(rows, objects, strict=True):
                 found[row] = those
         return found
 
-    def see(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
-        """Objects of pictures of one size, at least one phrase each."""
+    def see(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+        """Objects of images of one size, at least one phrase each."""
         raise NotImplementedError
 
 
@@ -94,12 +94,12 @@ def by_phrase(
     min_score: float,
     overlap: float | None,
 ) -> Detections:
-    """Objects of one picture, best first. Every box belongs to the phrase that it scores best for.
+    """Objects of one image, best first. Every box belongs to the phrase that it scores best for.
 
     Args:
         box_Q4: centre x, centre y, width, height as shares of `scale`.
         scale: (height, width) in px that the shares refer to.
-        size: (height, width) of the picture in px; boxes are cut to it.
+        size: (height, width) of the image in px; boxes are cut to it.
         min_score: boxes at or below it are left out.
         overlap: of two boxes of one phrase with a larger IoU the worse one is dropped; None: both stay.
     """
@@ -112,12 +112,12 @@ def by_phrase(
     )
     corners = clip_boxes_to_image(corners, size)
     found: Detections = {}
-    for place in range(len(phrases)):
-        mine = (phrase_Q[left] == place).nonzero(as_tuple=True)[0]
+    for position in range(len(phrases)):
+        mine = (phrase_Q[left] == position).nonzero(as_tuple=True)[0]
         if overlap is not None:
             mine = mine[nms(corners[mine].float(), score_Q[left][mine].float(), overlap)]
         if len(mine):
-            found[phrases[place]] = [
+            found[phrases[position]] = [
                 Detected((x0, y0, x1, y1), score)
                 for (x0, y0, x1, y1), score in zip(corners[mine].tolist(), score_Q[left][mine].tolist(), strict=True)
             ]

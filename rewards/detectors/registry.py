@@ -46,7 +46,7 @@ class DetectorConfig(BaseModel):
         "None: the backend's usual release.",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU where there is one.")
-    batch_size: int | None = Field(None, ge=1, description="Pictures of one forward pass.")
+    batch_size: int | None = Field(None, ge=1, description="Images of one forward pass.")
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="Of the weights; float32 unless given."
     )
@@ -54,7 +54,7 @@ class DetectorConfig(BaseModel):
     test_size: tuple[int, int] | None = Field(
         None,
         description="mask2former: longest and shortest side in px that "
-        "pictures are resized to; GenEval's are 1333 and 800.",
+        "images are resized to; GenEval's are 1333 and 800.",
     )
     top: int | None = Field(None, ge=1, description="mask2former: (query, class) pairs looked at; GenEval's are 100.")
     overlap: float | None = Field(
@@ -67,8 +67,8 @@ class DetectorConfig(BaseModel):
     download: bool = Field(False, description="Fetch weights that the hub cache lacks.")
     colors: dict[str, Any] | None = Field(
         default_factory=dict,
-        description="The open_clip model that names colours (model, pretrained, path, device, "
-        "batch_size ...); nothing: GenEval's, ViT-L-14-quickgelu of openai. null: no colours are named.",
+        description="The open_clip model that names colors (model, pretrained, path, device, "
+        "batch_size ...); nothing: GenEval's, ViT-L-14-quickgelu of openai. null: no colors are named.",
     )
 
     @model_validator(mode="after")
@@ -108,7 +108,7 @@ def detector_spec(text: str, where: str = "--detector") -> DetectorConfig | str:
 
 
 def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> Any:
-    """The detector that a recipe describes, its weights loaded; those that name colours only when a prompt has one.
+    """The detector that a recipe describes, its weights loaded; those that name colors only when a prompt has one.
 
     Raises:
         UserError: a key that the backend does not take, or weights that are not there.

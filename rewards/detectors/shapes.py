@@ -25,18 +25,18 @@ class TaskDetector:
             return None
         return TaskDetector(task)
 
-    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
         found = []
-        for picture in pictures:
+        for image in images:
             objects: Detections = {}
-            for seen in self.task.detect(picture):
+            for seen in self.task.detect(image):
                 objects.setdefault(seen.cls, []).append(Detected(seen.box, seen.score, seen.color, seen.mask))
             found.append(objects)
         return found
 
 
 def shapes_detector() -> TaskDetector:
-    """The shapes world's detector, for pictures that no run of the task made."""
+    """The shapes world's detector, for images that no run of the task made."""
     from tasks.registry import get_task
 
     return TaskDetector(get_task("shapes"))

@@ -278,7 +278,7 @@ def references(record: dict[str, Any], gold: str) -> list[str]:
 
 def answer(
     trajectories: Sequence[Trajectory],
-    setting: Any = None,
+    context: Any = None,
     log_metric: Any = None,
     log_extra: Any = None,
     kind: Kind = "exact",

@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt, as CLIP sees it: the cosine of their embeddings.
+"""How well an image fits its prompt, as CLIP sees it: the cosine of their embeddings.
 
 Source: Radford et al., arXiv:2103.00020 (the cosine); Hessel et al., arXiv:2104.08718, equation 1 (CLIPScore). Any
 model of open_clip or any CLIPModel of transformers serves. It counts poorly and knows no left from right: a part for
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from record.trajectory import Trajectory
-from rewards.contract import policy_pictures
+from rewards.contract import policy_images
 from rewards.detectors.encoders import ClipEncoder, OpenClipConfig, OpenClipEncoder
 from rewards.detectors.weights import WeightsError
 from runtime.errors import UserError, nearest
@@ -29,7 +29,7 @@ CLIPSCORE_SCALE = 2.5
 def clip_similarity(
     trajectories: Sequence[Trajectory],
     form: Form = "cosine",
-    picture: Which = "final",
+    image: Which = "final",
     library: Library = "open_clip",
     path: str | None = None,
     model: str = "ViT-L-14-quickgelu",
@@ -40,18 +40,18 @@ def clip_similarity(
     download: bool = False,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
-    """Cosine of prompt and picture, in [-1, 1]; 0 for a thought without a picture.
+    """Cosine of prompt and image, in [-1, 1]; 0 for a thought without an image.
 
     Args:
         form: "clipscore": 2.5 times the cosine, at least 0.
-        picture: "each" scores every picture and credits its own segment.
+        image: "each" scores every image and credits its own segment.
         library: whose layout the weights have.
         path: folder or hub id; open_clip can instead find `model` with the weights `pretrained`.
         quick_gelu: the activation the weights were trained with (open_clip; OpenClipConfig says more).
     """
     check(form, get_args(Form), "clip_similarity", "form")
     check(library, get_args(Library), "clip_similarity", "library")
-    check(picture, get_args(Which), "clip_similarity", "picture")
+    check(image, get_args(Which), "clip_similarity", "image")
     encoder: OpenClipEncoder | ClipEncoder
     if library == "open_clip":
         encoder = open_clip_encoder(
@@ -62,33 +62,31 @@ def clip_similarity(
     scale, least = (CLIPSCORE_SCALE, 0.0) if form == "clipscore" else (1.0, -1.0)
     return scored(
         trajectories,
-        picture,
-        lambda texts, pictures: [scale * max(cosine, least) for cosine in cosines(encoder, texts, pictures)],
+        image,
+        lambda texts, images: [scale * max(cosine, least) for cosine in cosines(encoder, texts, images)],
     )
 
 
-def cosines(
-    encoder: OpenClipEncoder | ClipEncoder, texts: Sequence[str], pictures: Sequence[Image.Image]
-) -> list[float]:
-    """Of each text with its picture; a text is embedded once."""
+def cosines(encoder: OpenClipEncoder | ClipEncoder, texts: Sequence[str], images: Sequence[Image.Image]) -> list[float]:
+    """Of each text with its image; a text is embedded once."""
     unique = list(dict.fromkeys(texts))
-    text_UD, picture_ND = encoder.texts(unique), encoder.pictures(pictures)
+    text_UD, image_ND = encoder.texts(unique), encoder.images(images)
     text_ND = text_UD[torch.tensor([unique.index(text) for text in texts], device=text_UD.device)]
-    return (text_ND * picture_ND).sum(-1).tolist()
+    return (text_ND * image_ND).sum(-1).tolist()
 
 
 def scored(trajectories: Sequence[Trajectory], which: Which, score: Any) -> list[float | dict[int, float] | None]:
-    """`score(prompts, pictures)` over the chosen pictures of all thoughts at once; 0 where a thought drew none."""
-    places = []
+    """`score(prompts, images)` over the chosen images of all thoughts at once; 0 where a thought drew none."""
+    positions = []
     for row, t in enumerate(trajectories):
-        drawn = policy_pictures(t)
+        drawn = policy_images(t)
         chosen = drawn if which == "each" else drawn[:1] if which == "first" else drawn[-1:]
-        places += [(row, segment, picture) for segment, picture in chosen]
+        positions += [(row, segment, image) for segment, image in chosen]
     values: list[float | dict[int, float] | None] = [0.0] * len(trajectories)
-    if not places:
+    if not positions:
         return values
-    said = score([trajectories[row].prompt for row, _, _ in places], [Image.fromarray(p) for _, _, p in places])
-    for (row, segment, _), value in zip(places, said, strict=True):
+    said = score([trajectories[row].prompt for row, _, _ in positions], [Image.fromarray(p) for _, _, p in positions])
+    for (row, segment, _), value in zip(positions, said, strict=True):
         if which == "each":
             credited = values[row]
             values[row] = {**(credited if isinstance(credited, dict) else {}), segment: float(value)}

@@ -1,19 +1,19 @@
 """Whether an inspection says what is so: its verdict and the mistakes it names, against what the detector sees.
 
-The truth of a picture is GenEval's rule (geneval.py) on what the picture owes: the prompt, or only what the plan before
+The truth of an image is GenEval's rule (geneval.py) on what the image owes: the prompt, or only what the plan before
 it set out to draw. Reading the words is the task's affair: it has `claims(text)`, `requirement(record, plan)`,
 `holds(mistake, record, detections)` and `seen_in(detections)`, as tasks/shapes/task.py does.
 
-The formula. Of a step's inspections let f be the share made of pictures that are fine and w = 1 - f that of wrong ones,
+The formula. Of a step's inspections let f be the share made of images that are fine and w = 1 - f that of wrong ones,
 and c = min(f, w). An inspection earns
 
-    of a fine picture:    +c/f for "fine",   -c/f for anything else
-    of a wrong picture:   +c/w for "wrong",  -c/w for anything else; the mistakes it names make up half of the +c/w
+    of a fine image:    +c/f for "fine",   -c/f for anything else
+    of a wrong image:   +c/w for "wrong",  -c/w for anything else; the mistakes it names make up half of the +c/w
 
-Whoever always says "fine" earns f * c/f - w * c/w = 0 a time, whatever the share of wrong pictures, and whoever always
+Whoever always says "fine" earns f * c/f - w * c/w = 0 a time, whatever the share of wrong images, and whoever always
 says "wrong" earns at most that; always being right earns 2c. This is Youden's J = sensitivity + specificity - 1
 (Cancer 3:32-35, 1950), shared out among the inspections and scaled by 2c so that no single one weighs more than 1:
-where nearly all pictures are fine there is little to learn about inspecting, and little is paid.
+where nearly all images are fine there is little to learn about inspecting, and little is paid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from record.trajectory import Author, Modality, Trajectory
-from rewards.contract import RewardError, Setting
+from rewards.contract import RewardContext, RewardError
 from rewards.detectors.base import Detections
 from rewards.functions.geneval import check_record, classes_of, evaluate, kept
 from runtime.errors import UserError
@@ -37,7 +37,7 @@ class Inspection:
     row: int  # of the call's trajectories
     segment: int
     said: Literal["fine", "wrong"] | None  # None: no verdict that could be read
-    fine: bool  # whether the picture before it is
+    fine: bool  # whether the image before it is
     named: float  # share of the mistakes it names that are mistakes; 0 if it names none
     described: float  # F1 of the objects it says it sees
 
@@ -48,7 +48,7 @@ class Inspection:
 
 def critique_consistency(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     roles: Sequence[str] = ("inspect", "critique"),
     named: float = 0.5,
@@ -59,11 +59,11 @@ def critique_consistency(
     """The mean over a thought's inspections of what each earns, in [-1, 1]; None where it made none.
 
     Logs rubber_stamp_rate (share of inspections that say "fine"), right_wrong and right_fine (share of wrong and of
-    fine pictures that were called so), approves_wrong (share of wrong pictures called fine), wrong_pictures,
+    fine images that were called so), approves_wrong (share of wrong images called fine), wrong_images,
     unreadable, named and described.
 
     Args:
-        roles: of the segments that inspect the last picture before them.
+        roles: of the segments that inspect the last image before them.
         named: share of the pay for a right "wrong" that rests on the mistakes it names.
         described: share of all pay that is the F1 of the objects it says it sees, in place of the verdict's.
         credit: "segments" gives each inspection its own pay, instead of all the mean.
@@ -73,7 +73,7 @@ def critique_consistency(
             raise UserError(f"critique_consistency: {name} is {share}; it is a share, 0 to 1")
     if credit not in ("trajectory", "segments"):
         raise UserError(f"critique_consistency: no credit '{credit}'. Known: trajectory, segments")
-    inspections = inspect_all(trajectories, setting, roles)
+    inspections = inspect_all(trajectories, context, roles)
     if log_metric is not None:
         for metric, value in rates(inspections).items():
             log_metric(metric, value)
@@ -105,7 +105,7 @@ def rates(inspections: Sequence[Inspection]) -> dict[str, float]:
     found: dict[str, list[bool] | list[float]] = {
         "rubber_stamp_rate": [i.said == "fine" for i in inspections],
         "unreadable": [i.said is None for i in inspections],
-        "wrong_pictures": [not i.fine for i in inspections],
+        "wrong_images": [not i.fine for i in inspections],
         "described": [i.described for i in inspections],
         "right_fine": [i.right for i in inspections if i.fine],
         "right_wrong": [i.right for i in wrong],
@@ -115,30 +115,30 @@ def rates(inspections: Sequence[Inspection]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
-def inspect_all(trajectories: Sequence[Trajectory], setting: Setting, roles: Sequence[str]) -> list[Inspection]:
-    """Every inspection that has a picture before it, in order; trajectories without `include` have no truth."""
-    detector, task = setting.detector_for("critique_consistency"), _task_that_reads(setting)
-    places: list[tuple[int, int, Any, str]] = []  # row, segment, picture, plan
+def inspect_all(trajectories: Sequence[Trajectory], context: RewardContext, roles: Sequence[str]) -> list[Inspection]:
+    """Every inspection that has an image before it, in order; trajectories without `include` have no truth."""
+    detector, task = context.detector_for("critique_consistency"), _task_that_reads(context)
+    positions: list[tuple[int, int, Any, str]] = []  # row, segment, image, plan
     for row, trajectory in enumerate(trajectories):
         if not trajectory.record.get("include"):
             continue
         check_record(detector, trajectory.record, f"prompt '{trajectory.prompt}'")
-        picture, plan, next_plan = None, "", ""
+        image, plan, next_plan = None, "", ""
         for index, segment in enumerate(trajectory.segments):
             if segment.author is not Author.POLICY:
                 continue
-            if segment.picture is not None:
-                picture, plan = segment.picture, next_plan
+            if segment.image is not None:
+                image, plan = segment.image, next_plan
             elif segment.role == "plan":
                 next_plan = segment.text
-            elif segment.role in roles and segment.modality is Modality.TEXT and picture is not None:
-                places.append((row, index, picture, plan))
+            elif segment.role in roles and segment.modality is Modality.TEXT and image is not None:
+                positions.append((row, index, image, plan))
     seen = detector.detect(
-        [picture for _, _, picture, _ in places], [classes_of(trajectories[row].record) for row, *_ in places]
+        [image for _, _, image, _ in positions], [classes_of(trajectories[row].record) for row, *_ in positions]
     )
     return [
         _inspection(row, index, trajectories[row], plan, objects, task)
-        for (row, index, _, plan), objects in zip(places, seen, strict=True)
+        for (row, index, _, plan), objects in zip(positions, seen, strict=True)
     ]
 
 
@@ -176,11 +176,11 @@ def _f1(said: Sequence[Any] | None, seen: Sequence[Any]) -> float:
     return 2 * hits / total if total else 1.0
 
 
-def _task_that_reads(setting: Setting) -> Any:
-    lacking = [name for name in ("claims", "requirement", "holds", "seen_in") if not hasattr(setting.task, name)]
+def _task_that_reads(context: RewardContext) -> Any:
+    lacking = [name for name in ("claims", "requirement", "holds", "seen_in") if not hasattr(context.task, name)]
     if lacking:
         raise RewardError(
             f"critique_consistency needs a task that reads inspections; "
-            f"'{getattr(setting.task, 'name', 'none')}' has no function '{lacking[0]}'"
+            f"'{getattr(context.task, 'name', 'none')}' has no function '{lacking[0]}'"
         )
-    return setting.task
+    return context.task

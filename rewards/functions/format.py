@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from formats.base import ThoughtFormat
+from formats.base import Format
 from record.trajectory import Author, Trajectory
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from runtime.errors import UserError
 
 
 def format_reward(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_extra: Any = None,
     mode: Literal["strict", "graded"] = "strict",
     **columns: Any,
@@ -25,7 +25,7 @@ def format_reward(
     where the thought as a whole counts as one segment more (a missing part belongs to none)."""
     if mode not in ("strict", "graded"):
         raise UserError(f"format: no mode '{mode}'. Known: strict, graded")
-    found = [_format_of(t, setting).violations(t) for t in trajectories]
+    found = [_format_of(t, context).violations(t) for t in trajectories]
     if log_extra is not None:
         log_extra("violations", [[v.message for v in violations] for violations in found])
     if mode == "strict":
@@ -35,16 +35,16 @@ def format_reward(
         own = {
             i
             for i, s in enumerate(trajectory.segments)
-            if s.author is Author.POLICY and (s.picture is not None or s.text.strip())
+            if s.author is Author.POLICY and (s.image is not None or s.text.strip())
         }
         at_fault = {v.segment if v.segment in own else None for v in violations}
         values.append(1 - len(at_fault) / (len(own) + 1))
     return values
 
 
-def _format_of(trajectory: Trajectory, setting: Setting) -> ThoughtFormat:
-    if setting.fmt is not None and setting.fmt.name == trajectory.format:
-        return setting.fmt
+def _format_of(trajectory: Trajectory, context: RewardContext) -> Format:
+    if context.fmt is not None and context.fmt.name == trajectory.format:
+        return context.fmt
     from formats.registry import get_format  # a judge given its format needs no registry
 
     return get_format(trajectory.format)

@@ -1,4 +1,4 @@
-"""GenEval's rules over any detector's output, and the reward that applies them to a thought's picture.
+"""GenEval's rules over any detector's output, and the reward that applies them to a thought's image.
 
 Source: GenEval (arXiv:2310.11513, section 3.2) and its released scorer, whose thresholds, comparisons and reasons
 are reproduced: `evaluate` gives its `correct` and `reason` for equal detections. Coordinates are float32, as there.
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from record.trajectory import Trajectory
-from rewards.contract import Setting, policy_pictures
+from rewards.contract import RewardContext, policy_images
 from rewards.detectors.base import COLORS, CachedDetector, Detected, Detections
 from runtime.errors import UserError, nearest
 
@@ -37,7 +37,7 @@ def evaluate(
     mode: Mode = "standard",
     thresholds: tuple[float, float] = THRESHOLDS,
 ) -> tuple[bool | float, str]:
-    """Judge one picture against one record.
+    """Judge one image against one record.
 
     Args:
         metadata: `tag`, `include` [{class, count, color?, position? [relation, index]}] and `exclude`.
@@ -161,11 +161,11 @@ def _targets(clause: Mapping[str, Any], groups: Sequence[Any]) -> Any:
 
 
 def grade(metadata: Mapping[str, Any], objects: Detections, strict: bool = False) -> float:
-    """How much of the record the picture meets, in [0, 1]: the mean over all that it asks for.
+    """How much of the record the image meets, in [0, 1]: the mean over all that it asks for.
 
     With n wanted, f found (best n of them looked at) and k the count from which `exclude` refuses the class:
         count     f / n below n; 1 from n to k - 1; max(0, 1 - (f - k + 1) / n) from k on
-        colour    share of the n that have the colour; what is missing counts as wrong
+        color    share of the n that have the color; what is missing counts as wrong
         position  share of the n x targets pairs in which the relation holds; 0 where either side is missing
     A class that only `exclude` names asks for one thing more: 1 below k, else 0. With `strict` every included class is
     refused from n + 1 on, and `exclude` is ignored. Nothing is negative, unlike in the
@@ -204,9 +204,9 @@ def flow_grpo_score(metadata: Mapping[str, Any], objects: Detections) -> float:
 
     The mean over the include clauses' entries; `exclude` is ignored. With n wanted and f found:
         count     1 - |n - f| / n, so five found for one wanted give -3
-        f != n    one 0 more if the clause names a colour or a place
-        colour    1 - |n - hits| / n
-        position  only where count and colour are right: 0 without a target; else 1, and beside it a 0 where some pair
+        f != n    one 0 more if the clause names a color or a place
+        color    1 - |n - hits| / n
+        position  only where count and color are right: 0 without a target; else 1, and beside it a 0 where some pair
                   is in another relation, so that a wrong place costs half of what a missing one does
     """
     entries: list[float] = []
@@ -240,7 +240,7 @@ def classes_of(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def colored_of(record: Mapping[str, Any]) -> dict[str, int]:
-    """Of which classes how many of the best objects are judged by colour."""
+    """Of which classes how many of the best objects are judged by color."""
     counts: dict[str, int] = {}
     for clause in record.get("include") or ():
         if clause.get("color") is not None:
@@ -249,7 +249,7 @@ def colored_of(record: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_record(detector: CachedDetector, record: Mapping[str, Any], where: str) -> None:
-    """Raises UnknownClass for a class that the detector cannot see, UserError where a colour is asked for and nothing
+    """Raises UnknownClass for a class that the detector cannot see, UserError where a color is asked for and nothing
     can name it, RecordColumnError as `check_clauses`."""
     detector.require(classes_of(record), where)
     check_clauses(record, where, detector.colors or COLORS)
@@ -258,13 +258,13 @@ def check_record(detector: CachedDetector, record: Mapping[str, Any], where: str
 
 
 def check_clauses(record: Mapping[str, Any], where: str, colors: Sequence[str] = COLORS) -> None:
-    """Raises RecordColumnError for a colour or a place that no picture can meet, and that would be paid 0 for ever: a
-    colour that is none of `colors`, a relation that `relations` never gives, a place by no earlier clause."""
+    """Raises RecordColumnError for a color or a place that no image can meet, and that would be paid 0 for ever: a
+    color that is none of `colors`, a relation that `relations` never gives, a place by no earlier clause."""
     for index, clause in enumerate(record.get("include") or ()):
         color, position = clause.get("color"), clause.get("position")
         if color is not None and color not in colors:
             raise RecordColumnError(
-                f"{where} asks for the colour '{color}', which no object is ever said to have; "
+                f"{where} asks for the color '{color}', which no object is ever said to have; "
                 f"{nearest(str(color), colors)}"
             )
         if position is None:
@@ -281,41 +281,41 @@ def check_clauses(record: Mapping[str, Any], where: str, colors: Sequence[str] =
             )
 
 
-def score_pictures(
-    pictures: Sequence[np.ndarray],
+def score_images(
+    images: Sequence[np.ndarray],
     records: Sequence[Mapping[str, Any]],
-    setting: Setting,
+    context: RewardContext,
     mode: Mode,
     reward: str = "geneval",
     thresholds: tuple[float, float] = THRESHOLDS,
 ) -> list[tuple[bool | float, str]]:
-    """`evaluate` for each picture and its record, through the shared detector.
+    """`evaluate` for each image and its record, through the shared detector.
 
     Raises UserError as `check_record`.
     """
-    detector = setting.detector_for(reward)
+    detector = context.detector_for(reward)
     for record in records:
         check_record(detector, record, f"prompt '{record.get('prompt', '')}'")
     found = detector.detect(
-        pictures, [classes_of(record) for record in records], [colored_of(record) for record in records]
+        images, [classes_of(record) for record in records], [colored_of(record) for record in records]
     )
     return [evaluate(record, objects, mode, thresholds) for record, objects in zip(records, found, strict=True)]
 
 
 def geneval(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_extra: Any = None,
-    picture: Literal["final", "first", "each"] = "final",
+    image: Literal["final", "first", "each"] = "final",
     mode: Mode = "standard",
     threshold: float = SCORE_THRESHOLD,
     counting_threshold: float = COUNTING_THRESHOLD,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
-    """Whether the final (or first) picture shows what the prompt asks for: 1 or 0, or a share of it when graded.
+    """Whether the final (or first) image shows what the prompt asks for: 1 or 0, or a share of it when graded.
 
-    A thought without a picture earns 0: the task was to draw. A record without `include` has no ground truth: None.
-    With picture "each", every picture is scored and its own segment is credited: {segment: score}. An object counts
+    A thought without an image earns 0: the task was to draw. A record without `include` has no ground truth: None.
+    With image "each", every image is scored and its own segment is credited: {segment: score}. An object counts
     above `threshold`, and in a record tagged counting above `counting_threshold`: the values are GenEval's, for
     Mask2Former; another detector's scores mean something else.
     """
@@ -325,21 +325,21 @@ def geneval(
         raise UserError(
             f"geneval: thresholds are {threshold} and {counting_threshold}; they are scores, from 0 to below 1"
         )
-    if picture == "each":
-        return _each(trajectories, setting, mode, thresholds)
-    if picture not in ("final", "first"):
-        raise UserError(f"geneval: no picture '{picture}'. Known: final, first, each")
-    drawn = [[p for _, p in policy_pictures(t)] for t in trajectories]
+    if image == "each":
+        return _each(trajectories, context, mode, thresholds)
+    if image not in ("final", "first"):
+        raise UserError(f"geneval: no image '{image}'. Known: final, first, each")
+    drawn = [[p for _, p in policy_images(t)] for t in trajectories]
     rows = [i for i, t in enumerate(trajectories) if t.record.get("include") and drawn[i]]
-    chosen = [drawn[i][-1 if picture == "final" else 0] for i in rows]
+    chosen = [drawn[i][-1 if image == "final" else 0] for i in rows]
     verdicts = dict(
         zip(
             rows,
-            score_pictures(chosen, [trajectories[i].record for i in rows], setting, mode, thresholds=thresholds),
+            score_images(chosen, [trajectories[i].record for i in rows], context, mode, thresholds=thresholds),
             strict=True,
         )
     )
-    reasons = [verdicts[i][1] if i in verdicts else "no picture" for i in range(len(trajectories))]
+    reasons = [verdicts[i][1] if i in verdicts else "no image" for i in range(len(trajectories))]
     if log_extra is not None:
         log_extra("reason", reasons)
     return [
@@ -349,18 +349,18 @@ def geneval(
 
 
 def _each(
-    trajectories: Sequence[Trajectory], setting: Setting, mode: Mode, thresholds: tuple[float, float]
+    trajectories: Sequence[Trajectory], context: RewardContext, mode: Mode, thresholds: tuple[float, float]
 ) -> list[float | dict[int, float] | None]:
     places = [
         (row, segment, drawn)
         for row, t in enumerate(trajectories)
         if t.record.get("include")
-        for segment, drawn in policy_pictures(t)
+        for segment, drawn in policy_images(t)
     ]
-    verdicts = score_pictures(
+    verdicts = score_images(
         [drawn for _, _, drawn in places],
         [trajectories[row].record for row, _, _ in places],
-        setting,
+        context,
         mode,
         thresholds=thresholds,
     )

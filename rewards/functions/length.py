@@ -1,4 +1,4 @@
-"""What a thought's length and repetitions cost. All three look at the policy's words only: a picture has the length
+"""What a thought's length and repetitions cost. All three look at the policy's words only: an image has the length
 that its tokenizer gives it, and codes repeat by nature.
 
 As parts they are added to an expression (`result + 0.5 * overlong`) or watched; `length_penalty` is the one that looks
@@ -146,7 +146,7 @@ def _check_unit(reward: str, unit: str) -> None:
 
 
 def _own_text(trajectory: Trajectory) -> list[Segment]:
-    return [s for s in trajectory.segments if s.author is Author.POLICY and s.picture is None]
+    return [s for s in trajectory.segments if s.author is Author.POLICY and s.image is None]
 
 
 def _has_ids(segments: Sequence[Segment]) -> bool:

@@ -146,7 +146,7 @@ def corners(box: Sequence[float], form: Form) -> Box:
 
 
 def to_unit(box: Sequence[float], frame: Frame, size: Sequence[float] | None) -> Box:
-    """A box as shares of the picture. `size` is (width, height) of the picture in whose pixels the box is given.
+    """A box as shares of the image. `size` is (width, height) of the image in whose pixels the box is given.
 
     Raises:
         RewardError: pixels without a size.
@@ -157,7 +157,7 @@ def to_unit(box: Sequence[float], frame: Frame, size: Sequence[float] | None) ->
         width = height = 1000.0
     elif size is None:
         raise RewardError(
-            "box_iou: the frames differ and the picture's size is unknown: give the record a column "
+            "box_iou: the frames differ and the image's size is unknown: give the record a column "
             "'image_size' [width, height], or name it with the option `size`"
         )
     else:
@@ -187,11 +187,11 @@ def box_iou_reward(
 
     Args:
         gold: column of the true box, or list of boxes.
-        frame, gold_frame: what the numbers mean: pixels, shares of the picture, or thousandths; gold's is `frame`
+        frame, gold_frame: what the numbers mean: pixels, shares of the image, or thousandths; gold's is `frame`
             unless given.
-        size: column with [width, height] of the picture that the true box is in pixels of; without it the first
-            picture of the prompt. Needed only where the frames or the sizes differ.
-        policy_size: column with [width, height] of the picture as the policy saw it, where that was resized.
+        size: column with [width, height] of the image that the true box is in pixels of; without it the first
+            image of the prompt. Needed only where the frames or the sizes differ.
+        policy_size: column with [width, height] of the image as the policy saw it, where that was resized.
         form, gold_form: "corners" (x0, y0, x1, y1), "corner_size" or "center_size" (x, y, width, height).
         threshold: pay 1 from this IoU on and 0 below, instead of the IoU.
     """
@@ -297,7 +297,7 @@ def _listed(t: Trajectory, column: str, length: int) -> list[list[float]]:
 
 
 def _prompt_size(t: Trajectory) -> tuple[int, int] | None:
-    shown = next((s.picture for s in t.segments if s.author is Author.USER and s.picture is not None), None)
+    shown = next((s.image for s in t.segments if s.author is Author.USER and s.image is not None), None)
     return None if shown is None else (shown.shape[1], shown.shape[0])
 
 

@@ -1,4 +1,4 @@
-"""Models of what people prefer among pictures: PickScore and HPS, both CLIP with other weights.
+"""Models of what people prefer among images: PickScore and HPS, both CLIP with other weights.
 
     pickscore  exp(logit scale) * cosine / divisor; Kirstain et al., arXiv:2305.01569, equation 1. flow_grpo divides
                by 26 to bring it near [0, 1]
@@ -26,7 +26,7 @@ HPS = "xswu/HPSv2/HPS_v2.1_compressed.pt"
 
 def pickscore(
     trajectories: Sequence[Trajectory],
-    picture: Which = "final",
+    image: Which = "final",
     path: str = PICKSCORE,
     processor: str | None = PICKSCORE_PROCESSOR,
     divisor: float = 1.0,
@@ -35,26 +35,26 @@ def pickscore(
     download: bool = False,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
-    """PickScore of the prompt and the picture (about 18 to 23 undivided); 0 for a thought without a picture.
+    """PickScore of the prompt and the image (about 18 to 23 undivided); 0 for a thought without an image.
 
     Args:
-        picture: "each" scores every picture and credits its own segment.
+        image: "each" scores every image and credits its own segment.
         path, processor: folders or hub ids of the weights, and of tokenizer and image processor (None: beside them).
         divisor: what the score is divided by; flow_grpo's is 26.
     """
-    check(picture, get_args(Which), "pickscore", "picture")
+    check(image, get_args(Which), "pickscore", "image")
     if divisor <= 0:
         raise UserError(f"pickscore: divisor is {divisor}; it must be positive")
     encoder = clip_encoder("pickscore", path, processor, device, batch_size, download)
     scale = encoder.scale / divisor
     return scored(
-        trajectories, picture, lambda texts, pictures: [scale * cosine for cosine in cosines(encoder, texts, pictures)]
+        trajectories, image, lambda texts, images: [scale * cosine for cosine in cosines(encoder, texts, images)]
     )
 
 
 def hps(
     trajectories: Sequence[Trajectory],
-    picture: Which = "final",
+    image: Which = "final",
     weights: str = HPS,
     model: str = "ViT-H-14",
     path: str | None = None,
@@ -64,16 +64,16 @@ def hps(
     download: bool = False,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
-    """HPS v2 of the prompt and the picture (about 0.2 to 0.35); 0 for a thought without a picture.
+    """HPS v2 of the prompt and the image (about 0.2 to 0.35); 0 for a thought without an image.
 
     Args:
-        picture: "each" scores every picture and credits its own segment.
+        image: "each" scores every image and credits its own segment.
         weights: file, or organisation/repository/file in the hub cache, of weights for `model`.
         path: folder or hub id in open_clip's layout, in place of `weights` and `model`.
     """
-    check(picture, get_args(Which), "hps", "picture")
+    check(image, get_args(Which), "hps", "image")
     encoder = _hps(weights, model, path, quick_gelu, device, batch_size, download)
-    return scored(trajectories, picture, lambda texts, pictures: cosines(encoder, texts, pictures))
+    return scored(trajectories, image, lambda texts, images: cosines(encoder, texts, images))
 
 
 @lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""Keeps a thought to a sensible number of pictures and turns: full pay inside the limits, less for each one outside.
+"""Keeps a thought to a sensible number of images and turns: full pay inside the limits, less for each one outside.
 
 What bounds a rollout is the format's own limit; this part says where inside it a thought should stay.
 """
@@ -28,9 +28,9 @@ def steps(
     """max(0, 1 - penalty * outside - per_image * (images - min_images)+ - cut_off * [hit a limit]), in [0, 1].
 
     Args:
-        min_images, max_images: pictures that the policy should draw; `outside` counts those missing or in excess.
+        min_images, max_images: images that the policy should draw; `outside` counts those missing or in excess.
         min_turns, max_turns: the same for its text segments.
-        per_image: price of each picture above min_images, where shorter thoughts are wanted.
+        per_image: price of each image above min_images, where shorter thoughts are wanted.
         cut_off: price of ending at a limit of tokens, images or context instead of ending by itself.
     """
     for name, low, high in (("images", min_images, max_images), ("turns", min_turns, max_turns)):
@@ -39,8 +39,8 @@ def steps(
     values = []
     for trajectory in trajectories:
         own = [s for s in trajectory.segments if s.author is Author.POLICY]
-        images = sum(s.picture is not None for s in own)
-        turns = sum(s.picture is None and bool(s.text) for s in own)
+        images = sum(s.image is not None for s in own)
+        turns = sum(s.image is None and bool(s.text) for s in own)
         outside = _outside(images, min_images, max_images) + _outside(turns, min_turns, max_turns)
         price = penalty * outside + per_image * max(images - min_images, 0) + cut_off * (trajectory.stop in CUT_OFF)
         values.append(max(0.0, 1 - price))

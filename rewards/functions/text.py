@@ -11,7 +11,7 @@ import re
 
 from record.trajectory import Author, Trajectory
 
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"  # how Qwen2.5-VL's template writes a picture
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"  # how Qwen2.5-VL's template writes an image
 WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|md|normal|rm|sc|sf|sl|tt|up)?|math(?:bf|it|rm|sf|tt)|mbox|hbox|emph)"
     r"\s*\{([^{}]*)\}"
@@ -52,11 +52,11 @@ def boxed(text: str) -> list[str]:
     found = []
     for start in re.finditer(r"\\boxed\s*\{", text):
         depth = 1
-        for place in range(start.end(), len(text)):
-            if text[place] in "{}" and text[place - 1] != "\\":
-                depth += 1 if text[place] == "{" else -1
+        for position in range(start.end(), len(text)):
+            if text[position] in "{}" and text[position - 1] != "\\":
+                depth += 1 if text[position] == "{" else -1
             if depth == 0:
-                found.append(text[start.end() : place].strip())
+                found.append(text[start.end() : position].strip())
                 break
     return found
 
@@ -82,7 +82,7 @@ def policy_turns(trajectory: Trajectory) -> list[str]:
     for segment in trajectory.segments:
         if segment.author is not Author.POLICY:
             interrupted = True
-        elif segment.picture is None and segment.text:
+        elif segment.image is None and segment.text:
             if interrupted:
                 turns.append("")
             turns[-1] += segment.text
@@ -96,11 +96,11 @@ def last_turn(trajectory: Trajectory) -> str:
     return without_chat_marks(turns[-1]) if turns else ""
 
 
-def transcript(trajectory: Trajectory, picture: str = PICTURE) -> str:
-    """Everything from the policy's first segment on, observations included, with a mark for each of their pictures."""
+def transcript(trajectory: Trajectory, image: str = IMAGE) -> str:
+    """Everything from the policy's first segment on, observations included, with a mark for each of their images."""
     first = next((i for i, s in enumerate(trajectory.segments) if s.author is Author.POLICY), None)
     if first is None:
         return ""
     return "".join(
-        segment.text if segment.picture is None else segment.text or picture for segment in trajectory.segments[first:]
+        segment.text if segment.image is None else segment.text or image for segment in trajectory.segments[first:]
     )

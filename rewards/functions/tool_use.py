@@ -1,8 +1,8 @@
-"""Which tools a thought called, whether each call worked, and whether a picture came back.
+"""Which tools a thought called, whether each call worked, and whether an image came back.
 
 The one reader of tool use for every reward that pays for it or against it. A call is the policy's: a segment with the
 role of a call, or a closed call block inside other words of its own. What it led to is read from the environment's
-segments up to the policy's next word: a picture among them is a returned picture.
+segments up to the policy's next word: an image among them is a returned image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GLUE = re.compile(r"<\|im_start\|>\s*\w*|<\|im_end\|>|<\|vision_start\|>|<\|vis
 class ToolCall:
     segment: int  # the policy's segment that holds the call
     ok: bool  # the environment answered, and not with an error
-    returned_picture: bool
+    returned_image: bool
 
 
 def tool_calls(trajectory: Trajectory, roles: Sequence[str] = ROLES, tags: Sequence[str] = TAGS) -> list[ToolCall]:
@@ -55,17 +55,17 @@ def tool_calls(trajectory: Trajectory, roles: Sequence[str] = ROLES, tags: Seque
 
 def failed(segment: Segment) -> bool:
     """Whether an environment segment is an error: by its role, or by how its words begin."""
-    return segment.role in FAILED_ROLES or (segment.picture is None and _FAILURE.match(_words(segment)) is not None)
+    return segment.role in FAILED_ROLES or (segment.image is None and _FAILURE.match(_words(segment)) is not None)
 
 
-def returned_pictures(trajectory: Trajectory) -> int:
-    """Pictures (or stretches of frames) that the environment answered with, after the policy's first word."""
+def returned_images(trajectory: Trajectory) -> int:
+    """Images (or stretches of frames) that the environment answered with, after the policy's first word."""
     first = next((i for i, s in enumerate(trajectory.segments) if s.author is Author.POLICY), 0)
     return sum(_shows(s) for s in trajectory.segments[first:] if s.author is Author.ENVIRONMENT)
 
 
 def _calls_in(segment: Segment, roles: Sequence[str], tags: Sequence[str]) -> int:
-    if segment.picture is not None:
+    if segment.image is not None:
         return 0
     inside = sum(len(blocks(segment.text, tag)) for tag in tags)
     return max(inside, 1) if segment.role in roles else inside
@@ -77,7 +77,7 @@ def _words(segment: Segment) -> str:
 
 
 def _shows(segment: Segment) -> bool:
-    return segment.picture is not None or segment.modality is Modality.VIDEO_FRAMES
+    return segment.image is not None or segment.modality is Modality.VIDEO_FRAMES
 
 
 def _answered(pending: list[int], answers: list[Segment]) -> list[ToolCall]:
@@ -86,7 +86,7 @@ def _answered(pending: list[int], answers: list[Segment]) -> list[ToolCall]:
         return [
             ToolCall(call, not failed(answer), _shows(answer)) for call, answer in zip(pending, spoken, strict=True)
         ]
-    # A picture is an answer that worked, whatever words go with it; words alone are judged by how they begin.
-    pictured = any(_shows(s) for s in spoken)
-    ok = pictured or (bool(spoken) and not any(failed(s) for s in spoken))
-    return [ToolCall(call, ok, pictured) for call in pending]
+    # An image is an answer that worked, whatever words go with it; words alone are judged by how they begin.
+    imaged = any(_shows(s) for s in spoken)
+    ok = imaged or (bool(spoken) and not any(failed(s) for s in spoken))
+    return [ToolCall(call, ok, imaged) for call in pending]

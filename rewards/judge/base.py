@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-Picture = np.ndarray | Image.Image  # uint8 [height, width, 3], or PIL
+ImageLike = np.ndarray | Image.Image  # uint8 [height, width, 3], or PIL
 
 # Why a question went unjudged. The first five are the endpoint's fault and are tried again; the others are not.
 CAUSES: dict[str, str] = {
@@ -39,13 +39,13 @@ class AnswerCheck:
     question: str
     answer: str  # what the policy answered
     ground_truth: str
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ImageLike, ...] = ()
 
 
 @dataclass(frozen=True)
 class Question:
     """One request. `messages` are OpenAI chat messages, of which a content is a string or a list of
-    ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": <picture>}``."""
+    ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": <image>}``."""
 
     messages: tuple[Mapping[str, Any], ...]
     max_tokens: int | None = None  # None: the configuration's
@@ -54,15 +54,15 @@ class Question:
     @staticmethod
     def of(
         text: str,
-        pictures: Sequence[Picture] = (),
+        images: Sequence[ImageLike] = (),
         system: str = "",
         max_tokens: int | None = None,
         temperature: float | None = None,
     ) -> Question:
-        """A user's turn: the pictures, then the text."""
+        """A user's turn: the images, then the text."""
         content: Any = text
-        if len(pictures):
-            content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": text}]
+        if len(images):
+            content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
         messages: list[Mapping[str, Any]] = [{"role": "system", "content": system}] if system else []
         return Question((*messages, {"role": "user", "content": content}), max_tokens, temperature)
 
@@ -82,14 +82,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which of two candidates answers the task better? Each is words, pictures, or both."""
+    """Which of two candidates answers the task better? Each is words, images, or both."""
 
     task: str
     first: str = ""
     second: str = ""
-    first_pictures: tuple[Picture, ...] = ()
-    second_pictures: tuple[Picture, ...] = ()
-    pictures: tuple[Picture, ...] = ()  # that belong to the task
+    first_images: tuple[ImageLike, ...] = ()
+    second_images: tuple[ImageLike, ...] = ()
+    images: tuple[ImageLike, ...] = ()  # that belong to the task
 
 
 class JudgeLike(Protocol):
@@ -144,7 +144,7 @@ class StandIn:
 
 
 def _lot(asked: Any) -> int | None:
-    """A number drawn by what is asked, pictures counting by their sizes; None: it goes unjudged."""
+    """A number drawn by what is asked, images counting by their sizes; None: it goes unjudged."""
     number = zlib.crc32(_words_of(asked).encode("utf-8", "replace"))
     return number // 3 if number % 3 else None
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def request_key(body: Mapping[str, Any]) -> str:
-    """SHA-256 of the request, model and pictures included; the same for any order of its keys."""
+    """SHA-256 of the request, model and images included; the same for any order of its keys."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

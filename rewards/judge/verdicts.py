@@ -34,7 +34,7 @@ def agreement(check: AnswerCheck) -> Question:
         f"Question: {_quoted(check.question)}\nReference answer: {_quoted(check.ground_truth)}\n"
         f"Answer to compare: {_quoted(check.answer)}\n\nDo they agree? Reply with one word, yes or no."
     )
-    return Question.of(text, check.pictures, AGREES_SYSTEM, max_tokens=64)
+    return Question.of(text, check.images, AGREES_SYSTEM, max_tokens=64)
 
 
 def with_rubric(question: Question, criteria: Sequence[str], top: int) -> Question:
@@ -59,14 +59,14 @@ def with_checklist(question: Question, items: Sequence[str]) -> Question:
 
 def pairwise(comparison: Comparison, swapped: bool) -> Question:
     """The candidates as A and B; with `swapped` the second one is A."""
-    sides = [(comparison.first, comparison.first_pictures), (comparison.second, comparison.second_pictures)]
+    sides = [(comparison.first, comparison.first_images), (comparison.second, comparison.second_images)]
     if swapped:
         sides.reverse()
-    content: list[dict[str, Any]] = [{"type": "image", "image": p} for p in comparison.pictures]
+    content: list[dict[str, Any]] = [{"type": "image", "image": p} for p in comparison.images]
     content.append({"type": "text", "text": f"Task: {_quoted(comparison.task)}"})
-    for letter, (words, pictures) in zip("AB", sides, strict=True):
+    for letter, (words, images) in zip("AB", sides, strict=True):
         content.append({"type": "text", "text": f"Candidate {letter}:" + (f" {_quoted(words)}" if words else "")})
-        content += [{"type": "image", "image": p} for p in pictures]
+        content += [{"type": "image", "image": p} for p in images]
     content.append(
         {
             "type": "text",

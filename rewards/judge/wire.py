@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from rewards.judge.base import Picture, Question, Reply
+from rewards.judge.base import ImageLike, Question, Reply
 from rewards.judge.config import JudgeConfig
 
 T = TypeVar("T")
@@ -133,7 +133,7 @@ class Wire:
 
 
 def body_of(question: Question, config: JudgeConfig, logprobs: bool = False) -> dict[str, Any]:
-    """The JSON of a request, pictures as data URLs."""
+    """The JSON of a request, images as data URLs."""
     body: dict[str, Any] = {
         "model": config.model,
         "messages": [{**message, "content": _content(message["content"])} for message in question.messages],
@@ -146,7 +146,7 @@ def body_of(question: Question, config: JudgeConfig, logprobs: bool = False) -> 
 
 
 def _content(content: Any) -> Any:
-    """Pictures as data URLs; everything else as it stands."""
+    """Images as data URLs; everything else as it stands."""
     if isinstance(content, str):
         return content
     return [
@@ -155,11 +155,11 @@ def _content(content: Any) -> Any:
     ]
 
 
-def data_url(picture: Picture) -> str:
+def data_url(image: ImageLike) -> str:
     """PNG, so that the judge sees the very pixels."""
-    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    pil = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG", compress_level=3)
+    pil.convert("RGB").save(buffer, format="PNG", compress_level=3)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from record.trajectory import Trajectory
-from rewards.contract import Setting, groups_of, policy_text
+from rewards.contract import RewardContext, groups_of, policy_text
 from rewards.functions.answers import math_agrees, same_reading
 from rewards.functions.text import balanced, blocks, transcript, without_chat_marks
 from rewards.functions.tool_use import tool_calls
-from rewards.published.asking import column_or, gold_of, log_parts, one_of, settled, totals
+from rewards.published.judge_helpers import column_or, gold_of, log_parts, one_of, resolve_verdicts, totals
 
 DataKind = Literal["perception", "math"]
 Variant = Literal["repaired", "release"]
@@ -122,7 +122,7 @@ def advantages(scores: Sequence[float], epsilon: float = 1e-6) -> list[float]:
 
 def chain_of_focus_base(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     log_extra: Any = None,
     data_kind: DataKind = "perception",
@@ -161,8 +161,8 @@ def chain_of_focus_base(
         else None
         for t, of, reading in zip(trajectories, kinds, readings, strict=True)
     ]
-    right = settled(
-        setting,
+    right = resolve_verdicts(
+        context,
         "chain_of_focus",
         trajectories,
         [None if reading is None else reading.answer for reading in readings],
@@ -180,7 +180,7 @@ def chain_of_focus_base(
 
 def chain_of_focus(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     log_extra: Any = None,
     data_kind: DataKind = "perception",
@@ -198,7 +198,7 @@ def chain_of_focus(
         zoom_right: for a right answer by zooming where a direct one was right, too.
         zoom_wrong: for a wrong answer by zooming.
     """
-    base = chain_of_focus_base(trajectories, setting, log_metric, log_extra, data_kind, kind_column, variant, gold)
+    base = chain_of_focus_base(trajectories, context, log_metric, log_extra, data_kind, kind_column, variant, gold)
     if variant == "release":
         zoomed = ["<tool_call>" in transcript(t) for t in trajectories]
     else:

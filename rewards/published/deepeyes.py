@@ -1,15 +1,15 @@
-r"""DeepEyes: a right answer, a well-formed one, and a bonus for a picture that was looked at and helped.
+r"""DeepEyes: a right answer, a well-formed one, and a bonus for an image that was looked at and helped.
 
     perception, charts, general reasoning:  0.8 accuracy + 0.2 format + 1.2 tool
     math (no tool):                         1.2 accuracy + 0.4 format
 
 with accuracy in {0, 1} by a judge (math: a rule first), format in {0, -1}, and tool 1 only if the answer is right and a
-picture came back. Zheng et al., arXiv:2505.14362; Visual-Agent/DeepEyes, verl/utils/reward_score/vl_agent.py.
+image came back. Zheng et al., arXiv:2505.14362; Visual-Agent/DeepEyes, verl/utils/reward_score/vl_agent.py.
 
 The release reads one string in which the tool's replies stand beside the model's words: an answer tag or a think tag in
 a reply counts as the model's, text without an opening answer tag is judged whole, a box ends at its first closing
 brace, and a reply of the judge that cannot be read pays 0. `repaired`, the default, reads the policy's words alone,
-takes returned pictures from the trajectory, matches braces, asks nothing about a missing answer (accuracy 0, a format
+takes returned images from the trajectory, matches braces, asks nothing about a missing answer (accuracy 0, a format
 error, as the release's own general_reasoning has it), and leaves the unjudged unjudged.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from record.trajectory import Trajectory
-from rewards.contract import Setting, policy_text
+from rewards.contract import RewardContext, policy_text
 from rewards.functions.answers import math_agrees, same_reading
 from rewards.functions.text import (
     after_last,
@@ -34,7 +34,7 @@ from rewards.functions.text import (
     without_chat_marks,
 )
 from rewards.functions.tool_use import tool_calls
-from rewards.published.asking import column_or, gold_of, log_parts, one_of, settled, totals
+from rewards.published.judge_helpers import column_or, gold_of, log_parts, one_of, resolve_verdicts, totals
 
 Kind = Literal["vstar_chart", "general_reasoning", "math"]
 Variant = Literal["repaired", "release"]
@@ -49,7 +49,7 @@ class Reading:
 
     answer: str | None
     well_formed: bool
-    looked: bool = False  # a picture came back from a tool
+    looked: bool = False  # an image came back from a tool
     asks: bool = True  # whether the judge is asked about the answer
     void: bool = False  # right or not, the answer is paid as wrong
 
@@ -100,7 +100,7 @@ def read(own: str, final: str, looked: bool, kind: Kind) -> Reading:
     Args:
         own: all words of the policy.
         final: those after the last observation.
-        looked: a tool answered with a picture.
+        looked: a tool answered with an image.
     """
     own, final = without_chat_marks(own), without_chat_marks(final)
     tail = after_last(final, "</think>")
@@ -117,7 +117,7 @@ def read(own: str, final: str, looked: bool, kind: Kind) -> Reading:
 
 def deepeyes(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     log_extra: Any = None,
     kind: Kind = "vstar_chart",
@@ -153,8 +153,8 @@ def deepeyes(
         else None
         for t, of, reading in zip(trajectories, kinds, readings, strict=True)
     ]
-    right = settled(
-        setting,
+    right = resolve_verdicts(
+        context,
         "deepeyes",
         trajectories,
         [None if reading is None else reading.answer or "" for reading in readings],
@@ -184,5 +184,5 @@ def _by_rule(answer: str, gold: str, variant: Variant) -> bool | None:
 def _read(trajectory: Trajectory, kind: Kind, variant: Variant) -> Reading:
     if variant == "release":
         return read_release(transcript(trajectory), kind)
-    looked = any(call.returned_picture for call in tool_calls(trajectory))
+    looked = any(call.returned_image for call in tool_calls(trajectory))
     return read(policy_text(trajectory), last_turn(trajectory), looked, kind)

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from record.trajectory import Trajectory
-from rewards.contract import Setting, policy_text
+from rewards.contract import RewardContext, policy_text
 from rewards.functions.text import after_last, balanced, blocks, last_turn, transcript, without_chat_marks
-from rewards.published.asking import column_or, gold_of, log_parts, one_of, settled, totals
+from rewards.published.judge_helpers import column_or, gold_of, log_parts, one_of, resolve_verdicts, totals
 
 Kind = Literal["perception", "search"]
 Variant = Literal["repaired", "release"]
@@ -71,7 +71,7 @@ def read(text: str, final: str, kind: Kind, release: bool = False) -> Reading:
 
 def deepeyes_v2(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     log_extra: Any = None,
     kind: Kind = "perception",
@@ -97,8 +97,8 @@ def deepeyes_v2(
         None if gold_of(t, gold) is None else _read(t, of, variant)  # type: ignore[arg-type]
         for t, of in zip(trajectories, kinds, strict=True)
     ]
-    right = settled(
-        setting,
+    right = resolve_verdicts(
+        context,
         "deepeyes_v2",
         trajectories,
         [None if reading is None else reading.answer or "" for reading in readings],

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from record.trajectory import Trajectory
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.functions.geneval import COUNTING_THRESHOLD, SCORE_THRESHOLD, geneval
 
 
 def flow_grpo_geneval(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_extra: Any = None,
-    picture: Literal["final", "first", "each"] = "final",
+    image: Literal["final", "first", "each"] = "final",
     threshold: float = SCORE_THRESHOLD,
     counting_threshold: float = COUNTING_THRESHOLD,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
-    """At most 1, unbounded below; 0 without a picture; None for a record without `include`. Options are `geneval`'s."""
-    return geneval(trajectories, setting, log_extra, picture, "flow_grpo", threshold, counting_threshold)
+    """At most 1, unbounded below; 0 without an image; None for a record without `include`. Options are `geneval`'s."""
+    return geneval(trajectories, context, log_extra, image, "flow_grpo", threshold, counting_threshold)

@@ -1,13 +1,13 @@
-"""GoT-R1: whether objects stand in the picture where the plan put them.
+"""GoT-R1: whether objects stand in the image where the plan put them.
 
 Source: Duan et al., arXiv:2505.17022; README of gogoduan/GoT-R1 (no training code is released). Theirs:
 
     total  R_PI * (R_sem + R_spa) * R_RI
-    R_PI   the picture against the prompt; R_sem, R_spa: the plan against the prompt, in what it names and where it
+    R_PI   the image against the prompt; R_sem, R_spa: the plan against the prompt, in what it names and where it
            puts it; all three are a model's judgement
-    R_RI   overlap (IoU) of the planned boxes with the boxes at which the objects are found in the picture
+    R_RI   overlap (IoU) of the planned boxes with the boxes at which the objects are found in the image
 
-    plan   "a brown dog (100,200),(350,450)": the words, then two corners in thousandths of the picture
+    plan   "a brown dog (100,200),(350,450)": the words, then two corners in thousandths of the image
 
 Ours, where the paper leaves it open: R_RI is the mean over the planned boxes; planned and found boxes of one name are
 paired one to one so that the sum of overlaps is largest; a planned object that is not found counts 0; the detector of
@@ -24,10 +24,10 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from record.trajectory import Author, Modality, Trajectory
-from rewards.contract import Setting, policy_pictures
+from rewards.contract import RewardContext, policy_images
 from rewards.functions.geneval import classes_of
 from rewards.functions.overlap import Box, box_iou
-from rewards.published.asking import one_of
+from rewards.published.judge_helpers import one_of
 from runtime.errors import UserError
 
 Frame = Literal["thousand", "unit", "pixels"]
@@ -96,36 +96,36 @@ def _mentioned(words: str, names: Sequence[str]) -> str | None:
 
 def got_r1(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     frame: Frame = "thousand",
     threshold: float = 0.3,
     **columns: Any,
 ) -> list[float | None]:
-    """R_RI of the final picture against the boxes in all words of the policy before it; 0 without a plan or a picture.
+    """R_RI of the final image against the boxes in all words of the policy before it; 0 without a plan or an image.
 
     With a detector of fixed classes the record's own classes are the names (all that it knows, where the record has
     none), so that "a brown dog" is looked for as "dog"; an open vocabulary is asked for the plan's own words.
 
     Args:
-        frame: what the plan's numbers are: thousandths of the picture (GoT's), shares of it, or pixels.
+        frame: what the plan's numbers are: thousandths of the image (GoT's), shares of it, or pixels.
         threshold: what the detector is less sure of than this is not there.
     """
     one_of("got_r1", "frame", frame, get_args(Frame))
     if not 0 <= threshold < 1:
         raise UserError(f"got_r1: threshold is {threshold}; it is a score, from 0 to below 1")
-    detector = setting.detector_for("got_r1")
+    detector = context.detector_for("got_r1")
     plans: list[list[tuple[str, Box]]] = []
     for t in trajectories:
         names = () if detector.open_vocabulary else tuple(classes_of(t.record)) or detector.classes
         plans.append(planned_boxes(_plan(t), names))
-    drawn = [policy_pictures(t) for t in trajectories]
+    drawn = [policy_images(t) for t in trajectories]
     rows = [row for row, plan in enumerate(plans) if plan and drawn[row]]
-    pictures = [drawn[row][-1][1] for row in rows]
-    seen = detector.detect(pictures, [[name for name, _ in plans[row]] for row in rows], [{} for _ in rows])
+    images = [drawn[row][-1][1] for row in rows]
+    seen = detector.detect(images, [[name for name, _ in plans[row]] for row in rows], [{} for _ in rows])
     values: list[float | None] = [0.0] * len(trajectories)
-    for row, picture, found in zip(rows, pictures, seen, strict=True):
-        height, width = picture.shape[:2]
+    for row, image, found in zip(rows, images, seen, strict=True):
+        height, width = image.shape[:2]
         x, y = {"thousand": (width / 1000, height / 1000), "unit": (width, height), "pixels": (1.0, 1.0)}[frame]
         planned = [(name, (b[0] * x, b[1] * y, b[2] * x, b[3] * y)) for name, b in plans[row]]
         sure = {name: [item.box for item in items if item.score > threshold] for name, items in found.items()}
@@ -136,8 +136,8 @@ def got_r1(
 
 
 def _plan(trajectory: Trajectory) -> str:
-    """The policy's words before its last picture (all of them where it drew none)."""
-    drawn = policy_pictures(trajectory)
+    """The policy's words before its last image (all of them where it drew none)."""
+    drawn = policy_images(trajectory)
     last = drawn[-1][0] if drawn else len(trajectory.segments)
     return "\n".join(
         s.text for s in trajectory.segments[:last] if s.author is Author.POLICY and s.modality is Modality.TEXT

@@ -1,7 +1,7 @@
-"""Janus-Pro-R1: draw, look whether the picture is right, draw again; each of the three is paid for itself.
+"""Janus-Pro-R1: draw, look whether the image is right, draw again; each of the three is paid for itself.
 
 Source: Pan et al., arXiv:2506.01480; wendell0218/Janus-Pro-R1, janus-rl/src/open_r1/grpo_trainer_t2iv1.py. With p1 and
-p2 the probability of "yes" that a judge gives the first and the final picture, and c = 1 where the self-check says yes:
+p2 the probability of "yes" that a judge gives the first and the final image, and c = 1 where the self-check says yes:
 
     draw        p1
     self-check  1 - |p1 - c|
@@ -9,7 +9,7 @@ p2 the probability of "yes" that a judge gives the first and the final picture, 
 
 Each has an advantage of its own over the group: (r - mean) / (sample standard deviation + 1e-4). The released trainer
 can score in its own process; there the scorer is never called, every p stays 0, and the self-check is paid for saying
-no. Here a picture that was not scored is None.
+no. Here an image that was not scored is None.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from record.trajectory import Author, Modality, Trajectory
-from rewards.contract import Setting
-from rewards.functions.geneval import classes_of, score_pictures
+from rewards.contract import RewardContext
+from rewards.functions.geneval import classes_of, score_images
 from rewards.judge.base import Question
-from rewards.published.asking import one_of
+from rewards.published.judge_helpers import one_of
 from runtime.errors import UserError
 
 EPSILON = 1e-4
 QUESTION = 'Does this picture show what the words "{prompt}" describe? Answer with yes or no.'
-ROLES = ("inspect", "critique", "self_check")  # of the segments that look whether a picture is right
+ROLES = ("inspect", "critique", "self_check")  # of the segments that look whether an image is right
 Credit = Literal["trajectory", "segments"]
-Places = tuple[list[int], int | None]  # segments of the pictures, and of the check
+Places = tuple[list[int], int | None]  # segments of the images, and of the check
 
 
 # ---- the formulas ---------------------------------------------------------------------------------------------
@@ -59,18 +59,18 @@ def advantages(rewards: Sequence[float], group_size: int) -> list[float]:
 
 def janus_pro_r1(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     credit: Credit = "segments",
     roles: Sequence[str] = ROLES,
     question: str = QUESTION,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
-    """Draw, self-check and redraw of each thought, the pictures scored by the recipe's judge.
+    """Draw, self-check and redraw of each thought, the images scored by the recipe's judge.
 
-    The first picture, the first segment in one of `roles` after it, and the last picture; a thought with one picture
-    redraws nothing, and its last picture is the first. A check in which neither yes nor no can be read earns 0, and so
-    does a thought without a picture; None where the judge gave no probability.
+    The first image, the first segment in one of `roles` after it, and the last image; a thought with one image
+    redraws nothing, and its last image is the first. A check in which neither yes nor no can be read earns 0, and so
+    does a thought without an image; None where the judge gave no probability.
 
     Args:
         credit: "segments" pays each of the three its own reward, which the advantages by segment then normalise in the
@@ -85,16 +85,16 @@ def janus_pro_r1(
     places = [_places(t, roles) for t in trajectories]
     asked = _ends(places)
     questions = [
-        Question.of(question.format(prompt=trajectories[row].prompt), (_picture(trajectories, row, index),))
+        Question.of(question.format(prompt=trajectories[row].prompt), (_image(trajectories, row, index),))
         for row, index in asked
     ]
-    said = setting.judge_for("janus_pro_r1").yes_probability(questions) if questions else []
-    return _paid(trajectories, places, dict(zip(asked, said, strict=True)), setting.task, credit, log_metric)
+    said = context.judge_for("janus_pro_r1").yes_probability(questions) if questions else []
+    return _paid(trajectories, places, dict(zip(asked, said, strict=True)), context.task, credit, log_metric)
 
 
 def janus_pro_r1_geneval(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     credit: Credit = "segments",
     roles: Sequence[str] = ROLES,
@@ -105,15 +105,15 @@ def janus_pro_r1_geneval(
     one_of("janus_pro_r1_geneval", "credit", credit, get_args(Credit))
     places = [_places(t, roles) for t in trajectories]
     asked = [(row, index) for row, index in _ends(places) if classes_of(trajectories[row].record)]
-    graded = score_pictures(
-        [_picture(trajectories, row, index) for row, index in asked],
+    graded = score_images(
+        [_image(trajectories, row, index) for row, index in asked],
         [trajectories[row].record for row, _ in asked],
-        setting,
+        context,
         "graded",
         "janus_pro_r1_geneval",
     )
     scores: dict[tuple[int, int], float | None] = dict(zip(asked, (float(s) for s, _ in graded), strict=True))
-    return _paid(trajectories, places, scores, setting.task, credit, log_metric)
+    return _paid(trajectories, places, scores, context.task, credit, log_metric)
 
 
 def _paid(
@@ -159,9 +159,9 @@ def says_yes(text: str, task: Any = None) -> bool | None:
 
 
 def _places(trajectory: Trajectory, roles: Sequence[str]) -> Places:
-    """Segments of the policy's pictures, and of the first check after the first of them."""
+    """Segments of the policy's images, and of the first check after the first of them."""
     own = [(index, s) for index, s in enumerate(trajectory.segments) if s.author is Author.POLICY]
-    drawn = [index for index, s in own if s.picture is not None]
+    drawn = [index for index, s in own if s.image is not None]
     checks = [
         index for index, s in own if s.role in roles and s.modality is Modality.TEXT and drawn and index > drawn[0]
     ]
@@ -169,11 +169,11 @@ def _places(trajectory: Trajectory, roles: Sequence[str]) -> Places:
 
 
 def _ends(places: Sequence[Places]) -> list[tuple[int, int]]:
-    """(thought, segment) of each thought's first and last picture."""
+    """(thought, segment) of each thought's first and last image."""
     return [(row, index) for row, (drawn, _) in enumerate(places) for index in sorted({*drawn[:1], *drawn[-1:]})]
 
 
-def _picture(trajectories: Sequence[Trajectory], row: int, index: int) -> np.ndarray:
-    picture = trajectories[row].segments[index].picture
-    assert picture is not None
-    return picture
+def _image(trajectories: Sequence[Trajectory], row: int, index: int) -> np.ndarray:
+    image = trajectories[row].segments[index].image
+    assert image is not None
+    return image

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from record.trajectory import Trajectory
 from rewards.functions.answers import best, exact, math_agrees, parsed, references, verified
 from rewards.functions.text import policy_turns, without_chat_marks
-from rewards.published.asking import log_parts, one_of, totals
+from rewards.published.judge_helpers import log_parts, one_of, totals
 from runtime.errors import UserError
 
 Variant = Literal["repaired", "release"]
@@ -140,7 +140,7 @@ def _verified_release(answer: Any, gold: str) -> bool:
 
 def openthinkimg(
     trajectories: Sequence[Trajectory],
-    setting: Any = None,
+    context: Any = None,
     log_metric: Any = None,
     log_extra: Any = None,
     variant: Variant = "repaired",

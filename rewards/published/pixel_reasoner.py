@@ -2,7 +2,7 @@ r"""Pixel Reasoner: a bonus for looking closer while few of a prompt's thoughts 
 
     paper:             r' = r + alpha max(H - rate, 0) [n > 0] + beta min(N - n, 0)     alpha 0.5, H 0.3, beta 0.05, N 1
     release_verl_tool  the same
-    release_official   r' = r + [n > 0] (0.25 max(0.3 - rate, 0) / (c rate) - 0.05 (n - 1))     c 1.5 video, 2 pictures
+    release_official   r' = r + [n > 0] (0.25 max(0.3 - rate, 0) / (c rate) - 0.05 (n - 1))     c 1.5 video, 2 images
 
 with r the rule's verdict on the boxed answer, n the visual operations of a thought, and rate the share of the thoughts
 on its prompt that have any. Su et al., arXiv:2505.15966; TIGER-AI-Lab/Pixel-Reasoner,
@@ -29,7 +29,7 @@ from rewards.contract import RewardError, groups_of, policy_text
 from rewards.functions.answers import COMPARISONS, best, math_agrees, parsed, references, verified
 from rewards.functions.text import boxed, transcript, unwrapped
 from rewards.functions.tool_use import ToolCall, tool_calls
-from rewards.published.asking import log_parts, one_of, totals
+from rewards.published.judge_helpers import log_parts, one_of, totals
 from runtime.errors import UserError
 
 Variant = Literal["paper", "release_official", "release_verl_tool"]
@@ -83,14 +83,14 @@ def shaped_official(
     target: float = 0.3,
     scale: float = 0.25,
     video: float = 1.5,
-    pictures: float = 2.0,
+    images: float = 2.0,
     step: float = 0.05,
 ) -> dict[str, float]:
     """The official release's formula for one thought. `failed`: the flag it goes by, which need not be its own."""
     correct = 0.0 if failed and sample.correct > 0.5 else sample.correct
     curiosity = penalty = 0.0
     if sample.calls > 0:
-        curiosity = scale * max(target - rate, 0.0) / ((video if sample.is_video else pictures) * rate)
+        curiosity = scale * max(target - rate, 0.0) / ((video if sample.is_video else images) * rate)
         penalty = -step * (sample.calls - 1)
     return {"total": correct + curiosity + penalty, "accuracy": correct, "curiosity": curiosity, "penalty": penalty}
 
@@ -224,7 +224,7 @@ def _official(tail: str, gold: str) -> float:
 
 def pixel_reasoner(
     trajectories: Sequence[Trajectory],
-    setting: Any = None,
+    context: Any = None,
     log_metric: Any = None,
     log_extra: Any = None,
     variant: Variant = "paper",
@@ -246,7 +246,7 @@ def pixel_reasoner(
         variant: paper, release_official or release_verl_tool.
         gold: the record's column with the reference, or a list of references of which any will do.
         video: the record's column that says whether it is about a video (release_official; else the trajectory's own
-            pictures say it).
+            images say it).
         rate, free, alpha, beta: H, N and the weights of the paper's formula.
         rate_over: whose share of thoughts with operations counts: those on the same prompt, or the whole batch's.
         failed_call_voids: a right answer whose last operation failed counts 0, as the official release means it.

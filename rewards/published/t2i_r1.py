@@ -1,7 +1,7 @@
 """T2I-R1's rewards by a detector and by a captioner: what a prompt names, how many, and in which place.
 
 Source: Jiang et al., arXiv:2505.00703; CaraJ7/T2I-R1, src/t2i-r1/src/utils/reward_gdino.py and reward_git.py. Boxes are
-centre x, centre y, width, height as shares of the picture.
+centre x, centre y, width, height as shares of the image.
 
     spatial   0.2 for each of the two objects that was found, and half of the relation of the first to the second, each
               by its most certain box; nothing where both have the same name
@@ -11,10 +11,10 @@ centre x, centre y, width, height as shares of the picture.
     numeracy  mean over the counted objects of 1 for the exact count, 0.2 for another, 0 for none, after suppression of
               boxes that overlap a more certain one by more than 0.5
     objects   share of the named objects that was found; 1 where none is named
-    yes       mean over the phrases of yes / (yes + no), as a captioner answers whether the picture shows them
+    yes       mean over the phrases of yes / (yes + no), as a captioner answers whether the image shows them
 
 `release` keeps three faults: "above", "on top of" and whatever other wording it lacks reach no branch and are never
-paid; near compares shares of the picture with 150, so that it is always paid in full; and suppression measures overlap
+paid; near compares shares of the image with 150, so that it is always paid in full; and suppression measures overlap
 on centre and size as if they were corners. `repaired`, the default, has none of them, knows a few wordings more, and
 is None for a relation that boxes cannot show ("behind"). The release also pays 0 for the yes part where the prompt is
 about places or counts; there the part does not apply, which is None here.
@@ -29,16 +29,16 @@ import torch
 from torchvision.ops import box_convert, nms
 
 from record.trajectory import Trajectory
-from rewards.contract import RewardError, Setting, policy_pictures
+from rewards.contract import RewardContext, RewardError, policy_images
 from rewards.detectors.base import Detected
 from rewards.functions.overlap import box_iou, corners
 from rewards.judge.base import Question
-from rewards.published.asking import one_of
+from rewards.published.judge_helpers import one_of
 from runtime.errors import nearest
 
 Variant = Literal["repaired", "release"]
 Kind = Literal["spatial", "numeracy", "objects"]
-Box = Sequence[float]  # centre x, centre y, width, height as shares of the picture
+Box = Sequence[float]  # centre x, centre y, width, height as shares of the image
 Boxes = Mapping[str, tuple[Sequence[Box], Sequence[float]]]  # by phrase: boxes and their scores
 
 FOUND, RELATION = 0.2, 0.5  # weights: of each object of a pair, and of their relation
@@ -170,12 +170,12 @@ def yes_share(
 
 def t2i_r1_detector(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     variant: Variant = "repaired",
     threshold: float = 0.3,
     **columns: Any,
 ) -> list[float | None]:
-    """The detector's part on the final picture: spatial, numeracy or objects, as the record says; 0 without a picture.
+    """The detector's part on the final image: spatial, numeracy or objects, as the record says; 0 without an image.
 
     A record names `object_1`, `object_2` and `relation`, or `counts` [{object, count}], or `objects`; one in GenEval's
     schema (`include`) is read as the same: a clause with a position, a record tagged counting, or any other. None where
@@ -191,18 +191,18 @@ def t2i_r1_detector(
             want if want is None or want.get("relation", "near").strip().lower() in RELATIONS else None
             for want in asked
         ]
-    drawn = [policy_pictures(t) for t in trajectories]
+    drawn = [policy_images(t) for t in trajectories]
     rows = [row for row, want in enumerate(asked) if want is not None and drawn[row]]
-    detector = setting.detector_for("t2i_r1_detector")
+    detector = context.detector_for("t2i_r1_detector")
     phrases = [named(asked[row] or {}) for row in rows]
     for row, some in zip(rows, phrases, strict=True):
         detector.require(some, f"prompt '{trajectories[row].prompt}'")
-    pictures = [drawn[row][-1][1] for row in rows]
+    images = [drawn[row][-1][1] for row in rows]
     values: list[float | None] = [None if want is None else 0.0 for want in asked]
-    seen = detector.detect(pictures, phrases, [{} for _ in rows])
-    for row, picture, found in zip(rows, pictures, seen, strict=True):
+    seen = detector.detect(images, phrases, [{} for _ in rows])
+    for row, image, found in zip(rows, images, seen, strict=True):
         values[row] = _judged(
-            asked[row] or {}, _shares(found, picture.shape, threshold), (picture.shape[1], picture.shape[0]), variant
+            asked[row] or {}, _shares(found, image.shape, threshold), (image.shape[1], image.shape[0]), variant
         )
     return values
 
@@ -243,7 +243,7 @@ def named(want: Mapping[str, Any]) -> list[str]:
 
 
 def _shares(found: Mapping[str, Sequence[Detected]], shape: Sequence[int], threshold: float) -> Boxes:
-    """A detector's output as shares of the picture, centre and size."""
+    """A detector's output as shares of the image, centre and size."""
     height, width = shape[:2]
     boxes = {}
     for name, items in found.items():
@@ -260,12 +260,12 @@ def _shares(found: Mapping[str, Sequence[Detected]], shape: Sequence[int], thres
 
 def t2i_r1_yes(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     variant: Variant = "repaired",
     question: str = "Does the picture show {phrase}? Answer with yes or no.",
     **columns: Any,
 ) -> list[float | None]:
-    """The captioner's part on the final picture, asked of the recipe's judge; 0 without a picture.
+    """The captioner's part on the final image, asked of the recipe's judge; 0 without an image.
 
     A record names `task`, `phrases` (with their attributes) and `objects`; None where the task is spatial or numeracy
     (release: 0), where the record names nothing, and where the judge gave no probability for a phrase.
@@ -276,7 +276,7 @@ def t2i_r1_yes(
     for row, t in enumerate(trajectories):
         task, phrases = t.record.get("task", ""), t.record.get("phrases")
         asked = phrases if phrases is not None else t.record.get("objects")
-        drawn = policy_pictures(t)
+        drawn = policy_images(t)
         if task in ("spatial", "numeracy"):
             values.append(0.0 if variant == "release" else None)
         elif asked is None:
@@ -288,7 +288,7 @@ def t2i_r1_yes(
             asking += [(row, Question.of(question.format(phrase=phrase), (drawn[-1][1],))) for phrase in asked]
     if not asking:
         return values
-    said = setting.judge_for("t2i_r1_yes").yes_probability([asked for _, asked in asking])
+    said = context.judge_for("t2i_r1_yes").yes_probability([asked for _, asked in asking])
     for row in {row for row, _ in asking}:
         shares = [share for (owner, _), share in zip(asking, said, strict=True) if owner == row]
         known = [share for share in shares if share is not None]

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from record.trajectory import Trajectory
-from rewards.contract import Setting, policy_text
+from rewards.contract import RewardContext, policy_text
 from rewards.functions.answers import choice_letter, math_agrees, number, same_reading
 from rewards.functions.text import blocks, count, transcript, without_chat_marks
 from rewards.judge.base import Question
-from rewards.published.asking import flags, gold_of, log_parts, one_of, settled, totals
+from rewards.published.judge_helpers import flags, gold_of, log_parts, one_of, resolve_verdicts, totals
 
 Variant = Literal["paper", "release"]
 
@@ -60,8 +60,8 @@ def read(text: str) -> Reading:
     answer block, and nothing after it."""
     found = blocks(text, "answer")
     single = count(text, "think") == (1, 1) and count(text, "answer") == (1, 1)
-    thought = blocks(text, "think")
-    thinking = thought[0] if thought and thought[0] else text.split("</think>")[0].replace("<think>", "")
+    trajectory = blocks(text, "think")
+    thinking = trajectory[0] if trajectory and trajectory[0] else text.split("</think>")[0].replace("<think>", "")
     for mark in ("<image>", "<sandbox_output>", "</sandbox_output>"):
         thinking = thinking.replace(mark, "")
     return Reading(found[0] if found else "", thinking, single and _FORM.fullmatch(text) is not None)
@@ -108,7 +108,7 @@ def score(
 
 def thyme(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     log_extra: Any = None,
     variant: Variant = "paper",
@@ -131,7 +131,7 @@ def thyme(
     readings = [
         None
         if reference is None
-        else read(transcript(t, picture="<image>") if release else without_chat_marks(policy_text(t), strip=False))
+        else read(transcript(t, image="<image>") if release else without_chat_marks(policy_text(t), strip=False))
         for t, reference in zip(trajectories, golds, strict=True)
     ]
     rule = by_rule if release else _by_rule
@@ -145,8 +145,8 @@ def thyme(
         else None
         for reading, reference in zip(readings, golds, strict=True)
     ]
-    right = settled(
-        setting,
+    right = resolve_verdicts(
+        context,
         "thyme",
         trajectories,
         [None if reading is None else reading.answer for reading in readings],
@@ -154,7 +154,7 @@ def thyme(
         gold,
     )
     agree = flags(
-        setting,
+        context,
         "thyme",
         [
             _question(reading) if reading is not None and reading.answer and correct else None

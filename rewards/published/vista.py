@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from record.trajectory import Author, Trajectory
-from rewards.contract import RewardError, Setting, policy_text
+from rewards.contract import RewardContext, RewardError, policy_text
 from rewards.functions.answers import best, references, relaxed
 from rewards.functions.text import blocks
 from rewards.judge.base import Question
-from rewards.published.asking import log_parts, one_of, question_of
+from rewards.published.judge_helpers import log_parts, one_of, question_of
 
 Variant = Literal["repaired", "release"]
 TOOLS = 9  # numbered from 0
@@ -140,7 +140,7 @@ def _ratio(text: str) -> float:
 
 def vista(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     log_extra: Any = None,
     variant: Variant = "repaired",
@@ -158,20 +158,20 @@ def vista(
     it did not answer.
 
     The frozen model's replies are taken from the record where it has them (they can be computed before training), and
-    asked of the judge's endpoint otherwise, all at once: the question and the prompt's picture, with and without the
+    asked of the judge's endpoint otherwise, all at once: the question and the prompt's image, with and without the
     tools' outputs. Logs the shares right without and with, of well-formed picks, and the tools picked.
 
     Args:
         variant: repaired or release (at the top of this file).
         without: column with the frozen model's reply without tools.
         with_tools: column {"0,3": its reply with tools 0 and 3}; keys are ascending.
-        outputs: column {"0": what tool 0 says of this picture}, for asking.
+        outputs: column {"0": what tool 0 says of this image}, for asking.
         gain, loss, format: pay for being right with the tools, for being right only without, for a well-formed pick.
         tools: how many there are, numbered from 0.
     """
     one_of("vista", "variant", variant, get_args(Variant))
     picks = [_picked(t, variant, tools) for t in trajectories]
-    replies = _replies(trajectories, [pick for pick, _ in picks], setting, gold, without, with_tools, outputs, variant)
+    replies = _replies(trajectories, [pick for pick, _ in picks], context, gold, without, with_tools, outputs, variant)
     rows: list[dict[str, float] | None] = []
     for t, (pick, formed), (plain, helped) in zip(trajectories, picks, replies, strict=True):
         golds = references(t.record, gold)
@@ -224,7 +224,7 @@ def relaxed_or_listed(answer: str, gold: str) -> float:
 def _replies(
     trajectories: Sequence[Trajectory],
     picks: Sequence[list[int]],
-    setting: Setting,
+    context: RewardContext,
     gold: str,
     without: str,
     with_tools: str,
@@ -247,7 +247,7 @@ def _replies(
             places.append((row, 1))
             questions.append(_question(t, _outputs(t, pick, outputs)))
     if questions:
-        for (row, which), reply in zip(places, setting.judge_for("vista").ask(questions), strict=True):
+        for (row, which), reply in zip(places, context.judge_for("vista").ask(questions), strict=True):
             found[row][which] = reply.text
     for row, pick in enumerate(picks):
         if not pick and variant == "repaired":  # without a tool it is one and the same question
@@ -268,7 +268,7 @@ def _outputs(t: Trajectory, pick: Sequence[int], column: str) -> list[str]:
 
 
 def _question(t: Trajectory, told: Sequence[str]) -> Question:
-    shown = [s.picture for s in t.segments if s.author is Author.USER and s.picture is not None]
+    shown = [s.image for s in t.segments if s.author is Author.USER and s.image is not None]
     hints = "\n\nWhat other programs read in the chart:\n" + "\n\n".join(told) if told else ""
     return Question.of(
         f"{question_of(t)}{hints}\n\nGive your final answer inside <answer></answer>, as briefly as possible.", shown

@@ -1,4 +1,4 @@
-"""Visual-ARFT: one step of an agent a sample: name what is wrong with a picture, write code, search, or answer.
+"""Visual-ARFT: one step of an agent a sample: name what is wrong with an image, write code, search, or answer.
 
     total = accuracy + format, format in {0, 1}, accuracy by the kind of step that the reference's tag asks for:
 
@@ -28,7 +28,7 @@ from rewards.functions.answers import normalised, parsed, token_f1, verified
 from rewards.functions.sentences import MINILM, sentence_encoder
 from rewards.functions.text import CHAT_MARKS, blocks, policy_turns, without_chat_marks
 from rewards.functions.tool_use import tool_calls
-from rewards.published.asking import log_parts, one_of, totals
+from rewards.published.judge_helpers import log_parts, one_of, totals
 from runtime.errors import UserError
 
 Variant = Literal["repaired", "release"]
@@ -185,7 +185,7 @@ def _fault_score_release(said: list[str], gold: list[str]) -> float:
 
 def visual_arft(
     trajectories: Sequence[Trajectory],
-    setting: Any = None,
+    context: Any = None,
     log_metric: Any = None,
     log_extra: Any = None,
     task: Task = "code",

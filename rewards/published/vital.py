@@ -29,7 +29,7 @@ from rewards.functions.answers import COMPARISONS, answer_of, best, references
 from rewards.functions.overlap import spans_in, temporal_iou
 from rewards.functions.text import balanced, blocks, count, policy_turns, without_chat_marks
 from rewards.functions.tool_use import tool_calls
-from rewards.published.asking import log_parts, one_of, totals
+from rewards.published.judge_helpers import log_parts, one_of, totals
 from runtime.errors import UserError
 
 TAGS = ("think", "tool_call", "answer")
@@ -65,7 +65,7 @@ def well_formed(turns: Sequence[str]) -> bool:
 
 def vital(
     trajectories: Sequence[Trajectory],
-    setting: Any = None,
+    context: Any = None,
     log_metric: Any = None,
     log_extra: Any = None,
     gold: str = "ground_truth",
@@ -98,7 +98,7 @@ def vital(
 
 def vital_weight(
     trajectories: Sequence[Trajectory],
-    setting: Any = None,
+    context: Any = None,
     gold: str = "ground_truth",
     task: str = "task",
     bounds: Mapping[str, Sequence[float]] | None = None,

@@ -1,11 +1,11 @@
-"""VPRL: a plan drawn as pictures; each next picture is a step, paid by where it leads.
+"""VPRL: a plan drawn as images; each next image is a step, paid by where it leads.
 
     +1  optimal: a possible step after which less of the way remains
      0  other: a possible step after which it does not
-    -5  invalid: a picture that shows no state, or one that no single step leads to
+    -5  invalid: an image that shows no state, or one that no single step leads to
 
 Xu et al., arXiv:2505.11409 (its progress reward). No training code of it was available: this is the formula alone. What
-a picture shows (the paper's dynamics interpreter) and how far it is to the goal (its progress estimator) is the world's
+an image shows (the paper's dynamics interpreter) and how far it is to the goal (its progress estimator) is the world's
 affair: the task must have the functions of `World`.
 """
 
@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 
 from record.trajectory import Trajectory
-from rewards.contract import RewardError, Setting, policy_pictures
-from rewards.published.asking import one_of
+from rewards.contract import RewardContext, RewardError, policy_images
+from rewards.published.judge_helpers import one_of
 
 Credit = Literal["segments", "trajectory"]
 Kind = Literal["optimal", "other", "invalid"]
@@ -30,8 +30,8 @@ class World(Protocol):
     def first_state(self, record: Mapping[str, Any]) -> Hashable | None:
         """Where the plan starts; None for a record that is no planning problem."""
 
-    def state_in(self, record: Mapping[str, Any], picture: np.ndarray) -> Hashable | None:
-        """The state that a picture shows; None where it shows none."""
+    def state_in(self, record: Mapping[str, Any], image: np.ndarray) -> Hashable | None:
+        """The state that an image shows; None where it shows none."""
 
     def next_states(self, record: Mapping[str, Any], state: Hashable) -> Collection[Hashable]:
         """Every state that one step leads to."""
@@ -50,7 +50,7 @@ def kind_of_step(world: World, record: Mapping[str, Any], before: Hashable, afte
 
 def kinds_of_plan(world: World, record: Mapping[str, Any], states: Sequence[Hashable | None]) -> list[Kind]:
     """Each step of a plan, up to and with its first invalid one: after that there is no state from which the next could
-    be judged. `states` are those that the pictures show, without the first state."""
+    be judged. `states` are those that the images show, without the first state."""
     before = world.first_state(record)
     kinds: list[Kind] = []
     for after in states:
@@ -63,7 +63,7 @@ def kinds_of_plan(world: World, record: Mapping[str, Any], states: Sequence[Hash
 
 def vprl(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     credit: Credit = "segments",
     optimal: float = 1.0,
@@ -71,11 +71,11 @@ def vprl(
     invalid: float = -5.0,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
-    """+1, 0 or -5 for each picture drawn; `invalid` for a thought that drew none, None for a record that is no planning
+    """+1, 0 or -5 for each image drawn; `invalid` for a thought that drew none, None for a record that is no planning
     problem. Logs the shares of steps that were optimal and invalid, and of plans that reached the goal.
 
     Args:
-        credit: "segments" pays each picture for itself, "trajectory" the mean over them.
+        credit: "segments" pays each image for itself, "trajectory" the mean over them.
         optimal, other, invalid: pay for a step towards the goal, another possible one, and an impossible one.
     """
     one_of("vprl", "credit", credit, get_args(Credit))
@@ -84,12 +84,12 @@ def vprl(
     steps: list[Kind] = []
     reached: list[bool] = []
     for t in trajectories:
-        world = _world(setting)
+        world = _world(context)
         if world.first_state(t.record) is None:
             values.append(None)
             continue
-        drawn = policy_pictures(t)
-        states = [world.state_in(t.record, picture) for _, picture in drawn]
+        drawn = policy_images(t)
+        states = [world.state_in(t.record, image) for _, image in drawn]
         kinds = kinds_of_plan(world, t.record, states)
         steps += kinds
         end = states[-1] if states and "invalid" not in kinds else None
@@ -107,8 +107,8 @@ def vprl(
     return values
 
 
-def _world(setting: Setting) -> World:
-    task = setting.task
+def _world(context: RewardContext) -> World:
+    task = context.task
     lacking = [name for name in ("first_state", "state_in", "next_states", "distance") if not hasattr(task, name)]
     if lacking:
         raise RewardError(

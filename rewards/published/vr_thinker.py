@@ -23,7 +23,7 @@ from record.trajectory import Trajectory
 from rewards.contract import RewardError, groups_of
 from rewards.functions.text import policy_turns, without_chat_marks
 from rewards.functions.tool_use import tool_calls
-from rewards.published.asking import log_parts, totals
+from rewards.published.judge_helpers import log_parts, totals
 from runtime.errors import UserError
 
 OVERALL, CONFIDENCE = "OA", "CF"
@@ -94,7 +94,7 @@ def well_formed(turns: Sequence[str], gold: Mapping[str, int]) -> bool:
 
 def vr_thinker(
     trajectories: Sequence[Trajectory],
-    setting: Any = None,
+    context: Any = None,
     log_metric: Any = None,
     log_extra: Any = None,
     gold: str = "ground_truth",

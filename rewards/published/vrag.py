@@ -20,10 +20,10 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
 from record.trajectory import Author, Trajectory
-from rewards.contract import RewardError, Setting, policy_text
+from rewards.contract import RewardContext, RewardError, policy_text
 from rewards.functions.overlap import ndcg
 from rewards.functions.text import blocks, transcript
-from rewards.published.asking import check, gold_of, log_parts, one_of, totals, verdicts
+from rewards.published.judge_helpers import check, gold_of, log_parts, one_of, totals, verdicts
 from runtime.errors import UserError
 
 Variant = Literal["repaired", "release"]
@@ -60,7 +60,7 @@ def page_name(path: str) -> str:
 
 
 def reference_names(file_name: str, pages: Sequence[int]) -> list[str]:
-    """Page pictures are named after their document: ("report.pdf", [3]) -> ["report_3"]."""
+    """Page images are named after their document: ("report.pdf", [3]) -> ["report_3"]."""
     return [f"{file_name.split('.pdf')[0]}_{page}" for page in pages]
 
 
@@ -83,7 +83,7 @@ def score(
 
 def vrag(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     log_extra: Any = None,
     mode: Mode = "train",
@@ -100,7 +100,7 @@ def vrag(
     without reference pages, or where the judge gave no verdict.
 
     The retrieved pages are those that the search tool noted in `info["retrieved"]`, in order; without it the names of
-    pictures in what the environment answered.
+    images in what the environment answered.
 
     Args:
         mode: train or eval (the verdict alone).
@@ -119,7 +119,7 @@ def vrag(
         for applied, r in zip(applies, readings, strict=True)
     ]
     said = verdicts(
-        setting,
+        context,
         "vrag",
         [
             check(t, r.answer or "", gold) if ask else None

@@ -23,10 +23,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from record.trajectory import Trajectory
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.functions.answers import references
 from rewards.functions.text import policy_turns, transcript, without_chat_marks
-from rewards.published.asking import gold_of, log_parts, one_of, settled, totals
+from rewards.published.judge_helpers import gold_of, log_parts, one_of, resolve_verdicts, totals
 
 Variant = Literal["repaired", "release_v1", "release_v2"]
 
@@ -95,7 +95,7 @@ def similarity(answer: str | None, gold: str) -> float:
 
 def vtool_r1(
     trajectories: Sequence[Trajectory],
-    setting: Setting,
+    context: RewardContext,
     log_metric: Any = None,
     log_extra: Any = None,
     variant: Variant = "repaired",
@@ -116,8 +116,8 @@ def vtool_r1(
         False if reference is not None and given is None else None
         for reference, given in zip(golds, answers, strict=True)
     ]
-    right = settled(
-        setting, "vtool_r1", trajectories, answers, known, gold, unread=None if variant == "repaired" else False
+    right = resolve_verdicts(
+        context, "vtool_r1", trajectories, answers, known, gold, unread=None if variant == "repaired" else False
     )
     parts: list[dict[str, float] | None] = [
         None if correct is None else {"total": float(correct), "accuracy": float(correct)} for correct in right
@@ -128,7 +128,7 @@ def vtool_r1(
 
 def vtool_r1_similarity(
     trajectories: Sequence[Trajectory],
-    setting: Any = None,
+    context: Any = None,
     log_metric: Any = None,
     log_extra: Any = None,
     variant: Literal["repaired", "release_v1"] = "repaired",

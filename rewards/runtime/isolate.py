@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rewards.runtime.serving import CallFailed, Server, Worker, read
-from runtime.actor_process import settled
+from runtime.actor_process import read_until_stable
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _stack_of(process: subprocess.Popen[bytes], dump: Any) -> str:
     """Where every thread of the child stands: faulthandler writes it on SIGUSR1, even if the child holds its lock."""
     try:
         process.send_signal(signal.SIGUSR1)
-        return settled(lambda: os.pread(dump.fileno(), 100_000, 0))
+        return read_until_stable(lambda: os.pread(dump.fileno(), 100_000, 0))
     except (OSError, ValueError, AttributeError):  # it ended in the meantime
         return ""
 

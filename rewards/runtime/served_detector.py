@@ -1,6 +1,6 @@
 """A detector that runs in workers (`rewards.detector_workers`), for the parts that stand in the driver.
 
-Pictures go out in batches over all workers at once; what comes back is in their order. serving.py has the other side.
+Images go out in batches over all workers at once; what comes back is in their order. serving.py has the other side.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from rewards.detectors.base import Detections
 from rewards.runtime.serving import CallFailed
-from rewards.runtime.workers import Lane
+from rewards.runtime.workers import Executor
 
 
 class ServedDetector:
@@ -24,7 +24,7 @@ class ServedDetector:
 
     def __init__(self, workers: Sequence[Any], batch_size: int | None) -> None:
         self.workers, self.batch_size = list(workers), batch_size
-        self._lane = Lane("detector", self.workers)
+        self._lane = Executor("detector", self.workers)
         self.classes: tuple[str, ...] = ()
         self.open_vocabulary = False
         self.sees_colors = True
@@ -40,22 +40,22 @@ class ServedDetector:
         if "require_colors" in about["has"]:
             self.require_colors = self._require_colors
 
-    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        return self._spread("detect", pictures)
+    def detect(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        return self._spread("detect", images)
 
-    def detect_phrases(self, pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
-        return self._spread("detect_phrases", pictures, phrases)
+    def detect_phrases(self, images: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+        return self._spread("detect_phrases", images, phrases)
 
     def close(self) -> None:
         self._lane.close()
         for worker in self.workers:
             worker.close()
 
-    def _name_colors(self, pictures: Sequence[np.ndarray], objects: Sequence[Any]) -> list[Any]:
-        return self._spread("name_colors", pictures, objects)
+    def _name_colors(self, images: Sequence[np.ndarray], objects: Sequence[Any]) -> list[Any]:
+        return self._spread("name_colors", images, objects)
 
     def _require_colors(self, where: str) -> None:
-        for worker in self.workers:  # each loads what names colours
+        for worker in self.workers:  # each loads what names colors
             worker("require_colors", where)
 
     def _spread(self, member: str, *columns: Sequence[Any]) -> list[Any]:

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from formats.base import ThoughtFormat
+from formats.base import Format
 from record.trajectory import Trajectory
 from rewards.contract import (
     Logs,
+    RewardContext,
     RewardError,
-    Setting,
     TrainerState,
     Value,
     View,
@@ -68,15 +68,15 @@ class Spec(Protocol):
 
 
 @dataclass(frozen=True)
-class SettingSpec:
-    """What a Setting is made of: it travels, the Setting with its loaded weights and open connections does not."""
+class RewardContextSpec:
+    """What a RewardContext is made of. This travels; a context with loaded weights and open connections does not."""
 
     task: Any = None
-    fmt: ThoughtFormat | None = None
+    fmt: Format | None = None
     detector: DetectorConfig | str | Detector | None = None  # None: the task's own
     judge: JudgeConfig | None = None
 
-    def build(self, detector: bool = True) -> Setting:
+    def build(self, detector: bool = True) -> RewardContext:
         """`detector`: whether to load it.
 
         Raises UserError where something cannot be had.
@@ -86,7 +86,7 @@ class SettingSpec:
             from rewards.judge.client import JudgeClient
 
             client = JudgeClient(self.judge)
-        return Setting.of(self.task, self.fmt, self.detector_or_none() if detector else None, client)
+        return RewardContext.of(self.task, self.fmt, self.detector_or_none() if detector else None, client)
 
     def detector_or_none(self) -> Detector | None:
         """Raises UserError for one that cannot be made, or is none."""
@@ -135,7 +135,7 @@ class OwnDetector:
             raise CallFailed(
                 "raised",
                 f"rewards.detector: {name} of {self._spec} gives {str(found)[:80]}; it must "
-                f"give a list with one {{class: [Detected, ...]}} for each picture",
+                f"give a list with one {{class: [Detected, ...]}} for each image",
             )
         return found
 
@@ -158,7 +158,7 @@ def check_prompts(
 
 
 @dataclass(frozen=True)
-class PartSpec:
+class ComponentSpec:
     """A part's function as the recipe names it."""
 
     name: str
@@ -166,7 +166,7 @@ class PartSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     factory: bool = False
     view: View = "auto"
-    setting: SettingSpec | None = None  # of one of the toolkit's own; None: it is somebody else's
+    context: RewardContextSpec | None = None  # of one of the toolkit's own; None: it is somebody else's
     judge: JudgeConfig | None = None  # for somebody else's that asks for it
 
     @property
@@ -178,7 +178,7 @@ class PartSpec:
     def needs_detector(self) -> bool:
         return self.own and REWARDS[self.function].needs_detector
 
-    def load(self, setting: Setting | None = None) -> LoadedPart:
+    def load(self, context: RewardContext | None = None) -> LoadedComponent:
         """Load the function, and check its options as far as that can be done without trajectories.
 
         Args:
@@ -188,29 +188,29 @@ class PartSpec:
         """
         function = load_reward(self.function, self.options, self.factory)
         options = {} if self.factory else dict(self.options)
-        check_options(function, self.name, options, own=self.setting is not None)
-        if self.setting is None:
+        check_options(function, self.name, options, own=self.context is not None)
+        if self.context is None:
             client = None
             if asks_judge(function) and "judge" not in options:
-                client = SettingSpec(judge=self.judge).build(detector=False).judge_for(self.name)
-            return LoadedPart(self, function, options, None, False, client)
-        shared = setting is not None
-        setting = setting or self.setting.build(self.needs_detector)
+                client = RewardContextSpec(judge=self.judge).build(detector=False).judge_for(self.name)
+            return LoadedComponent(self, function, options, None, False, client)
+        shared = context is not None
+        context = context or self.context.build(self.needs_detector)
         if self.needs_detector and not shared:
-            check_prompts(setting.detector_for(self.function), self.setting.task, REWARDS[self.function].by_geneval)
-        loaded = LoadedPart(self, function, options, setting, shared)
+            check_prompts(context.detector_for(self.function), self.context.task, REWARDS[self.function].by_geneval)
+        loaded = LoadedComponent(self, function, options, context, shared)
         loaded([], TrainerState())
         return loaded
 
 
 @dataclass(frozen=True)
-class LoadedPart:
+class LoadedComponent:
     """The callable of a part."""
 
-    spec: PartSpec
+    spec: ComponentSpec
     function: Callable[..., Any]
     options: Mapping[str, Any]
-    setting: Setting | None
+    context: RewardContext | None
     shared: bool
     judge: JudgeLike | None = None  # of somebody else's
 
@@ -219,15 +219,15 @@ class LoadedPart:
         """Seconds that a call may take where the recipe says nothing: with a judge, twice its client's patience more,
         for the client knows itself what to do with an endpoint that hangs."""
         asks = self.judge is not None or (self.spec.own and REWARDS[self.spec.function].needs_judge)
-        config = getattr(self.judge if self.setting is None else self.setting.judge, "config", None)
+        config = getattr(self.judge if self.context is None else self.context.judge, "config", None)
         return PATIENCE_S + (2 * config.patience_s if asks and isinstance(config, JudgeConfig) else 0.0)
 
     def __call__(self, trajectories: Sequence[Trajectory], state: TrainerState) -> tuple[list[Value], Logs]:
         """As rewards.base.call; the logs say what a call asked of the judge."""
-        setting = self.setting
-        if setting is not None and setting.detector is not None and not self.shared:
-            setting.detector.clear()
-        client: Any = self.judge if setting is None else setting.judge
+        context = self.context
+        if context is not None and context.detector is not None and not self.shared:
+            context.detector.clear()
+        client: Any = self.judge if context is None else context.judge
         before = client.counts() if hasattr(client, "counts") else {}
         values, logs = call(
             self.function,
@@ -236,7 +236,7 @@ class LoadedPart:
             options=self.options,
             state=state,
             view=self.spec.view,
-            setting=setting,
+            context=context,
             judge=self.judge,
         )
         if hasattr(client, "counts"):
@@ -248,11 +248,11 @@ class LoadedPart:
 class DetectorSpec:
     """A detector with workers of its own; detectors/served.py is the driver's side."""
 
-    setting: SettingSpec
+    context: RewardContextSpec
     name: str = "detector"
 
     def load(self) -> LoadedDetector:
-        detector = self.setting.detector_or_none()
+        detector = self.context.detector_or_none()
         if detector is None:
             raise RewardError("rewards.detector_workers: there is no detector to run; give rewards.detector")
         return LoadedDetector(detector)
@@ -294,7 +294,7 @@ class Server:
         try:
             if verb == "load":
                 path, spec = content
-                sys.path += [place for place in path if place not in sys.path]
+                sys.path += [position for position in path if position not in sys.path]
                 self._loaded = pickle.loads(spec).load()
                 return "ready", getattr(self._loaded, "patience_s", PATIENCE_S)
             assert self._loaded is not None, "called before it was loaded"

@@ -1,8 +1,7 @@
 """Who calls a part: the driver's own thread, or threads that each have a worker of the part.
 
-A `Lane` is a queue with such threads; the driver itself never waits on a call, it puts jobs on lanes and reads their
-futures (judgement.py). A `Part` knows its plan (which trajectories make one call) and its patience (retries, then
-None).
+An `Executor` is a queue with such threads: the driver never waits on a call, it submits jobs and reads their futures
+(pending.py). A `Component` knows its plan (which trajectories make one call) and its patience (retries, then None).
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from record.trajectory import Trajectory
-from rewards.config import PartConfig, Scope, WorkersConfig
+from rewards.config import ComponentConfig, Scope, WorkersConfig
 from rewards.contract import Logs, TrainerState, Value, is_broken, lightened
 from rewards.runtime.isolate import ProcessWorker
 from rewards.runtime.ray_worker import RayWorker
-from rewards.runtime.serving import RAISED, CallFailed, LoadedPart, Spec, describe
+from rewards.runtime.serving import RAISED, CallFailed, LoadedComponent, Spec, describe
 from runtime.errors import UserError
 
 GIVE_UP_AFTER = 3  # calls of a part in a row that ran out of time, every attempt of them: no more in this step
@@ -44,7 +43,7 @@ def workers_of(spec: Spec, config: WorkersConfig, timeout_s: float | None, load_
     return [RayWorker(spec, timeout_s, load_timeout_s, config.num_cpus, config.num_gpus) for _ in range(config.count)]
 
 
-class Lane:
+class Executor:
     """Runs jobs in the order in which they come, one thread a worker. Its threads do not outlive the program."""
 
     def __init__(self, name: str, workers: Sequence[Any] = (None,)) -> None:
@@ -86,7 +85,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class RowSlice:
     """Rows of one group."""
 
     group: int  # its place among the step's groups
@@ -94,7 +93,7 @@ class Stretch:
     stop: int | None = None  # None: to the end
 
 
-def plan(scope: Scope, sizes: Sequence[int], batch_size: int | None) -> list[tuple[Stretch, ...]]:
+def plan(scope: Scope, sizes: Sequence[int], batch_size: int | None) -> list[tuple[RowSlice, ...]]:
     """The calls of a part over a step's groups, given how many members each has.
 
     A part that sees the batch has one call. Any other has one a group, or, with a batch size, as many whole groups as
@@ -102,9 +101,9 @@ def plan(scope: Scope, sizes: Sequence[int], batch_size: int | None) -> list[tup
     sizes alone, so that the order in which groups finish changes no call.
     """
     if scope == "batch":
-        return [tuple(Stretch(group) for group in range(len(sizes)))] if sizes else []
-    calls: list[tuple[Stretch, ...]] = []
-    packed: list[Stretch] = []
+        return [tuple(RowSlice(group) for group in range(len(sizes)))] if sizes else []
+    calls: list[tuple[RowSlice, ...]] = []
+    packed: list[RowSlice] = []
     rows = 0
     for group, size in enumerate(sizes):
         if packed and (batch_size is None or rows + size > batch_size):
@@ -112,9 +111,9 @@ def plan(scope: Scope, sizes: Sequence[int], batch_size: int | None) -> list[tup
             packed, rows = [], 0
         if scope == "row" and batch_size is not None and size > batch_size:
             starts = range(0, size, batch_size)
-            calls += [(Stretch(group, at, at + batch_size if at + batch_size < size else None),) for at in starts]
+            calls += [(RowSlice(group, at, at + batch_size if at + batch_size < size else None),) for at in starts]
             continue
-        packed.append(Stretch(group))
+        packed.append(RowSlice(group))
         rows += size
     return [*calls, tuple(packed)] if packed else calls
 
@@ -123,7 +122,7 @@ def plan(scope: Scope, sizes: Sequence[int], batch_size: int | None) -> list[tup
 
 
 @dataclass(frozen=True)
-class Fault:
+class CallFailure:
     """One failed call of a part, for the log and the report."""
 
     part: str
@@ -140,25 +139,30 @@ class Outcome:
 
     values: list[Value]
     logs: Logs
-    faults: list[Fault] = field(default_factory=list)
+    failures: list[CallFailure] = field(default_factory=list)
     failed_rows: int = 0  # None by the part's fault, unlike None by its choice
     began: float = 0.0  # time.monotonic
     ended: float = 0.0
 
 
-class Part:
+class Component:
     """One part of the recipe, with its lane."""
 
     def __init__(
-        self, name: str, config: PartConfig, lane: Lane, loaded: LoadedPart | None, workers: Sequence[Worker] = ()
+        self,
+        name: str,
+        config: ComponentConfig,
+        executor: Executor,
+        loaded: LoadedComponent | None,
+        workers: Sequence[Worker] = (),
     ) -> None:
         """`loaded`: its function, of a part that stands in the driver; any other has workers."""
-        self.name, self.config, self.lane, self.workers = name, config, lane, list(workers)
+        self.name, self.config, self.executor, self.workers = name, config, executor, list(workers)
         self._loaded = loaded
         self._out_of_time = 0  # calls in a row, in this step
         self._closed = False
 
-    def plan(self, sizes: Sequence[int]) -> list[tuple[Stretch, ...]]:
+    def plan(self, sizes: Sequence[int]) -> list[tuple[RowSlice, ...]]:
         return plan(self.config.sees, sizes, self.config.workers.batch_size if self.config.workers else None)
 
     def begin(self) -> None:
@@ -166,11 +170,11 @@ class Part:
         self._out_of_time = 0
 
     def submit(self, trajectories: Sequence[Trajectory], state: TrainerState) -> Future[Outcome]:
-        return self.lane.submit(lambda worker: self._attempts(worker, trajectories, state))
+        return self.executor.submit(lambda worker: self._attempts(worker, trajectories, state))
 
     def close(self) -> None:
         self._closed = True
-        self.lane.close()
+        self.executor.close()
         for worker in self.workers:
             worker.close()
 
@@ -178,7 +182,7 @@ class Part:
         """Call until it answers whole, at most 1 + retries times."""
         began, rows = time.monotonic(), len(trajectories)
         if self._out_of_time >= GIVE_UP_AFTER:
-            fault = Fault(
+            fault = CallFailure(
                 self.name,
                 "given up",
                 f"not called again in this step, after {GIVE_UP_AFTER} calls in a row ran out of time",
@@ -186,19 +190,19 @@ class Part:
                 rows,
             )
             return Outcome([None] * rows, Logs(), [fault], rows, began, began)
-        values, logs, faults, broken = self._tries(worker, trajectories, state)
-        self._out_of_time = self._out_of_time + 1 if broken and faults[-1].kind == "timeout" else 0
+        values, logs, failures, broken = self._tries(worker, trajectories, state)
+        self._out_of_time = self._out_of_time + 1 if broken and failures[-1].kind == "timeout" else 0
         if broken:
-            last = faults[-1]
-            faults[-1] = Fault(last.part, last.kind, last.message, last.attempt, broken, last.stack)
+            last = failures[-1]
+            failures[-1] = CallFailure(last.part, last.kind, last.message, last.attempt, broken, last.stack)
         values = [None if is_broken(value) else value for value in values]
-        return Outcome(values, logs, faults, broken, began, time.monotonic())
+        return Outcome(values, logs, failures, broken, began, time.monotonic())
 
     def _tries(
         self, worker: Worker | None, trajectories: Sequence[Trajectory], state: TrainerState
-    ) -> tuple[list[Value], Logs, list[Fault], int]:
+    ) -> tuple[list[Value], Logs, list[CallFailure], int]:
         """(values, logs, the fault of each failed attempt, rows without a value after the last)."""
-        faults: list[Fault] = []
+        failures: list[CallFailure] = []
         values: list[Value] = [None] * len(trajectories)
         logs, broken = Logs(), len(trajectories)
         for attempt in range(1, self.config.retries + 2):
@@ -209,15 +213,17 @@ class Part:
                 broken = sum(is_broken(value) for value in values)
                 if not broken:
                     break
-                faults.append(
-                    Fault(self.name, "nan", f"NaN or infinity for {broken} of {len(values)} trajectories", attempt, 0)
+                failures.append(
+                    CallFailure(
+                        self.name, "nan", f"NaN or infinity for {broken} of {len(values)} trajectories", attempt, 0
+                    )
                 )
             except CallFailed as failure:
                 values, logs, broken = [None] * len(trajectories), Logs(), len(trajectories)
-                faults.append(Fault(self.name, failure.kind, failure.message, attempt, 0, failure.stack))
+                failures.append(CallFailure(self.name, failure.kind, failure.message, attempt, 0, failure.stack))
                 if self._closed:
                     break
-        return values, logs, faults, broken
+        return values, logs, failures, broken
 
     def _call(
         self, worker: Worker | None, trajectories: Sequence[Trajectory], state: TrainerState

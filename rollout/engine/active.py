@@ -13,8 +13,8 @@ from enum import Enum
 
 import numpy as np
 
-from formats.base import Span, ThoughtFormat, Vocabulary
-from record.trajectory import DecisionKind, Decisions, Law, Modality, Piece, Segment
+from formats.base import Format, Span, Vocabulary
+from record.trajectory import DecisionKind, Decisions, Modality, Piece, SamplingParams, Segment
 from rollout.engine.flow import Denoising
 from rollout.engine.sampling import noise_key
 from rollout.requests import RolloutRequest
@@ -45,7 +45,7 @@ class ActiveSequence(SequenceWriter):
         self,
         request: RolloutRequest,
         order: tuple[int, int],
-        fmt: ThoughtFormat,
+        fmt: Format,
         vocabulary: Vocabulary,
         prompt: Sequence[Segment],
         constrain: str,
@@ -53,7 +53,7 @@ class ActiveSequence(SequenceWriter):
         super().__init__(request, order, fmt, vocabulary, prompt, constrain)
         self.noise = noise_key(request.seed, request.group, self.trajectory.member)
         self.denoising: Denoising | None = None
-        self.undrawn = 0  # pictures that are not pixels yet
+        self.undrawn = 0  # images that are not pixels yet
         self.cached = CachedContext()
 
     def position(self, written: int) -> int:
@@ -104,15 +104,15 @@ class ActiveSequence(SequenceWriter):
         before, count = segment.decisions, len(flow.position)
         assert before is not None
         segment.flow, segment.latent = flow.steps(), flow.latent()
-        law = Law(
-            np.concatenate([before.law.temperature_N, np.ones(count, np.float32)]),
-            np.concatenate([before.law.allowed_N, np.full(count, -1, np.int32)]),
-            before.law.sets,
+        sampling = SamplingParams(
+            np.concatenate([before.sampling.temperature_N, np.ones(count, np.float32)]),
+            np.concatenate([before.sampling.allowed_N, np.full(count, -1, np.int32)]),
+            before.sampling.sets,
             self.guidance,
         )
         segment.decisions = Decisions(
             np.concatenate([before.kind_N, np.full(count, DecisionKind.FLOW, np.int8)]),
             np.concatenate([before.position_N, np.array(flow.position, np.int32)]),
             np.concatenate([before.logprob_N, np.array(flow.logprob, np.float32)]),
-            law,
+            sampling,
         )

@@ -1,7 +1,7 @@
 """The rollout engine: the only sampling loop. Requests in, trajectories out; formats say what may come, a policy
 what is likely.
 
-Continuous batching: every tick, each active row takes one id (rows in words and rows in pictures together), then
+Continuous batching: every tick, each active row takes one id (rows in words and rows in images together), then
 one `policy.step` feeds them all. A group's prompt is computed once and copied to its members; a finished row is
 refilled from the queue at once; when the queue is empty the active rows close ranks, so that dead ones cost
 nothing. The loop itself is loop.py, over slots.py; active.py is one trajectory in the making, sampling.py what is

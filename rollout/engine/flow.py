@@ -23,7 +23,7 @@ FIRST_NOISE = 1 << 40  # index of a latent's first noise, apart from those of it
 
 @runtime_checkable
 class FlowPolicy(Protocol):
-    """What a policy whose pictures are denoised offers besides policy/base.py."""
+    """What a policy whose images are denoised offers besides policy/base.py."""
 
     flow_times: Sequence[float]  # from 1 (noise) down to 0: one more than there are steps
     latent_shape: tuple[int, ...]

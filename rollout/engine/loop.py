@@ -335,7 +335,7 @@ class Batch(Rows):
                 self.kept_prompt = (r, self.logits_AV[source].clone())
         self.ready.update(i for rows in fresh.values() for i in rows)
 
-    # ---- latents and pictures ----
+    # ---- latents and images ----
 
     def _begin_latent(self, i: int, sequence: ActiveSequence) -> None:
         if not isinstance(self.policy, FlowPolicy):

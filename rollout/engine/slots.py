@@ -21,7 +21,7 @@ from rollout.engine.active import ActiveSequence
 from rollout.engine.state import EngineState
 from rollout.requests import RolloutError
 
-DRAW_BATCH = 64  # pictures are drawn when so many wait, when a group waits for nothing else, or at the end
+DRAW_BATCH = 64  # images are drawn when so many wait, when a group waits for nothing else, or at the end
 
 
 class Rows:
@@ -31,10 +31,10 @@ class Rows:
         """rows: trajectories written at once; longest: ids of a prompt and of what may follow it."""
         self.engine, self.policy, self.stats = engine, engine.policy, engine.stats
         self.sequences: list[ActiveSequence] = []
-        self.waiting: list[ActiveSequence] = []  # finished, their pictures not drawn yet
+        self.waiting: list[ActiveSequence] = []  # finished, their images not drawn yet
         self.undrawn: list[tuple[ActiveSequence, Segment]] = []
         self.written: Counter[int] = Counter()  # finished trajectories by request
-        self.awaited = False  # a group is written but for its pictures: whoever judges it could begin
+        self.awaited = False  # a group is written but for its images: whoever judges it could begin
         self.ready: set[int] = set()  # rows whose logits are there without a step
         self.reprefill: list[int] = []  # rows to prefill with the open segment's context
         self.more: list[int] = []  # rows to extend by what they lack of it
@@ -115,7 +115,7 @@ class Rows:
         self.stats.ticks += 1
         if not rows:
             return
-        # A picture may close later than it ends, where what follows tells its role: words are never guided.
+        # An image may close later than it ends, where what follows tells its role: words are never guided.
         guided = [i for i in rows if self.sequences[i].guidance is not None and self.sequences[i].cursor.in_image]
         all_rows = rows + [row for i in guided for row in self.branch_rows(i)]
         of = rows + [i for i in guided for _ in self.branch_rows(i)]
@@ -174,28 +174,28 @@ class Rows:
         for i in rows:
             self.sequences[i].provided()
 
-    # ---- pictures ----
+    # ---- images ----
 
     def draw(self) -> None:
         """Turn all collected codes and latents into uint8, once."""
         began = time.perf_counter()
         waiting, self.undrawn = self.undrawn, []
         contents = [segment.ids[1:-1] if segment.latent is None else segment.latent for _, segment in waiting]
-        for (sequence, segment), picture in zip(waiting, self.policy.draw(contents), strict=True):
-            segment.picture = picture
+        for (sequence, segment), image in zip(waiting, self.policy.decode_images(contents), strict=True):
+            segment.image = image
             sequence.undrawn -= 1
-        self.stats.pictures += len(waiting)
+        self.stats.images += len(waiting)
         self.stats.draw_seconds += time.perf_counter() - began
 
     def wait(self, sequence: ActiveSequence) -> None:
-        """A trajectory is finished, but for pictures that are not drawn."""
+        """A trajectory is finished, but for images that are not drawn."""
         self.waiting.append(sequence)
         request, _ = sequence.order
         self.written[request] += 1
         self.awaited |= self.written[request] == sequence.siblings
 
     def drawn(self, all_of_them: bool) -> list[ActiveSequence]:
-        """Finished trajectories whose pictures are drawn."""
+        """Finished trajectories whose images are drawn."""
         if self.undrawn and (all_of_them or self.awaited or len(self.undrawn) >= DRAW_BATCH):
             self.draw()
         self.awaited = False

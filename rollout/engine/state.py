@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from formats.base import ThoughtFormat
+from formats.base import Format
 from policy.base import Policy
 from record.trajectory import Segment, Trajectory
 from rollout.config import RolloutConfig
@@ -22,7 +22,7 @@ class EngineStats:
     trajectories: int = 0
     tokens: int = 0
     decisions: int = 0
-    pictures: int = 0
+    images: int = 0
     ticks: int = 0
     row_ticks: int = 0  # rows stepped, summed over ticks: guidance branches left out
     branch_ticks: int = 0
@@ -64,7 +64,7 @@ class EngineState:
     def __init__(
         self,
         policy: Policy,
-        fmt: ThoughtFormat,
+        fmt: Format,
         config: RolloutConfig,
         constrain: str = "images",
         environment: Environment | None = None,

@@ -11,7 +11,7 @@ import numpy as np
 from record.trajectory import Trajectory
 from rollout.requests import RolloutRequest
 from rollout.spec import EngineSpec
-from rollout.weights.wire import Manifest, PublicationError
+from rollout.weights.wire import Manifest, WeightSyncError
 from rollout.writer import RolloutWorker
 from runtime.actor_process import TraceableActor
 
@@ -31,9 +31,9 @@ class ActorWorker(TraceableActor):
         self.worker = RolloutWorker(self.name, spec.build())
 
     def take(
-        self, publication: tuple[Manifest, Sequence[Trajectory]], *chunks: np.ndarray
+        self, update: tuple[Manifest, Sequence[Trajectory]], *chunks: np.ndarray
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        return self.worker.receive(*publication, *chunks)
+        return self.worker.receive(*update, *chunks)
 
     def probe(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
         return self.worker.probe(trajectories)
@@ -44,7 +44,7 @@ class ActorWorker(TraceableActor):
         Pickled here, because arrays that Ray unpacks are read-only and hold on to its shared memory.
         """
         if self.worker.receiver.version != version:
-            raise PublicationError(f"{self.name} has version {self.worker.receiver.version} of {version}")
+            raise WeightSyncError(f"{self.name} has version {self.worker.receiver.version} of {version}")
         for group, trajectories in self.worker.groups(requests):
             yield group, pickle.dumps(trajectories, protocol=5)
         yield self.worker.stats()

@@ -17,7 +17,7 @@ from policy.base import Policy
 from record.trajectory import Trajectory
 from rollout.requests import RolloutRequest
 from rollout.weights.probe import Probe
-from rollout.weights.wire import Publication
+from rollout.weights.wire import WeightUpdate
 from runtime.errors import UserError
 
 Each = Callable[[int, list[Trajectory]], None]  # (index of the request, its members), as groups finish
@@ -88,18 +88,18 @@ class Rollouts(Protocol):
         """The same, as groups finish."""
         ...
 
-    def publish(self, publication: Publication, probe: Probe | None = None) -> float:
+    def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float:
         """Bring all workers to a newer version. Returns the largest gap on the probe (0 without one).
 
-        Raises PublicationError if a worker refuses the weights or fails the probe. Not while a stream is read.
+        Raises WeightSyncError if a worker refuses the weights or fails the probe. Not while a stream is read.
         """
         ...
 
-    def shares(self, policy: Policy) -> bool:
+    def shares_weights(self, policy: Policy) -> bool:
         """Whether the engines sample with this very policy, so that nothing need be published."""
         ...
 
-    def adopt(self, version: int) -> None:
+    def set_version(self, version: int) -> None:
         """Where weights are shared: stamp this version from now on."""
         ...
 
@@ -116,7 +116,7 @@ def rollout_metrics(counts: Sequence[dict[str, float]], seconds: float, groups: 
     total = {name: sum(count.get(name, 0.0) for count in counts) for name in {key for count in counts for key in count}}
     metrics = {
         f"rollout/{name}": total[name]
-        for name in ("trajectories", "tokens", "decisions", "pictures", "prompts", "refills", "reprefills")
+        for name in ("trajectories", "tokens", "decisions", "images", "prompts", "refills", "reprefills")
         if name in total
     }
     if total.get("ticks"):

@@ -21,7 +21,7 @@ from rollout.pool.contract import (
 )
 from rollout.requests import RolloutRequest
 from rollout.weights.probe import Probe
-from rollout.weights.wire import Publication
+from rollout.weights.wire import WeightUpdate
 from rollout.writer import RolloutWorker
 
 
@@ -62,15 +62,15 @@ class LocalRollouts:
         for group, trajectories in self._worker.groups(requests) if requests else ():
             yield FinishedGroup(index[group], trajectories)
 
-    def publish(self, publication: Publication, probe: Probe | None = None) -> float:
+    def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float:
         trajectories = probe.trajectories if probe is not None else ()
-        before_N, after_N = self._worker.receive(publication.manifest, trajectories, *publication.chunks)
+        before_N, after_N = self._worker.receive(update.manifest, trajectories, *update.chunks)
         return probe.check(self._worker.name, before_N, after_N) if probe is not None and after_N is not None else 0.0
 
-    def shares(self, policy: Policy) -> bool:
+    def shares_weights(self, policy: Policy) -> bool:
         return self._worker.engine.policy is policy
 
-    def adopt(self, version: int) -> None:
+    def set_version(self, version: int) -> None:
         self._worker.receiver.version = self._worker.engine.version = version
 
     def probe(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:

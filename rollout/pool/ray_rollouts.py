@@ -36,37 +36,37 @@ from rollout.requests import RolloutRequest
 from rollout.spec import EngineSpec
 from rollout.weights.probe import Probe
 from rollout.weights.receive import UNPUBLISHED
-from rollout.weights.wire import Publication, PublicationError
+from rollout.weights.wire import WeightSyncError, WeightUpdate
 from runtime.actor_process import ActorProcess, end_actor
 from runtime.errors import UserError
 from runtime.ray_cluster import start_ray
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0  # waiting for resources, building the engine, taking up weights
-SAY_AFTER_S = 10.0  # how long to wait for resources before saying so, and between sayings
+LOG_AFTER_S = 10.0  # how long to wait for resources before saying so, and between sayings
 TICK_S = 1.0  # how often timeouts are looked at
 
 
 @dataclass
-class _Place:
+class _Slot:
     """One worker's place in the pool, and the actor that holds it now."""
 
-    slot: int
+    number: int
     actor: Any = None  # None: vacant
     starting: list[Any] = field(default_factory=list)  # references that must come before it is idle, in order
     probe: Probe | None = None  # to check what the last of them answers
     call: Call | None = None
     stream: Any = None  # of the call
-    heard: float = 0.0  # when it last gave a sign
-    said: float = 0.0  # when its waiting was last logged
+    last_seen: float = 0.0  # when it last gave a sign
+    last_logged: float = 0.0  # when its waiting was last logged
     process: ActorProcess | None = None  # None: it has not begun to run
     version: int = UNPUBLISHED
     restarts: int = -1
 
     @property
     def name(self) -> str:
-        return f"worker {self.slot}"
+        return f"worker {self.number}"
 
     @property
     def pid(self) -> int:
@@ -100,12 +100,12 @@ class RayRollouts:
             raise WorkersError("rollout.workers: Ray rollouts want at least 1; 0 rolls out in this process")
         self.spec, self.config, self.start_timeout_s = spec, config, start_timeout_s
         self.version = UNPUBLISHED
-        self._published: list[tuple[Publication, Probe | None]] = []  # what a fresh worker must take up, in order
+        self._published: list[tuple[WeightUpdate, Probe | None]] = []  # what a fresh worker must take up, in order
         self._crashes: list[str] = []  # since the last finished group or publication
         self._replaced: dict[str, int] = {}  # restarts by reason, since the last generation reported them
         self._counts: list[dict[str, float]] = []
         self.cluster = start_ray(config.workers * config.threads, object_store_bytes)
-        self._places = [_Place(slot) for slot in range(config.workers)]
+        self._slots = [_Slot(number) for number in range(config.workers)]
         try:
             self._check_size()
             self._settle()
@@ -148,67 +148,65 @@ class RayRollouts:
         members = max((len(request.members) for request in requests), default=1)
         index = {request.group: i for i, request in enumerate(requests)}
         assignment = Assignment(
-            len(requests), len(self._places), self.config.rows // members, self.config.retries, self.config.reproducible
+            len(requests), len(self._slots), self.config.rows // members, self.config.retries, self.config.reproducible
         )
         self._counts = []
-        self._bury()
+        self._reap()
         try:
             while assignment.left:
                 self._dispatch(assignment, requests)
-                for place in self._wait():
-                    for done in self._hear(place, assignment, requests):
+                for slot in self._wait():
+                    for done in self._poll(slot, assignment, requests):
                         if isinstance(done, FailedGroup):
                             yield done
                         elif assignment.finished(index[done[0]]):
                             self._crashes.clear()
                             yield FinishedGroup(index[done[0]], pickle.loads(done[1]))
-                for place, reason, crash in self._silent(timeout_s):
-                    yield from self._lose(place, reason, crash, assignment, requests)
-            while any(place.call for place in self._places):  # their last word is the engine's counts
-                for place in self._wait():
-                    list(self._hear(place, assignment, requests))
-                for place, reason, crash in self._silent(timeout_s):
-                    self._lose(place, reason, crash, assignment, requests)
+                for slot, reason, crash in self._timed_out(timeout_s):
+                    yield from self._on_worker_lost(slot, reason, crash, assignment, requests)
+            while any(slot.call for slot in self._slots):  # their last word is the engine's counts
+                for slot in self._wait():
+                    list(self._poll(slot, assignment, requests))
+                for slot, reason, crash in self._timed_out(timeout_s):
+                    self._on_worker_lost(slot, reason, crash, assignment, requests)
         finally:
-            for place in self._places:
-                if place.call is not None:  # nobody will read what it writes
-                    self._vacate(place)
+            for slot in self._slots:
+                if slot.call is not None:  # nobody will read what it writes
+                    self._kill(slot)
 
-    def publish(self, publication: Publication, probe: Probe | None = None) -> float:
+    def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float:
         import ray
 
-        if publication.version <= self.version:
-            raise PublicationError(
-                f"version {publication.version} comes after version {self.version}: versions only grow"
-            )
-        if any(place.call is not None for place in self._places):
-            raise PublicationError(f"version {publication.version} was published while groups are being written")
-        carried = Publication(publication.manifest, tuple(ray.put(chunk) for chunk in publication.chunks))
-        if publication.manifest.kind == "full":
+        if update.version <= self.version:
+            raise WeightSyncError(f"version {update.version} comes after version {self.version}: versions only grow")
+        if any(slot.call is not None for slot in self._slots):
+            raise WeightSyncError(f"version {update.version} was published while groups are being written")
+        carried = WeightUpdate(update.manifest, tuple(ray.put(chunk) for chunk in update.chunks))
+        if update.manifest.kind == "full":
             self._published = []
         else:
             self._published = [(p, None) for p, _ in self._published if p.manifest.kind == "full"]
         self._published.append((carried, probe))
-        self.version = publication.version
+        self.version = update.version
         self._crashes.clear()
-        for place in self._places:
-            if place.actor is not None:
-                self._send(place, carried, probe)
+        for slot in self._slots:
+            if slot.actor is not None:
+                self._send(slot, carried, probe)
         gap = self._settle()
         self._crashes.clear()
         return gap
 
-    def shares(self, policy: Policy) -> bool:
+    def shares_weights(self, policy: Policy) -> bool:
         return False
 
-    def adopt(self, version: int) -> None:
-        raise PublicationError("actors have weights of their own: publish to them")
+    def set_version(self, version: int) -> None:
+        raise WeightSyncError("actors have weights of their own: publish to them")
 
     def probe(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         import ray
 
         self._settle()
-        answers = [place.actor.probe.remote(list(trajectories)) for place in self._places]
+        answers = [slot.actor.probe.remote(list(trajectories)) for slot in self._slots]
         return [np.array(answer) for answer in ray.get(answers, timeout=self.start_timeout_s)]
 
     def health(self) -> list[WorkerHealth]:
@@ -216,21 +214,21 @@ class RayRollouts:
         import ray
 
         asked = {
-            place.slot: place.actor.about.remote()
-            for place in self._places
-            if place.actor is not None and not place.starting and place.call is None
+            slot.number: slot.actor.about.remote()
+            for slot in self._slots
+            if slot.actor is not None and not slot.starting and slot.call is None
         }
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=TICK_S) if asked else None
         return [
             WorkerHealth(
-                place.name, self._state(place, asked.get(place.slot)), place.version, place.pid, max(place.restarts, 0)
+                slot.name, self._state(slot, asked.get(slot.number)), slot.version, slot.pid, max(slot.restarts, 0)
             )
-            for place in self._places
+            for slot in self._slots
         ]
 
     def close(self) -> None:
-        for place in self._places:
-            self._vacate(place)
+        for slot in self._slots:
+            self._kill(slot)
         self._published = []
         self.cluster.stop()
 
@@ -248,89 +246,87 @@ class RayRollouts:
                     f"{there.get(name, 0.0):g}. Give it more, or set rollout.workers: 0"
                 )
 
-    def _fill(self, place: _Place) -> None:
+    def _fill(self, slot: _Slot) -> None:
         """Put a fresh actor into a vacant place; it is idle once `starting` is empty."""
         import ray
 
         actor_class = ray.remote(num_cpus=self.config.threads, num_gpus=self.config.gpus, max_restarts=0)(ActorWorker)
-        place.actor = actor_class.remote(place.name, self.config.threads)
-        place.starting = [place.actor.about.remote(), place.actor.build.remote(self.spec)]
-        place.probe, place.version = None, UNPUBLISHED
-        place.process = None
-        place.heard = place.said = time.monotonic()
-        place.restarts += 1
-        for publication, probe in self._published:
-            self._send(place, publication, probe)
+        slot.actor = actor_class.remote(slot.name, self.config.threads)
+        slot.starting = [slot.actor.about.remote(), slot.actor.build.remote(self.spec)]
+        slot.probe, slot.version = None, UNPUBLISHED
+        slot.process = None
+        slot.last_seen = slot.last_logged = time.monotonic()
+        slot.restarts += 1
+        for update, probe in self._published:
+            self._send(slot, update, probe)
 
-    def _send(self, place: _Place, publication: Publication, probe: Probe | None) -> None:
+    def _send(self, slot: _Slot, update: WeightUpdate, probe: Probe | None) -> None:
         trajectories = probe.trajectories if probe is not None else ()
-        place.starting.append(place.actor.take.remote((publication.manifest, trajectories), *publication.chunks))
-        place.probe, place.heard = probe, time.monotonic()
+        slot.starting.append(slot.actor.take.remote((update.manifest, trajectories), *update.chunks))
+        slot.probe, slot.last_seen = probe, time.monotonic()
 
     def _settle(self) -> float:
         """Wait until every place has a worker that is idle and has the weights. Returns the largest gap."""
         gap = 0.0
-        while any(place.actor is None or place.starting for place in self._places):
-            for place in self._places:
-                if place.actor is None:
-                    self._fill(place)
-            for place in self._wait():
-                gap = max(gap, self._started(place))
-            for place, reason, crash in self._silent(self.start_timeout_s):
-                self._replace(place, reason, crash)
+        while any(slot.actor is None or slot.starting for slot in self._slots):
+            for slot in self._slots:
+                if slot.actor is None:
+                    self._fill(slot)
+            for slot in self._wait():
+                gap = max(gap, self._started(slot))
+            for slot, reason, crash in self._timed_out(self.start_timeout_s):
+                self._replace(slot, reason, crash)
         return gap
 
-    def _started(self, place: _Place) -> float:
+    def _started(self, slot: _Slot) -> float:
         """One of the things that a starting worker had to do is done. Returns its gap on the probe."""
         import ray
 
         try:
-            answer = ray.get(place.starting[0])
+            answer = ray.get(slot.starting[0])
         except ray.exceptions.RayError as error:
             self._raise_if_users(error)
-            self._replace(place, "crash", self._quote(place, error))
+            self._replace(slot, "crash", self._quote(slot, error))
             return 0.0
-        place.starting.pop(0)
-        place.heard = time.monotonic()
-        if place.process is None:
-            place.process = ActorProcess(*answer)
-        if place.starting:
+        slot.starting.pop(0)
+        slot.last_seen = time.monotonic()
+        if slot.process is None:
+            slot.process = ActorProcess(*answer)
+        if slot.starting:
             return 0.0
-        place.version = self.version
-        return place.probe.check(place.name, *answer) if place.probe is not None else 0.0
+        slot.version = self.version
+        return slot.probe.check(slot.name, *answer) if slot.probe is not None else 0.0
 
-    def _replace(self, place: _Place, reason: str, crash: str) -> None:
+    def _replace(self, slot: _Slot, reason: str, crash: str) -> None:
         """Note a crash and vacate the place.
 
         Raises WorkersError if it never began to run, or once more workers died in a row than a few bad groups could
         explain.
         """
-        if reason == "timeout" and place.process is None:
+        if reason == "timeout" and slot.process is None:
             raise WorkersError(
                 f"{crash}: Ray gave it no process. It asks for {self.config.threads} CPU and "
                 f"{self.config.gpus:g} GPU; free them, ask for fewer rollout.workers, or set it to 0"
             )
         self._crashes.append(crash)
         self._replaced[reason] = self._replaced.get(reason, 0) + 1
-        log.warning("%s is replaced (%s): %s", place.name, reason, crash)
-        self._vacate(place)
-        if len(self._crashes) >= (self.config.retries + 1) * (len(self._places) + 1):
+        logger.warning("%s is replaced (%s): %s", slot.name, reason, crash)
+        self._kill(slot)
+        if len(self._crashes) >= (self.config.retries + 1) * (len(self._slots) + 1):
             raise WorkersError(
                 f"rollout workers keep dying: {len(self._crashes)} in a row. The first one: {self._crashes[0]}"
             )
 
-    def _vacate(self, place: _Place) -> None:
-        end_actor(place.actor, place.process)
-        place.actor, place.starting, place.call, place.stream, place.probe = None, [], None, None, None
+    def _kill(self, slot: _Slot) -> None:
+        end_actor(slot.actor, slot.process)
+        slot.actor, slot.starting, slot.call, slot.stream, slot.probe = None, [], None, None, None
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         """Vacate the places of idle workers that died since the last call, which costs no group an attempt."""
         import ray
 
         asked = {
-            place.actor.about.remote(): place
-            for place in self._places
-            if place.actor is not None and not place.starting
+            slot.actor.about.remote(): slot for slot in self._slots if slot.actor is not None and not slot.starting
         }
         if asked:
             for answer in ray.wait(list(asked), num_returns=len(asked), timeout=TICK_S)[0]:
@@ -339,14 +335,14 @@ class RayRollouts:
                 except ray.exceptions.RayError as error:
                     self._replace(asked[answer], "crash", self._quote(asked[answer], error))
 
-    def _state(self, place: _Place, answer: Any) -> str:
+    def _state(self, slot: _Slot, answer: Any) -> str:
         import ray
 
-        if place.actor is None:
+        if slot.actor is None:
             return "dead"
-        if place.starting:
+        if slot.starting:
             return "starting"
-        if place.call is not None:
+        if slot.call is not None:
             return "writing"
         if not ray.wait([answer], timeout=0)[0]:
             return "silent"
@@ -360,101 +356,101 @@ class RayRollouts:
 
     def _dispatch(self, assignment: Assignment, requests: Sequence[RolloutRequest]) -> None:
         """Fill vacant places, and give idle workers something to write."""
-        for place in self._places:
-            if place.actor is None:
-                self._fill(place)
-            if place.starting or place.call is not None:
+        for slot in self._slots:
+            if slot.actor is None:
+                self._fill(slot)
+            if slot.starting or slot.call is not None:
                 continue
-            call = assignment.next(place.slot)
+            call = assignment.next(slot.number)
             if call is not None:
-                place.call, place.heard = call, time.monotonic()
-                place.stream = place.actor.roll.options(num_returns="streaming").remote(
+                slot.call, slot.last_seen = call, time.monotonic()
+                slot.stream = slot.actor.roll.options(num_returns="streaming").remote(
                     [requests[group] for group in call.groups], self.version
                 )
 
-    def _wait(self) -> list[_Place]:
+    def _wait(self) -> list[_Slot]:
         """Places that have something to say, after TICK_S at most."""
         import ray
 
-        self._say_what_is_waited_for()
-        by_waitable = {place.waitable(): place for place in self._places if place.waitable() is not None}
+        self._log_what_is_waited_for()
+        by_waitable = {slot.waitable(): slot for slot in self._slots if slot.waitable() is not None}
         if not by_waitable:
             return []
         ready, _ = ray.wait(list(by_waitable), num_returns=1, timeout=TICK_S)
         return [by_waitable[waitable] for waitable in ready]
 
-    def _hear(self, place: _Place, assignment: Assignment, requests: Sequence[RolloutRequest]) -> Iterator[Any]:
+    def _poll(self, slot: _Slot, assignment: Assignment, requests: Sequence[RolloutRequest]) -> Iterator[Any]:
         """What a worker says: a finished (group, bytes); its failures as FailedGroup."""
         import ray
 
-        if place.starting:
-            self._started(place)
+        if slot.starting:
+            self._started(slot)
             return
         try:
-            said = ray.get(next(place.stream))
+            last_logged = ray.get(next(slot.stream))
         except StopIteration:
-            place.call = place.stream = None
+            slot.call = slot.stream = None
             return
         except ray.exceptions.RayError as error:
             self._raise_if_users(error)
             raised = isinstance(error, ray.exceptions.RayTaskError)
-            yield from self._lose(
-                place, "error" if raised else "crash", self._quote(place, error), assignment, requests
+            yield from self._on_worker_lost(
+                slot, "error" if raised else "crash", self._quote(slot, error), assignment, requests
             )
             return
-        place.heard = time.monotonic()
-        if isinstance(said, dict):
-            self._counts.append(said)
+        slot.last_seen = time.monotonic()
+        if isinstance(last_logged, dict):
+            self._counts.append(last_logged)
         else:
-            yield said
+            yield last_logged
 
-    def _lose(
-        self, place: _Place, reason: str, crash: str, assignment: Assignment, requests: Sequence[RolloutRequest]
+    def _on_worker_lost(
+        self, slot: _Slot, reason: str, crash: str, assignment: Assignment, requests: Sequence[RolloutRequest]
     ) -> list[FailedGroup]:
         """Replace a worker and queue its groups again. Returns those that have had their last attempt."""
-        call = place.call
-        self._replace(place, reason, crash)
+        call = slot.call
+        self._replace(slot, reason, crash)
         if call is None:
             return []
-        dropped = assignment.failed(place.slot, call)
+        dropped = assignment.failed(slot.number, call)
         if dropped:
-            log.warning(
+            logger.warning(
                 "dropped after %d attempts: group %s",
                 self.config.retries + 1,
                 ", ".join(str(requests[i].group) for i in dropped),
             )
         return [FailedGroup(i, requests[i].group, reason, crash) for i in dropped]
 
-    def _silent(self, timeout_s: float) -> list[tuple[_Place, str, str]]:
+    def _timed_out(self, timeout_s: float) -> list[tuple[_Slot, str, str]]:
         """Workers that have given no sign for too long, and what they were doing."""
         now, found = time.monotonic(), []
-        for place in self._places:
-            limit = self.start_timeout_s if place.starting else timeout_s
-            if place.waitable() is not None and now - place.heard > limit:
-                doing = "starting" if place.starting else "writing"
-                stack = place.process.stack() if place.process is not None else ""
+        for slot in self._slots:
+            limit = self.start_timeout_s if slot.starting else timeout_s
+            if slot.waitable() is not None and now - slot.last_seen > limit:
+                doing = "starting" if slot.starting else "writing"
+                stack = slot.process.stack() if slot.process is not None else ""
                 found.append(
                     (
-                        place,
+                        slot,
                         "timeout",
-                        f"{place.name} was silent for {limit:g} s while {doing}"
+                        f"{slot.name} was silent for {limit:g} s while {doing}"
                         + (f". Its stack:\n{stack}" if stack else ""),
                     )
                 )
         return found
 
-    def _say_what_is_waited_for(self) -> None:
+    def _log_what_is_waited_for(self) -> None:
         import ray
 
         now = time.monotonic()
-        for place in self._places:
-            if place.starting and place.process is None and now - place.said > SAY_AFTER_S:
-                place.said = now
+        for slot in self._slots:
+            if slot.starting and slot.process is None and now - slot.last_logged > LOG_AFTER_S:
+                slot.last_logged = now
                 free = ray.available_resources()
-                log.warning(
+                logger.warning(
                     "%s has waited %.0f s to start; it asks for %d CPU and %g GPU, and %g and %g are free",
-                    place.name,
-                    now - place.heard,
+                    slot.name,
+                    now - slot.last_seen,
                     self.config.threads,
                     self.config.gpus,
                     free.get("CPU", 0.0),
@@ -467,13 +463,13 @@ class RayRollouts:
         if isinstance(cause, UserError):
             raise cause from error
 
-    def _quote(self, place: _Place, error: Exception) -> str:
+    def _quote(self, slot: _Slot, error: Exception) -> str:
         """A crash in a reader's words: the exception with its traceback, or how the process ended."""
         cause = getattr(error, "cause", None)
         if cause is not None:
-            return f"{place.name}: {type(cause).__name__}: {cause}\n{error}"
-        said = str(error)
-        ended = next((line for line in said.splitlines() if "because" in line), said)
+            return f"{slot.name}: {type(cause).__name__}: {cause}\n{error}"
+        last_logged = str(error)
+        ended = next((line for line in last_logged.splitlines() if "because" in line), last_logged)
         ended = ended.split("Worker exit detail: ")[-1].split(" Some common causes")[0]
-        tail = self.cluster.log_tail(place.pid) if place.pid else ""
-        return f"{place.name} (process {place.pid}) died: {ended}" + (f"\nIts last words:\n{tail}" if tail else "")
+        tail = self.cluster.log_tail(slot.pid) if slot.pid else ""
+        return f"{slot.name} (process {slot.pid}) died: {ended}" + (f"\nIts last words:\n{tail}" if tail else "")

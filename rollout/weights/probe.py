@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from record.trajectory import Trajectory
-from rollout.weights.wire import PublicationError
+from rollout.weights.wire import WeightSyncError
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Probe:
             before_N: of the worker's last version; None where it had none.
 
         Raises:
-            PublicationError: it is past the tolerance, or the trainer's moved and the worker's did not.
+            WeightSyncError: it is past the tolerance, or the trainer's moved and the worker's did not.
         """
         if after_N.shape != self.expected_N.shape:
-            raise PublicationError(
+            raise WeightSyncError(
                 f"version {self.version} on {worker}: it scored {len(after_N)} decisions of the "
                 f"probe where the trainer scored {len(self.expected_N)}"
             )
@@ -38,13 +38,13 @@ class Probe:
         gap = float(gap_N.max(initial=0.0))
         if gap > self.tolerance:
             n = int(gap_N.argmax())
-            raise PublicationError(
+            raise WeightSyncError(
                 f"version {self.version} on {worker}: its log-probs differ from the trainer's by up to {gap:.3g} "
                 f"(decision {n} of the probe: {after_N[n]:.6f}, trainer {self.expected_N[n]:.6f}), over the tolerance "
                 f"of {self.tolerance:g}: other weights than the published ones are sampling there"
             )
         if self.moved and before_N is not None and len(after_N) and np.array_equal(before_N, after_N):
-            raise PublicationError(
+            raise WeightSyncError(
                 f"version {self.version} on {worker}: the weights changed, and the trainer's log-probs with them, but "
                 f"the worker's are still those of its last version (largest difference to the trainer's: {gap:.3g}): "
                 f"it did not take them up"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rollout.weights.wire import Manifest, PublicationError, checksum, fingerprint, gather, some, tensor_of
+from rollout.weights.wire import Manifest, WeightSyncError, checksum, fingerprint, gather, some, tensor_of
 
 UNPUBLISHED = -1  # the version of weights that a writer was built with
 
@@ -30,7 +30,7 @@ class WeightReceiver:
         """Load a publication. After an error the model is as it was before.
 
         Raises:
-            PublicationError: a version not newer than the last, a chunk or tensor whose checksum differs, names or
+            WeightSyncError: a version not newer than the last, a chunk or tensor whose checksum differs, names or
                 shapes that are not the model's, or a delta to another base.
         """
         if manifest.version <= self.version:
@@ -93,5 +93,5 @@ class WeightReceiver:
                     f"another policy, and a delta on it would be another model",
                 )
 
-    def _error(self, manifest: Manifest, what: str) -> PublicationError:
-        return PublicationError(f"version {manifest.version} was refused by {self.name}: {what}")
+    def _error(self, manifest: Manifest, what: str) -> WeightSyncError:
+        return WeightSyncError(f"version {manifest.version} was refused by {self.name}: {what}")

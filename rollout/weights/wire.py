@@ -1,6 +1,6 @@
 """Weights on the wire: tensors become checksummed chunks and a manifest, and a model takes them whole or not at all.
 
-rl/publish.py packs; workers.py carries the chunks to its workers, each of which receives them with a WeightReceiver
+rl/weight_sync.py packs; workers.py carries the chunks to its workers, each of which receives them with a WeightReceiver
 and answers a Probe, which proves that what arrived is what now samples. Knows neither Ray nor trainers.
 
 The tensors lie one after another in one stream of bytes, each beginning at a multiple of ALIGNMENT; the stream is cut
@@ -24,7 +24,7 @@ ALIGNMENT = 64
 CHUNK_BYTES = 64 * 2**20
 
 
-class PublicationError(UserError):
+class WeightSyncError(UserError):
     """Weights that did not arrive as they were sent. Rolling out with them would be training on another's thoughts."""
 
 
@@ -58,7 +58,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Publication:
+class WeightUpdate:
     """A numbered version of the weights. `chunks` are uint8 arrays, or whatever a pool carries in their place."""
 
     manifest: Manifest
@@ -75,10 +75,10 @@ def pack(
     kind: Literal["full", "delta"] = "full",
     base: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
-) -> Publication:
+) -> WeightUpdate:
     """Copy tensors into chunks of `chunk_bytes` (rounded up to ALIGNMENT; the last one may be shorter)."""
     if not tensors:
-        raise PublicationError(f"version {version} holds no tensor: there is nothing to publish")
+        raise WeightSyncError(f"version {version} holds no tensor: there is nothing to publish")
     chunk_bytes = _aligned(max(chunk_bytes, 1))
     entries, start = [], 0
     for name in sorted(tensors):
@@ -101,7 +101,7 @@ def pack(
         _fingerprint(entries),
         base,
     )
-    return Publication(manifest, tuple(chunks))
+    return WeightUpdate(manifest, tuple(chunks))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -1,1 +1,1 @@
-"""The embedded world of coloured shapes: everything that the toolkit needs to run, and learn, on two CPU cores."""
+"""The embedded world of colored shapes: everything that the toolkit needs to run, and learn, on two CPU cores."""

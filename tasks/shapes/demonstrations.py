@@ -1,10 +1,10 @@
 """Thoughts that somebody wrote, in every format: what the warm start learns from.
 
-A demonstration draws what its prompt asks for in 2 to 4 pictures. In about half of them a picture is wrong on purpose,
+A demonstration draws what its prompt asks for in 2 to 4 images. In about half of them an image is wrong on purpose,
 by one mistake that breaks the prompt under GenEval's rules; the text after it names the mistake, the refinement repairs
-it, and everything else of the picture stays as it was. In the others the inspection rightly finds nothing. The last
-picture is always right. `Demonstration.mistakes` says which pictures are wrong, for a loss that would rather not learn
-to draw them; `Demonstration.needless` which plan goes on although the picture before it was already right.
+it, and everything else of the image stays as it was. In the others the inspection rightly finds nothing. The last
+image is always right. `Demonstration.mistakes` says which images are wrong, for a loss that would rather not learn
+to draw them; `Demonstration.needless` which plan goes on although the image before it was already right.
 
 Formats (formats): strokes, subgoals, self_critique.
 """
@@ -34,7 +34,7 @@ from tasks.shapes.render import render
 from tasks.shapes.world import COLORS, SHAPES, Object, Scene, free_places
 
 # Kinds of mistake by tag, with weights: only what GenEval's rules would punish. An extra object is no fault outside
-# counting, nor is a colour that nobody asked for.
+# counting, nor is a color that nobody asked for.
 MISTAKES: dict[str, dict[str, float]] = {
     "single_object": {"shape": 0.9, "missing": 0.1},
     "two_object": {"shape": 0.7, "missing": 0.3},
@@ -43,14 +43,14 @@ MISTAKES: dict[str, dict[str, float]] = {
     "position": {"place": 0.6, "shape": 0.25, "missing": 0.15},
     "color_attr": {"color": 0.55, "shape": 0.3, "missing": 0.15},
 }
-ANOTHER_MISTAKE = 0.35  # of the repairs that go wrong once more, while there is room for two pictures
+ANOTHER_MISTAKE = 0.35  # of the repairs that go wrong once more, while there is room for two images
 TWO_STROKES = 0.25  # of the thoughts on several objects that are drawn in two strokes
-MAX_PICTURES = 4
+MAX_IMAGES = 4
 
 
 @dataclass(frozen=True)
 class Slip:
-    """A picture that went wrong, what is wrong with it, and the object as it should be (None: there should be none)."""
+    """An image that went wrong, what is wrong with it, and the object as it should be (None: there should be none)."""
 
     scene: Scene
     mistake: Mistake
@@ -149,7 +149,7 @@ class _Writer:
     def draw(self, role: str, scene: Scene, wrong: bool = False) -> None:
         if wrong:
             self.mistakes.append(len(self.parts))
-        self.parts.append(Part(role, picture=render(scene)))
+        self.parts.append(Part(role, image=render(scene)))
 
     def finish(self, record: Record) -> Demonstration:
         return Demonstration(record["prompt"], record, tuple(self.parts), tuple(self.mistakes), tuple(self.needless))
@@ -199,12 +199,12 @@ def strokes(record: Record, rng: np.random.Generator, mistake_rate: float) -> De
 
 
 def _how_often(rng: np.random.Generator) -> int:
-    """How many pictures in a row go wrong where one does: 1 to MAX_PICTURES - 1."""
-    return min(int(rng.geometric(1 - ANOTHER_MISTAKE)), MAX_PICTURES - 1)
+    """How many images in a row go wrong where one does: 1 to MAX_IMAGES - 1."""
+    return min(int(rng.geometric(1 - ANOTHER_MISTAKE)), MAX_IMAGES - 1)
 
 
 def _stroke(out: _Writer, record: Record, scene: Scene, plan_text: str, rng: np.random.Generator, wrong: int) -> None:
-    """One stroke with its inspections; the first `wrong` of its pictures have a mistake each."""
+    """One stroke with its inspections; the first `wrong` of its images have a mistake each."""
     out.say("plan", plan_text)
     role = "sketch"
     for made in _slips(record, scene, rng, wrong):
@@ -217,7 +217,7 @@ def _stroke(out: _Writer, record: Record, scene: Scene, plan_text: str, rng: np.
 
 
 def subgoals(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
-    """A plan in words, one or two pictures of its parts with words on each, then the picture of the whole.
+    """A plan in words, one or two images of its parts with words on each, then the image of the whole.
 
     Half of the parts that went wrong are drawn again before going on; the others are put right in the whole.
     """
@@ -241,7 +241,7 @@ def subgoals(record: Record, rng: np.random.Generator, mistake_rate: float) -> D
 
 
 def self_critique(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
-    """A picture at once, words on it, and another picture; again while the last one is wrong."""
+    """An image at once, words on it, and another image; again while the last one is wrong."""
     scene = sample_scene_for(record, rng)
     out = _Writer()
     role = "sketch"

@@ -1,9 +1,9 @@
 """Pixels back to objects: exact on rendered scenes, and forgiving enough for a visual tokenizer's reconstructions.
 
-Each pixel is given the palette colour it is a tint of, blobs of one colour are labelled (scikit-image), and each blob
-is compared with the templates of render.py. Reads 32 x 32 pictures of the shapes world and nothing else.
+Each pixel is given the palette color it is a tint of, blobs of one color are labelled (scikit-image), and each blob
+is compared with the templates of render.py. Reads 32 x 32 images of the shapes world and nothing else.
 
-Letters: P palette colours (ground first), K templates (shape by shift), W a window's pixels.
+Letters: P palette colors (ground first), K templates (shape by shift), W a window's pixels.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ IOU_FLOOR, IOU_FULL = 0.55, 0.85
 _COLOR_NAMES = tuple(COLORS)
 
 
-class PictureError(UserError):
-    """A picture that is none of this world's."""
+class ImageError(UserError):
+    """An image that is none of this world's."""
 
 
 @cache
 def _color_table() -> np.ndarray:
-    """uint8 [32, 32, 32]: index of the palette colour (0 is the ground) by the upper five bits of r, g, b.
+    """uint8 [32, 32, 32]: index of the palette color (0 is the ground) by the upper five bits of r, g, b.
 
-    A pixel on an object's edge is a mix of ground and colour, so colours are told apart by their distance from the
-    line between the ground and each colour, and belong to an object when more than half of the mix is colour.
+    A pixel on an object's edge is a mix of ground and color, so colors are told apart by their distance from the
+    line between the ground and each color, and belong to an object when more than half of the mix is color.
     """
     levels = np.arange(32, dtype=np.float32) * 8 + 4
     rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1)
@@ -69,27 +69,26 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return templates_KW, templates_KW.sum(1), np.asarray(shapes)
 
 
-def color_map(picture: np.ndarray) -> np.ndarray:
-    """uint8 [32, 32]: each pixel's colour, 0 the ground, 1 the first of COLORS. Raises PictureError as `detect`."""
-    if picture.dtype != np.uint8 or picture.shape != (CANVAS, CANVAS, 3):
-        raise PictureError(
-            f"the shapes detector reads uint8 pictures of [{CANVAS}, {CANVAS}, 3], not "
-            f"{picture.dtype} {list(picture.shape)}"
+def color_map(image: np.ndarray) -> np.ndarray:
+    """uint8 [32, 32]: each pixel's color, 0 the ground, 1 the first of COLORS. Raises ImageError as `detect`."""
+    if image.dtype != np.uint8 or image.shape != (CANVAS, CANVAS, 3):
+        raise ImageError(
+            f"the shapes detector reads uint8 images of [{CANVAS}, {CANVAS}, 3], not {image.dtype} {list(image.shape)}"
         )
-    r, g, b = np.moveaxis(picture >> 3, -1, 0)
+    r, g, b = np.moveaxis(image >> 3, -1, 0)
     return _color_table()[r, g, b]
 
 
-def detect(picture: np.ndarray) -> list[Detection]:
-    """Objects in a picture, best score first, then in reading order.
+def detect(image: np.ndarray) -> list[Detection]:
+    """Objects in an image, best score first, then in reading order.
 
     Args:
-        picture: uint8 [32, 32, 3].
+        image: uint8 [32, 32, 3].
 
     Raises:
-        PictureError: another type or size.
+        ImageError: another type or size.
     """
-    colors = color_map(picture)
+    colors = color_map(image)
     blobs = label(colors, background=0, connectivity=1)
     areas = np.bincount(blobs.ravel())
     found = []

@@ -1,9 +1,9 @@
 """The world's little language: what plans, inspections and refinements say, written and read.
 
-A description names objects, each as colour, shape, place: "red circle top-left , blue square right" ("nothing" for an
-empty picture). What it says in each role (the tags are the format's, not the language's):
+A description names objects, each as color, shape, place: "red circle top-left , blue square right" ("nothing" for an
+empty image). What it says in each role (the tags are the format's, not the language's):
 
-    plan        <ins> draw all </ins> <des> DESCRIPTION </des>          what to do now, and the picture after it
+    plan        <ins> draw all </ins> <des> DESCRIPTION </des>          what to do now, and the image after it
                 <ins> draw one circle </ins>, <ins> add two squares </ins>, <ins> keep all </ins>
     inspection  SLOT , SLOT : fine                                      what is wanted and seen, then the verdict
                 SLOT , SLOT : wrong color red square right              and the mistake, by kind and object
@@ -75,7 +75,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Claim:
-    """What an inspection says of the picture before it."""
+    """What an inspection says of the image before it."""
 
     verdict: Verdict | None  # None: no verdict, or both at once
     mistakes: tuple[Mistake, ...] = ()  # named ones that could be read; empty for "fine"
@@ -113,14 +113,14 @@ def instruction(verb: Literal["draw", "add"], items: Sequence[Object]) -> str:
 
 
 def inspection(owed: Record, scene: Scene, mistake: Mistake | None) -> str:
-    """owed: what the picture must show (`requirement`)."""
+    """owed: what the image must show (`requirement`)."""
     return f"{slots(owed, scene)} : {'fine' if mistake is None else f'wrong {mistake}'}"
 
 
 def slots(owed: Record, scene: Scene) -> str:
     """What is wanted beside what is seen, in the order of the record's clauses, and whether they agree.
 
-    An object stands in a slot of its own shape (and colour, if it can); what is left stands where nothing fits, in
+    An object stands in a slot of its own shape (and color, if it can); what is left stands where nothing fits, in
     reading order. A class without `exclude` may have more objects than were asked for: they are not listed.
     """
     wanted = [clause for clause in owed["include"] for _ in range(clause["count"])]
@@ -187,7 +187,7 @@ def _parse_clause(words: Sequence[str]) -> Clause | None:
 
 
 def parse_description(text: str) -> list[Clause] | None:
-    """Clauses of a description; colours and places may be left out. None: it is no description."""
+    """Clauses of a description; colors and places may be left out. None: it is no description."""
     words = _TAG.sub(" ", text).split()
     if words == ["nothing"]:
         return []
@@ -237,14 +237,14 @@ def claims(text: str) -> Claim:
     return Claim("wrong", tuple(mistakes), None if seen is None else tuple(seen))
 
 
-# ---- what a picture must show, and what is wrong with it ---------------------------------------------------------
+# ---- what an image must show, and what is wrong with it ---------------------------------------------------------
 
 
 def requirement(record: Record, plan_text: str) -> Record:
-    """The record that the picture drawn after this plan must satisfy.
+    """The record that the image drawn after this plan must satisfy.
 
     A plan whose description names fewer objects of the prompt's shapes than the prompt asks for is a partial stroke:
-    its picture owes only those (a relation only where both ends are planned; exact counts stay exact). Any other plan,
+    its image owes only those (a relation only where both ends are planned; exact counts stay exact). Any other plan,
     an unreadable one included, owes the whole prompt.
     """
     planned = parse_plan(plan_text)
@@ -280,7 +280,7 @@ def seen_in(detections: Iterable[Detection]) -> list[Clause]:
 
 
 def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> bool:
-    """Whether a named mistake is truly one: the object is in the picture (or missing from it) and at odds with the
+    """Whether a named mistake is truly one: the object is in the image (or missing from it) and at odds with the
     record, which is `requirement`'s for a partial stroke. Detections below the rules' threshold are for the caller
     to leave out.
     """

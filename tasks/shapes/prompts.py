@@ -1,12 +1,12 @@
 """What may be asked for: GenEval's six kinds of prompt over the shapes world, split so that held-out ones are new.
 
 Records have GenEval's schema (arXiv:2310.11513; evaluation_metadata.jsonl). The split is by composition: a held-out
-(shape, colour), unordered pair of shapes, (shape, relation, shape) or (shape, count) is named by no train prompt of any
+(shape, color), unordered pair of shapes, (shape, relation, shape) or (shape, count) is named by no train prompt of any
 tag, and every held-out prompt names at least one. Relations are held out together with their inverses, since "a left
-of b" and "b right of a" are one picture. `single_object` names one shape and composes nothing: all shapes are in both
+of b" and "b right of a" are one image. `single_object` names one shape and composes nothing: all shapes are in both
 splits, and only the wording (template with shape) of a held-out prompt is new.
 
-What is held out is the asking, not the picture. Where a train prompt leaves something open (the colour of a circle,
+What is held out is the asking, not the image. Where a train prompt leaves something open (the color of a circle,
 where two shapes stand), demonstrations fill it in with anything, held-out compositions included, and name it in their
 plans. Otherwise visual codes that only a held-out composition uses would never be drawn at all, and no policy over
 discrete codes could be expected to draw them.
@@ -76,7 +76,7 @@ HELDOUT_RELATIONS = frozenset(
 
 TRAIN_PER_TAG = 96  # of prompts("train"); single_object has 32
 HELDOUT_PER_TAG = 52  # of prompts("heldout"); single_object has 48
-RELATION_MARGIN = 0.1  # beyond GenEval's 0.5, so that a blurred picture is judged as the exact one
+RELATION_MARGIN = 0.1  # beyond GenEval's 0.5, so that a blurred image is judged as the exact one
 
 
 # ---- what a prompt composes -------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def satisfies(record: Record, scene: Scene, margin: float = 0.0) -> bool:
 @cache
 def _related_layouts(relation: str) -> tuple[tuple[int, ...], ...]:
     """Places of (reference, other) such that the relation holds by RELATION_MARGIN for every jitter, and no second
-    relation does: a picture that is plainly what was asked for."""
+    relation does: an image that is plainly what was asked for."""
     found = []
     for places in layouts(2):
         pairs = [
@@ -265,7 +265,7 @@ def sample_scene_for(record: Record, rng: np.random.Generator) -> Scene:
     """A scene that satisfies the record with RELATION_MARGIN, objects in the order of its clauses: reading order too,
     unless the record says where they stand. A plan then follows both its prompt and the codes that it is drawn with.
 
-    What the record leaves open is sampled: places and colours (one colour for all objects of a clause). Jitters are
+    What the record leaves open is sampled: places and colors (one color for all objects of a clause). Jitters are
     not, for no words say them: a policy that had to guess one for each quarter of an object would tear it apart.
     """
     colors = tuple(COLORS)

@@ -1,4 +1,4 @@
-"""Scenes to pixels, exactly: flat colours, no antialiasing, so that equal scenes are equal bytes.
+"""Scenes to pixels, exactly: flat colors, no antialiasing, so that equal scenes are equal bytes.
 
 The masks are also the detector's templates.
 """
@@ -25,16 +25,16 @@ def _masks() -> dict[str, np.ndarray]:
 MASKS = _masks()  # shape name -> bool [OBJECT, OBJECT]
 
 
-def draw(picture: np.ndarray, item: Object) -> None:
-    """Paint one object into a uint8 picture [CANVAS, CANVAS, 3], in place."""
+def draw(image: np.ndarray, item: Object) -> None:
+    """Paint one object into a uint8 image [CANVAS, CANVAS, 3], in place."""
     x0, y0, x1, y1 = item.box
-    picture[y0:y1, x0:x1][MASKS[item.shape]] = COLORS[item.color]
+    image[y0:y1, x0:x1][MASKS[item.shape]] = COLORS[item.color]
 
 
 def render(scene: Scene) -> np.ndarray:
     """uint8 [CANVAS, CANVAS, 3]."""
-    picture = np.empty((CANVAS, CANVAS, 3), np.uint8)
-    picture[:] = GROUND
+    image = np.empty((CANVAS, CANVAS, 3), np.uint8)
+    image[:] = GROUND
     for item in scene.objects:
-        draw(picture, item)
-    return picture
+        draw(image, item)
+    return image

@@ -19,11 +19,11 @@ class ShapesOptions(BaseModel):
 
 
 class ShapesTask:
-    """Coloured shapes on a canvas of 32 x 32 px. Options: see ShapesOptions."""
+    """Colored shapes on a canvas of 32 x 32 px. Options: see ShapesOptions."""
 
     name = "shapes"
     classes = SHAPES
-    picture_size = CANVAS  # px, both sides
+    image_size = CANVAS  # px, both sides
 
     def __init__(self, **options: object) -> None:
         try:
@@ -44,8 +44,8 @@ class ShapesTask:
     def demonstrations(self, format: str, count: int, seed: int) -> list[Demonstration]:
         return demonstrations.demonstrations(format, count, seed, self.options.mistake_rate)
 
-    def detect(self, picture: np.ndarray) -> list[Detection]:
-        return detector.detect(picture)
+    def detect(self, image: np.ndarray) -> list[Detection]:
+        return detector.detect(image)
 
     # What rewards/functions/critique_consistency.py asks of a task whose inspections can be read.
 

@@ -2,7 +2,7 @@
 
 render.py draws a scene, prompts.py asks for one, detector.py reads one back. The numbers here are chosen for the
 visual tokenizer: an object lives in a block of 16 x 16 px that starts on the 8 px lattice of the codes, so it covers
-exactly 2 x 2 codes, and all pictures are made of 193 distinct 8 px patches (4 shapes x 6 colours x 2 jitters x 4
+exactly 2 x 2 codes, and all images are made of 193 distinct 8 px patches (4 shapes x 6 colors x 2 jitters x 4
 quarters, and the blank one).
 """
 
@@ -87,7 +87,7 @@ def layouts(count: int) -> tuple[tuple[int, ...], ...]:
 
 
 def sample_scene(rng: np.random.Generator, count: int) -> Scene:
-    """`count` objects (at most MAX_OBJECTS) of any shape and colour at disjoint places."""
+    """`count` objects (at most MAX_OBJECTS) of any shape and color at disjoint places."""
     choices = layouts(count)
     if not choices:
         raise ValueError(f"{count} objects do not fit: at most {MAX_OBJECTS}")

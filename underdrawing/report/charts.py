@@ -54,14 +54,14 @@ def line_chart(
         if x0 <= tick <= x1:
             parts.append(f'<text x="{px(tick):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{_number(tick)}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 0.5}" text-anchor="end" class="label">{x_label}</text>')
-    for colour, s in zip(PALETTE, series, strict=False):
+    for color, s in zip(PALETTE, series, strict=False):
         noisy = sum(_finite(y) for y in s.y) > 20
-        parts.append(_path(s.x, s.y, px, py, colour, 1.0 if noisy else 1.8, 0.28 if noisy else 1.0))
+        parts.append(_path(s.x, s.y, px, py, color, 1.0 if noisy else 1.8, 0.28 if noisy else 1.0))
         if noisy:
-            parts.append(_path(s.x, _running_mean(s.y), px, py, colour, 2.0, 1.0))
+            parts.append(_path(s.x, _running_mean(s.y), px, py, color, 2.0, 1.0))
         elif sum(_finite(y) for y in s.y) <= 12:
             parts += [
-                f'<circle cx="{px(x):.1f}" cy="{py(float(y)):.1f}" r="2.6" fill="{colour}"/>'
+                f'<circle cx="{px(x):.1f}" cy="{py(float(y)):.1f}" r="2.6" fill="{color}"/>'
                 for x, y in zip(s.x, s.y, strict=True)
                 if y is not None and _finite(y)
             ]
@@ -100,7 +100,7 @@ def _running_mean(values: Sequence[float | None], decay: float = 0.85) -> list[f
     return out
 
 
-def _path(x, y, px, py, colour: str, width: float, opacity: float) -> str:
+def _path(x, y, px, py, color: str, width: float, opacity: float) -> str:
     commands, pen = [], "M"
     for a, b in zip(x, y, strict=True):
         if b is None or not math.isfinite(b):
@@ -109,7 +109,7 @@ def _path(x, y, px, py, colour: str, width: float, opacity: float) -> str:
         commands.append(f"{pen}{px(a):.1f} {py(b):.1f}")
         pen = "L"
     return (
-        f'<path d="{"".join(commands)}" fill="none" stroke="{colour}" stroke-width="{width}" '
+        f'<path d="{"".join(commands)}" fill="none" stroke="{color}" stroke-width="{width}" '
         f'stroke-opacity="{opacity}" stroke-linejoin="round"/>'
     )
 

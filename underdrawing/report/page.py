@@ -37,8 +37,8 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("Share of clipped decisions", (r"clip/(low|high)",), (0.0, None)),
     ("On-policy gap, nats", (r"on_policy_gap",), (0.0, None)),
     ("Groups", (r"groups/trained", r"groups/dropped/.*"), (0.0, None)),
-    ("Pictures drawn a step", (r"rollout/pictures",), (0.0, None)),
-    ("Tool use, and how the pictures of a group differ", (r"rollout/(tool_rate|diversity|duplicates)",), (0.0, None)),
+    ("Images drawn a step", (r"rollout/images",), (0.0, None)),
+    ("Tool use, and how the images of a group differ", (r"rollout/(tool_rate|diversity|duplicates)",), (0.0, None)),
     ("Gradient norm", (r"grad_norm",), (0.0, None)),
     ("Tokens a second", (r"rollout/tokens_per_s", r"perf/trained_tokens_per_s"), (0.0, None)),
     ("Warm-start loss, nats", (r"sft/loss_(text|image)",), (0.0, None)),
@@ -225,11 +225,11 @@ def _pairs(before: Evaluation | None, after: Evaluation | None, most: int = 12) 
 
 @dataclass(frozen=True)
 class SeenBox:
-    """An object on a picture; sides in percent of the picture's."""
+    """An object on an image; sides in percent of the image's."""
 
     label: str
     score: float
-    colour: str
+    color: str
     left: float
     top: float
     width: float
@@ -238,7 +238,7 @@ class SeenBox:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the detector sees in a picture, and what that means for the prompt."""
+    """What the detector sees in an image, and what that means for the prompt."""
 
     boxes: Sequence[SeenBox]
     correct: bool | None = None  # None: the record asks for nothing
@@ -252,12 +252,12 @@ class Frame:
     role: str
     author: str
     words: list[tuple[str, str]]  # (tag or "", what stands in it)
-    picture: str  # data URI; empty where the segment has none
+    image: str  # data URI; empty where the segment has none
     advantage: float | None
     credit: str  # segment rewards by part
     tokens: int
     seen: Seen | None = None  # None: nobody looked
-    parts: Sequence[tuple[str, float | None]] = ()  # rewards of this picture alone
+    parts: Sequence[tuple[str, float | None]] = ()  # rewards of this image alone
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
                 segment.role,
                 str(segment.author),
                 _tagged(segment.text),
-                data_uri(segment.picture) if segment.picture is not None else "",
+                data_uri(segment.image) if segment.image is not None else "",
                 advantage,
                 credit,
                 len(segment.ids),
@@ -319,14 +319,14 @@ def _tagged(text: str) -> list[tuple[str, str]]:
     return [(tag, body) for tag, body in out if tag or body]
 
 
-def data_uri(picture: np.ndarray) -> str:
+def data_uri(image: np.ndarray) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(title, SVG, [(line, colour)]) of every curve that has a point."""
+    """(title, SVG, [(line, color)]) of every curve that has a point."""
     names = sorted({name for row in metrics for name in row})
     out = []
     for title, wanted, (low, high) in CURVES:

@@ -1,4 +1,4 @@
-"""A reward tried on pictures or thoughts, as one page: how each part spreads, and every picture with what the detector
+"""A reward tried on images or thoughts, as one page: how each part spreads, and every image with what the detector
 sees in it. underdrawing/trial.py judges; this draws."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from record.trajectory import Trajectory
-from rewards.contract import policy_pictures
+from rewards.contract import policy_images
 from rewards.detectors.base import Detections
 from underdrawing.report.charts import PALETTE
 from underdrawing.report.page import Film, Frame, Seen, SeenBox, data_uri, film_of, from_template, write_page
@@ -42,11 +42,11 @@ class TrialPage:
     formula: str
     rows: Sequence[PartRow]
     by_tag: Sequence[tuple[str, int, Sequence[float | None]]]  # tag, how many, mean of each row
-    unit: str  # "thoughts" or "pictures"
+    unit: str  # "thoughts" or "images"
     heading: str
     films: Sequence[Film]
     notes: Sequence[str] = ()
-    side: int = 150  # px of a picture
+    side: int = 150  # px of an image
 
 
 def write_trial(page: TrialPage, path: Path) -> Path:
@@ -88,10 +88,10 @@ def histogram(values: Sequence[float]) -> str:
     return f'<svg viewBox="0 0 140 30" role="img"><title>{low:.3g} to {high:.3g}</title>{bars}</svg>'
 
 
-def seen_of(picture: Any, objects: Detections, correct: bool | None, reason: str) -> Seen:
-    """Boxes of the objects, most certain first, a colour for each class."""
-    height, width = picture.shape[:2]
-    colours = {name: PALETTE[at % len(PALETTE)] for at, name in enumerate(objects)}
+def seen_of(image: Any, objects: Detections, correct: bool | None, reason: str) -> Seen:
+    """Boxes of the objects, most certain first, a color for each class."""
+    height, width = image.shape[:2]
+    colors = {name: PALETTE[at % len(PALETTE)] for at, name in enumerate(objects)}
     found = sorted(((name, item) for name, items in objects.items() for item in items), key=lambda pair: -pair[1].score)
     boxes = []
     for name, item in found:
@@ -102,7 +102,7 @@ def seen_of(picture: Any, objects: Detections, correct: bool | None, reason: str
             SeenBox(
                 label,
                 float(item.score),
-                colours[name],
+                colors[name],
                 round(100 * x0 / width, 2),
                 round(100 * y0 / height, 2),
                 round(100 * (x1 - x0) / width, 2),
@@ -117,10 +117,10 @@ def thought_films(trajectories: Sequence[Trajectory], seen: Mapping[int, Mapping
     return [film_of(trajectory, seen.get(id(trajectory))) for trajectory in trajectories]
 
 
-def picture_films(
+def image_films(
     trajectories: Sequence[Trajectory], seen: Mapping[int, Mapping[int, Seen]], names: Mapping[int, str]
 ) -> list[Film]:
-    """A strip a prompt, its pictures side by side with their own rewards."""
+    """A strip a prompt, its images side by side with their own rewards."""
     groups: dict[int, list[Trajectory]] = {}
     for trajectory in trajectories:
         groups.setdefault(trajectory.group, []).append(trajectory)
@@ -128,14 +128,14 @@ def picture_films(
     for members in groups.values():
         frames = []
         for trajectory in members:
-            index, picture = policy_pictures(trajectory)[0]
+            index, image = policy_images(trajectory)[0]
             parts = [*trajectory.rewards.items(), ("reward", trajectory.reward)]
             frames.append(
                 Frame(
                     names[id(trajectory)],
                     "policy",
                     [],
-                    data_uri(picture),
+                    data_uri(image),
                     None,
                     "",
                     0,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from record.trajectory import Trajectory
-from rewards.contract import Setting
+from rewards.contract import RewardContext
 from rewards.functions.answers import references
 from rewards.judge.base import AnswerCheck, Question
 from runtime.errors import UserError, nearest
@@ -61,17 +61,17 @@ def check(trajectory: Trajectory, answer: str, gold: str) -> AnswerCheck:
     return AnswerCheck(question_of(trajectory), answer, gold_of(trajectory, gold) or "")
 
 
-def verdicts(setting: Setting, reward: str, checks: Sequence[AnswerCheck | None]) -> list[bool | None]:
+def verdicts(context: RewardContext, reward: str, checks: Sequence[AnswerCheck | None]) -> list[bool | None]:
     """The judge's verdict on each check in one batch; None where nothing was asked or nothing was judged."""
     asked = [c for c in checks if c is not None]
     if not asked:
         return [None] * len(checks)
-    said = iter(setting.judge_for(reward).agrees(asked))
+    said = iter(context.judge_for(reward).agrees(asked))
     return [None if c is None else next(said) for c in checks]
 
 
-def settled(
-    setting: Setting,
+def resolve_verdicts(
+    context: RewardContext,
     reward: str,
     trajectories: Sequence[Trajectory],
     asked: Sequence[str | None],
@@ -86,7 +86,7 @@ def settled(
     """
     asking = [answer if right is None else None for answer, right in zip(asked, known, strict=True)]
     said = verdicts(
-        setting,
+        context,
         reward,
         [None if answer is None else check(t, answer, gold) for t, answer in zip(trajectories, asking, strict=True)],
     )
@@ -110,12 +110,12 @@ def totals(parts: Sequence[dict[str, float] | None]) -> list[float | None]:
     return [None if row is None else row["total"] for row in parts]
 
 
-def flags(setting: Setting, reward: str, questions: Sequence[Question | None], key: str) -> list[bool | None]:
+def flags(context: RewardContext, reward: str, questions: Sequence[Question | None], key: str) -> list[bool | None]:
     """0 or 1 under `key` in the JSON object of each reply; None where nothing was asked or none can be read."""
     asked = [q for q in questions if q is not None]
     if not asked:
         return [None] * len(questions)
-    replies = iter(setting.judge_for(reward).ask(asked))
+    replies = iter(context.judge_for(reward).ask(asked))
     return [None if q is None else flag_in(next(replies).text, key) for q in questions]
 
 

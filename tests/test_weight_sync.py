@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.publish import Publisher, smallest
+from rl.weight_sync import WeightSynchronizer, smallest
 from rollout.pool.local import LocalRollouts
 from rollout.requests import RolloutRequest
 from rollout.weights.probe import Probe
 from rollout.weights.receive import UNPUBLISHED, WeightReceiver
-from rollout.weights.wire import Publication, PublicationError, fingerprint, pack
+from rollout.weights.wire import WeightSyncError, WeightUpdate, fingerprint, pack
 from tests.worker_factories import deaf_engine, engine, frozen_engine, nudge
 
 ROLLOUT = {"rows": 8, "max_tokens": 24}
@@ -55,40 +55,40 @@ class Mixed(torch.nn.Module):
 @settings(max_examples=25, deadline=None)
 def test_any_chunking_carries_any_tensor(chunk_bytes, seed):
     sent, received = Mixed(seed), Mixed(0)
-    publication = pack(sent.state_dict(), 0, chunk_bytes=chunk_bytes)
-    WeightReceiver(received, "worker 0").receive(publication.manifest, publication.chunks)
+    update = pack(sent.state_dict(), 0, chunk_bytes=chunk_bytes)
+    WeightReceiver(received, "worker 0").receive(update.manifest, update.chunks)
     assert same(sent.state_dict(), received.state_dict())
-    assert publication.manifest.fingerprint == fingerprint(received.state_dict())
+    assert update.manifest.fingerprint == fingerprint(received.state_dict())
 
 
 def test_chunks_have_the_size_asked_for():
     # 1000 float32 are 4000 bytes, 4032 when aligned to 64: chunks of 1024 leave 960 for the last
-    publication = pack({"a": torch.arange(1000.0)}, 3, chunk_bytes=1000)
-    assert publication.manifest.chunk_sizes == (1024, 1024, 1024, 960)
-    assert publication.manifest.num_bytes == 4032 and publication.version == 3
+    update = pack({"a": torch.arange(1000.0)}, 3, chunk_bytes=1000)
+    assert update.manifest.chunk_sizes == (1024, 1024, 1024, 960)
+    assert update.manifest.num_bytes == 4032 and update.version == 3
 
 
 def test_a_corrupt_chunk_is_refused_whole():
     sent, received = Mixed(1), Mixed(2)
     before = weights_of(received)
-    publication = pack(sent.state_dict(), 4, chunk_bytes=128)
-    chunks = [chunk.copy() for chunk in publication.chunks]
+    update = pack(sent.state_dict(), 4, chunk_bytes=128)
+    chunks = [chunk.copy() for chunk in update.chunks]
     chunks[-1][3] ^= 1
     receiver = WeightReceiver(received, "worker 1")
     message = r"version 4 was refused by worker 1: the checksum of chunk \d+ differs .* 'wide'"
-    with pytest.raises(PublicationError, match=message):
-        receiver.receive(publication.manifest, chunks)
+    with pytest.raises(WeightSyncError, match=message):
+        receiver.receive(update.manifest, chunks)
     assert same(before, received.state_dict()) and receiver.version == UNPUBLISHED
 
 
 def test_a_tensor_that_lies_elsewhere_than_the_manifest_says_is_refused():
-    publication = pack({"a": torch.arange(4.0), "b": torch.arange(4.0) + 1}, 0)
-    a, b = publication.manifest.tensors
-    swapped = dataclasses.replace(publication.manifest, tensors=(dataclasses.replace(a, start=b.start), b))
+    update = pack({"a": torch.arange(4.0), "b": torch.arange(4.0) + 1}, 0)
+    a, b = update.manifest.tensors
+    swapped = dataclasses.replace(update.manifest, tensors=(dataclasses.replace(a, start=b.start), b))
     model = torch.nn.Module()
     model.a, model.b = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
-    with pytest.raises(PublicationError, match="checksum of tensor 'a' differs"):
-        WeightReceiver(model, "worker 0").receive(swapped, publication.chunks)
+    with pytest.raises(WeightSyncError, match="checksum of tensor 'a' differs"):
+        WeightReceiver(model, "worker 0").receive(swapped, update.chunks)
     assert not model.b.any()
 
 
@@ -103,26 +103,26 @@ def test_a_tensor_that_lies_elsewhere_than_the_manifest_says_is_refused():
 def test_other_names_and_shapes_are_refused(change, message):
     received = Mixed(2)
     before = weights_of(received)
-    publication = pack(change(Mixed(1).state_dict()), 0)
-    with pytest.raises(PublicationError, match=message):
-        WeightReceiver(received, "worker 0").receive(publication.manifest, publication.chunks)
+    update = pack(change(Mixed(1).state_dict()), 0)
+    with pytest.raises(WeightSyncError, match=message):
+        WeightReceiver(received, "worker 0").receive(update.manifest, update.chunks)
     assert same(before, received.state_dict())
 
 
 def test_a_lost_chunk_is_refused():
-    publication = pack(Mixed(1).state_dict(), 0, chunk_bytes=64)
-    count = len(publication.chunks)
-    with pytest.raises(PublicationError, match=f"{count - 1} chunks arrived of {count}"):
-        WeightReceiver(Mixed(2), "worker 0").receive(publication.manifest, publication.chunks[1:])
+    update = pack(Mixed(1).state_dict(), 0, chunk_bytes=64)
+    count = len(update.chunks)
+    with pytest.raises(WeightSyncError, match=f"{count - 1} chunks arrived of {count}"):
+        WeightReceiver(Mixed(2), "worker 0").receive(update.manifest, update.chunks[1:])
 
 
 def test_versions_only_grow():
     receiver = WeightReceiver(Mixed(2), "worker 0")
     for version in (3, 5):
-        publication = pack(Mixed(version).state_dict(), version)
-        receiver.receive(publication.manifest, publication.chunks)
-    with pytest.raises(PublicationError, match="already has version 5"):
-        receiver.receive(publication.manifest, publication.chunks)
+        update = pack(Mixed(version).state_dict(), version)
+        receiver.receive(update.manifest, update.chunks)
+    with pytest.raises(WeightSyncError, match="already has version 5"):
+        receiver.receive(update.manifest, update.chunks)
 
 
 # ---- the publisher, with a worker in this process that has a policy of its own ----
@@ -130,13 +130,13 @@ def test_versions_only_grow():
 
 def test_a_worker_takes_up_every_version_and_stamps_it():
     trainer, rollouts = engine(ROLLOUT).policy, LocalRollouts(engine(ROLLOUT, seed=9))
-    publisher = Publisher(trainer, rollouts, chunk_bytes=256)
-    first = publisher.publish(0)
+    weight_sync = WeightSynchronizer(trainer, rollouts, chunk_bytes=256)
+    first = weight_sync.sync_weights(0)
     assert (first.kind, first.probed) == ("full", 0)
     groups = rollouts.generate(requests()).groups
     for version in (1, 2):
         nudge(trainer, 1e-6 if version == 2 else 0.05, seed=version)  # far below the tolerance is noticed, too
-        published = publisher.publish(version, [t for group in groups for t in group])
+        published = weight_sync.sync_weights(version, [t for group in groups for t in group])
         assert published.probed > 0 and published.gap <= 1e-6
         groups = rollouts.generate(requests()).groups
         assert {s.version for group in groups for t in group for s in t.segments if s.decisions} == {version}
@@ -148,64 +148,64 @@ def test_a_worker_takes_up_every_version_and_stamps_it():
 
 def test_the_same_version_again_costs_nothing_and_an_older_one_is_refused():
     trainer, rollouts = engine(ROLLOUT).policy, LocalRollouts(engine(ROLLOUT, seed=9))
-    publisher = Publisher(trainer, rollouts)
-    publisher.publish(4)
-    assert publisher.publish(4).num_bytes == 0
-    with pytest.raises(PublicationError, match="version 3 comes after version 4"):
-        publisher.publish(3)
+    weight_sync = WeightSynchronizer(trainer, rollouts)
+    weight_sync.sync_weights(4)
+    assert weight_sync.sync_weights(4).num_bytes == 0
+    with pytest.raises(WeightSyncError, match="version 3 comes after version 4"):
+        weight_sync.sync_weights(3)
 
 
 def test_a_shared_policy_needs_no_copy():
     shared = engine(ROLLOUT)
     rollouts = LocalRollouts(shared)
-    publisher = Publisher(shared.policy, rollouts)
-    assert publisher.publish(7).kind == "shared" and rollouts.version == 7
+    weight_sync = WeightSynchronizer(shared.policy, rollouts)
+    assert weight_sync.sync_weights(7).kind == "shared" and rollouts.version == 7
     assert rollouts.generate(requests(1)).groups[0][0].segments[1].version == 7
 
 
 def test_a_worker_that_ignores_new_weights_is_found_out():
     trainer, rollouts = engine(ROLLOUT).policy, LocalRollouts(deaf_engine(ROLLOUT))
     probe = rollouts.generate(requests()).groups[0]
-    publisher = Publisher(trainer, rollouts)
-    publisher.publish(0, probe)  # same weights from the start
+    weight_sync = WeightSynchronizer(trainer, rollouts)
+    weight_sync.sync_weights(0, probe)  # same weights from the start
     nudge(trainer)
     message = r"version 1 on the worker in this process: .* differ .* by up to \d.*tolerance"
-    with pytest.raises(PublicationError, match=message):
-        publisher.publish(1)
+    with pytest.raises(WeightSyncError, match=message):
+        weight_sync.sync_weights(1)
 
 
 def test_it_is_found_out_even_if_the_update_is_smaller_than_the_tolerance():
     trainer, rollouts = engine(ROLLOUT).policy, LocalRollouts(deaf_engine(ROLLOUT))
-    publisher = Publisher(trainer, rollouts)
-    publisher.publish(0, rollouts.generate(requests()).groups[0])
+    weight_sync = WeightSynchronizer(trainer, rollouts)
+    weight_sync.sync_weights(0, rollouts.generate(requests()).groups[0])
     nudge(trainer, 1e-6)
-    with pytest.raises(PublicationError, match="did not take them up"):
-        publisher.publish(1)
+    with pytest.raises(WeightSyncError, match="did not take them up"):
+        weight_sync.sync_weights(1)
 
 
 def test_unchanged_weights_need_not_move():
     trainer, rollouts = engine(ROLLOUT).policy, LocalRollouts(engine(ROLLOUT, seed=9))
-    publisher = Publisher(trainer, rollouts)
-    publisher.publish(0, rollouts.generate(requests()).groups[0])
-    assert publisher.publish(1).gap <= 1e-6 and rollouts.version == 1
+    weight_sync = WeightSynchronizer(trainer, rollouts)
+    weight_sync.sync_weights(0, rollouts.generate(requests()).groups[0])
+    assert weight_sync.sync_weights(1).gap <= 1e-6 and rollouts.version == 1
 
 
 def test_a_nan_fails_the_probe():
     probe = Probe(2, (), np.zeros(2, np.float32), 0.1, moved=False)
-    with pytest.raises(PublicationError, match="version 2 on worker 3"):
+    with pytest.raises(WeightSyncError, match="version 2 on worker 3"):
         probe.check("worker 3", None, np.array([0.0, np.nan], np.float32))
 
 
 def test_only_trained_tensors_travel():
     trainer, worker = frozen_engine(ROLLOUT).policy, frozen_engine(ROLLOUT)
     rollouts = LocalRollouts(worker)
-    sent: list[Publication] = []
-    carry = rollouts.publish
-    rollouts.publish = lambda publication, probe=None: (sent.append(publication), carry(publication, probe))[1]
-    publisher = Publisher(trainer, rollouts)
-    publisher.publish(0)
+    sent: list[WeightUpdate] = []
+    carry = rollouts.sync_weights
+    rollouts.sync_weights = lambda update, probe=None: (sent.append(update), carry(update, probe))[1]
+    weight_sync = WeightSynchronizer(trainer, rollouts)
+    weight_sync.sync_weights(0)
     nudge(trainer)
-    assert publisher.publish(1).kind == "delta"
+    assert weight_sync.sync_weights(1).kind == "delta"
     assert [{entry.name for entry in p.manifest.tensors} for p in sent] == [{"head", "mix"}] * 2
     assert same(trainer.model.state_dict(), worker.policy.model.state_dict())
 
@@ -213,10 +213,10 @@ def test_only_trained_tensors_travel():
 def test_a_delta_to_another_base_is_refused():
     trainer, worker = frozen_engine(ROLLOUT).policy, frozen_engine(ROLLOUT, seed=1)
     before = weights_of(worker.policy.model)
-    with pytest.raises(PublicationError, match="built from another policy"):
-        Publisher(trainer, LocalRollouts(worker)).publish(0)
+    with pytest.raises(WeightSyncError, match="built from another policy"):
+        WeightSynchronizer(trainer, LocalRollouts(worker)).sync_weights(0)
     assert same(before, worker.policy.model.state_dict())
-    Publisher(trainer, LocalRollouts(worker), full=True).publish(0)
+    WeightSynchronizer(trainer, LocalRollouts(worker), full=True).sync_weights(0)
     assert same(trainer.model.state_dict(), worker.policy.model.state_dict())
 
 
@@ -230,15 +230,15 @@ def test_of_a_policy_with_adapters_only_those_travel():
     torch.manual_seed(0)
     trainer, mine = (small_policy(LoraSection(r=2)) for _ in range(2))
     rollouts = LocalRollouts(Engine(mine, FormatConfig(max_images=1).build(), RolloutConfig(rows=4, max_tokens=40)))
-    sent: list[Publication] = []
-    carry = rollouts.publish
-    rollouts.publish = lambda publication, probe=None: (sent.append(publication), carry(publication, probe))[1]
-    publisher = Publisher(trainer, rollouts)
-    publisher.publish(0)
+    sent: list[WeightUpdate] = []
+    carry = rollouts.sync_weights
+    rollouts.sync_weights = lambda update, probe=None: (sent.append(update), carry(update, probe))[1]
+    weight_sync = WeightSynchronizer(trainer, rollouts)
+    weight_sync.sync_weights(0)
     probe = rollouts.generate([RolloutRequest(0, "a red circle", {}, (0, 1), 3)]).groups[0]
-    publisher.publish(1, probe)
+    weight_sync.sync_weights(1, probe)
     nudge(trainer)
-    published = publisher.publish(2)
+    published = weight_sync.sync_weights(2)
     assert published.gap < 1e-4 and published.num_bytes < 20_000
     assert all("lora_" in entry.name for p in sent for entry in p.manifest.tensors)
     assert same(trainer.model.state_dict(), mine.model.state_dict())
@@ -254,7 +254,7 @@ def test_tied_weights_are_no_base():
 
     policy = engine(ROLLOUT).policy
     policy.model = Tied()
-    assert Publisher(policy, None)._trained is None  # every name of the state dict is trained
+    assert WeightSynchronizer(policy, None)._trained is None  # every name of the state dict is trained
 
 
 def test_the_probe_is_of_the_shortest_that_have_something_to_score():
@@ -263,7 +263,7 @@ def test_the_probe_is_of_the_shortest_that_have_something_to_score():
     chosen = smallest(trajectories, 2)
     assert [t.num_tokens() for t in chosen] == sorted(t.num_tokens() for t in trajectories)[:2]
     for segment in (segment for t in trajectories for segment in t.segments if segment.decisions):
-        segment.decisions.law.temperature_N[:] = 0
+        segment.decisions.sampling.temperature_N[:] = 0
     assert smallest(trajectories, 2) == ()
 
 
@@ -271,11 +271,11 @@ SCRIPT = """
 import sys, torch
 from accelerate import Accelerator
 from rl.config import GrpoConfig
-from rl.publish import Publisher
+from rl.weight_sync import WeightSynchronizer
 from rl.trainer import Trainer
-from rollout.weights.wire import PublicationError
+from rollout.weights.wire import WeightSyncError
 from rollout.pool.local import LocalRollouts
-from tests.test_publish import ROLLOUT, requests, same
+from tests.test_weight_sync import ROLLOUT, requests, same
 from tests.worker_factories import deaf_engine, engine, nudge
 
 accelerator = Accelerator(cpu=True)
@@ -284,7 +284,7 @@ for factory in (lambda: engine(ROLLOUT, seed=9), lambda: deaf_engine(ROLLOUT)):
     policy, worker = engine(ROLLOUT).policy, factory()
     trainer = Trainer(policy, GrpoConfig(), accelerator)
     rollouts = LocalRollouts(worker) if accelerator.is_main_process else None
-    publisher = Publisher(policy, rollouts, accelerator, trainer.scorer)
+    publisher = WeightSynchronizer(policy, rollouts, accelerator, trainer.scorer)
     probe = LocalRollouts(engine(ROLLOUT)).generate(requests()).groups[0]
     publisher.publish(0, probe)
     nudge(policy)
@@ -292,7 +292,7 @@ for factory in (lambda: engine(ROLLOUT, seed=9), lambda: deaf_engine(ROLLOUT)):
         published = publisher.publish(1)
         arrived = same(policy.model.state_dict(), worker.policy.model.state_dict())
         out.append((published.version, published.gap, arrived))
-    except PublicationError as error:
+    except WeightSyncError as error:
         out.append(str(error))
 torch.save(out, sys.argv[1] + str(accelerator.process_index))
 accelerator.end_training()

@@ -20,23 +20,23 @@ from torch import Tensor, nn
 from policy.base import Policy
 from record.trajectory import Trajectory
 from rollout.weights.probe import Probe
-from rollout.weights.wire import CHUNK_BYTES, Publication, PublicationError, fingerprint, pack
+from rollout.weights.wire import CHUNK_BYTES, WeightSyncError, WeightUpdate, fingerprint, pack
 
 PROBE_TRAJECTORIES = 2
 TOLERANCE = 1e-4  # of log-probs in float32, as that of the on-policy check
 HALF_TOLERANCE = 0.1  # in 16-bit types
 
 
-class Receivers(Protocol):
+class WeightSink(Protocol):
     """The side of rollout/pool/contract.py that a publisher sees."""
 
-    def shares(self, policy: Policy) -> bool: ...
-    def adopt(self, version: int) -> None: ...
-    def publish(self, publication: Publication, probe: Probe | None = None) -> float: ...
+    def shares_weights(self, policy: Policy) -> bool: ...
+    def set_version(self, version: int) -> None: ...
+    def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float: ...
 
 
 @dataclass(frozen=True)
-class Published:
+class SyncResult:
     """What one publication was. All zero where the workers share the trainer's weights."""
 
     version: int
@@ -48,15 +48,15 @@ class Published:
 
     def metrics(self) -> dict[str, float]:
         return {
-            "publish/version": float(self.version),
-            "publish/bytes": float(self.num_bytes),
-            "publish/gap": self.gap,
-            "publish/probed": float(self.probed),
-            "time/publish": self.seconds,
+            "weight_sync/version": float(self.version),
+            "weight_sync/bytes": float(self.num_bytes),
+            "weight_sync/gap": self.gap,
+            "weight_sync/probed": float(self.probed),
+            "time/weight_sync": self.seconds,
         }
 
 
-class Publisher:
+class WeightSynchronizer:
     """Ships numbered versions of one policy's weights to one pool of workers.
 
     Only tensors that are trained travel (with adapters: the adapters), unless all are; the workers prove by a
@@ -74,7 +74,7 @@ class Publisher:
     def __init__(
         self,
         policy: Policy,
-        rollouts: Receivers | None,
+        rollouts: WeightSink | None,
         accelerator: Any = None,
         prepared: nn.Module | None = None,
         full: bool = False,
@@ -97,34 +97,34 @@ class Publisher:
         self._probe: tuple[Trajectory, ...] = ()
         self._expected_N: np.ndarray | None = None
 
-    def publish(self, version: int, probe: Sequence[Trajectory] = ()) -> Published:
+    def sync_weights(self, version: int, probe: Sequence[Trajectory] = ()) -> SyncResult:
         """Bring every worker to `version`. Nothing is done if it was the last one published.
 
         Raises:
-            PublicationError: on every process, if a worker refused the weights or does not score the probe as the
+            WeightSyncError: on every process, if a worker refused the weights or does not score the probe as the
                 trainer does, or versions went backwards.
         """
         began = time.perf_counter()
         if self.version is not None and version <= self.version:
             if version == self.version:
-                return Published(version, "shared" if self._shared() else self._kind)
-            raise PublicationError(f"version {version} comes after version {self.version}: versions only grow")
+                return SyncResult(version, "shared" if self._shared() else self._kind)
+            raise WeightSyncError(f"version {version} comes after version {self.version}: versions only grow")
         if self._shared():
             if self.rollouts is not None:
-                self.rollouts.adopt(version)
+                self.rollouts.set_version(version)
             self.version = version
-            return Published(version, "shared", seconds=time.perf_counter() - began)
+            return SyncResult(version, "shared", seconds=time.perf_counter() - began)
 
         fresh = not self._probe
         if fresh:
             self._probe = smallest(probe, PROBE_TRAJECTORIES)
         expected_N = self._expect()
         state = self._gather()
-        failure, published = "", Published(version, self._kind)
+        failure, published = "", SyncResult(version, self._kind)
         if self.rollouts is not None:
             try:
-                publication = self._pack(state, version)
-                changed = publication.manifest.fingerprint != self._last
+                update = self._pack(state, version)
+                changed = update.manifest.fingerprint != self._last
                 moved = (
                     changed
                     and not fresh
@@ -132,12 +132,12 @@ class Publisher:
                     and not np.array_equal(self._expected_N, expected_N)
                 )
                 check = Probe(version, self._probe, expected_N, self.tolerance, moved) if len(expected_N) else None
-                gap = self.rollouts.publish(publication, check)
-                self._last = publication.manifest.fingerprint
-                published = Published(
+                gap = self.rollouts.sync_weights(update, check)
+                self._last = update.manifest.fingerprint
+                published = SyncResult(
                     version,
                     self._kind,
-                    publication.manifest.num_bytes,
+                    update.manifest.num_bytes,
                     gap,
                     len(expected_N),
                     time.perf_counter() - began,
@@ -148,7 +148,7 @@ class Publisher:
                 failure = f"{type(error).__name__}: {error}"  # told to the others first, who would wait for ever
         failure, published = self._agree(failure, published)
         if failure:
-            raise PublicationError(failure)
+            raise WeightSyncError(failure)
         self.version, self._expected_N = version, expected_N
         return published
 
@@ -163,7 +163,7 @@ class Publisher:
     def _kind(self) -> str:
         return "full" if self._trained is None else "delta"
 
-    def _pack(self, state: dict[str, Tensor], version: int) -> Publication:
+    def _pack(self, state: dict[str, Tensor], version: int) -> WeightUpdate:
         if self._trained is None:
             return pack(state, version, "full", None, self.chunk_bytes)
         if self._base is None:
@@ -197,10 +197,10 @@ class Publisher:
 
     def _shared(self) -> bool:
         """Whether workers sample with the trainer's own weights. The first process knows."""
-        shared = self.rollouts is not None and self.rollouts.shares(self.policy)
+        shared = self.rollouts is not None and self.rollouts.shares_weights(self.policy)
         return self._broadcast([shared])[0]
 
-    def _agree(self, failure: str, published: Published) -> tuple[str, Published]:
+    def _agree(self, failure: str, published: SyncResult) -> tuple[str, SyncResult]:
         return tuple(self._broadcast([failure, published]))  # type: ignore[return-value]
 
     def _broadcast(self, values: list[Any]) -> list[Any]:
@@ -216,6 +216,6 @@ def smallest(trajectories: Sequence[Trajectory], count: int) -> tuple[Trajectory
     scored = [
         t
         for t in trajectories
-        if any(s.trained and s.decisions is not None and not s.decisions.law.greedy_N.all() for s in t.segments)
+        if any(s.trained and s.decisions is not None and not s.decisions.sampling.greedy_N.all() for s in t.segments)
     ]
     return tuple(sorted(scored, key=lambda t: t.num_tokens())[:count])

@@ -25,11 +25,11 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _TORCH_WRITE = re.compile(r"PytorchStreamWriter|unexpected pos|iostream|No space left")
 
 
-class KeepError(UserError):
+class WarmStartCheckpointError(UserError):
     """A warm start's checkpoint that cannot be written, or not be trusted."""
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Say that a checkpoint is whole. Its files are on the disk before whole.json is."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -38,7 +38,7 @@ def seal(folder: Path) -> None:
     write_whole(folder / WHOLE, json.dumps(files, indent=1))
 
 
-def sealed(output_dir: Path) -> list[Path]:
+def finished_checkpoints(output_dir: Path) -> list[Path]:
     """The finished checkpoints, oldest first. What a killed run left half-written is none."""
     if not output_dir.is_dir():
         return []
@@ -54,9 +54,9 @@ def newest(output_dir: Path) -> Path | None:
     """The checkpoint to go on from; None: there is none.
 
     Raises:
-        KeepError: a file of it is missing, cut short or altered, by name.
+        WarmStartCheckpointError: a file of it is missing, cut short or altered, by name.
     """
-    finished = sealed(output_dir)
+    finished = finished_checkpoints(output_dir)
     if not finished:
         return None
     folder = finished[-1]
@@ -68,22 +68,22 @@ def newest(output_dir: Path) -> Path | None:
     try:
         files = json.loads((folder / WHOLE).read_text())
     except ValueError:
-        raise KeepError(f"{folder / WHOLE}: not JSON, the checkpoint was altered{advice}") from None
+        raise WarmStartCheckpointError(f"{folder / WHOLE}: not JSON, the checkpoint was altered{advice}") from None
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            raise KeepError(f"{path}: missing from the checkpoint{advice}")
+            raise WarmStartCheckpointError(f"{path}: missing from the checkpoint{advice}")
         if measure(path) != expected:
-            raise KeepError(
+            raise WarmStartCheckpointError(
                 f"{path}: not what was written ({path.stat().st_size} bytes, {expected['bytes']} were "
                 f"written); the file was cut or altered{advice}"
             )
     return folder
 
 
-def sweep(output_dir: Path, keep: int) -> None:
+def prune(output_dir: Path, keep: int) -> None:
     """Delete half-written checkpoints and all but the newest `keep` finished ones."""
-    finished = sealed(output_dir)
+    finished = finished_checkpoints(output_dir)
     stay = set(finished[-keep:])
     for path in output_dir.iterdir():
         if _NAME.fullmatch(path.name) and path not in stay:
@@ -93,14 +93,14 @@ def sweep(output_dir: Path, keep: int) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it a disk that is full or not writable is a KeepError that names `path`."""
+    """Within it a disk that is full or not writable is a WarmStartCheckpointError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if type(error) is RuntimeError and not _TORCH_WRITE.search(str(error)):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise KeepError(
+        raise WarmStartCheckpointError(
             f"{path}: cannot be written ({reason}); free some space or choose another run_dir, then "
             "resume. Checkpoints written before are as they were"
         ) from error
