@@ -36,7 +36,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from rewards.contract import RewardContext
-from rewards.detectors.base import COLORS, Detected, Detections
+from rewards.detectors.base import COLORS, Detection, Detections
 from rewards.detectors.coco import GENEVAL_CLASSES
 from rewards.detectors.colors import Colored, ColorNamer, crop_of
 from rewards.detectors.encoders import OpenClipConfig
@@ -196,18 +196,18 @@ class OneAtATime:
             for index in mine[total[mine] > THRESHOLD][:MAX_OBJECTS].tolist():
                 x0, y0, x1, y1 = boxes[index].tolist()
                 found.setdefault(name, []).append(
-                    Detected((x0, y0, x1, y1), float(total[index]), None, everything[index])
+                    Detection((x0, y0, x1, y1), float(total[index]), None, everything[index])
                 )
         for name, count in colored_of(record).items():
             objects = found.get(name, [])[:count]
             if objects:
                 found[name] = [
-                    Detected(o.box, o.score, color, o.mask)
+                    Detection(o.box, o.score, color, o.mask)
                     for o, color in zip(objects, self.colors(image, objects, name), strict=True)
                 ]
         return evaluate(record, found)
 
-    def colors(self, image: np.ndarray, objects: Sequence[Detected], name: str) -> list[str]:
+    def colors(self, image: np.ndarray, objects: Sequence[Detection], name: str) -> list[str]:
         encoder = self.namer.load()
         classifier = self.namer.classifier(name)
         loader = DataLoader(Crops(image, objects, encoder.preprocess), batch_size=16, num_workers=self.workers)
@@ -219,7 +219,7 @@ class OneAtATime:
 
 
 class Crops(Dataset[torch.Tensor]):
-    def __init__(self, image: np.ndarray, objects: Sequence[Detected], transform: Any) -> None:
+    def __init__(self, image: np.ndarray, objects: Sequence[Detection], transform: Any) -> None:
         self.image, self.objects, self.transform = image, objects, transform
 
     def __len__(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from formats.self_critique import self_critique
 from formats.strokes import strokes
 from formats.subgoals import subgoals
 from runtime.errors import UserError, nearest
+from runtime.loading import load_object
 
 Factory = Callable[..., Format]
 
@@ -36,7 +36,7 @@ def get_format(name: str, **options: Any) -> Format:
     Raises:
         UserError: there is no such format, or it does not take an option; names the nearest.
     """
-    factory = _FORMATS.get(name) or (_imported(name) if "." in name else None)
+    factory = _FORMATS.get(name) or (_imported(name) if "." in name or ":" in name else None)
     if factory is None:
         raise UserError(f"format.name: no '{name}'; {nearest(name, _FORMATS)}, or the dotted path of your own")
     known = _options(factory)
@@ -53,15 +53,9 @@ def get_format(name: str, **options: Any) -> Format:
 
 
 def _imported(path: str) -> Factory:
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"format.name: '{path}': module '{module_name}' cannot be imported ({error})") from error
-    found = getattr(module, attribute, None)
+    found = load_object(path, f"format.name: '{path}'")
     if not callable(found):
-        known = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
-        raise UserError(f"format.name: '{module_name}' has no factory '{attribute}'; {nearest(attribute, known)}")
+        raise UserError(f"format.name: '{path}' is {type(found).__name__}, which is no factory of a format")
     return found
 
 

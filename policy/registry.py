@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 
 from policy.base import Policy
 from policy.config import PolicyConfig
 from runtime.errors import UserError, nearest
+from runtime.loading import LoadError, load_object
 
 # Dotted, so that asking for one family imports no other.
 FAMILIES = {"chameleon": "policy.chameleon.family.load"}
@@ -26,16 +26,11 @@ def load_policy(config: PolicyConfig, words: Sequence[str] = ()) -> Policy:
 
 
 def _loader(family: str) -> Callable[[PolicyConfig, Sequence[str]], Policy]:
-    if family not in FAMILIES and "." not in family:
+    if family not in FAMILIES and "." not in family and ":" not in family:
         raise FamilyError(
             f"policy.family: no '{family}'; {nearest(family, FAMILIES)} (or the dotted path of a function)"
         )
-    module_name, _, name = FAMILIES.get(family, family).rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and module_name.startswith(error.name):
-            raise FamilyError(f"policy.family: '{family}': there is no module '{error.name}'") from error
-        raise  # the family's own module lacks something it imports
-    except AttributeError as error:
-        raise FamilyError(f"policy.family: '{family}': module '{module_name}' has no '{name}'") from error
+        return load_object(FAMILIES.get(family, family), f"policy.family: '{family}'")
+    except LoadError as error:
+        raise FamilyError(str(error)) from error.__cause__

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from io import BytesIO
@@ -43,7 +42,7 @@ from record.trajectory import (
     Trajectory,
 )
 from runtime.errors import UserError
-from runtime.files import flush, flush_one
+from runtime.files import whole_folder
 
 VERSION = "2"
 # Version 1 (release 0.1) had other names for these columns; it is read, and written no more.
@@ -120,28 +119,16 @@ def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) ->
     """
     folder = Path(folder)
     check_folder(folder)
-    temporary, aside = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("part", "old"))
-    for leftover in (temporary, aside):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        (temporary / "images").mkdir(parents=True)
-        _write(trajectories, temporary)
-        flush(temporary)
-        if folder.exists():
-            os.rename(folder, aside)
-        os.rename(temporary, folder)
-        flush_one(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        with whole_folder(folder) as fresh:
+            (fresh / "images").mkdir()
+            _write(trajectories, fresh)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StoreError(
             f"{folder}: the trajectories cannot be written ({reason}); free some space or choose another "
             "folder. Nothing was left half-written"
         ) from error
-    finally:
-        if aside.exists() and not folder.exists():  # broken off between the two renames
-            os.rename(aside, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_folder(folder: str | Path) -> None:

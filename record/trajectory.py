@@ -49,6 +49,11 @@ class StopReason(StrEnum):
     MAX_CONTEXT = "max_context"  # the next segment would not have fitted; it was not begun
     DEMONSTRATION = "demonstration"  # written, not sampled
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether a limit ended it, and not its author."""
+        return self in (StopReason.MAX_TOKENS, StopReason.MAX_IMAGES, StopReason.MAX_CONTEXT)
+
 
 @dataclass(frozen=True)
 class Piece:

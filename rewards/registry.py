@@ -7,9 +7,10 @@ judge or a library with time limits of its own has the place "process".
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from runtime.loading import load_object
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Registered:
     runs_on: Literal["driver", "process"] = "driver"
 
     def load(self) -> Any:
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return load_object(self.function, f"reward '{self.name}'")
 
 
 def _by_name(*rewards: Registered) -> dict[str, Registered]:

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from record.trajectory import Modality, StopReason, Trajectory
+from record.trajectory import Modality, Trajectory
 from rl.config import GrpoConfig
 from rl.ledger import Group
 from rl.losses import Layout, decision_weights
 
 MODALITIES = list(Modality)
-CUT_SHORT = (StopReason.MAX_TOKENS, StopReason.MAX_IMAGES, StopReason.MAX_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def trainable(groups: Sequence[Group], config: GrpoConfig) -> list[Trajectory]:
         for t in group
         if t.reward is not None
         and scored_decisions(t).any()
-        and not (config.mask_truncated_completions and t.stop in CUT_SHORT)
+        and not (config.mask_truncated_completions and t.stop.cut_off)
     ]
 
 

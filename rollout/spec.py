@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
+from runtime.loading import load_object
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class EngineSpec:
     factory: str = "rollout.spec.build_engine"
 
     def build(self) -> Engine:
-        module, _, name = self.factory.rpartition(".")
-        return getattr(importlib.import_module(module), name)(**self.options)
+        return load_object(self.factory, f"the engine's factory '{self.factory}'")(**self.options)
 
 
 def engine_spec(policy: Any, fmt: Any, rollout: RolloutConfig, words: Sequence[str] = ()) -> EngineSpec:

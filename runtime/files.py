@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,6 +18,33 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `folder` once it is whole, in place of one that is there.
+
+    It is written under another name, flushed to the disk and renamed, so that what bears the name is whole, however the
+    process ends. After an error nothing half-written is left, and what was there stays.
+
+    Raises OSError.
+    """
+    temporary, aside = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("part", "old"))
+    for leftover in (temporary, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        flush(temporary)
+        if folder.exists():
+            os.rename(folder, aside)
+        os.rename(temporary, folder)
+        flush_one(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        if aside.exists() and not folder.exists():  # broken off between the two renames
+            os.rename(aside, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def flush(folder: Path) -> None:

@@ -31,11 +31,11 @@ class Demonstration:
 class Detection:
     """One object that a detector sees in an image."""
 
-    cls: str
-    color: str | None  # None: not judged
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 in px, half-open
     score: float  # in [0, 1]
-    mask: np.ndarray  # bool [height, width]
+    color: str | None = None  # None: the detector does not judge colors, or was not asked to
+    mask: np.ndarray | None = None  # bool [height, width]; None: the detector draws boxes only
+    cls: str = ""  # its class, where it does not stand in a mapping by class
 
 
 @runtime_checkable

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 from runtime.errors import UserError, nearest
+from runtime.loading import load_object
 from tasks.base import Task
 
 _BUILT_IN = {"shapes": "tasks.shapes.task.ShapesTask"}
@@ -37,12 +37,6 @@ def get_task(name: str, **options: Any) -> Task:
 
 
 def _find(path: str) -> Callable[..., Task]:
-    module, _, attribute = path.rpartition(".")
-    if not module:
+    if "." not in path and ":" not in path:
         raise UserError(f"task.name: no task '{path}'; {nearest(path, _BUILT_IN)}")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise UserError(f"task.name: cannot import '{module}' of '{path}': {error}") from error
-    except AttributeError as error:
-        raise UserError(f"task.name: the module '{module}' has no '{attribute}'") from error
+    return load_object(path, f"task.name: '{path}'")

@@ -178,7 +178,7 @@ def test_registry():
         load_policy(PolicyConfig(family="camelion"))
     with pytest.raises(FamilyError, match="no module 'nowhere'"):
         load_policy(PolicyConfig(family="nowhere.load"))
-    with pytest.raises(FamilyError, match="has no 'missing'"):
+    with pytest.raises(FamilyError, match="has no function 'missing'"):
         load_policy(PolicyConfig(family="policy.chameleon.family.missing"))
 
 

@@ -61,7 +61,7 @@ def test_a_sound_reward_in_a_file_has_no_problem(tmp_path):
     assert check.ok and check.problems == ()
     assert check.scope == "row" and "say scope: row in the recipe" in " ".join(check.notes)
     assert [value is None for value in check.values] == [True, False, False, True, True, True, False, True]
-    assert dict(zip(check.thoughts, check.values, strict=True))["an image alone"] == pytest.approx(1 - 64 / 1024)
+    assert dict(zip(check.trajectories, check.values, strict=True))["an image alone"] == pytest.approx(1 - 64 / 1024)
     assert "keeps the contract" in str(check)
 
 

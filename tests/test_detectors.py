@@ -12,7 +12,7 @@ from PIL import Image
 
 from rewards.config import RewardsConfig
 from rewards.contract import RewardContext
-from rewards.detectors.base import COLORS, CachedDetector, Detected, UnknownClass
+from rewards.detectors.base import COLORS, CachedDetector, Detection, UnknownClass
 from rewards.detectors.coco import GENEVAL_CLASSES, geneval_names
 from rewards.detectors.colors import TEMPLATES, ColorNamer, crop_of
 from rewards.detectors.encoders import OpenClipConfig, OpenClipEncoder
@@ -279,14 +279,14 @@ def test_the_crop_is_the_object_on_grey_with_corners_rounded():
     image[2:6, 3:7] = (250, 0, 0)
     mask = np.zeros((10, 10), bool)
     mask[2:6, 3:5] = True
-    crop = np.asarray(crop_of(image, Detected((2.4, 1.6, 7.4, 6.4), 0.9, None, mask)))
+    crop = np.asarray(crop_of(image, Detection((2.4, 1.6, 7.4, 6.4), 0.9, None, mask)))
     assert crop.shape == (4, 5, 3)  # rows 2..5 (1.6 -> 2, 6.4 -> 6), columns 2..6 (2.4 -> 2, 7.4 -> 7)
     assert (crop[:, 1:3] == (250, 0, 0)).all()
     assert (crop[:, [0, 3, 4]] == 0x99).all()  # what is red but not in the mask is grey too
-    plain = np.asarray(crop_of(image, Detected((2.4, 1.6, 7.4, 6.4), 0.9)))
+    plain = np.asarray(crop_of(image, Detection((2.4, 1.6, 7.4, 6.4), 0.9)))
     assert (plain[:, 0] == 0).all() and (plain[:, 1:5] == (250, 0, 0)).all()
     for thin in ((3.1, 2.0, 3.3, 6.0), (10.0, 10.0, 10.0, 10.0)):  # narrower than a pixel, and outside of it
-        assert min(crop_of(image, Detected(thin, 0.9)).size) == 1
+        assert min(crop_of(image, Detection(thin, 0.9)).size) == 1
 
 
 def test_colors_equal_one_object_at_a_time(models, images):
@@ -303,7 +303,7 @@ def test_colors_equal_one_object_at_a_time(models, images):
         for name in ("dog", "cup", "dog"):
             x0, y0 = rng.uniform(0, width / 2), rng.uniform(0, height / 2)
             mask = rng.random((height, width)) < 0.7
-            objects[-1].append((name, Detected((x0, y0, x0 + width / 3, y0 + height / 3), 0.9, None, mask)))
+            objects[-1].append((name, Detection((x0, y0, x0 + width / 3, y0 + height / 3), 0.9, None, mask)))
     expected = []
     for image, items in zip(images, objects, strict=True):
         expected.append([])
@@ -513,7 +513,7 @@ class Names:
 
     def detect(self, images):
         return [
-            {"dog": [Detected((0, 0, 1, 1), 0.4), Detected((0, 0, 1, 1), 0.8)], "cup": [Detected((0, 0, 1, 1), 0.9)]}
+            {"dog": [Detection((0, 0, 1, 1), 0.4), Detection((0, 0, 1, 1), 0.8)], "cup": [Detection((0, 0, 1, 1), 0.9)]}
             for _ in images
         ]
 
@@ -540,7 +540,7 @@ def test_an_open_vocabulary_is_asked_for_what_each_record_names(models):
         classes, open_vocabulary = (), True
 
         def detect_phrases(self, images, phrases):
-            return [{phrase: [Detected((0, 0, 1, 1), 0.9)] for phrase in some} for some in phrases]
+            return [{phrase: [Detection((0, 0, 1, 1), 0.9)] for phrase in some} for some in phrases]
 
     cached = CachedDetector(Asked())
     image = np.zeros((4, 4, 3), np.uint8)

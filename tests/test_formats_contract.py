@@ -145,7 +145,7 @@ def test_registering_and_misspelling():
     for call, message in (
         (lambda: get_format("stroke"), "no 'stroke'; did you mean 'strokes'"),
         (lambda: get_format("strokes", max_image=2), "no 'max_image'; did you mean 'max_images'"),
-        (lambda: get_format("formats.nowhere.f"), "cannot be imported"),
+        (lambda: get_format("formats.nowhere.f"), "no module 'formats.nowhere'"),
         (lambda: get_format("formats.strokes.stroke"), "did you mean 'strokes'"),
         (lambda: get_format("builtins.dict"), "no Format"),
         (lambda: get_format("think", images=2), "has no 'images'; did you mean 'max_tokens'"),

@@ -20,7 +20,7 @@ RECORDED = '''
 """Sees what is written in cases.jsonl; an image's first pixel says which line."""
 import json
 from pathlib import Path
-from rewards.detectors.base import Detected
+from rewards.detectors.base import Detection
 
 class Recorded:
     def __init__(self):
@@ -31,7 +31,7 @@ class Recorded:
                                      for name in [clause["class"]]}))
 
     def detect(self, images):
-        return [{name: [Detected(tuple(o["box"]), o["score"], o.get("color")) for o in items]
+        return [{name: [Detection(tuple(o["box"]), o["score"], o.get("color")) for o in items]
                  for name, items in self.cases[int(p[0, 0, 0]) * 256 + int(p[0, 0, 1])].items()} for p in images]
 '''
 

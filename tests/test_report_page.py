@@ -160,8 +160,8 @@ def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
 
     files = [folder / "grpo/summary.json", folder / "comparison.json"]
     before = [file.read_text() for file in files]
-    monkeypatch.setattr("record.store.flush", lambda folder: None)
-    monkeypatch.setattr("record.store.flush_one", lambda path: None)
+    monkeypatch.setattr("runtime.files.flush", lambda folder: None)
+    monkeypatch.setattr("runtime.files.flush_one", lambda path: None)
     monkeypatch.setattr(os, "fsync", breaks)
     nothing = Heldout([PromptScore("a prompt", "colors", 0.0, 0.0, 0.0)], [[thought(0, "colors", "well")]], {})
     for keep in (

@@ -181,12 +181,12 @@ def test_try_on_thoughts_gives_the_judges_numbers_and_a_page(capsys, tmp_path, s
 
 def test_boxes_stand_where_the_objects_are(demonstrations):
     """A box in percent of the image, cut at its edges."""
-    from rewards.detectors.base import Detected
+    from rewards.detectors.base import Detection
 
     image = np.zeros((50, 200, 3), np.uint8)
     seen = seen_of(
         image,
-        {"cat": [Detected((20, 10, 120, 60), 0.7, "black")], "dog": [Detected((-10, 0, 50, 25), 0.9)]},
+        {"cat": [Detection((20, 10, 120, 60), 0.7, "black")], "dog": [Detection((-10, 0, 50, 25), 0.9)]},
         False,
         "expected",
     )
@@ -197,14 +197,14 @@ def test_boxes_stand_where_the_objects_are(demonstrations):
 
 
 def test_the_parts_thresholds_hold_for_the_page_too(demonstrations):
-    from rewards.detectors.base import CachedDetector, Detected
+    from rewards.detectors.base import CachedDetector, Detection
     from underdrawing.trial import look
 
     class Dim:
         classes = tuple(get_task("shapes").classes)
 
         def detect(self, images):
-            return [{name: [Detected((0, 0, 9, 9), 0.2, "red")] for name in self.classes} for _ in images]
+            return [{name: [Detection((0, 0, 9, 9), 0.2, "red")] for name in self.classes} for _ in images]
 
     shown = [look(demonstrations[:1], CachedDetector(Dim()), limits) for limits in ((0.3, 0.9), (0.1, 0.1))]
     boxes = [sum(len(seen.boxes) for of in found.values() for seen in of.values()) for found in shown]
@@ -215,7 +215,7 @@ def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images
     """Named in the recipe; it is asked for what each record names, and colors are named afterwards."""
     (tmp_path / "mine.py").write_text(
         textwrap.dedent("""
-        from rewards.detectors.base import Detected
+        from rewards.detectors.base import Detection
 
         class Mine:
             classes, open_vocabulary = (), True
@@ -224,7 +224,7 @@ def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images
                 raise AssertionError("asked without phrases")
 
             def detect_phrases(self, images, phrases):
-                return [{phrase: [Detected((0, 0, 8, 16), 0.95)] for phrase in some} for some in phrases]
+                return [{phrase: [Detection((0, 0, 8, 16), 0.95)] for phrase in some} for some in phrases]
 
             def name_colors(self, images, objects):
                 return [["red"] * len(row) for row in objects]
@@ -252,7 +252,7 @@ def test_a_detector_with_an_open_vocabulary_of_ones_own(capsys, tmp_path, images
         ("def detect(self, images): return [1 / 0]", "Mine raises ZeroDivisionError: division by zero ("),
         (
             "def detect(self, images): return {}",
-            "Mine gives {}; it must give a list with one {class: [Detected, ...]}",
+            "Mine gives {}; it must give a list with one {class: [Detection, ...]}",
         ),
         ("def detect(self, images): return [None for _ in images]", "Mine gives [None"),
         ("def detect(self, images): raise SystemExit(1)", "Mine raises SystemExit: 1 ("),

@@ -231,11 +231,11 @@ def test_latents_stay_behind_when_a_thought_travels():
 
 def test_a_detector_of_ones_own(tmp_path):
     (tmp_path / "dogs.py").write_text("""
-from rewards.detectors.base import Detected
+from rewards.detectors.base import Detection
 class Dogs:
     classes = ("dog",)
     def detect(self, images):
-        return [{"dog": [Detected((0, 0, 4, 4), 0.9)]} for _ in images]
+        return [{"dog": [Detection((0, 0, 4, 4), 0.9)]} for _ in images]
 """)
     record = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
     group = [trajectory_of(record, image_segment("sketch", np.zeros((4, 4, 3), np.uint8)))]

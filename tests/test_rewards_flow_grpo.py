@@ -12,7 +12,7 @@ import pytest
 from rewards_helpers import image_segment, trajectory_of
 
 from rewards.contract import RewardContext
-from rewards.detectors.base import Detected
+from rewards.detectors.base import Detection
 from rewards.functions.geneval import evaluate, geneval
 from rewards.published.flow_grpo import flow_grpo_geneval
 
@@ -91,7 +91,7 @@ def test_it_has_the_options_of_geneval_and_they_hold():
         classes = ("dog",)
 
         def detect(self, images):
-            return [{"dog": [Detected(BOX, 0.2), Detected(RIGHT, 0.5)]} for _ in images]
+            return [{"dog": [Detection(BOX, 0.2), Detection(RIGHT, 0.5)]} for _ in images]
 
     def paid(tag, **options):
         row = trajectory_of(

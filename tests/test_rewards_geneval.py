@@ -15,7 +15,7 @@ from rewards_helpers import image_segment, trajectory_of
 from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.config import RewardsConfig
 from rewards.contract import RewardContext
-from rewards.detectors.base import COLORS, CachedDetector, Detected, UnknownClass
+from rewards.detectors.base import COLORS, CachedDetector, Detection, UnknownClass
 from rewards.functions.geneval import RecordColumnError, check_clauses, check_record, evaluate, geneval, relations
 from rewards.manager import RewardManager
 from runtime.errors import UserError
@@ -260,7 +260,7 @@ class Marked:
     classes = ("dog", "cat")
 
     def detect(self, images):
-        return [{"dog": [Detected(BOX, 0.9, "red")]} if image[0, 0, 0] else {} for image in images]
+        return [{"dog": [Detection(BOX, 0.9, "red")]} if image[0, 0, 0] else {} for image in images]
 
 
 def drawn(*bright, record=None):

@@ -162,9 +162,9 @@ def test_the_task_is_built_by_name_and_refuses_what_it_does_not_know():
         get_task("shapes", mistakes_rate=0.5)
     with pytest.raises(UserError, match="less than or equal to 1"):
         get_task("shapes", mistake_rate=2)
-    with pytest.raises(UserError, match="has no 'Nothing'"):
+    with pytest.raises(UserError, match="has no function 'Nothing'"):
         get_task("tasks.shapes.task.Nothing")
-    with pytest.raises(UserError, match="cannot import"):
+    with pytest.raises(UserError, match="no module 'no_such_module' on the path"):
         get_task("no_such_module.Task")
     with pytest.raises(UserError, match="tasks/base.py says"):
         get_task("builtins.dict")

@@ -14,7 +14,7 @@ from rewards_helpers import image_segment, text, trajectory_of
 
 from record.trajectory import Author
 from rewards.contract import RewardContext, RewardError
-from rewards.detectors.base import Detected, UnknownClass
+from rewards.detectors.base import Detection, UnknownClass
 from rewards.detectors.shapes import TaskDetector
 from rewards.functions.geneval import geneval
 from rewards.published import got_r1 as got
@@ -75,7 +75,7 @@ class Placed:
         return [
             {
                 d["phrase"]: [
-                    Detected(
+                    Detection(
                         ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height), score
                     )
                     for (x, y, w, h), score in zip(d["boxes"], d["scores"], strict=True)
@@ -320,7 +320,7 @@ def test_near_pays_and_refuses(shapes, wording):
             found = shapes.detector.detector.detect([p[::16, ::16] for p in images])
             return [
                 {
-                    name: [Detected(tuple(16 * c for c in o.box), o.score) for o in items]
+                    name: [Detection(tuple(16 * c for c in o.box), o.score) for o in items]
                     for name, items in objects.items()
                 }
                 for objects in found

@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from runtime.errors import UserError
-from runtime.files import flush, flush_one, measure
+from runtime.files import measure, whole_folder
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -76,30 +76,19 @@ def save(
             they were.
     """
     root = Path(root)
-    final, temporary = root / f"step-{step:06d}", root / f".step-{step:06d}.part"
+    final = root / f"step-{step:06d}"
     try:
         for leftover in root.glob(".step-*"):
             shutil.rmtree(leftover)
-        (temporary / "weights").mkdir(parents=True)
-        write(temporary)
-        _write_tensors(trainer, temporary / "trainer.pt")
-        files = {str(path.relative_to(temporary)): measure(path) for path in _files(temporary)}
-        state = {"format": FORMAT, "step": step, "cursor": cursor, "recipe": recipe, "files": files}
-        (temporary / "state.json").write_text(json.dumps({**state, _OWN: _checksum(state)}, indent=1))
-        flush(temporary)
-        if final.exists():  # a run that was resumed from an earlier step comes past here again
-            os.rename(final, root / f".step-{step:06d}.old")
-        os.rename(temporary, final)
-        flush_one(root)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        aside = root / f".step-{step:06d}.old"
-        if aside.exists() and not final.exists():
-            os.rename(aside, final)
-        if isinstance(error, OSError | SafetensorError | UserError):
-            raise CheckpointError(_cannot_write(root, step, error)) from error
-        raise
-    shutil.rmtree(root / f".step-{step:06d}.old", ignore_errors=True)
+        with whole_folder(final) as fresh:  # one is there where a run resumed from an earlier step comes past again
+            (fresh / "weights").mkdir()
+            write(fresh)
+            _write_tensors(trainer, fresh / "trainer.pt")
+            files = {str(path.relative_to(fresh)): measure(path) for path in _files(fresh)}
+            state = {"format": FORMAT, "step": step, "cursor": cursor, "recipe": recipe, "files": files}
+            (fresh / "state.json").write_text(json.dumps({**state, _OWN: _checksum(state)}, indent=1))
+    except (OSError, SafetensorError, UserError) as error:
+        raise CheckpointError(_cannot_write(root, step, error)) from error
     for old in steps(root)[:-keep]:
         _discard(root, old)
     return final

@@ -10,9 +10,6 @@ Letters: R rows, T ids, D width, V vocabulary, N decisions, K branches that are 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from policy.chameleon.vq import ChameleonVQ
 from policy.scoring.logprobs import token_logprobs
 from runtime.errors import UserError
+from runtime.files import whole_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -225,20 +223,6 @@ def save_model(
 
     `state`: weights to write in place of the model's own (merged adapters).
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(Path(folder)) as fresh:
         model.save_pretrained(str(fresh), state_dict=state)
         tokenizer.save_pretrained(str(fresh))
-        fresh.chmod(0o755)  # mkdtemp's folders are private
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.rename(folder, old / folder.name)
-            os.rename(fresh, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(fresh, folder)
-    finally:
-        if fresh.exists():
-            shutil.rmtree(fresh)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from runtime.errors import UserError, nearest
+from tasks.base import Detection
 
 # GenEval's ten colors, in its order.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -27,15 +28,7 @@ class UnknownClass(UserError):
     """A prompt asks for a class that the detector cannot see."""
 
 
-@dataclass(frozen=True, eq=False)
-class Detected:
-    box: tuple[float, float, float, float]  # x0, y0, x1, y1 in px
-    score: float  # 0..1
-    color: str | None = None  # None: the detector does not judge colors, or was not asked to
-    mask: np.ndarray | None = None  # bool [height, width]; None: the detector draws boxes only
-
-
-Detections = dict[str, list[Detected]]
+Detections = dict[str, list[Detection]]
 
 
 class Detector(Protocol):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rewards.detectors.base import COLORS, Detected
+from rewards.detectors.base import COLORS, Detection
 from rewards.detectors.encoders import OpenClipConfig, OpenClipEncoder
 
 TEMPLATES = ("a photo of a {color} {cls}", "a photo of a {color}-colored {cls}", "a photo of a {color} object")
@@ -40,7 +40,7 @@ class ColorNamer:
             self._encoder = OpenClipEncoder(self.config, "rewards.detector.colors")
         return self._encoder
 
-    def name(self, images: Sequence[np.ndarray], objects: Sequence[Sequence[tuple[str, Detected]]]) -> list[list[str]]:
+    def name(self, images: Sequence[np.ndarray], objects: Sequence[Sequence[tuple[str, Detection]]]) -> list[list[str]]:
         """One of COLORS for each (class, object) of each image, uint8 [height, width, 3]."""
         crops = [crop_of(image, item) for image, items in zip(images, objects, strict=True) for _, item in items]
         names = [name for items in objects for name, _ in items]
@@ -60,7 +60,7 @@ class ColorNamer:
         return self._classifiers[name]
 
 
-def crop_of(image: np.ndarray, item: Detected) -> Image.Image:
+def crop_of(image: np.ndarray, item: Detection) -> Image.Image:
     """The object on grey, cut to its box, the corners rounded to whole pixels; at least one pixel of the image."""
     pil = Image.fromarray(image)
     if item.mask is not None:
@@ -87,7 +87,7 @@ class Colored:
         return self.detector.detect_phrases(images, phrases)
 
     def name_colors(
-        self, images: Sequence[np.ndarray], objects: Sequence[Sequence[tuple[str, Detected]]]
+        self, images: Sequence[np.ndarray], objects: Sequence[Sequence[tuple[str, Detection]]]
     ) -> list[list[str]]:
         return self.namer.name(images, objects)
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rewards.detectors.base import Detected, Detections
+from rewards.detectors.base import Detection, Detections
 from rewards.detectors.coco import geneval_names
 from rewards.detectors.weights import WeightsError, device_of, folder_of
 
@@ -215,7 +215,7 @@ class Mask2FormerDetector:
         )
         for score, label, box, mask in zip(scores, labels, boxes, masks, strict=True):
             corners = (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
-            objects.setdefault(self.classes[label], []).append(Detected(corners, float(score), None, mask))
+            objects.setdefault(self.classes[label], []).append(Detection(corners, float(score), None, mask))
         return objects
 
 

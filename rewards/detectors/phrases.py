@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
-from rewards.detectors.base import Detected, Detections
+from rewards.detectors.base import Detection, Detections
 from rewards.detectors.mask2former import same_size
 from rewards.detectors.weights import WeightsError, device_of, folder_of
 from runtime.errors import UserError
@@ -118,7 +118,7 @@ def by_phrase(
             mine = mine[nms(corners[mine].float(), score_Q[left][mine].float(), overlap)]
         if len(mine):
             found[phrases[position]] = [
-                Detected((x0, y0, x1, y1), score)
+                Detection((x0, y0, x1, y1), score)
                 for (x0, y0, x1, y1), score in zip(corners[mine].tolist(), score_Q[left][mine].tolist(), strict=True)
             ]
     return found

@@ -9,7 +9,6 @@ Loads transformers and open_clip only when a backend is built.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from runtime.errors import UserError, nearest
+from runtime.loading import load_object
 
 # Where each backend is; its constructor's arguments are the keys that it takes.
 BACKENDS = {
@@ -113,8 +113,7 @@ def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> A
     Raises:
         UserError: a key that the backend does not take, or weights that are not there.
     """
-    module, _, name = BACKENDS[config.backend].partition(":")
-    maker = getattr(importlib.import_module(module), name)
+    maker = load_object(BACKENDS[config.backend], f"{where}.backend: '{config.backend}'")
     takes = inspect.signature(maker).parameters
     given = {"path": RELEASED[config.backend]} if config.backend in RELEASED else {}
     given |= config.model_dump(exclude={"backend", "colors"}, exclude_none=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards.detectors.base import Detected, Detections
+from rewards.detectors.base import Detection, Detections
 
 
 class TaskDetector:
@@ -30,7 +30,7 @@ class TaskDetector:
         for image in images:
             objects: Detections = {}
             for seen in self.task.detect(image):
-                objects.setdefault(seen.cls, []).append(Detected(seen.box, seen.score, seen.color, seen.mask))
+                objects.setdefault(seen.cls, []).append(Detection(seen.box, seen.score, seen.color, seen.mask))
             found.append(objects)
         return found
 

@@ -19,7 +19,7 @@ where nearly all images are fine there is little to learn about inspecting, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from record.trajectory import Author, Modality, Trajectory
@@ -27,7 +27,6 @@ from rewards.contract import RewardContext, RewardError
 from rewards.detectors.base import Detections
 from rewards.functions.geneval import check_record, classes_of, evaluate, kept
 from runtime.errors import UserError
-from tasks.base import Detection
 
 
 @dataclass(frozen=True)
@@ -146,11 +145,7 @@ def _inspection(row: int, index: int, trajectory: Trajectory, plan: str, objects
     owed = task.requirement(trajectory.record, plan)
     fine, _ = evaluate(owed, objects)
     claim = task.claims(trajectory.segments[index].text)
-    certain = [
-        Detection(name, o.color, o.box, o.score, o.mask)  # type: ignore[arg-type]
-        for name, found in kept(owed, objects).items()
-        for o in found
-    ]
+    certain = [replace(o, cls=name) for name, found in kept(owed, objects).items() for o in found]
     true = [task.holds(mistake, owed, certain) for mistake in claim.mistakes]
     return Inspection(
         row,

@@ -14,7 +14,7 @@ import numpy as np
 
 from record.trajectory import Trajectory
 from rewards.contract import RewardContext, policy_images
-from rewards.detectors.base import COLORS, CachedDetector, Detected, Detections
+from rewards.detectors.base import COLORS, CachedDetector, Detection, Detections
 from runtime.errors import UserError, nearest
 
 Mode = Literal["standard", "strict", "graded", "graded_strict", "flow_grpo"]
@@ -41,7 +41,7 @@ def evaluate(
 
     Args:
         metadata: `tag`, `include` [{class, count, color?, position? [relation, index]}] and `exclude`.
-        detections: by class, Detected or mappings with `box`, `score`, `color`; in any order.
+        detections: by class, Detection or mappings with `box`, `score`, `color`; in any order.
         mode: "standard" is the released scorer. "strict" wants the exact count of every included class and ignores
             `exclude`. "graded" gives a float in [0, 1] (see `grade`) that is 1 exactly where "standard" is correct,
             "graded_strict" one that is 1 exactly where "strict" is. "flow_grpo" is the graded score of the reward
@@ -89,7 +89,7 @@ def kept(
     best: Detections = {}
     for name, found in detections.items():
         objects = [
-            o if isinstance(o, Detected) else Detected(tuple(o["box"]), o["score"], o.get("color")) for o in found
+            o if isinstance(o, Detection) else Detection(tuple(o["box"]), o["score"], o.get("color")) for o in found
         ]
         above = [o for o in objects if o.score > threshold]
         best[name] = sorted(above, key=lambda o: -o.score)[:MAX_OBJECTS]
@@ -98,7 +98,7 @@ def kept(
 
 def _judge(metadata: Mapping[str, Any], objects: Detections, strict: bool) -> tuple[bool, list[str]]:
     reasons: list[str] = []
-    groups: list[list[Detected] | None] = []  # by include clause; None: it was not satisfied
+    groups: list[list[Detection] | None] = []  # by include clause; None: it was not satisfied
     for clause in metadata.get("include", ()):
         name, count = clause["class"], clause["count"]
         every = objects.get(name, [])
@@ -121,7 +121,7 @@ def _judge(metadata: Mapping[str, Any], objects: Detections, strict: bool) -> tu
     return not reasons, reasons
 
 
-def _color_fault(clause: Mapping[str, Any], found: Sequence[Detected]) -> str | None:
+def _color_fault(clause: Mapping[str, Any], found: Sequence[Detection]) -> str | None:
     wanted, count = clause.get("color"), clause["count"]
     if wanted is None:
         return None
@@ -134,7 +134,7 @@ def _color_fault(clause: Mapping[str, Any], found: Sequence[Detected]) -> str | 
 
 
 def _position_fault(
-    clause: Mapping[str, Any], found: Sequence[Detected], groups: Sequence[list[Detected] | None]
+    clause: Mapping[str, Any], found: Sequence[Detection], groups: Sequence[list[Detection] | None]
 ) -> str | None:
     if clause.get("position") is None:
         return None
@@ -177,7 +177,7 @@ def grade(metadata: Mapping[str, Any], objects: Detections, strict: bool = False
     refused = {clause["class"]: clause["count"] for clause in exclude}
     included = {clause["class"] for clause in include}
     parts: list[float] = []
-    groups: list[list[Detected]] = []
+    groups: list[list[Detection]] = []
     for clause in include:
         name, count = clause["class"], clause["count"]
         every = objects.get(name, [])
@@ -210,7 +210,7 @@ def flow_grpo_score(metadata: Mapping[str, Any], objects: Detections) -> float:
                   is in another relation, so that a wrong place costs half of what a missing one does
     """
     entries: list[float] = []
-    groups: list[list[Detected] | None] = []
+    groups: list[list[Detection] | None] = []
     for clause in metadata.get("include", ()):
         count, found = clause["count"], objects.get(clause["class"], [])
         color, place = clause.get("color"), clause.get("position")

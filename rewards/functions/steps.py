@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from record.trajectory import Author, StopReason, Trajectory
+from record.trajectory import Author, Trajectory
 from runtime.errors import UserError
-
-CUT_OFF = (StopReason.MAX_TOKENS, StopReason.MAX_IMAGES, StopReason.MAX_CONTEXT)
 
 
 def steps(
@@ -42,7 +40,7 @@ def steps(
         images = sum(s.image is not None for s in own)
         turns = sum(s.image is None and bool(s.text) for s in own)
         outside = _outside(images, min_images, max_images) + _outside(turns, min_turns, max_turns)
-        price = penalty * outside + per_image * max(images - min_images, 0) + cut_off * (trajectory.stop in CUT_OFF)
+        price = penalty * outside + per_image * max(images - min_images, 0) + cut_off * trajectory.stop.cut_off
         values.append(max(0.0, 1 - price))
     return values
 

@@ -30,7 +30,7 @@ from torchvision.ops import box_convert, nms
 
 from record.trajectory import Trajectory
 from rewards.contract import RewardContext, RewardError, policy_images
-from rewards.detectors.base import Detected
+from rewards.detectors.base import Detection
 from rewards.functions.overlap import box_iou, corners
 from rewards.judge.base import Question
 from rewards.published.judge_helpers import one_of
@@ -242,7 +242,7 @@ def named(want: Mapping[str, Any]) -> list[str]:
     return [name for name, _ in want["counts"]] if "counts" in want else list(want["objects"])
 
 
-def _shares(found: Mapping[str, Sequence[Detected]], shape: Sequence[int], threshold: float) -> Boxes:
+def _shares(found: Mapping[str, Sequence[Detection]], shape: Sequence[int], threshold: float) -> Boxes:
     """A detector's output as shares of the image, centre and size."""
     height, width = shape[:2]
     boxes = {}

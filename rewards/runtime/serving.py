@@ -135,7 +135,7 @@ class OwnDetector:
             raise CallFailed(
                 "raised",
                 f"rewards.detector: {name} of {self._spec} gives {str(found)[:80]}; it must "
-                f"give a list with one {{class: [Detected, ...]}} for each image",
+                f"give a list with one {{class: [Detection, ...]}} for each image",
             )
         return found
 

@@ -99,7 +99,7 @@ def detect(image: np.ndarray) -> list[Detection]:
         shape, iou = _match(mask, box, int(areas[index]))
         score = float(np.clip((iou - IOU_FLOOR) / (IOU_FULL - IOU_FLOOR), 0, 1))
         if score > 0:
-            found.append(Detection(shape, _COLOR_NAMES[colors[ys[0], xs[0]] - 1], box, score, mask))
+            found.append(Detection(box, score, _COLOR_NAMES[colors[ys[0], xs[0]] - 1], mask, shape))
     return sorted(found, key=lambda d: (-d.score, d.box[1], d.box[0]))
 
 
