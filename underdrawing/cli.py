@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("grpo", _grpo, "improve the warm-started policy by its rewards")
     sub.add_argument("--weights", type=Path, help="folder to start from; default: the recipe's warm start")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    sub.add_argument(
+        "--changed-prompts", action="store_true", help="with --resume: the task's prompts are others than they were"
+    )
 
     sub = command("rollout", _rollout, "sample trajectories, judge and store them")
     sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
@@ -168,7 +171,8 @@ def _grpo(options: argparse.Namespace) -> int:
         return _dry_run(recipe)
     from underdrawing.jobs import run_grpo
 
-    print(f"trained weights: {run_grpo(recipe, options.weights, options.resume)}")
+    weights = run_grpo(recipe, options.weights, options.resume, changed_prompts=options.changed_prompts)
+    print(f"trained weights: {weights}")
     return 0
 
 
