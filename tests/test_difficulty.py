@@ -44,8 +44,8 @@ def test_a_rate_is_of_what_was_judged():
 def warm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("warm")
     rows = folder / "prompts.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"a {thing}", "n": n}) + "\n"
-                            for n, thing in enumerate(["red circle", "red square", "red cross", "blue circle", "blue square"])))  # fmt: skip
+    things = ["red circle", "red square", "red cross", "blue circle", "blue square"]
+    rows.write_text("".join(json.dumps({"prompt": f"a {t}", "n": n}) + "\n" for n, t in enumerate(things)))
     (folder / "reward.py").write_text("def odd(completions, n, **c):\n    return [float(x % 2) for x in n]\n")
     overrides = [*SMALL, f"run_dir={folder / 'run'}"]
     assert main(["sft", str(QUICKSTART), *overrides]) == 0
