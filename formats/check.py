@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from formats.base import Violation
-from formats.grammar import END, NEGATIVE, OTHER, PROMPT, START, Grammar, Role
-from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
-
-LIMITS = (StopReason.MAX_TOKENS, StopReason.MAX_IMAGES, StopReason.MAX_CONTEXT)
+from formats.grammar import END, OTHER, START, Grammar, Role
+from record.trajectory import Author, Modality, Segment, Trajectory
 
 
 def bodies(role: Role, text: str) -> dict[str, str]:
@@ -84,6 +82,9 @@ class _Check:
             if isinstance(item, _Run):
                 last = item.indices[-1]
                 self._read_run(item)
+            elif self.trajectory.segments[item].author is Author.ENVIRONMENT:
+                last = item
+                self._read_answer(item, self.trajectory.segments[item].role)
             else:
                 last, images = item, images + 1
                 segment = self.trajectory.segments[item]
@@ -100,26 +101,37 @@ class _Check:
         self._read_end(last)
 
     def _items(self) -> Iterator[_Run | int]:
-        """Runs of text, and the indices of images, in order."""
+        """Runs of the policy's text, and the indices of its images and of what the environment said, in order."""
         indices: list[int] = []
         segments = self.trajectory.segments
         for index, segment in enumerate([*segments, None]):
-            text = segment is not None and segment.modality is Modality.TEXT and segment.author is not Author.USER
+            own = segment is not None and segment.author is Author.POLICY
+            text = own and segment is not None and segment.modality is Modality.TEXT
             if text:
                 indices.append(index)
             elif indices:
                 of = tuple(segments[i] for i in indices)
                 yield _Run(tuple(indices), of, "".join(s.text for s in of))
                 indices = []
-            if segment is not None and segment.modality is not Modality.TEXT and segment.role not in (PROMPT, NEGATIVE):
+            if segment is not None and not text and segment.author is not Author.USER:
                 yield index
 
     def _expected(self) -> str:
         return self.grammar.describe(self.grammar.follow[self.position])
 
+    def _read_answer(self, index: int, role: str) -> None:
+        """What the environment said is not read: it may say anything. Only its role has a place in the grammar."""
+        declared = self.grammar.by_name.get(role)
+        if declared is None or declared.by_policy:
+            self.add(index, f"the environment speaks in the role '{role}', which is none of its; {self._expected()}")
+        elif role not in (*self.grammar.follow[self.position], self.position):  # one call may be answered by several
+            self.add(index, f"the environment ({role}) follows '{self.position}'; expected {self._expected()}")
+        else:
+            self.position = role
+
     def _read_image(self, index: int, segment: Segment, images: int) -> None:
         role = self.grammar.by_name.get(segment.role)
-        if role is None or not role.is_image:
+        if role is None or not role.is_image or not role.by_policy:
             self.add(
                 index,
                 f"an image in the role '{segment.role}', which is none of an image; expected {self._expected()}",
@@ -233,7 +245,7 @@ class _Check:
     def _read_end(self, last: int | None) -> None:
         stop = self.trajectory.stop
         broken = [v for v in self.found if v.segment == last]
-        if stop in LIMITS:
+        if stop.cut_off:
             self.found = [v for v in self.found if v.segment != last]
             if last is None:
                 self.add(None, f"stopped by {stop} before anything was written; expected {self._expected()}")

@@ -59,11 +59,15 @@ class Automaton:
         vocabulary = self.lexicon.vocabulary
         for name in self.grammar.affordable(self.grammar.followers(positions), images):
             if name == END:
+                assert vocabulary.eos is not None
                 self._path(node, (vocabulary.eos,), NEXT)
                 continue
             role = self.grammar.by_name[name]
+            if not role.by_policy:
+                continue
             if role.is_image:
-                node.children[vocabulary.boi] = NEXT  # several image roles share the marker
+                assert self.lexicon.open is not None, "images without a marker begin by themselves"
+                node.children[self.lexicon.open] = NEXT  # several image roles share the marker
             elif role.tags:
                 self._path(node, self.lexicon.spell(role.tags[0][0]), self._tagged_body(role, 0))
             else:
@@ -79,6 +83,9 @@ class Automaton:
                 after = self._tagged_body(role, block + 1)
             else:
                 after = NEXT
+                if role.ends_turn:
+                    assert self.lexicon.vocabulary.eos is not None
+                    closing += (self.lexicon.vocabulary.eos,)
             rest, close = Node(limit=role.max_tokens), Node()
             self._path(rest, closing, after)
             self._path(close, closing, after)
@@ -121,8 +128,21 @@ class FullCursor(ImagesCursor):
     def __init__(self, automaton: Automaton) -> None:
         super().__init__(automaton.lexicon)
         self._automaton = automaton
-        self._node = automaton.between(self._positions, 0)
         self._count = 0  # ids in the open body
+        self._look_on()
+
+    def _look_on(self) -> None:
+        """Between two segments: what may follow. Nothing is looked up where no id decides it."""
+        if not (self.in_image or self.stopped or self.awaits):
+            self._node, self._count = self._automaton.between(self._positions, self.images), 0
+
+    def observe(self, role: str) -> None:
+        super().observe(role)
+        self._look_on()
+
+    def end_image(self) -> None:
+        super().end_image()
+        self._look_on()
 
     def forced(self) -> int | None:
         if self.in_image:
@@ -138,8 +158,7 @@ class FullCursor(ImagesCursor):
     def advance(self, id: int) -> None:
         if self.in_image:
             super().advance(id)
-            if not self.in_image:
-                self._node, self._count = self._automaton.between(self._positions, self.images), 0
+            self._look_on()
             return
         node = self._node
         following = node.children.get(id)
@@ -155,6 +174,6 @@ class FullCursor(ImagesCursor):
                 following = following.closing
         else:
             self._count = 0
-        if following.next and not self.in_image and not self.stopped:
-            following = self._automaton.between(self._positions, self.images)
         self._node = following
+        if following.next:
+            self._look_on()

@@ -67,8 +67,10 @@ def _check_tags(fmt: Format, vocabulary: Vocabulary) -> None:
 
 
 def _check_demonstration(fmt: Format, vocabulary: Vocabulary, parts: Sequence[Part]) -> None:
-    image = np.resize(vocabulary.code_ids, vocabulary.codes_per_image)
-    trajectory = render(fmt, "", {}, parts, vocabulary, [image for part in parts if part.image is not None])
+    imaging = vocabulary.imaging
+    image = np.resize(imaging.ids, imaging.count) if isinstance(imaging, Codes) else np.empty(0, np.int32)
+    codes = [image for part in parts if part.image is not None] if isinstance(imaging, Codes) else None
+    trajectory = render(fmt, "", {}, parts, vocabulary, codes)
     turn = trajectory.segments[1:]
     assert [s.role for s in turn[: len(parts)]] == [part.role for part in parts], f"{fmt.name}: rendering changed roles"
     cursor = fmt.cursor(vocabulary)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from formats.base import AllowedSet, Span
+from formats.base import AllowedSet, Codes, Span
 from formats.grammar import BETWEEN, END, OTHER, START, Role
 from formats.lexicon import Lexicon
 from record.trajectory import Modality
@@ -21,20 +21,23 @@ _SEEK, _BODY, _FREE, _PLAIN = range(4)
 
 class ImagesCursor:
     """formats.base.Cursor. A text segment stays open, and takes in blanks and the end-of-turn token, until
-    the next one begins. An image closes with its end marker; where it may have had either of two roles, its span is
+    the next one begins; one that only the environment may follow closes with its own last id. An image closes with its
+    end marker, or with its last code where the family has none; where it may have had either of two roles, its span is
     renamed in place once what follows has told them apart.
     """
 
     def __init__(self, lexicon: Lexicon) -> None:
         grammar, vocabulary = lexicon.grammar, lexicon.vocabulary
         self._lexicon, self._grammar = lexicon, grammar
-        self._boi, self._eoi, self._eos = vocabulary.boi, vocabulary.eoi, vocabulary.eos
-        self._codes_per_image = vocabulary.codes_per_image
+        self._boi, self._eoi, self._eos = lexicon.open, lexicon.close, vocabulary.eos
+        self._drawn = Modality.IMAGE_TOKENS if isinstance(lexicon.imaging, Codes) else Modality.IMAGE_LATENT
+        self._codes_per_image = lexicon.imaging.count if isinstance(lexicon.imaging, Codes) else 0
         self._opens_with_image = all(grammar.by_name[name].is_image for name in grammar.follow[START])
         self._openings = tuple(grammar.openings)
         self.spans: list[Span] = []
         self.in_image = False
         self.stopped = False
+        self.awaits = False  # the environment must speak before anything else
         self.images = 0
         self._length = 0
         self._left = 0  # codes that the open image still needs
@@ -42,6 +45,7 @@ class ImagesCursor:
         self._span: tuple[str, Modality, int] | None = None  # role, modality and start of the open segment
         self._unsure: Span | None = None  # the last image, while it may have any of the roles `_places`
         self._seek()
+        self._go_on_without_marker()
 
     # ---- what may come next ----
 
@@ -72,20 +76,29 @@ class ImagesCursor:
         self._length = index + 1
         if self.in_image:
             self._left -= 1
-            if self._left < 0:  # that was the end marker
-                self.in_image = False
-                self._close(index + 1)
-                self._unsure = self.spans[-1] if len(self._positions) > 1 else None
-                self._seek()
+            if self._left < 0 or (self._left == 0 and self._eoi is None):  # its end marker, or its last code
+                self._end_image(index + 1)
         elif self.stopped:
             raise ValueError("the turn has ended: nothing may follow its end")
+        elif self.awaits:
+            raise ValueError("the environment is to speak: observe() comes before anything else")
         elif id == self._boi:
             self._begin_image(index)
         elif id == self._eos:
-            self._finish(index, ended=True)
-            self.stopped = True
+            self._end_turn(index)
         else:
             self._read(id, index)
+
+    def end_image(self) -> None:
+        """The open image is done, though no id says so."""
+        self._end_image(self._length)
+
+    def observe(self, role: str) -> None:
+        """The environment has spoken; `role` is that of its last segment."""
+        self.awaits = False
+        self._positions = (role,)
+        self._seek(floor=self._length)
+        self._go_on_without_marker()
 
     def stop(self) -> None:
         """Close the open segment, wherever it is: a limit was reached."""
@@ -113,7 +126,7 @@ class ImagesCursor:
     def _close(self, stop: int) -> None:
         if self._span is not None:
             role, modality, start = self._span
-            if stop > start:
+            if stop > start or modality is not Modality.TEXT:
                 self.spans.append(Span(role, modality, start, stop))
             self._span = None
 
@@ -147,17 +160,53 @@ class ImagesCursor:
             self._mode = _FREE if self._openings and name == OTHER else _PLAIN
         self._pending = None
 
+    def _end_turn(self, index: int) -> None:
+        """The policy's end-of-turn id came: the end, or the environment's turn."""
+        role = self._span[0] if self._span is not None else None
+        if self._mode == _SEEK and self._pending is not None and not self._pending_blank:
+            role = None  # words outside any role stand between
+        declared = self._grammar.by_name.get(role or "")
+        closed = self._mode in (_SEEK, _PLAIN)  # an unclosed tag calls nobody
+        if declared is not None and declared.ends_turn and closed:
+            self._close(index + 1)
+            self._positions = (declared.name,)
+            self._await()
+        else:
+            self._finish(index, ended=True)
+            self.stopped = True
+
+    def _await(self) -> None:
+        self.awaits = True
+        self._mode, self._pending = _SEEK, None
+        self.role = BETWEEN
+
+    def _end_image(self, stop: int) -> None:
+        self.in_image = False
+        self._close(stop)
+        self._unsure = self.spans[-1] if self.spans and len(self._positions) > 1 else None
+        self._seek()
+        self._go_on_without_marker()
+
+    def _go_on_without_marker(self) -> None:
+        """Begin the next image, or end the turn, where no id can say either: a family of images alone."""
+        if self._boi is not None or self._lexicon.words.ranges.size or not self._grammar.drawn:
+            return
+        followers = [name for name in self._grammar.followers(self._positions) if name != END]
+        if self._grammar.affordable(followers, self.images):
+            self._begin_image(self._length)
+        else:
+            self.stopped = True
+
     def _begin_image(self, index: int) -> None:
         self._settle(index)
         grammar = self._grammar
-        names = [name for name in grammar.followers(self._positions) if name != END and grammar.by_name[name].is_image]
-        names = grammar.affordable(names, self.images) or names
-        names = names or [role.name for role in grammar.roles if role.is_image][:1] or [OTHER]
+        drawn = [role.name for role in grammar.drawn]
+        names = [name for name in grammar.followers(self._positions) if name in drawn]
+        names = grammar.affordable(names, self.images) or names or drawn[:1] or [OTHER]
         self._close(index)
         self._resolve(names)
         self._positions = tuple(names) if names != [OTHER] else self._positions
-        modality = grammar.by_name[names[0]].modality if names != [OTHER] else Modality.IMAGE_TOKENS
-        self._span = (names[0], modality, index)
+        self._span = (names[0], self._drawn, index)
         self.role = names[0]
         self.images += 1
         self.in_image = True
@@ -173,6 +222,10 @@ class ImagesCursor:
     def _finish(self, index: int, ended: bool) -> None:
         """The turn ends: with the end-of-turn token at `index`, or before it where a limit was met."""
         stop = index + 1 if ended else index
+        if self.in_image and self._span is not None and self._span[2] == stop:
+            self._span = None  # an image without a marker, of which nothing was drawn
+            self.in_image = False
+            return
         if self._mode == _SEEK and self._pending is not None and not self._pending_blank:
             self._open_text(None, self._pending)
         if self._span is None:  # after an image, or at the very start
@@ -214,6 +267,8 @@ class ImagesCursor:
             if hit is not None:
                 text = text[len(hit) :]
                 self._complete(hit, start, index)
+                if self.awaits:  # what shares the tag's last id belongs to the call
+                    break
                 if self._mode == _SEEK and text.strip() and text.lstrip()[0] not in tag_starts:
                     self._wait(index, blank=False)
                 skip = 0
@@ -238,6 +293,10 @@ class ImagesCursor:
         if self._mode == _BODY:
             self._awaited.pop()
             if not self._awaited:
+                called = self._span[0] if self._span is not None else ""
                 self._seek(floor=index + 1)
+                if called in self._grammar.calls and not self._grammar.by_name[called].ends_turn:
+                    self._close(index + 1)
+                    self._await()
         else:
             self._open_text(self._grammar.openings[tag], start if self._pending is None else self._pending)

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from formats.base import Cursor, Span, Violation, Vocabulary
+from formats.base import Codes, ContextSpec, PieceSpec, Span, Violation, Vocabulary
 from formats.check import bodies, violations
 from formats.constrained import Automaton, FullCursor
 from formats.cursor import ImagesCursor
 from formats.grammar import END, NEGATIVE, OTHER, PROMPT, Grammar, Role, RoleDisplay
 from formats.lexicon import Lexicon
-from record.trajectory import Author, Context, Guidance, Modality, Piece, RecordError, Segment, Trajectory
+from formats.segments import frame_of, media_segment, text_segment
+from record.trajectory import Author, Guidance, Media, Modality, RecordError, Segment, Trajectory
 from runtime.errors import UserError, nearest
 
 CONSTRAINTS = ("images", "full")
@@ -65,10 +66,9 @@ class DeclaredFormat:
         self.scales = {**SCALES, **(scales or {})}
         self.negative_prompt = negative_prompt
         for role in self.grammar.roles:
-            if role.author is not Author.POLICY:
+            if role.author is Author.USER:
                 raise UserError(
-                    f"format '{self.name}': role '{role.name}' is written by the {role.author}; "
-                    "a declared format decodes what the policy writes"
+                    f"format '{self.name}': role '{role.name}' is written by the user, who speaks in the prompt alone"
                 )
         for kind in self.guidance_kinds:
             if kind not in BRANCHES:
@@ -99,10 +99,22 @@ class DeclaredFormat:
     # ---- the prompt ----
 
     def prompt_ids(self, prompt: str, vocabulary: Vocabulary) -> list[int]:
+        opening, closing = frame_of(vocabulary)
+        return [*opening, *self._words(prompt, vocabulary), *closing]
+
+    def prompt(self, prompt: str, media: Sequence[Media], vocabulary: Vocabulary) -> list[Segment]:
+        """What is shown stands before what is said, inside the frame of the user's turn."""
+        if not media:
+            return [text_segment(PROMPT, self.prompt_ids(prompt, vocabulary), prompt)]
+        opening, closing = frame_of(vocabulary)
+        said = [*self._words(prompt, vocabulary), *closing]
+        framed = [text_segment(PROMPT, opening, "")] if opening else []
+        shown = [media_segment(PROMPT, item, Author.USER) for item in media]
+        return [*framed, *shown, *([text_segment(PROMPT, said, prompt)] if said else [])]
+
+    def _words(self, prompt: str, vocabulary: Vocabulary) -> list[int]:
         text = f"{self.instruction} {prompt}" if self.instruction else prompt
-        ids = [] if vocabulary.bos is None else [vocabulary.bos]
-        ids += [int(i) for i in vocabulary.encode(text)]
-        return ids if vocabulary.sep is None else [*ids, vocabulary.sep]
+        return [int(i) for i in vocabulary.encode(text)] if text else []
 
     def beside_prompt(self, vocabulary: Vocabulary) -> list[Segment]:
         """The negative prompt, for the one guidance branch that sees it; nothing without one."""
@@ -113,7 +125,7 @@ class DeclaredFormat:
 
     # ---- decoding and reading ----
 
-    def cursor(self, vocabulary: Vocabulary, constrain: str = "images") -> Cursor:
+    def cursor(self, vocabulary: Vocabulary, constrain: str = "images") -> ImagesCursor:
         if constrain not in CONSTRAINTS:
             raise UserError(f"format.constrain: no '{constrain}'; {nearest(constrain, CONSTRAINTS)}")
         lexicon, automaton = self._tables(vocabulary)
@@ -124,13 +136,15 @@ class DeclaredFormat:
         return constrain == "full"
 
     def parse(self, ids: Sequence[int] | np.ndarray, vocabulary: Vocabulary) -> list[Span]:
-        """The segments in ids that stand after the prompt; spans tile them.
+        """The segments in ids that stand after the prompt; spans tile them. What the environment says is left out, and
+        the cursor is told of the first role that it may have.
 
         Raises:
             RecordError: an image that is not exactly its codes between its markers, or ids after the end.
         """
         cursor = self.cursor(vocabulary)
-        codes = {int(i) for i in vocabulary.code_ids}
+        lexicon, _ = self._tables(vocabulary)
+        codes = {int(i) for i in lexicon.code_ids}
         for position, id in enumerate(int(i) for i in ids):
             forced = cursor.forced() if cursor.in_image else None
             if cursor.stopped:
@@ -141,19 +155,30 @@ class DeclaredFormat:
                     f"format '{self.name}': id {id} at position {position} inside the image of "
                     f"'{cursor.role}'; expected {right}"
                 )
-            if not cursor.in_image and (id in codes or id == vocabulary.eoi):
+            if not cursor.in_image and (id in codes or id == lexicon.close):
                 raise RecordError(
                     f"format '{self.name}': id {id} at position {position} belongs inside an image; "
-                    f"expected the begin marker {vocabulary.boi} before it"
+                    f"expected the begin marker {lexicon.open} before it"
                 )
             cursor.advance(id)
-        if cursor.in_image:
+            if cursor.awaits:
+                cursor.observe(self.answers(cursor.spans[-1].role)[0])
+        if cursor.in_image and cursor.open_span is not None and cursor.open_span.start < len(ids):
+            count = lexicon.imaging.count if isinstance(lexicon.imaging, Codes) else 0
             raise RecordError(
                 f"format '{self.name}': the image of '{cursor.role}' is cut off at position "
-                f"{len(ids)}; it has {vocabulary.codes_per_image} codes and an end marker"
+                f"{len(ids)}; it has {count} codes and an end marker"
             )
         cursor.stop()
         return cursor.spans
+
+    def answers(self, role: str) -> list[str]:
+        """The roles in which the environment may answer a role of the policy."""
+        return [name for name in self.grammar.follow.get(role, ()) if name in self.environment_roles]
+
+    @property
+    def environment_roles(self) -> list[str]:
+        return [role.name for role in self.grammar.roles if not role.by_policy]
 
     def violations(self, trajectory: Trajectory) -> list[Violation]:
         return violations(self.grammar, trajectory)
@@ -169,7 +194,7 @@ class DeclaredFormat:
         return Author.USER if role in (PROMPT, NEGATIVE) else self._role(role).author
 
     def trained(self, role: str) -> bool:
-        return role not in (PROMPT, NEGATIVE) and self._role(role).trained
+        return role not in (PROMPT, NEGATIVE) and self._role(role).trained and self._role(role).by_policy
 
     def _role(self, name: str) -> Role:
         return self.grammar.by_name.get(name) or Role(name)  # "other" and "end" are the policy's, and trained
@@ -189,10 +214,10 @@ class DeclaredFormat:
         scales = {name: scale for name, scale in self.scales.items() if name == "full" or name in branches}
         return Guidance(kind, scales)
 
-    def contexts(self, trajectory: Trajectory, segment: int) -> tuple[Context, ...]:
+    def contexts(self, trajectory: Trajectory, segment: int) -> tuple[ContextSpec, ...]:
         """Full history; for guided images also the branches whose terms have a scale other than 0."""
         before = range(segment)
-        full = _context("full", trajectory, [i for i in before if trajectory.segments[i].role != NEGATIVE])
+        full = _context("full", [i for i in before if trajectory.segments[i].role != NEGATIVE])
         guidance = self.guidance(trajectory, segment)
         if guidance is None:
             return (full,)
@@ -205,7 +230,7 @@ class DeclaredFormat:
         return (
             full,
             *(
-                _context(branch, trajectory, kept[branch])
+                _context(branch, kept[branch])
                 for branch in BRANCHES[guidance.kind]
                 if guidance.scales.get(branch, 1.0) or branch in SUBTRAHENDS.get(guidance.kind, ())
             ),
@@ -223,10 +248,5 @@ class DeclaredFormat:
         return next((shown for shown in self.layout() if shown.role == role), RoleDisplay(role, role, "fault"))
 
 
-def _context(branch: str, trajectory: Trajectory, segments: Sequence[int]) -> Context:
-    """The ids of these segments at consecutive positions."""
-    pieces, start = [], 0
-    for index in segments:
-        pieces.append(Piece(index, "ids", start))
-        start += len(trajectory.segments[index].ids)
-    return Context(branch, tuple(pieces), start)
+def _context(branch: str, segments: Sequence[int]) -> ContextSpec:
+    return ContextSpec(branch, tuple(PieceSpec(index) for index in segments))

@@ -28,6 +28,7 @@ class Role:
     tags: tuple[tuple[str, str], ...] = ()  # (opening, closing) of each body, in order
     author: Author = Author.POLICY
     trained: bool = True
+    ends_turn: bool = False  # closes with the end-of-turn id, after which the environment speaks (a chat's tool call)
     max_tokens: int = 128  # of one body, where decoding is fully constrained
     label: str = ""  # what the report calls it; the name by default
     color: str = "grey"  # color class in the report
@@ -38,7 +39,11 @@ class Role:
 
     @property
     def is_free(self) -> bool:
-        return self.modality is Modality.TEXT and not self.tags
+        return self.by_policy and self.modality is Modality.TEXT and not self.tags
+
+    @property
+    def by_policy(self) -> bool:
+        return self.author is Author.POLICY
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Grammar:
             if (
                 name != START
                 and self.by_name[name].is_free
-                and any(f != END and not self.by_name[f].is_image for f in followers)
+                and any(f != END and self.by_name[f].by_policy and not self.by_name[f].is_image for f in followers)
             ):
                 raise UserError(
                     f"format '{self.name}': text may not follow the untagged text '{name}', "
@@ -91,6 +96,9 @@ class Grammar:
                 raise UserError(
                     f"format '{self.name}': two untagged text roles may follow '{name}'; nothing tells them apart"
                 )
+            if name == START and any(not self.by_name[f].by_policy for f in followers if f != END):
+                raise UserError(f"format '{self.name}': the environment cannot speak first; begin with the policy")
+        self._check_calls()
         tags = self.tags
         for tag in tags:
             if len(tag) < 2 or tag != tag.strip() or tags.count(tag) > 1:
@@ -113,6 +121,26 @@ class Grammar:
                 f"max_images is {self.max_images}"
             )
 
+    def _check_calls(self) -> None:
+        for role in self.roles:
+            answered = [f for f in self.follow[role.name] if f != END and not self.by_name[f].by_policy]
+            if role.by_policy and answered and role.name not in self.calls:
+                raise UserError(
+                    f"format '{self.name}': after '{role.name}' either the environment speaks ('{answered[0]}') or the "
+                    "policy goes on, and nothing says which; let all that may follow be the environment's"
+                )
+            if role.by_policy and answered and not role.tags and not role.ends_turn:
+                raise UserError(
+                    f"format '{self.name}': nothing closes the untagged '{role.name}', so the environment is never "
+                    "asked; give it tags, or ends_turn"
+                )
+            if role.by_policy and answered and role.is_image:
+                raise UserError(f"format '{self.name}': an image ('{role.name}') calls no tool; put words after it")
+            if role.ends_turn and not answered:
+                raise UserError(
+                    f"format '{self.name}': '{role.name}' ends the turn, but no role of the environment follows it"
+                )
+
     @cached_property
     def by_name(self) -> dict[str, Role]:
         return {role.name: role for role in self.roles}
@@ -120,7 +148,7 @@ class Grammar:
     @property
     def tags(self) -> list[str]:
         """Every tag, in the order of declaration: what a small tokenizer makes single tokens of."""
-        return [tag for role in self.roles for pair in role.tags for tag in pair]
+        return [tag for role in self.roles if role.by_policy for pair in role.tags for tag in pair]
 
     @cached_property
     def tag_starts(self) -> frozenset[str]:
@@ -128,7 +156,7 @@ class Grammar:
 
     @cached_property
     def openings(self) -> dict[str, Role]:
-        return {role.tags[0][0]: role for role in self.roles if role.tags}
+        return {role.tags[0][0]: role for role in self.roles if role.tags and role.by_policy}
 
     @cached_property
     def images_needed(self) -> dict[str, float]:
@@ -138,9 +166,28 @@ class Grammar:
         for _ in range(len(needed)):  # shortest paths settle within as many rounds as there are places
             for name in needed:
                 if name != END:
-                    own = name != START and self.by_name[name].is_image
+                    own = name != START and self.by_name[name].is_image and self.by_name[name].by_policy
                     needed[name] = own + min(needed[follower] for follower in self.follow[name])
         return needed
+
+    @property
+    def drawn(self) -> list[Role]:
+        """The roles in which the policy draws."""
+        return [role for role in self.roles if role.is_image and role.by_policy]
+
+    @property
+    def written(self) -> list[Role]:
+        """The roles in which the policy writes words."""
+        return [role for role in self.roles if not role.is_image and role.by_policy]
+
+    @cached_property
+    def calls(self) -> frozenset[str]:
+        """The roles after which nobody but the environment can speak."""
+        return frozenset(
+            role.name
+            for role in self.roles
+            if role.by_policy and all(f != END and not self.by_name[f].by_policy for f in self.follow[role.name])
+        )
 
     def followers(self, positions: Iterable[str]) -> list[str]:
         """What may come after any of these places, in the order of declaration, each once."""
@@ -156,6 +203,8 @@ class Grammar:
         for name in names:
             if name == END:
                 words.append("the end")
+            elif not self.by_name[name].by_policy:
+                words.append(f"the environment ({name})")
             elif self.by_name[name].is_image:
                 words.append(f"an image ({name})")
             elif self.by_name[name].is_free:
@@ -171,7 +220,7 @@ class Grammar:
             UserError: a limit for a role that does not exist or holds no text, or below one.
         """
         limits = dict(max_tokens or {})
-        text = [role.name for role in self.roles if not role.is_image]
+        text = [role.name for role in self.written]
         for name, limit in limits.items():
             if name not in text:
                 raise UserError(f"format '{self.name}': max_tokens: no text role '{name}'; {nearest(name, text)}")

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from formats.base import AllowedSet, Vocabulary
+from formats.base import AllowedSet, Codes, SeenOnly, Vocabulary
 from formats.grammar import Grammar
 from record.trajectory import ranges_of
 from runtime.errors import UserError
@@ -24,10 +24,36 @@ class Lexicon:
         self.vocabulary = vocabulary
         self._looks: dict[int, tuple[str, int, bool]] = {}
         self._sets: dict[bytes, AllowedSet] = {}
-        words = np.setdiff1d(np.arange(vocabulary.size), [*vocabulary.code_ids, vocabulary.eoi, vocabulary.boi])
+        self.imaging = vocabulary.imaging
+        self.code_ids = self.imaging.ids if isinstance(self.imaging, Codes) else np.empty(0, np.int32)
+        self.open = None if isinstance(self.imaging, SeenOnly) else self.imaging.open
+        self.close = None if isinstance(self.imaging, SeenOnly) else self.imaging.close
+        self.special = {int(i) for i in (*self.code_ids, *vocabulary.never)}
+        self.special |= {id for id in (self.open, self.close) if id is not None}
+        words = np.setdiff1d(np.arange(vocabulary.size), sorted(self.special))
         self.words = self.intern("words", words)  # the image limit is reached
-        self.text = self.intern("text", [*words, vocabulary.boi])
-        self.codes = self.intern("codes", vocabulary.code_ids)
+        self.text = self.words if self.open is None else self.intern("text", [*words, self.open])
+        self.codes = self.intern("codes", self.code_ids)
+        self._check_imaging()
+
+    def _check_imaging(self) -> None:
+        """Raises UserError where the family cannot make what the grammar has the policy draw."""
+        drawn = [role.name for role in self.grammar.drawn]
+        if drawn and isinstance(self.imaging, SeenOnly):
+            raise UserError(
+                f"format '{self.grammar.name}': the policy draws in the role '{drawn[0]}', but its family only "
+                "sees images"
+            )
+        written = [role.name for role in self.grammar.written]
+        if drawn and written and self.open is None:
+            raise UserError(
+                f"format '{self.grammar.name}': the family draws images without an opening marker, so nothing tells "
+                f"the words of '{written[0]}' from an image"
+            )
+        if written and self.vocabulary.eos is None:
+            raise UserError(
+                f"format '{self.grammar.name}': '{written[0]}' is text, and the family has no id that ends a turn"
+            )
 
     def intern(self, name: str, ids: Iterable[int]) -> AllowedSet:
         ranges = ranges_of(np.fromiter(ids, np.int64))
@@ -61,13 +87,8 @@ class Lexicon:
     def body(self) -> list[int]:
         """Ids of which a fully constrained body is made: neither special nor able to begin a tag."""
         vocabulary = self.vocabulary
-        special = {int(i) for i in vocabulary.code_ids} | {
-            vocabulary.boi,
-            vocabulary.eoi,
-            vocabulary.eos,
-            vocabulary.pad,
-        }
-        special |= {i for i in (vocabulary.bos, vocabulary.sep) if i is not None}
+        special = self.special | {vocabulary.pad}
+        special |= {i for i in (vocabulary.eos, vocabulary.bos, vocabulary.sep) if i is not None}
         ids = []
         for id in range(vocabulary.size):
             if id not in special:

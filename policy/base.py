@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from formats.base import Vocabulary
-from record.trajectory import Context, Guidance, Trajectory
+from record.trajectory import Context, Guidance, Piece, Segment, Trajectory
 
 
 @dataclass
@@ -29,11 +29,10 @@ class TokenStep:
 
 @dataclass
 class FlowStep:
-    """One stochastic denoising step of each row. Nothing enters the cache."""
+    """One denoising step of each row. Nothing enters the cache."""
 
     x_B: Tensor  # float32 [B, ...]
-    time_B: Tensor
-    time_next_B: Tensor
+    time_B: Tensor  # float32, from 1 (noise) to 0
 
 
 @dataclass
@@ -44,9 +43,18 @@ class Categorical:
 
 
 @dataclass
-class Gaussian:
-    mean_B: Tensor  # float32 [B, ...]
-    sigma_B: Tensor  # float32 [B]; 0: a deterministic step, which is no decision
+class Velocity:
+    """d x / d time of the flow at x_B: samplers, noise and guidance are the engine's."""
+
+    velocity_B: Tensor  # float32 [B, ...]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a segment takes when it is seen in a form."""
+
+    slots: int  # of the cache
+    positions: int  # by which the next piece's start is later
 
 
 @dataclass
@@ -56,7 +64,7 @@ class Scored:
     Raises nothing for greedy decisions: they are left out, as are those of untrained segments.
     """
 
-    trajectory_N: Tensor  # int64, index into the call's sequence
+    pass_N: Tensor  # int64, index into the call's passes
     segment_N: Tensor  # int64
     kind_N: Tensor  # int64, DecisionKind
     logprob_N: Tensor  # float32, under the recorded law; carries the gradient
@@ -74,21 +82,55 @@ class Cache(Protocol):
     length: int
 
 
+@dataclass(frozen=True)
+class Pass:
+    """The atom of scoring: one forward of known cost, and the decisions of a trajectory that it scores."""
+
+    trajectory: Trajectory
+    segments: tuple[int, ...]  # whose trained decisions it scores, ascending
+    cost: int  # slots that are forwarded, guidance branches included
+    modules: frozenset[str]  # what it touches, by the family's own names: ranks make equal passes over equal modules
+    decisions: int
+    plan: Any = field(default=None, repr=False, compare=False)  # the family's own
+
+
 class Policy(Protocol):
     family: str
-    model: torch.nn.Module  # what the optimiser trains and the publisher ships
-    max_length: int  # ids that one row can hold
+    model: torch.nn.Module  # what the optimiser trains and weight syncs ship
+    max_length: int  # slots that one row can hold
 
     @property
     def vocabulary(self) -> Vocabulary: ...
 
+    @property
+    def image_slots(self) -> int:
+        """What an image takes once it is drawn, in all forms in which it is seen again; 0: the family draws none."""
+        ...
+
+    # ---- what a segment takes ----
+    def forms(self, segment: Segment) -> tuple[str, ...]:
+        """In which forms later segments see this one, in order, where the format does not say."""
+        ...
+
+    def extent(self, segment: Segment, form: str, keep: tuple[int, int] | None = None) -> Extent | None:
+        """Slots and positions of a segment in a form. None: the family cannot see it so."""
+        ...
+
+    def perceive(self, segments: Sequence[Segment]) -> None:
+        """Take in the media of segments that the policy did not draw: ids where images are ids, and whatever else
+        `extent` and `prefill` want. Sets the segments' fields.
+
+        Raises UserError for media that the family cannot see.
+        """
+        ...
+
     # ---- sampling: called by the engine under torch.inference_mode ----
     def allocate(self, rows: int, length: int) -> Any:
-        """A cache of `rows` rows of up to `length` positions."""
+        """A cache of `rows` rows of up to `length` slots."""
         ...
 
     def prefill(self, cache: Any, row_B: Sequence[int], contexts: Sequence[tuple[Trajectory, Context]]) -> Tensor:
-        """Forget the rows and compute them anew from their contexts. Returns logits_BV after the last position
+        """Forget the rows and compute them anew from their contexts. Returns logits_BV after the last slot
         (undefined for an empty context)."""
         ...
 
@@ -96,21 +138,21 @@ class Policy(Protocol):
         """Make the rows equal to `source`: a group's prompt is computed once."""
         ...
 
-    def step(self, cache: Any, row_B: Sequence[int], inputs: TokenStep | FlowStep) -> Categorical | Gaussian: ...
+    def step(self, cache: Any, row_B: Sequence[int], inputs: TokenStep | FlowStep) -> Categorical | Velocity: ...
 
-    def append(self, cache: Any, row_B: Sequence[int], pieces: Sequence[tuple[Trajectory, int, str]]) -> Tensor:
+    def append(self, cache: Any, row_B: Sequence[int], pieces: Sequence[tuple[Trajectory, Piece]]) -> Tensor:
         """Extend rows by a finished segment in a given form (environment text, a re-encoded image).
         Returns logits_BV after it."""
         ...
 
     # ---- images ----
     def encode_images(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """uint8 [height, width, 3] to content: for token families the ids of the codes, int32 [codes_per_image],
-        without markers."""
+        """uint8 [height, width, 3] to content: for token families the ids of the codes, int32 [count], without
+        markers; for flow families the latent."""
         ...
 
     def decode_images(self, contents: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Content (as `see` gives it, or a latent) to uint8 [height, width, 3]."""
+        """Content (as `encode_images` gives it, or a latent) to uint8 [height, width, 3]."""
         ...
 
     # ---- training ----
@@ -118,15 +160,20 @@ class Policy(Protocol):
         """Combine the branches' logits [.., V] or velocities."""
         ...
 
+    def passes(self, trajectories: Sequence[Trajectory], budget: int | None = None) -> list[Pass]:
+        """What scores the trained decisions of trajectories, in their order. A trajectory is divided at segments where
+        its cost would be over `budget`; None: it is not divided."""
+        ...
+
     def score(
         self,
-        trajectories: Sequence[Trajectory],
+        passes: Sequence[Pass],
         old: Scored | None = None,
         reference: Scored | None = None,
         entropy: bool = False,
     ) -> Scored:
-        """Replay the recorded contexts and laws with gradient. `old` None: ratios against the behaviour log-probs.
-        Ratios of the same weights are 1."""
+        """Replay the recorded contexts and sampling parameters with gradient, all passes in one forward. `old` None:
+        ratios against the behaviour log-probs. Ratios of the same weights are 1."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
@@ -136,3 +183,12 @@ class Policy(Protocol):
     def save(self, folder: Path) -> None:
         """Write a folder that the family can be loaded from again, adapters merged in."""
         ...
+
+
+def score_trajectories(policy: Policy, trajectories: Sequence[Trajectory], **kwargs: Any) -> Scored:
+    """All decisions of some trajectories in one forward; `pass_N` then counts trajectories."""
+    passes = policy.passes(trajectories)
+    number = {id(trajectory): index for index, trajectory in enumerate(trajectories)}
+    scored = policy.score(passes, **kwargs)
+    owner_P = torch.tensor([number[id(p.trajectory)] for p in passes], dtype=torch.int64, device=scored.pass_N.device)
+    return replace(scored, pass_N=owner_P[scored.pass_N] if len(passes) else scored.pass_N)

@@ -29,8 +29,9 @@ class Author(StrEnum):
 
 class Modality(StrEnum):
     TEXT = "text"
-    IMAGE_TOKENS = "image_tokens"
-    IMAGE_LATENT = "image_latent"
+    IMAGE = "image"  # an image of whatever making: what a grammar says, and how an image that is only seen is recorded
+    IMAGE_TOKENS = "image_tokens"  # drawn as visual codes
+    IMAGE_LATENT = "image_latent"  # denoised
     VIDEO_FRAMES = "video_frames"
 
 
@@ -60,8 +61,8 @@ class Piece:
     """One segment as it was seen by a later one."""
 
     segment: int  # index into Trajectory.segments
-    form: str  # "ids", "latent", "vit" or "frames"
-    start: int  # position id of its first token
+    form: str  # "ids", or one that the policy's family names: "vae", "vit", "frames" ...
+    start: int  # position id of its first slot; with several axes, on each of them
     keep: tuple[int, int] | None = None  # half-open range of its ids or frames; None: all of it
 
 
@@ -125,6 +126,24 @@ class FlowSteps:
     sigma_N: np.ndarray  # float32, standard deviation of the step
 
 
+@dataclass(frozen=True)
+class Frames:
+    """A stretch of video."""
+
+    frames_F: np.ndarray  # uint8 [F, height, width, 3]
+    time_F: np.ndarray  # float32, seconds from the video's start
+
+    def __post_init__(self) -> None:
+        if self.frames_F.dtype != np.uint8 or self.frames_F.ndim != 4 or len(self.frames_F) != len(self.time_F):
+            raise RecordError(
+                f"frames are uint8 [frames, height, width, 3] with a time each, not {self.frames_F.dtype} "
+                f"{list(self.frames_F.shape)} with {len(self.time_F)} times"
+            )
+
+
+Media = np.ndarray | Frames  # an image, uint8 [height, width, 3], or frames
+
+
 @dataclass
 class Segment:
     """A stretch by one author in one role.
@@ -142,6 +161,7 @@ class Segment:
     decisions: Decisions | None = None
     flow: FlowSteps | None = None
     image: np.ndarray | None = None  # uint8 [height, width, 3]
+    frames: Frames | None = None
     latent: np.ndarray | None = None  # float32, where a sampled posterior latent re-enters the context
     contexts: tuple[Context, ...] = ()  # the first one is "full"; empty for segments that nobody sampled
     version: int = 0  # of the weights that sampled it
@@ -170,6 +190,7 @@ class Trajectory:
     member: int = 0
     seed: int = 0
     stop: StopReason = StopReason.END
+    parent: tuple[int, int] | None = None  # (member, segments): it goes on from that member's first ones
     rewards: dict[str, float | None] = field(default_factory=dict)  # by part; None: not judged
     segment_rewards: dict[str, dict[int, float | None]] = field(default_factory=dict)  # parts that credit segments
     reward: float | None = None  # the recipe's expression over the parts; None: unjudged, trains nothing
@@ -197,7 +218,7 @@ class Trajectory:
 
 
 def full_history(trajectory: Trajectory, segment: int) -> Context:
-    """The plain causal context: every earlier segment as ids, at consecutive positions."""
+    """The plain causal context of a family whose every segment is ids: all earlier ones at consecutive positions."""
     pieces, start = [], 0
     for index in range(segment):
         pieces.append(Piece(index, "ids", start))

@@ -21,9 +21,9 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from policy.base import Policy, Scored
+from policy.base import Pass, Policy, Scored
 from record.trajectory import DecisionKind, Trajectory
-from rl.batches import MicroBatch, pack, plan, scored_decisions, trainable
+from rl.batches import MicroBatch, plan, scored_decisions, share, trainable
 from rl.config import ClipConfig, GrpoConfig
 from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
@@ -49,9 +49,9 @@ class _Scorer(nn.Module):
         self._score = policy.score
         self._accelerator = accelerator
 
-    def forward(self, trajectories: Sequence[Trajectory], **kwargs: Any) -> Scored:
+    def forward(self, passes: Sequence[Pass], **kwargs: Any) -> Scored:
         with rank_local(self._accelerator):
-            return self._score(trajectories, **kwargs)
+            return self._score(passes, **kwargs)
 
 
 class Trainer:
@@ -141,16 +141,13 @@ class Trainer:
         """
         trajectories = [t for t in trajectories if scored_decisions(t).any()]
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        packs = pack([t.num_tokens() for t in trajectories], self.config.tokens_per_micro_batch, processes)
         worst, position = 0.0, ""
-        # Processes without a pack left score the last one again: all make equally many passes.
-        for start in range(0, len(packs), processes):
-            rows = packs[min(start + rank, len(packs) - 1)]
-            scored = self.score([trajectories[row] for row in rows])
+        for passes in share(self.policy, trajectories, self.config, processes, rank):
+            scored = self.score(passes)
             gap_N = (scored.logprob_N - scored.behaviour_N).abs().nan_to_num(nan=float("inf"))
             if float(gap_N.max()) > worst:
                 worst, at = float(gap_N.max()), int(gap_N.argmax())
-                position = _position(trajectories[rows[int(scored.trajectory_N[at])]], scored, at)
+                position = _position(passes[int(scored.pass_N[at])].trajectory, scored, at)
         worst, position = max(gather_object([(worst, position)]))
         if worst > self._tolerance():
             raise TrainingError(
@@ -182,7 +179,7 @@ class Trainer:
         started, config = time.perf_counter(), self.config
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = [trainable(part, config) for part in _split(groups, config.num_minibatches)]
-        minibatches = [plan(part, config, processes, rank) for part in parts if part]
+        minibatches = [plan(self.policy, part, config, processes, rank) for part in parts if part]
         metrics = {"optimizer_steps": 0.0, "learning_rate": self.scheduler.get_last_lr()[0]}
         if not minibatches:
             return metrics | {"time/update": time.perf_counter() - started}
@@ -191,7 +188,7 @@ class Trainer:
         # Ratios are to the weights at the start of this update. The recorded log-probs are theirs if they sampled
         # and one step is all there is; else they are scored here, in the very passes in which they will be compared.
         rescored = stale or len(minibatches) * config.num_iterations > 1
-        old = [[self.score(batch.trajectories) if rescored else None for batch in batches] for batches in minibatches]
+        old = [[self.score(batch.passes) if rescored else None for batch in batches] for batches in minibatches]
         reference = self._reference(minibatches)
 
         sums_KM, losses, norms, worst, gap = _no_sums(self.accelerator.device), [], [], 0.0, 0.0
@@ -226,16 +223,16 @@ class Trainer:
         }
         return metrics if stale else metrics | {"on_policy_gap": gap}
 
-    def score(self, trajectories: Sequence[Trajectory]) -> Scored:
+    def score(self, passes: Sequence[Pass]) -> Scored:
         """The present weights' log-probs, without gradient. All processes call it equally often."""
         with torch.no_grad(), self.accelerator.autocast():
-            return self.scorer(trajectories)
+            return self.scorer(passes)
 
     def _reference(self, minibatches: list[list[MicroBatch]]) -> list[list[Scored | None]]:
         if not self.config.beta:
             return [[None] * len(batches) for batches in minibatches]
         with self.policy.reference():
-            return [[self.score(batch.trajectories) for batch in batches] for batches in minibatches]
+            return [[self.score(batch.passes) for batch in batches] for batches in minibatches]
 
     def _accumulate(
         self, batches: list[MicroBatch], old: list[Scored | None], reference: list[Scored | None]
@@ -247,7 +244,7 @@ class Trainer:
             last = number == len(batches) - 1
             with self.accelerator.no_sync(self.scorer) if not last else nullcontext():
                 with self.accelerator.autocast():
-                    scored = self.scorer(batch.trajectories, old=old[number], reference=reference[number], entropy=True)
+                    scored = self.scorer(batch.passes, old=old[number], reference=reference[number], entropy=True)
                 with rank_local(self.accelerator):
                     decisions = self._decisions(batch, scored, old[number])
                 loss = policy_loss(decisions, self.settings)
@@ -265,13 +262,13 @@ class Trainer:
                 f"{batch.decisions} trained ones: losses would be weighted wrongly"
             )
         device = scored.logprob_N.device
-        at = (scored.trajectory_N, scored.segment_N)
+        at = (scored.pass_N, scored.segment_N)
         return ScoredDecisions(
             log_ratio_N=scored.log_ratio_N,
-            advantage_N=batch.advantage_BS.to(device)[at],
+            advantage_N=batch.advantage_PS.to(device)[at],
             kind_N=scored.kind_N,
-            weight_N=batch.weight_BS.to(device)[at],
-            trajectory_N=scored.trajectory_N,
+            weight_N=batch.weight_PS.to(device)[at],
+            trajectory_N=batch.trajectory_P.to(device)[scored.pass_N],
             divergence_N=scored.divergence_N,
             entropy_N=scored.entropy_N,
             behaviour_log_ratio_N=None if old is None else old.logprob_N - old.behaviour_N,

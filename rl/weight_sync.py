@@ -187,7 +187,7 @@ class WeightSynchronizer:
         self.policy.model.eval()
         try:
             with torch.no_grad(), self.accelerator.autocast() if self.accelerator is not None else nullcontext():
-                scored = (self.prepared or self.policy.score)(list(self._probe))
+                scored = (self.prepared or self.policy.score)(self.policy.passes(self._probe))
                 return scored.logprob_N.float().cpu().numpy().copy()
         finally:
             self.policy.model.train(training)

@@ -49,8 +49,9 @@ class RolloutWorker:
         return before_N, self.probe(trajectories) if trajectories else None
 
     def probe(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        policy = self.engine.policy
         with torch.no_grad():
-            return self.engine.policy.score(trajectories).logprob_N.float().cpu().numpy().copy()
+            return policy.score(policy.passes(trajectories)).logprob_N.float().cpu().numpy().copy()
 
     def stats(self) -> dict[str, float]:
         """The engine's counts of its last call."""

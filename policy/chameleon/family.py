@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from policy.base import Categorical, FlowStep, Scored, TokenStep
+from policy.base import Categorical, Extent, FlowStep, Pass, Scored, TokenStep
 from policy.chameleon.model import InterleavedChameleon, load_model, save_model
-from policy.chameleon.replay import plan
+from policy.chameleon.replay import divide, plan
 from policy.chameleon.tiny import tiny_model
 from policy.chameleon.vocabulary import ChameleonVocabulary, load_tokenizer
 from policy.config import LoraSection, PolicyConfig
@@ -27,7 +27,7 @@ from policy.decoding.cache import RowCache
 from policy.decoding.decode import Decode
 from policy.guidance import combine
 from policy.scoring.rows import context_ids, piece_ids
-from record.trajectory import Context, Guidance, Piece, Trajectory
+from record.trajectory import Context, Guidance, Modality, Piece, Segment, Trajectory
 from runtime.errors import UserError, nearest
 
 
@@ -68,6 +68,37 @@ class ChameleonPolicy:
     @property
     def device(self) -> torch.device:
         return self.core.model.embed_tokens.weight.device
+
+    # ---- what a segment takes ----
+
+    @property
+    def image_slots(self) -> int:
+        return self.vocabulary.codes_per_image + 2
+
+    def forms(self, segment: Segment) -> tuple[str, ...]:
+        return ("ids",)
+
+    def extent(self, segment: Segment, form: str, keep: tuple[int, int] | None = None) -> Extent | None:
+        """Everything is ids: one slot and one position each."""
+        if form != "ids":
+            return None
+        start, stop = keep if keep is not None else (0, len(segment.ids))
+        return Extent(stop - start, stop - start)
+
+    @torch.inference_mode()
+    def perceive(self, segments: Sequence[Segment]) -> None:
+        """Images become codes between their markers."""
+        seen = [segment for segment in segments if segment.image is not None and not len(segment.ids)]
+        for segment in segments:
+            if segment.frames is not None:
+                raise UserError(
+                    f"segment '{segment.role}' holds {len(segment.frames.time_F)} frames; the family 'chameleon' sees "
+                    "images one by one"
+                )
+        contents = self.encode_images([segment.image for segment in seen if segment.image is not None])
+        for segment, codes in zip(seen, contents, strict=True):
+            segment.ids = np.array([self.vocabulary.boi, *codes, self.vocabulary.eoi], np.int32)
+            segment.modality = Modality.IMAGE_TOKENS
 
     # ---- sampling ----
 
@@ -112,13 +143,12 @@ class ChameleonPolicy:
         return Categorical(self.core.lm_head(hidden_BD).float())
 
     @torch.inference_mode()
-    def append(self, cache: RowCache, row_B: Sequence[int], pieces: Sequence[tuple[Trajectory, int, str]]) -> Tensor:
-        known = [
-            piece_ids(trajectory, Piece(segment, form, int(cache.position_R[row])))
-            for row, (trajectory, segment, form) in zip(row_B, pieces, strict=True)
+    def append(self, cache: RowCache, row_B: Sequence[int], pieces: Sequence[tuple[Trajectory, Piece]]) -> Tensor:
+        known = [piece_ids(trajectory, piece) for trajectory, piece in pieces]
+        logits_BV = self._extend(cache, row_B, known, [trajectory.key for trajectory, _ in pieces])
+        cache.position_R[list(row_B)] = [
+            piece.start + len(ids) for (_, piece), (ids, _) in zip(pieces, known, strict=True)
         ]
-        logits_BV = self._extend(cache, row_B, known, [trajectory.key for trajectory, _, _ in pieces])
-        cache.position_R[list(row_B)] += [len(ids) for ids, _ in known]
         return logits_BV
 
     def _extend(
@@ -191,14 +221,17 @@ class ChameleonPolicy:
     def guide(self, branches: dict[str, Tensor], guidance: Guidance) -> Tensor:
         return combine(branches, guidance)
 
+    def passes(self, trajectories: Sequence[Trajectory], budget: int | None = None) -> list[Pass]:
+        return [p for trajectory in trajectories for p in divide(trajectory, budget)]
+
     def score(
         self,
-        trajectories: Sequence[Trajectory],
+        passes: Sequence[Pass],
         old: Scored | None = None,
         reference: Scored | None = None,
         entropy: bool = False,
     ) -> Scored:
-        replay = plan(trajectories, self.vocabulary.pad, entropy, self.score_chunk, self.device)
+        replay = plan(passes, self.vocabulary.pad, entropy, self.score_chunk, self.device)
         if replay.batch is None:
             logprob_N, entropy_N = torch.zeros(0, device=self.device), None
         else:
@@ -220,7 +253,7 @@ class ChameleonPolicy:
             gap_N = reference.logprob_N.detach() - logprob_N
             divergence_N = torch.exp(gap_N) - gap_N - 1
         return Scored(
-            replay.trajectory_N,
+            replay.pass_N,
             replay.segment_N,
             replay.kind_N,
             logprob_N,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from formats.base import Vocabulary
+from policy.chameleon.vocabulary import ChameleonVocabulary
 
 
 class ImageGrammar:
@@ -28,7 +28,7 @@ class ImageGrammar:
         self.words_only_V[boi] = False
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary, max_length: int) -> ImageGrammar:
+    def of(cls, vocabulary: ChameleonVocabulary, max_length: int) -> ImageGrammar:
         return cls(
             vocabulary.boi,
             vocabulary.eoi,

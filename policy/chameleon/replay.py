@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policy.base import Pass
 from policy.chameleon.model import DecisionBatch
 from policy.guidance import FULL, branch_weights
 from policy.scoring.rows import Row, rows_of
@@ -27,43 +28,107 @@ class Replay:
     ids_RT: Tensor  # int64, padded on the right
     position_RT: Tensor  # int64
     batch: DecisionBatch | None
-    trajectory_N: Tensor  # int64
+    pass_N: Tensor  # int64
     segment_N: Tensor  # int64
     kind_N: Tensor  # int64
     behaviour_N: Tensor  # float32
 
     @property
     def target_count(self) -> int:
-        return len(self.trajectory_N)
+        return len(self.pass_N)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Chosen:
     """The scored decisions of one segment, and the branches that each needs."""
 
-    trajectory: int
     segment: int
     pick_N: np.ndarray  # indices into the segment's decisions
     weights: dict[str, float]  # of the guided ones
     guided_N: np.ndarray  # bool: words are never guided
 
 
-def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int, device: torch.device) -> Replay:
-    """Raises RecordError for a decision that has nothing before it, or is no token."""
-    chosen: list[_Chosen] = []
+@dataclass(frozen=True)
+class _Plan:
+    """A pass of this family: rows, and the decisions in them."""
+
+    rows: tuple[Row, ...]
+    chosen: tuple[_Chosen, ...]
+
+
+def divide(trajectory: Trajectory, budget: int | None) -> list[Pass]:
+    """A trajectory's passes: one forward each, divided at segments where all of it would cost more than `budget`.
+
+    Segments whose rows are their own (a planner that sees its last frame alone) are passes of their own. A segment that
+    costs more than the budget by itself is a pass that is over it.
+
+    Raises RecordError for a decision that is no token, or a context that is not recorded.
+    """
+    chosen = [found for segment in range(len(trajectory.segments)) if (found := _choose(trajectory, segment))]
+    if not chosen:
+        return []
+    passes: list[Pass] = []
+    for together in _connected(trajectory, chosen):
+        whole = _pass(trajectory, together)
+        if budget is None or whole.cost <= budget:
+            passes.append(whole)
+            continue
+        taken: list[_Chosen] = []
+        for item in together:
+            if taken and _pass(trajectory, [*taken, item]).cost > budget:
+                passes.append(_pass(trajectory, taken))
+                taken = []
+            taken.append(item)
+        passes.append(_pass(trajectory, taken))
+    return passes
+
+
+def _connected(trajectory: Trajectory, chosen: Sequence[_Chosen]) -> list[list[_Chosen]]:
+    """Segments that share a row belong together; the others can be scored apart at no cost."""
+    parts: list[tuple[set[int], list[_Chosen]]] = []
+    row_of = {
+        (segment, row.branch): number
+        for number, row in enumerate(rows_of(trajectory, 0, _wanted(chosen)))
+        for segment in row.offsets
+    }
+    for item in chosen:
+        rows = {row_of[item.segment, branch] for branch in _branches(item)}
+        members = [item]
+        for other in [part for part in parts if part[0] & rows]:
+            rows |= other[0]
+            members = [*other[1], *members]
+            parts.remove(other)
+        parts.append((rows, members))
+    return [sorted(members, key=lambda item: item.segment) for _, members in parts]
+
+
+def _wanted(chosen: Sequence[_Chosen]) -> list[tuple[int, str]]:
+    return [(item.segment, branch) for item in chosen for branch in _branches(item)]
+
+
+def _pass(trajectory: Trajectory, chosen: Sequence[_Chosen]) -> Pass:
+    rows = tuple(rows_of(trajectory, 0, _wanted(chosen)))
+    return Pass(
+        trajectory,
+        tuple(item.segment for item in chosen),
+        sum(map(len, rows)),
+        frozenset({"decoder"}),
+        sum(len(item.pick_N) for item in chosen),
+        _Plan(rows, tuple(chosen)),
+    )
+
+
+def plan(passes: Sequence[Pass], pad: int, entropy: bool, chunk: int, device: torch.device) -> Replay:
+    """One forward of all passes. Raises RecordError for a decision that has nothing before it."""
     rows: list[Row] = []
     row_of: dict[tuple[int, int, str], int] = {}
-    for index, trajectory in enumerate(trajectories):
-        mine = [
-            found
-            for segment in range(len(trajectory.segments))
-            if (found := _choose(trajectory, index, segment)) is not None
-        ]
-        wanted = [(item.segment, branch) for item in mine for branch in _branches(item)]
-        for row in rows_of(trajectory, index, wanted):
-            row_of.update({(index, segment, row.branch): len(rows) for segment in row.offsets})
+    chosen: list[tuple[int, _Chosen]] = []
+    for number, one in enumerate(passes):
+        planned: _Plan = one.plan
+        for row in planned.rows:
+            row_of.update({(number, segment, row.branch): len(rows) for segment in row.offsets})
             rows.append(row)
-        chosen += mine
+        chosen += [(number, item) for item in planned.chosen]
     steps = max((len(row) for row in rows), default=1)
     ids_RT = np.full((len(rows), steps), pad, np.int64)
     position_RT = np.zeros((len(rows), steps), np.int64)
@@ -83,15 +148,17 @@ def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int
             torch.zeros(0, device=device),
         )
 
-    branches = list(dict.fromkeys(branch for item in chosen for branch in (FULL, *_branches(item))))
-    pieces = [_position(trajectories, item, rows, row_of, steps, branches) for item in chosen]
+    branches = list(dict.fromkeys(branch for _, item in chosen for branch in (FULL, *_branches(item))))
+    pieces = [
+        _position(passes[number].trajectory, number, item, rows, row_of, steps, branches) for number, item in chosen
+    ]
     index_KN = np.concatenate([index for index, _ in pieces], 1)
     weight_KN = np.concatenate([weight for _, weight in pieces], 1)
     sets: dict[bytes, int] = {}
     ranges: list[np.ndarray] = []
     columns: list[list[np.ndarray]] = [[] for _ in range(5)]
-    for item in chosen:
-        segment = trajectories[item.trajectory].segments[item.segment]
+    for number, item in chosen:
+        segment = passes[number].trajectory.segments[item.segment]
         decisions = segment.decisions
         assert decisions is not None
         sampling = decisions.sampling
@@ -132,19 +199,19 @@ def plan(trajectories: Sequence[Trajectory], pad: int, entropy: bool, chunk: int
         entropy,
         chunk,
     )
-    sizes = [len(item.pick_N) for item in chosen]
+    sizes = [len(item.pick_N) for _, item in chosen]
     return Replay(
         torch.from_numpy(ids_RT).to(device),
         torch.from_numpy(position_RT).to(device),
         batch,
-        tensor(np.repeat([item.trajectory for item in chosen], sizes), torch.long),
-        tensor(np.repeat([item.segment for item in chosen], sizes), torch.long),
+        tensor(np.repeat([number for number, _ in chosen], sizes), torch.long),
+        tensor(np.repeat([item.segment for _, item in chosen], sizes), torch.long),
         tensor(kind, torch.long),
         tensor(behaviour, torch.float32),
     )
 
 
-def _choose(trajectory: Trajectory, index: int, number: int) -> _Chosen | None:
+def _choose(trajectory: Trajectory, number: int) -> _Chosen | None:
     segment = trajectory.segments[number]
     decisions = segment.decisions
     if not segment.trained or decisions is None or not len(decisions):
@@ -159,7 +226,7 @@ def _choose(trajectory: Trajectory, index: int, number: int) -> _Chosen | None:
         return None
     guidance = decisions.sampling.guidance
     guided_N = (decisions.kind_N[pick_N] == DecisionKind.CODE) & (guidance is not None)
-    return _Chosen(index, number, pick_N, branch_weights(guidance), guided_N)
+    return _Chosen(number, pick_N, branch_weights(guidance), guided_N)
 
 
 def _branches(item: _Chosen) -> list[str]:
@@ -168,7 +235,8 @@ def _branches(item: _Chosen) -> list[str]:
 
 
 def _position(
-    trajectories: Sequence[Trajectory],
+    trajectory: Trajectory,
+    of: int,
     item: _Chosen,
     rows: list[Row],
     row_of: dict[tuple[int, int, str], int],
@@ -176,14 +244,13 @@ def _position(
     branches: list[str],
 ) -> tuple[np.ndarray, np.ndarray]:
     """index_KN into the flattened rows and weight_KN of one segment's decisions; unused branches weigh 0."""
-    trajectory = trajectories[item.trajectory]
     decisions = trajectory.segments[item.segment].decisions
     assert decisions is not None
     position_N = decisions.position_N[item.pick_N].astype(np.int64)
     index_KN = np.zeros((len(branches), len(position_N)), np.int64)
     weight_KN = np.zeros((len(branches), len(position_N)), np.float32)
     for branch in _branches(item):
-        number = row_of[item.trajectory, item.segment, branch]
+        number = row_of[of, item.segment, branch]
         # A decision is predicted from the id before it.
         before_N = rows[number].offsets[item.segment] + position_N - 1
         weight_N = np.where(item.guided_N, item.weights.get(branch, 0.0), float(branch == FULL))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from formats.base import Codes
 from runtime.errors import UserError
 
 BOS, PAD, EOS, UNK = "<s>", "<pad>", "</s>", "<unk>"
@@ -74,6 +75,7 @@ class ChameleonVocabulary:
             if name not in self.map:
                 raise VocabularyError(f"{source}: it has no token '{name}', which a Chameleon tokenizer has")
         self.boi, self.eoi, self.eos, self.pad = (self.map[name] for name in (BOI, EOI, EOS, PAD))
+        self._imaging = Codes(self.code_ids, codes_per_image, self.boi, self.eoi)
         self.bos: int | None = self.map.get(BOS)
         named_sep = tokenizer.sep_token if tokenizer.sep_token in self.map else SEP
         self.sep: int | None = self.map.get(named_sep)
@@ -86,6 +88,15 @@ class ChameleonVocabulary:
             "" if silent else piece.decode("utf-8", "replace")
             for piece, silent in zip(self._bytes, self._silent, strict=True)
         ]
+
+    @property
+    def imaging(self) -> Codes:
+        return self._imaging
+
+    @property
+    def never(self) -> np.ndarray:
+        """transformers' placeholder of an image that is yet to be encoded."""
+        return np.array([id for id in (self.map.get(IMAGE),) if id is not None], np.int32)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or EOS.
