@@ -153,7 +153,7 @@ class RunState:
             )
         checkpoint.rewind(run.checkpoints, self.step)
         if run.tracker is not None:
-            run.tracker.rewind(logged + 1)
+            run.tracker.rewind(logged + 1, sampled=self.step + 1)
         if run.alarms is not None:
             run.alarms.recall(row for row in read_metrics(run.folder / "metrics.jsonl") if row["step"] <= logged)
 

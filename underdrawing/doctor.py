@@ -170,7 +170,7 @@ def _torchvision() -> Finding:
 
 
 def _wandb() -> Finding:
-    from training.tracking import wandb_login
+    from training.wandb_mirror import wandb_login
 
     if wandb_login():
         return Finding("W&B", "ok", "a login was found; runs are mirrored online")
