@@ -46,6 +46,12 @@ class GrpoConfig(BaseModel):
         description="Rows times longest row of one forward pass; a longer "
         "trajectory gets a pass of its own. What fits a CPU's cache is quickest there.",
     )
+    idle_limit: int | None = Field(
+        None,
+        ge=1,
+        description="Steps in a row without an optimiser step, because no group could be trained on, after which the "
+        "run is saved and stops with exit code 2; None: it warns and goes on.",
+    )
     save_every: int = Field(10, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     evaluate_every: int | None = Field(None, ge=1, description="Steps between held-out evaluations; None: never.")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from rewards.alarms import AlarmRaised
 from rl.advantages import compute_advantages
+from rl.batches import drop_untrainable
 from rl.ledger import Ledger
 from rl.prompts import PromptCursor
-from rl.run import Run, log
+from rl.run import Run, Stop, log
 from rl.state import RunState
 from rl.trainer import Trainer
 from rl.weight_sync import WeightSynchronizer
@@ -32,7 +33,7 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
 
     Raises:
         Interrupted: after Ctrl-C, at the next step boundary, once all is saved.
-        AlarmRaised: a fatal alarm, likewise.
+        AlarmRaised: a fatal alarm, or too many steps that trained nothing, likewise.
         UserError: as the parts do.
     """
     config, accelerator = run.config, run.accelerator
@@ -57,13 +58,13 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
                 state.metrics |= weight_sync.sync_weights(trainer.version, state.probe).metrics()
                 if config.evaluate_every and (step == config.steps or step % config.evaluate_every == 0):
                     state.metrics |= run_on_main(accelerator, lambda: evaluate(run, step))  # noqa: B023
-                alarm = run_on_main(accelerator, lambda: log(run, step, state.timed()))  # noqa: B023
+                halt = run_on_main(accelerator, lambda: log(run, step, state.timed()))  # noqa: B023
 
-            stop = run_on_main(accelerator, lambda: interruption.pressed) or alarm is not None
+            stop = run_on_main(accelerator, lambda: interruption.pressed) or halt is not None
             if stop or step == config.steps or step % config.save_every == 0:
                 saved = state.save()
             if stop and step < config.steps:
-                raise stopped(run, step, saved, alarm)
+                raise stopped(run, step, saved, halt)
     return trainer
 
 
@@ -85,6 +86,7 @@ def rollout_and_score(run: Run, requests: Sequence[RolloutRequest], step: int) -
     report = pending.finish(rolled_out.groups)
     measured = run.alarms.measure(rolled_out.groups) if run.alarms is not None else {}
     ledger = compute_advantages(rolled_out.groups, run.config, failed=len(rolled_out.failed))
+    drop_untrainable(ledger, run.config)
     if run.tracker is not None and (step == 1 or step % run.show_every == 0):
         # One of every group before a second of any: the tracker keeps as many as it is told to.
         every = [trajectory for group in rolled_out.groups for trajectory in group]
@@ -96,12 +98,11 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     return run.evaluate(step) if run.evaluate else {}
 
 
-def stopped(run: Run, step: int, saved: Path | None, alarm: str | None) -> AlarmRaised | Interrupted:
+def stopped(run: Run, step: int, saved: Path | None, halt: Stop | None) -> AlarmRaised | Interrupted:
     """What ends a run before its last step, once that step is saved."""
     after = f"stopped after step {step} of {run.config.steps}"
-    if alarm is not None:
+    if halt is not None:
         return AlarmRaised(
-            f"{after} by {alarm}. Saved in {saved}; to go on regardless, set rewards.alarms.fatal: false and "
-            f"{run.resume_command}"
+            f"{after} by {halt.reason}. Saved in {saved}; to go on regardless, {halt.change} and {run.resume_command}"
         )
     return Interrupted(f"{after}; saved in {saved}. To go on, {run.resume_command}")

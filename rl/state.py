@@ -41,6 +41,7 @@ RESUME_SAFE_KEYS = (
     "grpo.save_every",
     "grpo.keep_checkpoints",
     "grpo.evaluate_every",
+    "grpo.idle_limit",
 )
 
 
@@ -154,8 +155,10 @@ class RunState:
         checkpoint.rewind(run.checkpoints, self.step)
         if run.tracker is not None:
             run.tracker.rewind(logged + 1, sampled=self.step + 1)
+        done = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["step"] <= logged]
+        run.idle.recall(done)
         if run.alarms is not None:
-            run.alarms.recall(row for row in read_metrics(run.folder / "metrics.jsonl") if row["step"] <= logged)
+            run.alarms.recall(done)
 
     @contextmanager
     def _saved_on_error(self, step: int) -> Iterator[None]:

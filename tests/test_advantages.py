@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from record.trajectory import Author, Modality, Segment, Trajectory
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from rl.advantages import compute_advantages
 from rl.config import GrpoConfig
 from rl.ledger import Ledger, LedgerError
@@ -142,7 +142,15 @@ def test_the_ledger_does_not_let_a_group_vanish():
     assert ledger.metrics() == {
         "groups/in": 3,
         "groups/trained": 1,
+        "groups/cut_off": 0,
         "groups/dropped/failed": 1,
         "groups/dropped/unjudged": 1,
         "groups/dropped/zero_variance": 0,
     }
+
+
+def test_the_ledger_says_what_share_of_the_members_hit_a_limit():
+    groups = [group_of(1.0, 0.0), group_of(0.5, None)]
+    groups[0][1].stop, groups[1][0].stop = StopReason.MAX_TOKENS, StopReason.END
+    groups[1][1].stop = StopReason.MAX_IMAGES
+    assert compute_advantages(groups, NONE).metrics()["groups/cut_off"] == 0.5  # two of four, the unjudged one too

@@ -285,6 +285,16 @@ def test_a_run_is_not_resumed_from_other_weights_than_it_started_from(capsys, wa
     assert main([*command, "grpo.steps=2", "--resume", "--weights", str(warm / "sft/model")]) == 0
 
 
+def test_a_run_that_trains_nothing_stops_at_its_limit(capsys, warm, tmp_path):
+    command = ["grpo", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "grpo.prompts_per_step=2", "grpo.num_generations=2"]
+    command += ["--weights", warm / "sft/model", "grpo.steps=9", "grpo.idle_limit=2", "grpo.evaluate_every=null"]
+    # Five tokens are no image: nothing earns anything.
+    said = refused(capsys, *command, "rollout.max_tokens=5", "rewards.total=detect")
+    assert "stopped after step 2 of 9 by grpo.idle_limit: 2 steps in a row trained nothing: of 4 groups 4 zero" in said
+    assert "100% of the members hit a limit" in said and f"Saved in {tmp_path}/checkpoints/step-000002" in said
+    assert (tmp_path / "checkpoints/step-000002/weights").is_dir()
+
+
 @pytest.mark.parametrize(
     "command, steps, saved",
     [("sft", "sft.max_steps", "sft/checkpoint-*"), ("grpo", "grpo.steps", "checkpoints/step-*")],

@@ -6,7 +6,7 @@ again from it.
 Offline, W&B cannot resume: each start makes a new folder, and of two folders that bear one id a sync keeps the last, or
 mixes both. So the first thing a resumed run does is to write all its lines so far into its new folder, and the earlier
 folders go to wandb/superseded/, where `wandb sync RUN_DIR/wandb` does not look. One sync of what lies in wandb/ then
-brings the whole run, whatever was killed or rewound before. Where W&B has the run already (an earlier folder was synced,
+brings the whole run, whatever was killed or rewound before. Where W&B has the run already (a folder was synced,
 or it was online), the whole run goes there as another one.
 
 Online, a run is resumed under its id, and lines that the server lacks (written offline, or lost in a crash) are sent
