@@ -126,3 +126,12 @@ def test_told_at_doublings_of_three(caplog):
     for step in range(1, 101):
         idle.after(step, row)
     assert [int(message.split(":")[0].removeprefix("step ")) for message in said(caplog)] == [3, 6, 12, 24, 48, 96]
+
+
+def test_a_group_that_was_cut_off_is_replaced_where_there_are_rounds(tmp_path):
+    config = dict(mask_truncated_completions=True, steps=1, max_rollout_rounds=2)
+    rl.grpo.train(make(tmp_path, Same(steps=(1,), stop=StopReason.MAX_TOKENS), **config))
+    [row] = lines(tmp_path)
+    assert row["groups/in"] == 6 and row["groups/trained"] == 0
+    assert sum(value for name, value in row.items() if name.startswith("groups/replaced/")) == 3
+    assert row["groups/replaced/cut_off"] > 0

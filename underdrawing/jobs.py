@@ -78,8 +78,17 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
     return build.warm_start_folder(recipe)
 
 
-def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, resume_command: str = RESUME) -> Path:
-    """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights."""
+def run_grpo(
+    recipe: Recipe,
+    weights: Path | None = None,
+    resume: bool = False,
+    resume_command: str = RESUME,
+    changed_prompts: bool = False,
+) -> Path:
+    """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights.
+
+    `changed_prompts`: resume although the task's prompts are not those of the checkpoint.
+    """
     build.seed_everything(recipe.seed)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     start = build.starting_weights(recipe, weights)
@@ -97,7 +106,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, 
             cluster = build.start_cluster(recipe)
             manager = build.build_reward_manager(recipe, task, fmt)
             config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy
-            rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, task.words)
+            rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, build.words(recipe, task, start))
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             tracker.listeners.append(progress)
         heldout = _heldout_metrics(recipe, task, rollouts, manager.context) if manager else None
@@ -105,7 +114,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, 
             policy=policy,
             config=recipe.grpo,
             accelerator=accelerator,
-            prompts=task.prompts("train"),
+            prompts=build.prompts(recipe, task, fmt, policy, "train"),
             rollouts=rollouts,
             reward_manager=manager,
             tracker=tracker,
@@ -116,6 +125,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, 
             evaluate=heldout,
             alarms=build.build_alarms(recipe) if first else None,
             show_every=recipe.track.trajectories_every,
+            changed_prompts=changed_prompts,
             resume_command=resume_command,
         )
         train(run, newest if resume else None)
@@ -137,7 +147,7 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str) -> Heldout:
     policy = build.build_policy(recipe, task, weights)
     config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
     policy_config = recipe.policy.model_copy(update={"path": str(weights)})
-    rollouts = open_rollouts(policy, policy_config, recipe.format, config, task.words)
+    rollouts = open_rollouts(policy, policy_config, recipe.format, config, build.words(recipe, task, weights))
     try:
         heldout = _evaluate(recipe, task, rollouts, _setting(recipe, task))
     finally:
@@ -157,10 +167,14 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
     check_folder(folder)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task, weights)
-    records = task.prompts("heldout" if split == "heldout" else "train")[:count]
+    records = build.prompts(recipe, task, fmt, policy, "heldout" if split == "heldout" else "train")[:count]
     with build.build_reward_manager(recipe, task, fmt) as manager:
         rollouts = open_rollouts(
-            policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format, recipe.rollout, task.words
+            policy,
+            recipe.policy.model_copy(update={"path": str(weights)}),
+            recipe.format,
+            recipe.rollout,
+            build.words(recipe, task, weights),
         )
         groups: dict[int, list[Trajectory]] = {}  # by request, as they finish
         try:
