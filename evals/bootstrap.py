@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,4 +73,46 @@ def compare(before: Sequence[PromptScore], after: Sequence[PromptScore], **optio
             )
     return paired_bootstrap(
         [p.final_image for p in before], [p.final_image for p in after], [p.tag for p in after], **options
+    )
+
+
+@dataclass(frozen=True)
+class ScorePair:
+    """One score of two evaluations, and the second's less the first's."""
+
+    a: float
+    b: float
+    interval: Interval
+
+    def as_json(self) -> dict[str, Any]:
+        return {"a": self.a, "b": self.b, "difference": self.interval.difference,
+                "interval": [self.interval.low, self.interval.high]}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations of the same prompts, score by score."""
+
+    final_image: ScorePair
+    by_tag: dict[str, ScorePair]  # of the final image; empty where the prompts have no tags
+    first_image: ScorePair
+    refinement: ScorePair  # the final image's score less the first one's
+
+
+def compare_scores(a: Sequence[PromptScore], b: Sequence[PromptScore], **options: int) -> Comparison:
+    """The paired bootstrap of every score that evaluations have; `options` are paired_bootstrap's."""
+    tags = [p.tag for p in a]
+
+    def pair(of: Callable[[PromptScore], float], tag: str | None = None) -> ScorePair:
+        rows = [n for n, t in enumerate(tags) if tag in (None, t)]
+        chosen = [tags[n] for n in rows]
+        before, after = ([of(scores[n]) for n in rows] for scores in (a, b))
+        interval = paired_bootstrap(before, after, chosen, **options)
+        return ScorePair(mean_of_tags(before, chosen), mean_of_tags(after, chosen), interval)
+
+    return Comparison(
+        pair(lambda p: p.final_image),
+        {tag: pair(lambda p: p.final_image, tag) for tag in sorted(set(tags) - {""})},
+        pair(lambda p: p.first_sketch),
+        pair(lambda p: p.final_image - p.first_sketch),
     )

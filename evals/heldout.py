@@ -7,7 +7,7 @@ and after training, are compared on the same prompts under the same noise: boots
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class PromptScore:
     """One prompt, averaged over its samples. All scores lie in [0, 1]."""
 
     prompt: str
-    tag: str
+    tag: str  # empty: the task's prompts have none
     final_image: float  # of the last image; 0 where none was drawn: the task was to draw
     first_sketch: float  # of the first one
     images: float  # drawn, on average
@@ -58,10 +58,10 @@ class Heldout:
 
     @property
     def tags(self) -> dict[str, float]:
-        """The final image's score by tag."""
+        """The final image's score by tag; empty where the prompts have none."""
         return {
             tag: float(np.mean([p.final_image for p in self.prompts if p.tag == tag]))
-            for tag in sorted({p.tag for p in self.prompts})
+            for tag in sorted({p.tag for p in self.prompts} - {""})
         }
 
     def as_metrics(self) -> dict[str, float]:
@@ -119,13 +119,18 @@ def evaluate(
         prompts.append(
             PromptScore(
                 record["prompt"],
-                record["tag"],
+                tag_of(record),
                 float(scores[-1][rows].mean()),
                 float(scores[0][rows].mean()),
                 float(np.mean([len(p) for p in drawn[rows]])),
             )
         )
     return Heldout(prompts, result.groups, result.metrics)
+
+
+def tag_of(record: Mapping[str, Any]) -> str:
+    """The kind of a prompt, by which scores are averaged; empty where the record says none."""
+    return str(record.get("tag") or "")
 
 
 def mean_of_tags(values: Sequence[float], tags: Sequence[str]) -> float:
@@ -149,10 +154,13 @@ def spread_over_tags(records: Sequence[dict[str, Any]], count: int) -> list[dict
     Raises EvaluationError when there are fewer.
     """
     if count > len(records):
-        raise EvaluationError(f"evaluate.prompts asks for {count} held-out prompts, and the task has {len(records)}")
+        raise EvaluationError(
+            f"evaluate.prompts asks for {count} held-out prompts, and the task has {len(records)}; "
+            + (f"give at most {len(records)}" if records else "hold some out, or evaluate on another task")
+        )
     by_tag: dict[str, list[int]] = {}
     for number, record in enumerate(records):
-        by_tag.setdefault(record["tag"], []).append(number)
+        by_tag.setdefault(tag_of(record), []).append(number)
     share = dict.fromkeys(by_tag, 0)
     while sum(share.values()) < count:
         open_tags = [tag for tag in by_tag if share[tag] < len(by_tag[tag])]

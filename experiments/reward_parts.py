@@ -19,11 +19,13 @@ from pathlib import Path
 
 from evals.bootstrap import compare
 from evals.heldout import PromptScore
+from evals.kept import read_prompt_scores
 from runtime.errors import UserError
 from training import checkpoint
 from training.tracking import read_metrics
 from underdrawing.cli import quieten
-from underdrawing.jobs import local, read_prompt_scores, run_evaluate, run_grpo
+from underdrawing.evaluations import run_evaluate
+from underdrawing.jobs import local, run_grpo
 from underdrawing.recipe import Recipe, load_recipe
 
 # Overrides of the recipe. Parts that credit segments act through them too, so detection alone has one advantage for the
@@ -87,7 +89,7 @@ def run_arm(options: argparse.Namespace, arm: str, kind: str, tokens: float) -> 
         run_grpo(with_steps(recipe, (done[-1] if done else 0) + left), options.warm_start, resume=True)
     newest = checkpoint.latest(folder / "checkpoints")
     assert newest is not None
-    heldout = run_evaluate(local(recipe, threads=2), newest / "weights", f"equal_{kind}")
+    heldout = run_evaluate(local(recipe, threads=2), newest / "weights", f"equal_{kind}", replace=True)
     result = {"score": heldout.final_image, "first_sketch": heldout.first_sketch, **spent(folder)}
     kept.write_text(json.dumps(result))
     return result

@@ -23,7 +23,7 @@ from rollout.pool.local import LocalRollouts
 from tests.test_recipe import ROOT, SHIPPED
 from training import checkpoint
 from underdrawing.cli import main
-from underdrawing.jobs import run_evaluate
+from underdrawing.evaluations import run_evaluate
 from underdrawing.recipe import load_recipe
 
 QUICKSTART = str(ROOT / "configs/shapes/quickstart.yaml")

@@ -38,7 +38,12 @@ class Answers:
 
     def generate(self, requests):
         self.requests = requests
-        groups = [[answer(r, m, self.shades[r.prompt][m]) for m in r.members] for r in requests]
+        lost = {failed.index for failed in self.failed}
+        groups = [
+            [answer(r, m, self.shades[r.prompt][m]) for m in r.members]
+            for index, r in enumerate(requests)
+            if index not in lost
+        ]
         return GenerateResult(groups, self.failed, {"time/rollout": 1.0})
 
 
@@ -69,6 +74,9 @@ def test_unanswered_prompts_are_not_scored_as_wrong():
     rollouts = Answers({"a": [[0]], "b": [[0]], "c": [[0]]}, [FailedGroup(1, 1, "timeout", "600 s")])
     with pytest.raises(EvaluationError, match="1 of 3 held-out prompts got no answer; the first is 'b' \\(timeout"):
         evaluate(rollouts, score, RECORDS, seed=0)
+    rollouts = Answers({"a": [[0]] * 4, "c": [[0]] * 4}, [FailedGroup(1, 1, "timeout", "600 s")])
+    with pytest.raises(EvaluationError, match="1 of 3 held-out prompts got no answer; the first is 'b'"):
+        evaluate(rollouts, score, RECORDS, seed=0, samples=4)
     with pytest.raises(EvaluationError, match="no held-out prompts"):
         evaluate(rollouts, score, [], seed=0)
 

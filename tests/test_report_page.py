@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from evals.heldout import Heldout, PromptScore
+from evals.kept import Evaluated, keep
 from record.store import save_trajectories
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from runtime.errors import UserError
-from underdrawing.jobs import compare_evaluations, keep_evaluation
+from underdrawing.evaluations import compare_evaluations
 from underdrawing.report.page import ReportData, _pairs, _tagged, render, report_data, write_report
 
 
@@ -149,7 +150,8 @@ def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
     folder = tmp_path / "evaluations"
     for label, score in (("warm_start", 0.0), ("grpo", 1.0)):
         scores = [PromptScore(f"prompt {i}", "colors", score, score, 1.0) for i in range(3)]
-        keep_evaluation(Heldout(scores, [[thought(i, "colors", "well")] * 2 for i in range(3)], {}), folder / label)
+        heldout = Heldout(scores, [[thought(i, "colors", "well")] * 2 for i in range(3)], {})
+        keep(heldout, folder / label, Evaluated({"samples": 2}))
     compare_evaluations(tmp_path, "warm_start", "grpo")
     data = report_data(tmp_path)
     assert data.after is not None and (data.after.score, data.after.samples) == (1.0, 2)
@@ -164,13 +166,41 @@ def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("runtime.files.flush_one", lambda path: None)
     monkeypatch.setattr(os, "fsync", breaks)
     nothing = Heldout([PromptScore("a prompt", "colors", 0.0, 0.0, 0.0)], [[thought(0, "colors", "well")]], {})
-    for keep in (
-        lambda: keep_evaluation(nothing, folder / "grpo"),
+    for write in (
+        lambda: keep(nothing, folder / "grpo", Evaluated({})),
         lambda: compare_evaluations(tmp_path, "grpo", "grpo"),
     ):
         with pytest.raises(UserError, match="No space left on device"):
-            keep()
+            write()
     assert [file.read_text() for file in files] == before
+
+
+def test_the_report_lists_all_evaluations_and_compares_those_that_compare(tmp_path: Path) -> None:
+    heldout = Heldout([PromptScore("a prompt", "colors", 0.5, 0.25, 1.0)], [[thought(0, "colors", "well")]], {})
+    sampled = {"samples": 1, "temperature": 1.0, "prompts": "abc"}
+    for label, step, settings in (
+        ("warm_start", 0, sampled),
+        ("warm_start-temperature-0", 0, {**sampled, "temperature": 0.0}),
+        ("training-000020", 20, sampled),
+        ("step-000040", 40, sampled),
+        ("step-000040-temperature-0", 40, {**sampled, "temperature": 0.0}),
+    ):
+        keep(heldout, tmp_path / "evaluations" / label, Evaluated(settings, step=step), answers=1)
+    compare_evaluations(tmp_path, "warm_start", "step-000040")
+    data = report_data(tmp_path)
+    assert [e.label for e in data.evaluations] == [
+        "warm_start",
+        "warm_start-temperature-0",
+        "training-000020",
+        "step-000040",
+        "step-000040-temperature-0",
+    ]
+    # The last one and the first that was sampled as it was; the interval that is there is that of two others.
+    assert data.before is not None and data.after is not None
+    assert (data.before.label, data.after.label) == ("warm_start-temperature-0", "step-000040-temperature-0")
+    assert data.interval is None
+    page = render(data)
+    assert page.count("<tr>") == 6 and "<td>step-000040-temperature-0</td><td>40</td><td>0.500</td>" in page
 
 
 def write_run(folder: Path, tags: list[str]) -> None:

@@ -124,8 +124,21 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of images in a folder")
     sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
-    sub.add_argument("--label", help="name under run_dir/evaluations (default: from the weights' place)")
+    sub.add_argument(
+        "--label",
+        help="name under run_dir/evaluations (default: from the weights' place, and what is not as in the run)",
+    )
     geneval.add_options(sub)
+
+    sub = command(
+        "compare", _compare, "two evaluations, or two runs' evaluations, by the paired bootstrap", recipe=False
+    )
+    place = "a run's folder (its newest evaluation counts), or an evaluation's: RUN/evaluations/LABEL"
+    sub.add_argument("a", type=Path, metavar="RUN_A", help=place)
+    sub.add_argument("b", type=Path, metavar="RUN_B", help="the same; differences are B less A")
+    chosen = sub.add_mutually_exclusive_group()
+    chosen.add_argument("--label", help="of two runs: the evaluations of this label")
+    chosen.add_argument("--all", action="store_true", help="of two runs: every label that both have")
 
     from underdrawing import rewards_cli
 
@@ -146,16 +159,22 @@ def _recipe(options: argparse.Namespace) -> Any:
     return load_recipe(options.recipe, options.overrides)
 
 
-def _dry_run(recipe: Any) -> int:
-    """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights."""
+def _dry_run(recipe: Any, evaluates: bool = False) -> int:
+    """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights.
+
+    `evaluates`: the command asks the held-out prompts too, which must be there and can be judged.
+    """
     from rewards.tree import lines
     from underdrawing import build
+    from underdrawing.evaluations import check_evaluation
     from underdrawing.recipe import dump_recipe
 
     build.check_policy_path(recipe)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     with build.build_reward_manager(recipe, task, fmt):
         pass
+    if evaluates:
+        check_evaluation(recipe, task)
     print(dump_recipe(recipe), end="")
     print(f"# reward = {recipe.rewards.formula()}")
     print("\n".join(f"# {line}" for line in lines(recipe.rewards)))
@@ -176,7 +195,7 @@ def _sft(options: argparse.Namespace) -> int:
 def _grpo(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, evaluates=recipe.grpo.evaluate_every is not None)
     from underdrawing.jobs import run_grpo
 
     weights = run_grpo(recipe, options.weights, options.resume, changed_prompts=options.changed_prompts)
@@ -236,36 +255,33 @@ def _evaluate(options: argparse.Namespace) -> int:
     geneval.refuse_options(options)
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, evaluates=True)
     from rich.console import Console
-    from rich.table import Table
 
-    from underdrawing.jobs import run_evaluate
+    from underdrawing.evaluations import run_evaluate
+    from underdrawing.tables import evaluation_table
 
-    weights = _newest_weights(recipe, options.weights)
-    label = options.label or ("warm_start" if weights.parent.name == "sft" else weights.parent.name)
-    heldout = run_evaluate(recipe, weights, label)
-    table = Table(title=f"{weights}: {len(heldout.prompts)} held-out prompts", title_justify="left")
-    table.add_column("tag")
-    table.add_column("score", justify="right")
-    for tag, score in heldout.tags.items():
-        table.add_row(tag, f"{score:.3f}")
-    table.add_section()
-    table.add_row("[bold]mean of tags", f"[bold]{heldout.final_image:.3f}")
-    table.add_row("first sketch alone", f"{heldout.first_sketch:.3f}")
-    Console().print(table)
+    kept = run_evaluate(recipe, _newest_weights(recipe, options.weights), options.label)
+    Console().print(evaluation_table(kept))
     print(
         json.dumps(
             {
-                "score": heldout.final_image,
-                "first_sketch": heldout.first_sketch,
-                "by_tag": heldout.tags,
-                "prompts": len(heldout.prompts),
-                "weights": str(weights),
+                "score": kept.final_image,
+                "first_sketch": kept.first_sketch,
+                "by_tag": kept.by_tag,
+                "prompts": len(kept.prompts),
+                "weights": kept.summary["weights"],
+                "evaluation": str(kept.folder),
             }
         )
     )
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from underdrawing.compare import run_compare
+
+    return run_compare(options.a, options.b, options.label, options.all)
 
 
 def _view(options: argparse.Namespace) -> int:

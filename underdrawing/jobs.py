@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
 
-from evals.bootstrap import Interval, compare
-from evals.heldout import Heldout, PromptScore, geneval_scorer, spread_over_tags
-from evals.heldout import evaluate as evaluate_heldout
 from record.store import check_folder, save_trajectories
 from record.trajectory import Trajectory
-from rewards.contract import RewardContext
-from rewards.manager import detector_of
-from rewards.runtime.serving import check_prompts
 from rl.grpo import train
 from rl.run import Run
 from rollout.config import RolloutConfig
 from rollout.open import open_rollouts
 from rollout.requests import RolloutRequest
-from runtime.errors import UserError, writing
-from runtime.files import write_whole
+from runtime.errors import UserError
 from runtime.interrupt import Interrupted
-from tasks.base import Task
 from training import checkpoint
 from underdrawing import build
+from underdrawing.evaluations import during_training
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 RESUME = "give the same command with --resume"
-STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look at, small on disk
 
 
 def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) -> Path:
@@ -109,7 +99,7 @@ def run_grpo(
             rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, build.words(recipe, task, start))
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             tracker.listeners.append(progress)
-        heldout = _heldout_metrics(recipe, task, rollouts, manager.context) if manager else None
+        heldout = during_training(recipe, task, rollouts, manager.context) if manager else None
         run = Run(
             policy=policy,
             config=recipe.grpo,
@@ -138,22 +128,6 @@ def run_grpo(
     final = checkpoint.latest(recipe.run_dir / "checkpoints")
     assert final is not None
     return final / "weights"
-
-
-def run_evaluate(recipe: Recipe, weights: Path, label: str) -> Heldout:
-    """Held-out scores of some weights, kept under run_dir/evaluations/<label>."""
-    check_folder(recipe.run_dir / "evaluations" / label / "trajectories")
-    task = build.build_task(recipe)
-    policy = build.build_policy(recipe, task, weights)
-    config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
-    policy_config = recipe.policy.model_copy(update={"path": str(weights)})
-    rollouts = open_rollouts(policy, policy_config, recipe.format, config, build.words(recipe, task, weights))
-    try:
-        heldout = _evaluate(recipe, task, rollouts, _setting(recipe, task))
-    finally:
-        rollouts.close()
-    keep_evaluation(heldout, recipe.run_dir / "evaluations" / label)
-    return heldout
 
 
 def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: Path) -> list[Any]:
@@ -217,103 +191,6 @@ def _store(groups: dict[int, list[Trajectory]], folder: Path) -> list[Trajectory
     trajectories = [trajectory for index in sorted(groups) for trajectory in groups[index]]
     save_trajectories(trajectories, folder)
     return trajectories
-
-
-def keep_evaluation(heldout: Heldout, folder: Path) -> None:
-    """summary.json, prompts.jsonl and some trajectories, at most one a prompt."""
-    answers = [group[0] for group in heldout.trajectories]
-    stride = max(1, len(answers) // STORED_ANSWERS)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        heldout.save(folder / "prompts.jsonl")
-        save_trajectories(answers[::stride], folder / "trajectories")
-        write_whole(
-            folder / "summary.json",
-            json.dumps(
-                {
-                    "score": heldout.final_image,
-                    "by_tag": heldout.tags,
-                    "first_sketch": heldout.first_sketch,
-                    "final_image": heldout.final_image,
-                    "prompts": len(heldout.prompts),
-                    "samples": len(heldout.trajectories[0]),
-                    "metrics": heldout.as_metrics(),
-                },
-                indent=1,
-            ),
-        )
-
-
-def compare_evaluations(run_dir: Path, before: str, after: str) -> Interval:
-    """The gain between two kept evaluations with its paired bootstrap interval, kept as comparison.json."""
-    folder = run_dir / "evaluations"
-    interval = compare(*(read_prompt_scores(folder / label / "prompts.jsonl") for label in (before, after)))
-    with writing(folder):
-        write_whole(
-            folder / "comparison.json",
-            json.dumps(
-                {
-                    "before": before,
-                    "after": after,
-                    "gain": interval.difference,
-                    "interval": [interval.low, interval.high],
-                }
-            ),
-        )
-    return interval
-
-
-def read_prompt_scores(path: Path) -> list[PromptScore]:
-    """The scores that Heldout.save wrote.
-
-    Raises:
-        UserError: the file is missing or a line is none of its rows.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no evaluation there; run `underdrawing evaluate` first") from None
-    scores = []
-    for number, line in enumerate(lines, 1):
-        try:
-            scores.append(PromptScore(**json.loads(line)))
-        except (TypeError, json.JSONDecodeError):
-            raise UserError(f"{path} line {number}: not a row of scores by prompt") from None
-    return scores
-
-
-def _setting(recipe: Recipe, task: Task) -> RewardContext:
-    return RewardContext.of(task, build.build_format(recipe), detector_of(recipe.rewards, task))
-
-
-def _evaluate(recipe: Recipe, task: Task, rollouts: Any, context: RewardContext) -> Heldout:
-    records = spread_over_tags(task.prompts("heldout"), recipe.evaluate.prompts)
-    return evaluate_heldout(rollouts, geneval_scorer(context), records, recipe.evaluate.seed, recipe.evaluate.samples)
-
-
-@dataclass(frozen=True)
-class _HeldoutMetrics:
-    """Evaluations during training, with the rollout workers and the detector of the training itself."""
-
-    recipe: Recipe
-    task: Task
-    rollouts: Any
-    context: RewardContext
-
-    def __call__(self, step: int) -> dict[str, float]:
-        return _evaluate(self.recipe, self.task, self.rollouts, self.context).as_metrics()
-
-
-def _heldout_metrics(recipe: Recipe, task: Task, rollouts: Any, context: RewardContext) -> _HeldoutMetrics | None:
-    """`setting`: the judge's, whose detector is taken where it has one, so that no weights are loaded twice.
-
-    Raises UserError for a held-out prompt that cannot be judged, before the first step.
-    """
-    if not recipe.grpo.evaluate_every:
-        return None
-    context = context if context.detector else _setting(recipe, task)
-    check_prompts(context.detector_for("grpo.evaluate_every"), task, splits=("heldout",))
-    return _HeldoutMetrics(recipe, task, rollouts, context)
 
 
 def local(recipe: Recipe, threads: int | None = None) -> Recipe:

@@ -49,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = ()) -> int:
     """All stages; prints the scores and the JSON line."""
     from evals.bootstrap import refinement
+    from evals.kept import read_prompt_scores
     from training.tracking import read_metrics
-    from underdrawing.jobs import compare_evaluations, local, read_prompt_scores, run_evaluate, run_grpo, run_sft
+    from underdrawing.evaluations import compare_evaluations, run_evaluate
+    from underdrawing.jobs import local, run_grpo, run_sft
     from underdrawing.recipe import dump_recipe, load_recipe
     from underdrawing.report.page import report_data, write_report
 
@@ -74,7 +76,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     if not clock.has("before"):
         say(f"2/5  Held-out score of the warm start ({recipe.evaluate.prompts} prompts)")
         with clock.stage("before"):
-            run_evaluate(local(recipe, threads=2), warm, "warm_start")
+            run_evaluate(local(recipe, threads=2), warm, "warm_start", replace=True)
 
     if not clock.has("grpo"):
         say(
@@ -98,7 +100,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     if not clock.has("after"):
         say("4/5  Held-out score after GRPO")
         with clock.stage("after"):
-            run_evaluate(local(recipe, threads=2), newest / "weights", "grpo")
+            run_evaluate(local(recipe, threads=2), newest / "weights", "grpo", replace=True)
 
     say("5/5  Report")
     with clock.stage("report"):

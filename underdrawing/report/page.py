@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from evals.kept import COMPARED_UNDER, DURING
 from record.store import load_trajectories
 from record.trajectory import Author, Trajectory
 from runtime.errors import UserError, writing
@@ -57,6 +58,20 @@ class Evaluation:
     prompts: int
     samples: int = 1  # answers to each prompt
     trajectories: Sequence[Trajectory] = ()
+    step: int | None = None  # of the run; None: not known
+    time: str = ""  # when, in UTC
+    settings: Mapping[str, Any] = field(default_factory=dict)  # empty: not known
+
+    @property
+    def during_training(self) -> bool:
+        return self.label.startswith(DURING)
+
+    def compares_with(self, other: Evaluation) -> bool:
+        """Whether the two scores are of the same prompts, samples, sampling and detector, as far as is known."""
+        if (self.prompts, self.samples) != (other.prompts, other.samples):
+            return False
+        known = bool(self.settings and other.settings)
+        return not known or all(self.settings.get(key) == other.settings.get(key) for key in COMPARED_UNDER)
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class ReportData:
     before: Evaluation | None = None
     after: Evaluation | None = None
     interval: tuple[float, float] | None = None  # 95% paired bootstrap of after - before
+    evaluations: Sequence[Evaluation] = ()  # all of them, the earliest steps first
     sampled: Sequence[tuple[int, Sequence[Trajectory]]] = ()  # step, trajectories
     recipe: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
@@ -128,24 +144,38 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
     stored = sorted((run_dir / "trajectories").glob("*")) if (run_dir / "trajectories").is_dir() else []
     if not (metrics or evaluations or stored):
         raise UserError(f"{run_dir}: no run here: metrics.jsonl, evaluations/ and trajectories/ are all missing")
-    loaded = [_load_evaluation(path) for path in evaluations.values()]
-    order = {"warm_start": 0, "grpo": 2}
-    loaded.sort(key=lambda e: order.get(e.label, 1))
+    loaded = sorted((_load_evaluation(path) for path in evaluations.values()), key=_order)
+    before, after = before_and_after(loaded)
     comparison = run_dir / "evaluations" / "comparison.json"
-    interval = _load_interval(comparison) if comparison.exists() else None
+    interval = _load_interval(comparison, before, after) if comparison.exists() else None
     recipe = run_dir / "recipe.yaml"
     sampled = [(int(folder.name), load_trajectories(folder)) for folder in stored if folder.name.isdigit()]
     return ReportData(
         title=title or run_dir.name,
         subtitle=f"{len(metrics)} steps of GRPO",
         metrics=[*metrics, *warm_start],
-        before=loaded[0] if len(loaded) > 1 else None,
-        after=loaded[-1] if loaded else None,
+        before=before,
+        after=after,
         interval=interval,
+        evaluations=loaded,
         sampled=[sampled[i] for i in _spread(len(sampled), 5)],
         recipe=recipe.read_text() if recipe.exists() else "",
         notes=alarms_of(metrics),
     )
+
+
+def _order(evaluation: Evaluation) -> tuple[int, int, str, str]:
+    """The warm start's first and GRPO's last; those between by step and time."""
+    place = {"warm_start": 0, "grpo": 2}.get(evaluation.label, 1)
+    return place, evaluation.step or 0, evaluation.time, evaluation.label
+
+
+def before_and_after(ordered: Sequence[Evaluation]) -> tuple[Evaluation | None, Evaluation | None]:
+    """The last evaluation and the first one that it compares with. Those during training stand back for others."""
+    shown = [e for e in ordered if not e.during_training] or list(ordered)
+    after = shown[-1] if shown else None
+    before = next((e for e in shown[:-1] if after is not None and e.compares_with(after)), None)
+    return before, after
 
 
 def alarms_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -187,13 +217,20 @@ def _load_evaluation(path: Path) -> Evaluation:
             prompts=int(summary["prompts"]),
             samples=int(summary.get("samples", 1)),
             trajectories=trajectories,
+            step=None if summary.get("step") is None else int(summary["step"]),
+            time=str(summary.get("time") or ""),
+            settings=dict(summary.get("settings") or {}),
         )
 
 
-def _load_interval(path: Path) -> tuple[float, float]:
+def _load_interval(path: Path, before: Evaluation | None, after: Evaluation | None) -> tuple[float, float] | None:
+    """None where the interval is that of two other evaluations."""
     with _reading(path, "remove it, and the report does without the gain's interval"):
-        low, high = json.loads(path.read_text())["interval"]
-        return float(low), float(high)
+        content = json.loads(path.read_text())
+        low, high = content["interval"]
+        of = content.get("before"), content.get("after")
+        shown = before and before.label, after and after.label
+        return (float(low), float(high)) if None in of or of == shown else None
 
 
 @contextmanager

@@ -1,0 +1,223 @@
+"""Held-out evaluations of a run: of some weights by the command, and of the weights at work during training.
+
+Each has a folder of its own under run_dir/evaluations. What lies there is never lost silently: the same evaluation is
+taken as it is, and another one of the same label is refused or, where the caller says so, replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals import kept
+from evals.bootstrap import Interval, compare
+from evals.heldout import Heldout, geneval_scorer, spread_over_tags
+from evals.heldout import evaluate as evaluate_heldout
+from evals.kept import Evaluated, EvaluationsError, KeptEvaluation
+from rewards.contract import RewardContext
+from rewards.detectors.registry import DetectorConfig
+from rewards.manager import detector_of
+from rewards.runtime.serving import check_prompts
+from rollout.open import open_rollouts
+from rollout.weights.wire import fingerprint
+from runtime.errors import UserError, writing
+from runtime.files import write_whole
+from tasks.base import Record, Task
+from training import checkpoint
+from underdrawing import build
+from underdrawing.recipe import Recipe, load_recipe
+
+logger = logging.getLogger(__name__)
+
+
+def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replace: bool = False) -> KeptEvaluation:
+    """Held-out scores of some weights, kept under run_dir/evaluations/<label>.
+
+    Args:
+        label: None: from the weights' place, and the settings in which the recipe differs from the run's.
+        replace: another evaluation of that label makes room for this one.
+
+    Raises:
+        EvaluationsError: another evaluation has that label; nothing was sampled.
+        UserError: a prompt that cannot be judged, or none, or fewer than are asked for; nothing was sampled. Or a
+            prompt that got no answer.
+    """
+    task = build.build_task(recipe)
+    records, context = check_evaluation(recipe, task)
+    settings = settings_of(recipe, records)
+    folder = recipe.run_dir / "evaluations" / (label or default_label(recipe, task, weights, settings))
+    kept.check_replaceable(folder)
+    policy = build.build_policy(recipe, task, weights)
+    of = Evaluated(settings, str(weights), fingerprint(policy.model.state_dict()), step_of(weights))
+    if (folder / kept.SUMMARY).is_file():
+        differs = kept.difference(kept.read(folder), of)
+        if differs is None:
+            logger.info("%s is this evaluation already; it is taken as it is. Remove it to measure again", folder)
+            return kept.read(folder)
+        if not replace:
+            raise EvaluationsError(
+                f"{folder}: another evaluation is kept there: {differs}. Give this one a name of its own with --label, "
+                f"or remove that folder"
+            )
+        logger.warning("%s: another evaluation was kept there, and is replaced: %s", folder, differs)
+    config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
+    policy_config = recipe.policy.model_copy(update={"path": str(weights)})
+    rollouts = open_rollouts(policy, policy_config, recipe.format, config, build.words(recipe, task, weights))
+    try:
+        heldout = _evaluate(recipe, rollouts, context, records)
+    finally:
+        rollouts.close()
+    kept.keep(heldout, folder, of)
+    return kept.read(folder)
+
+
+def heldout_records(recipe: Recipe, task: Task) -> list[Record]:
+    """The held-out prompts that the recipe's evaluations are of. Raises EvaluationError where there are too few."""
+    return spread_over_tags(task.prompts("heldout"), recipe.evaluate.prompts)
+
+
+def check_evaluation(
+    recipe: Recipe, task: Task, context: RewardContext | None = None
+) -> tuple[list[Record], RewardContext]:
+    """The held-out prompts, and what judges their images.
+
+    Args:
+        context: one whose detector is taken where it has one, so that no weights are loaded twice.
+
+    Raises:
+        UserError: there are too few prompts, or one that cannot be judged.
+    """
+    records = heldout_records(recipe, task)
+    if context is None or not context.detector:
+        context = RewardContext.of(task, build.build_format(recipe), detector_of(recipe.rewards, task))
+    check_prompts(context.detector_for("held-out score"), task, splits=("heldout",))
+    return records, context
+
+
+def settings_of(recipe: Recipe, records: Sequence[Record]) -> dict[str, Any]:
+    """What the scores depend on besides the weights, as JSON has it."""
+    detector: Any = recipe.rewards.detector
+    if isinstance(detector, DetectorConfig):
+        detector = detector.model_dump(mode="json", exclude={"device", "batch_size", "download"})
+    settings = {
+        "prompts": kept.fingerprint_of(records),
+        "number_of_prompts": len(records),
+        "samples": recipe.evaluate.samples,
+        "temperature": recipe.evaluate.temperature,
+        "seed": recipe.evaluate.seed,
+        "top_p": recipe.rollout.top_p,
+        "top_k": recipe.rollout.top_k,
+        "guidance": recipe.rollout.guidance,
+        "max_tokens": recipe.rollout.max_tokens,
+        "format": recipe.format.model_dump(mode="json"),
+        "detector": detector if detector is not None else f"the task's ({recipe.task.name})",
+    }
+    return dict(json.loads(json.dumps(settings)))
+
+
+def default_label(recipe: Recipe, task: Task, weights: Path, settings: Mapping[str, Any]) -> str:
+    """`warm_start`, `step-000040`, or the name of weights from elsewhere; then each setting that is not the run's."""
+    name = place_of(recipe.run_dir, weights)
+    run_recipe = recipe.run_dir / "recipe.yaml"
+    if not run_recipe.is_file():
+        return name
+    try:
+        usual = load_recipe(run_recipe)
+        usual_task = task if usual.task == recipe.task else build.build_task(usual)
+        usual_settings = settings_of(usual, heldout_records(usual, usual_task))
+    except UserError:  # of another release, say: then the label says no settings, and another evaluation is refused
+        return name
+    differing = [key for key in settings if settings[key] != usual_settings.get(key)]
+    if "number_of_prompts" in differing:
+        differing.remove("prompts")
+    values = [f"-{key}-{_short(settings[key])}".replace("number_of_prompts", "prompts") for key in differing]
+    return re.sub(r"[^\w.+-]", "_", "".join([name, *values]))
+
+
+def place_of(run_dir: Path, weights: Path) -> str:
+    """What weights are called by where they lie; those of another run bear its name too."""
+    weights, run_dir = weights.resolve(), run_dir.resolve()
+    if checkpoint.is_checkpoint(weights.parent):
+        owner, name = weights.parents[2], weights.parent.name
+    elif weights.parts[-2:] == ("sft", "model"):
+        owner, name = weights.parents[1], "warm_start"
+    else:
+        generic = weights.name in ("model", "weights")
+        return f"{weights.parent.name}-{weights.name}" if generic else weights.name
+    return name if owner == run_dir else f"{owner.name}-{name}"
+
+
+def step_of(weights: Path) -> int | None:
+    """The step of the run whose checkpoint the weights are; 0 of a warm start; None: not known."""
+    weights = weights.resolve()
+    if checkpoint.is_checkpoint(weights.parent):
+        return int(weights.parent.name.rpartition("-")[2])
+    return 0 if weights.parts[-2:] == ("sft", "model") else None
+
+
+def compare_evaluations(run_dir: Path, before: str, after: str) -> Interval:
+    """The gain between two kept evaluations with its paired bootstrap interval, kept as comparison.json."""
+    folder = run_dir / "evaluations"
+    interval = compare(*(kept.read_prompt_scores(folder / label / kept.PROMPTS) for label in (before, after)))
+    content = {
+        "before": before,
+        "after": after,
+        "gain": interval.difference,
+        "interval": [interval.low, interval.high],
+    }
+    with writing(folder):
+        write_whole(folder / "comparison.json", json.dumps(content))
+    return interval
+
+
+@dataclass(frozen=True)
+class DuringTraining:
+    """Evaluations during training, with the rollout workers and the detector of the training itself.
+
+    Each is kept with its scores by prompt. Those of later steps, which a run that went back makes again, are deleted.
+    """
+
+    recipe: Recipe
+    records: Sequence[Record]
+    rollouts: Any
+    context: RewardContext
+
+    def __call__(self, step: int) -> dict[str, float]:
+        heldout = _evaluate(self.recipe, self.rollouts, self.context, self.records)
+        folder = self.recipe.run_dir / "evaluations"
+        for path in folder.glob(f"{kept.DURING}*"):
+            number = path.name.removeprefix(kept.DURING)
+            if number.isdigit() and int(number) > step:
+                kept.check_replaceable(path)
+                shutil.rmtree(path)
+        of = Evaluated(settings_of(self.recipe, self.records), step=step)
+        kept.keep(heldout, folder / f"{kept.DURING}{step:06d}", of, answers=0)
+        return heldout.as_metrics()
+
+
+def during_training(recipe: Recipe, task: Task, rollouts: Any, context: RewardContext) -> DuringTraining | None:
+    """None where the recipe has no evaluations during training. Raises as check_evaluation, before the first step.
+
+    `context`: the reward manager's.
+    """
+    if not recipe.grpo.evaluate_every:
+        return None
+    records, context = check_evaluation(recipe, task, context)
+    return DuringTraining(recipe, records, rollouts, context)
+
+
+def _evaluate(recipe: Recipe, rollouts: Any, context: RewardContext, records: Sequence[Record]) -> Heldout:
+    return evaluate_heldout(rollouts, geneval_scorer(context), records, recipe.evaluate.seed, recipe.evaluate.samples)
+
+
+def _short(value: Any) -> str:
+    """A setting's value as part of a file's name."""
+    if isinstance(value, bool | int | float):
+        return f"{value:g}" if isinstance(value, float) else str(value).lower()
+    return kept.fingerprint_of([{"value": value}])[:6]

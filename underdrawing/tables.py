@@ -1,0 +1,59 @@
+"""Evaluations and comparisons as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from evals.bootstrap import Comparison, ScorePair
+from evals.kept import KeptEvaluation
+
+
+def evaluation_table(kept: KeptEvaluation) -> Table:
+    """One evaluation: a line a tag, the mean of the tags, and the first images alone."""
+    many = f", {kept.samples} answers each" if kept.samples > 1 else ""
+    table = Table(title=Text(f"{kept.summary.get('weights') or kept.label}"), title_justify="left")
+    table.caption = Text(f"{len(kept.prompts)} held-out prompts{many}; kept in {kept.folder}")
+    table.caption_justify = "left"
+    table.add_column("tag")
+    table.add_column("score", justify="right", no_wrap=True)
+    for tag, score in kept.by_tag.items():
+        table.add_row(tag, f"{score:.3f}")
+    table.add_section()
+    table.add_row(f"[bold]{'mean of tags' if kept.by_tag else 'final image'}", f"[bold]{kept.final_image:.3f}")
+    table.add_row("first image alone", f"{kept.first_sketch:.3f}")
+    return table
+
+
+def comparison_table(a: KeptEvaluation, b: KeptEvaluation, compared: Comparison, notes: Sequence[str] = ()) -> Table:
+    """Two evaluations: scores, difference and its interval, by tag where there are tags."""
+    level = compared.final_image.interval.level
+    many = f", {a.samples} answers each" if a.samples > 1 else ""
+    table = Table(title=Text(f"A: {a.folder}\nB: {b.folder}"), title_justify="left", caption_justify="left")
+    table.caption = Text("\n".join([f"{len(a.prompts)} held-out prompts{many}", *notes]))
+    table.add_column("")
+    for name in ("A", "B", "B - A", f"{level:.0%} interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def add(name: str, pair: ScorePair, style: str = "") -> None:
+        interval = pair.interval
+        sure = interval.low > 0 or interval.high < 0
+        better = ("green" if interval.difference > 0 else "red") if sure else ""
+        table.add_row(
+            name,
+            f"{pair.a:.3f}",
+            f"{pair.b:.3f}",
+            Text(f"{interval.difference:+.3f}", style=better),
+            f"{interval.low:+.3f} to {interval.high:+.3f}",
+            style=style,
+        )
+
+    for tag, pair in compared.by_tag.items():
+        add(tag, pair)
+    table.add_section()
+    add("mean of tags" if compared.by_tag else "final image", compared.final_image, "bold")
+    add("first image alone", compared.first_image)
+    add("what refining adds", compared.refinement)
+    return table
