@@ -23,7 +23,7 @@ from runtime.files import write_whole
 from runtime.interrupt import Interrupted, interruptible
 from sft.checkpoints import finished_checkpoints, newest, prune, writing
 from sft.config import SftConfig
-from sft.data import Collator, Row, training_rows
+from sft.data import Collator, Row, role_names, training_rows
 from sft.sources import load_demonstrations
 from sft.trainer import InterleavedSftTrainer, Mirror, Stop
 from tasks.base import Demonstration, Task
@@ -122,6 +122,7 @@ def warm_start(
     trainer = InterleavedSftTrainer(
         policy=policy,
         section=config,
+        roles=role_names(trajectories),
         model=policy.model,
         train_dataset=Dataset.from_list(list(rows)),
         data_collator=Collator(policy.vocabulary.pad, pack=policy.core.config._attn_implementation == "sdpa"),
