@@ -80,13 +80,19 @@ class Heldout:
 
 
 def evaluate(
-    rollouts: Rollouts, score: Scorer, records: Sequence[dict[str, Any]], seed: int, samples: int = 1
+    rollouts: Rollouts,
+    score: Scorer,
+    records: Sequence[dict[str, Any]],
+    seed: int,
+    samples: int = 1,
+    each: Callable[[int, list[Trajectory]], None] | None = None,
 ) -> Heldout:
     """Answer every record `samples` times and score the first and the last image of each answer.
 
     Args:
         score: images and their records to scores in [0, 1]; `geneval_scorer` gives the released rules.
         records: held-out, in GenEval's schema; their order numbers them, so keep it between evaluations.
+        each: is told a prompt's number and its answers as they are finished.
 
     Raises:
         EvaluationError: there are no records, or some prompts got no answer: a mean over the others would not compare.
@@ -97,7 +103,7 @@ def evaluate(
         RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed)
         for number, record in enumerate(records)
     ]
-    result = rollouts.generate(requests)
+    result = rollouts.generate(requests, each=each)
     if result.failed:
         first = result.failed[0]
         raise EvaluationError(

@@ -72,6 +72,12 @@ class KeptEvaluation:
         return self.folder.name
 
     @property
+    def step(self) -> int | None:
+        """Of the run that trained the weights; None: not known."""
+        step = self.summary.get("step")
+        return None if step is None else int(step)
+
+    @property
     def final_image(self) -> float:
         """The score: see Heldout."""
         return mean_of_tags([p.final_image for p in self.prompts], [p.tag for p in self.prompts])
@@ -180,9 +186,9 @@ def read_prompt_scores(path: Path) -> list[PromptScore]:
 
 
 def evaluations_of(run_dir: Path) -> list[KeptEvaluation]:
-    """A run's evaluations, the newest last."""
+    """A run's evaluations: by the step of their weights, and then by time, the newest last."""
     found = [read(path.parent) for path in (run_dir / "evaluations").glob(f"*/{SUMMARY}")]
-    return sorted(found, key=lambda kept: (str(kept.summary.get("time") or ""), kept.label))
+    return sorted(found, key=lambda kept: (kept.step or 0, str(kept.summary.get("time") or ""), kept.label))
 
 
 def difference(kept: KeptEvaluation, of: Evaluated) -> str | None:

@@ -366,7 +366,7 @@ def test_the_help_lists_every_command(capsys):
         main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for command in ("sft", "grpo", "rollout", "evaluate", "view", "doctor"):
+    for command in ("sft", "grpo", "rollout", "evaluate", "compare", "view", "doctor"):
         assert f"\n    {command} " in printed
 
 

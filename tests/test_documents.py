@@ -114,7 +114,7 @@ def test_commands_parse(document: str, line: str, monkeypatch):
 
 def test_there_are_commands_to_try():
     shown = {line.split()[1] for _, line in commands()}
-    assert shown >= {"sft", "grpo", "rollout", "evaluate", "view", "doctor"}
+    assert shown >= {"sft", "grpo", "rollout", "evaluate", "compare", "view", "doctor"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)

@@ -36,7 +36,7 @@ class Answers:
     def __init__(self, shades, failed=()):
         self.shades, self.failed, self.requests = shades, list(failed), []
 
-    def generate(self, requests):
+    def generate(self, requests, each=None):
         self.requests = requests
         lost = {failed.index for failed in self.failed}
         groups = [

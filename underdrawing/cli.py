@@ -55,9 +55,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class StderrHandler(logging.Handler):
+    """Writes to what sys.stderr is at the moment: while a progress line stands, rich puts itself there, and what is
+    written goes above the line instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
 def quieten() -> None:
     """Our own messages at INFO, the libraries' at WARNING; their bars and banners off."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", handlers=[StderrHandler()]
+    )
     for name in OUR_PACKAGES:
         logging.getLogger(name).setLevel(logging.INFO)
     for name, value in (
@@ -133,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "compare", _compare, "two evaluations, or two runs' evaluations, by the paired bootstrap", recipe=False
     )
-    place = "a run's folder (its newest evaluation counts), or an evaluation's: RUN/evaluations/LABEL"
+    place = "a run's folder (the evaluation of its latest step counts), or an evaluation's: RUN/evaluations/LABEL"
     sub.add_argument("a", type=Path, metavar="RUN_A", help=place)
     sub.add_argument("b", type=Path, metavar="RUN_B", help="the same; differences are B less A")
     chosen = sub.add_mutually_exclusive_group()
@@ -259,10 +273,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from underdrawing.evaluations import run_evaluate
-    from underdrawing.tables import evaluation_table
+    from underdrawing.tables import print_evaluation
 
     kept = run_evaluate(recipe, _newest_weights(recipe, options.weights), options.label)
-    Console().print(evaluation_table(kept))
+    print_evaluation(Console(), kept)
     print(
         json.dumps(
             {

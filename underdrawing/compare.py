@@ -10,7 +10,7 @@ from rich.console import Console
 from evals.bootstrap import compare_scores
 from evals.kept import SUMMARY, EvaluationsError, KeptEvaluation, check_comparable, evaluations_of, read
 from runtime.errors import nearest
-from underdrawing.tables import comparison_table
+from underdrawing.tables import print_comparison
 
 
 def run_compare(a: Path, b: Path, label: str | None = None, every: bool = False) -> int:
@@ -24,7 +24,7 @@ def run_compare(a: Path, b: Path, label: str | None = None, every: bool = False)
         notes = check_comparable(one, other)
         compared.append((one, other, notes, compare_scores(one.prompts, other.prompts)))
     for one, other, notes, found in compared:  # all of them are checked before any is printed
-        Console().print(comparison_table(one, other, found, notes))
+        print_comparison(Console(), one, other, found, notes)
     print(
         json.dumps(
             {

@@ -6,6 +6,7 @@ taken as it is, and another one of the same label is refused or, where the calle
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -31,6 +32,7 @@ from runtime.files import write_whole
 from tasks.base import Record, Task
 from training import checkpoint
 from underdrawing import build
+from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -69,9 +71,11 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
     config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
     policy_config = recipe.policy.model_copy(update={"path": str(weights)})
     rollouts = open_rollouts(policy, policy_config, recipe.format, config, build.words(recipe, task, weights))
+    progress, done = StepProgress("held-out prompts", len(records)), itertools.count(1)
     try:
-        heldout = _evaluate(recipe, rollouts, context, records)
+        heldout = _evaluate(recipe, rollouts, context, records, lambda *_: progress.on_metrics(next(done), {}))
     finally:
+        progress.close()
         rollouts.close()
     kept.keep(heldout, folder, of)
     return kept.read(folder)
@@ -212,8 +216,11 @@ def during_training(recipe: Recipe, task: Task, rollouts: Any, context: RewardCo
     return DuringTraining(recipe, records, rollouts, context)
 
 
-def _evaluate(recipe: Recipe, rollouts: Any, context: RewardContext, records: Sequence[Record]) -> Heldout:
-    return evaluate_heldout(rollouts, geneval_scorer(context), records, recipe.evaluate.seed, recipe.evaluate.samples)
+def _evaluate(
+    recipe: Recipe, rollouts: Any, context: RewardContext, records: Sequence[Record], each: Any = None
+) -> Heldout:
+    section = recipe.evaluate
+    return evaluate_heldout(rollouts, geneval_scorer(context), records, section.seed, section.samples, each)
 
 
 def _short(value: Any) -> str:

@@ -76,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     """Judge all images and print the score; the last line is one JSON object."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from evals import geneval
     from evals.geneval_folder import read_folder
@@ -132,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
     finally:
         bar.close()
     summary = geneval.summarise(rows, expected)
-    table = Table(title=f"GenEval, {mode}: {out}", title_justify="left")
+    table = Table()
     for name in ("", "score", "correct"):
         table.add_column(name, justify="right" if name else "left")
     for tag, score in summary.tags.items():
@@ -145,7 +146,9 @@ def run(options: argparse.Namespace) -> int:
     )
     table.add_row("images correct", f"{summary.images:.4f}", f"{summary.num_images} images")
     table.add_row("prompts with a correct image", f"{summary.prompts:.4f}", f"{summary.num_prompts} prompts")
-    Console().print(table)
+    console = Console()
+    console.print(Text(f"GenEval, {mode}: {out}", style="italic"), soft_wrap=True)
+    console.print(table)
     told = {**summary.as_json(), **said, "rows": str(out)}
     write_whole(out.with_name(out.name + ".summary.json"), json.dumps(told, indent=1) + "\n")
     print(json.dumps(told))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -11,12 +12,10 @@ from evals.bootstrap import Comparison, ScorePair
 from evals.kept import KeptEvaluation
 
 
-def evaluation_table(kept: KeptEvaluation) -> Table:
+def print_evaluation(console: Console, kept: KeptEvaluation) -> None:
     """One evaluation: a line a tag, the mean of the tags, and the first images alone."""
     many = f", {kept.samples} answers each" if kept.samples > 1 else ""
-    table = Table(title=Text(f"{kept.summary.get('weights') or kept.label}"), title_justify="left")
-    table.caption = Text(f"{len(kept.prompts)} held-out prompts{many}; kept in {kept.folder}")
-    table.caption_justify = "left"
+    table = Table()
     table.add_column("tag")
     table.add_column("score", justify="right", no_wrap=True)
     for tag, score in kept.by_tag.items():
@@ -24,18 +23,24 @@ def evaluation_table(kept: KeptEvaluation) -> Table:
     table.add_section()
     table.add_row(f"[bold]{'mean of tags' if kept.by_tag else 'final image'}", f"[bold]{kept.final_image:.3f}")
     table.add_row("first image alone", f"{kept.first_sketch:.3f}")
-    return table
+
+    # Beside the table, not its title and caption: those are folded to its width, and paths are long.
+    console.print(Text(f"{kept.summary.get('weights') or kept.label}", style="italic"), soft_wrap=True)
+    console.print(table)
+    console.print(Text(f"{len(kept.prompts)} held-out prompts{many}; kept in {kept.folder}"), soft_wrap=True)
 
 
-def comparison_table(a: KeptEvaluation, b: KeptEvaluation, compared: Comparison, notes: Sequence[str] = ()) -> Table:
+def print_comparison(
+    console: Console, a: KeptEvaluation, b: KeptEvaluation, compared: Comparison, notes: Sequence[str] = ()
+) -> None:
     """Two evaluations: scores, difference and its interval, by tag where there are tags."""
     level = compared.final_image.interval.level
     many = f", {a.samples} answers each" if a.samples > 1 else ""
-    table = Table(title=Text(f"A: {a.folder}\nB: {b.folder}"), title_justify="left", caption_justify="left")
-    table.caption = Text("\n".join([f"{len(a.prompts)} held-out prompts{many}", *notes]))
-    table.add_column("")
-    for name in ("A", "B", "B - A", f"{level:.0%} interval"):
+    table = Table()
+    table.add_column("", no_wrap=True)
+    for name in ("A", "B", "B - A"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(f"{level:.0%} interval", justify="right")  # on a narrow terminal this one is folded
 
     def add(name: str, pair: ScorePair, style: str = "") -> None:
         interval = pair.interval
@@ -56,4 +61,8 @@ def comparison_table(a: KeptEvaluation, b: KeptEvaluation, compared: Comparison,
     add("mean of tags" if compared.by_tag else "final image", compared.final_image, "bold")
     add("first image alone", compared.first_image)
     add("what refining adds", compared.refinement)
-    return table
+    for line in (f"A: {a.folder}", f"B: {b.folder}"):
+        console.print(Text(line, style="italic"), soft_wrap=True)
+    console.print(table)
+    for line in (f"{len(a.prompts)} held-out prompts{many}", *notes):
+        console.print(Text(line), soft_wrap=True)
