@@ -388,6 +388,21 @@ def test_a_fault_after_the_update_loses_neither_the_step_nor_its_line(tmp_path, 
     assert lines(tmp_path) == rows
     assert all(torch.equal(p, weights[name]) for name, p in trainer.policy.model.named_parameters())
     assert not list((tmp_path / "checkpoints").rglob("*_metrics.json"))  # whatever was owed has been made good
+
+
+def test_trajectories_of_a_step_that_is_yet_to_be_logged_are_not_forgotten(tmp_path):
+    def shown(run):
+        run.show_every = 2
+        return run
+
+    with pytest.raises(UserError, match="can be mended"):
+        rl.grpo.train(faulty(shown(make(tmp_path, save_every=100)), "evaluate"))
+    folder = tmp_path / "trajectories"
+    assert sorted(path.name for path in folder.iterdir()) == ["000001", "000002", "000004"]
+    with pytest.raises(UserError, match="can be mended"):  # step 4 is not sampled again
+        run = shown(make(tmp_path, save_every=100))
+        rl.grpo.train(faulty(run, "evaluate"), checkpoint.latest(tmp_path / "checkpoints"))
+    assert sorted(path.name for path in folder.iterdir()) == ["000001", "000002", "000004"]
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         assert row["time/step"] >= row["time/update"] > 0
 

@@ -138,7 +138,7 @@ class WandbMirror:
                 dir=str(self.run_dir),
                 mode=self.mode,
                 id=identity,
-                # Offline it would be kept in the log, and make a sync append to what the server has.
+                # Offline nobody can tell what the server has, and W&B warns of it.
                 resume="allow" if self.mode == "online" else None,
                 settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=FLUSH_S),
             )
