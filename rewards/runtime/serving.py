@@ -38,7 +38,6 @@ from rewards.judge.config import JudgeConfig
 from rewards.loader import load_object, load_reward, make
 from rewards.registry import REWARDS
 from runtime.errors import UserError
-from tasks.base import SeenTask
 
 PATIENCE_S = 60.0  # for one call, where nothing else is said
 RAISED = (Exception, SystemExit)  # what a reward may raise and its run goes on: sys.exit in it ends nobody else
@@ -92,7 +91,7 @@ class RewardContextSpec:
     def detector_or_none(self) -> Detector | None:
         """Raises UserError for one that cannot be made, or is none."""
         if self.detector is None:
-            return TaskDetector.of(self.task) if isinstance(self.task, SeenTask) else None
+            return TaskDetector.of(self.task) if hasattr(self.task, "detect") else None
         if isinstance(self.detector, DetectorConfig):
             return build_detector(self.detector)
         if not isinstance(self.detector, str):
