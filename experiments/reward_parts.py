@@ -24,6 +24,7 @@ from training import checkpoint
 from training.tracking import read_metrics
 from underdrawing.cli import quieten
 from underdrawing.jobs import local, read_prompt_scores, run_evaluate, run_grpo
+from underdrawing.options import LARGEST_SEED, Number, Parser, Whole, expanded_path
 from underdrawing.recipe import Recipe, load_recipe
 
 # Overrides of the recipe. Parts that credit segments act through them too, so detection alone has one advantage for the
@@ -38,16 +39,16 @@ CONSTANT = "grpo.lr_scheduler_type=constant_with_warmup"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=Path("configs/shapes/quickstart.yaml"))
-    parser.add_argument("--warm-start", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/reward-parts"))
-    parser.add_argument("--tokens", type=float, default=0.8e6, help="sampled tokens of an arm")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=expanded_path, default=Path("configs/shapes/quickstart.yaml"))
+    parser.add_argument("--warm-start", type=expanded_path, required=True)
+    parser.add_argument("--out", type=expanded_path, default=Path("runs/reward-parts"))
+    parser.add_argument("--tokens", type=Number(), default=0.8e6, help="sampled tokens of an arm")
+    parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=0)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args()
     quieten()
     try:
+        options = parser.parse_args()
         results = compare_arms(options)
     except UserError as error:
         print(f"reward_parts: {error}", file=sys.stderr)

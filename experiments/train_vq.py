@@ -16,7 +16,6 @@ Letters: B images, M latents of a batch (B x N), G distinct patches, K codes, D 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from runtime.errors import UserError
 from tasks.shapes.detector import detect
 from tasks.shapes.render import MASKS, render
 from tasks.shapes.world import CANVAS, COLORS, GROUND, MAX_OBJECTS, OBJECT, PATCH, Scene, sample_scene
+from underdrawing.options import LARGEST_SEED, Number, Parser, Whole, expanded_path
 
 SHAPES_VQ = {
     "embed_dim": 16,
@@ -377,15 +377,15 @@ def train(config: TrainVQConfig, out: Path, resume: bool = False, every: int = 1
 
 def main(arguments: Sequence[str] | None = None) -> None:
     defaults = TrainVQConfig()
-    parser = argparse.ArgumentParser(description="Train the shapes world's visual tokenizer.")
-    parser.add_argument("--out", type=Path, required=True, help="weights file to write (.safetensors)")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--minutes", type=float, default=defaults.minutes)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser = Parser(description="Train the shapes world's visual tokenizer.")
+    parser.add_argument("--out", type=expanded_path, required=True, help="weights file to write (.safetensors)")
+    parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=defaults.seed)
+    parser.add_argument("--minutes", type=Number(), default=defaults.minutes)
+    parser.add_argument("--steps", type=Whole(1), default=defaults.steps)
     parser.add_argument("--resume", action="store_true", help="go on from the state beside --out, if there is one")
-    parser.add_argument("--scenes", type=int, default=1000, help="scenes of the closing measurement")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--scenes", type=Whole(1), default=1000, help="scenes of the closing measurement")
     try:
+        given = parser.parse_args(arguments)
         config = TrainVQConfig(seed=given.seed, minutes=given.minutes, steps=given.steps)
         train(config, given.out, given.resume)
     except (UserError, ValidationError) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from runtime.paths import ReadPath
+
 
 class SftConfig(BaseModel):
     """The warm start."""
@@ -11,7 +13,7 @@ class SftConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     demonstrations: int = Field(6000, ge=1, description="how many the task writes; ignored when `data` is given")
-    data: str | None = Field(None, description="folder of stored trajectories to train on; None: the task's own")
+    data: ReadPath | None = Field(None, description="folder of stored trajectories to train on; None: the task's own")
     max_steps: int = Field(700, ge=1, description="optimiser steps")
     batch_size: int = Field(48, ge=1, description="rows a step on each process")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
+from underdrawing.options import Parser, Whole, expanded_path
 
 OUR_PACKAGES = (
     "underdrawing",
@@ -35,7 +36,11 @@ RECIPE_HELP = "a YAML recipe; shipped ones are under configs/"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a UserError into its sentence and exit code."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except UserError as error:
+        print(f"underdrawing: {error}", file=sys.stderr)
+        return error.exit_code
     # argparse ends a list of positionals at the first option; overrides may stand on both sides of one.
     if rest and (not hasattr(options, "overrides") or any(a.startswith("-") or "=" not in a for a in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -81,7 +86,7 @@ def _has_gpu() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="underdrawing",
         description="Reinforcement-learning post-training for models that think in images and words.",
     )
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         if recipe:
-            sub.add_argument("recipe", type=Path, help=RECIPE_HELP)
+            sub.add_argument("recipe", type=expanded_path, help=RECIPE_HELP)
             sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
             sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe, stop")
         return sub
@@ -100,19 +105,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
     sub = command("grpo", _grpo, "improve the warm-started policy by its rewards")
-    sub.add_argument("--weights", type=Path, help="folder to start from; default: the recipe's warm start")
+    sub.add_argument("--weights", type=expanded_path, help="folder to start from; default: the recipe's warm start")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
     sub = command("rollout", _rollout, "sample trajectories, judge and store them")
-    sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
-    sub.add_argument("--prompts", type=int, default=16, help="how many (default 16)")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument("--prompts", type=Whole(1), default=16, help="how many (default 16)")
     sub.add_argument("--split", choices=("train", "heldout"), default="heldout")
-    sub.add_argument("--out", type=Path, help="folder to write (default run_dir/rollout)")
+    sub.add_argument("--out", type=expanded_path, help="folder to write (default run_dir/rollout)")
 
     from underdrawing import geneval
 
     sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of images in a folder")
-    sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
     sub.add_argument("--label", help="name under run_dir/evaluations (default: from the weights' place)")
     geneval.add_options(sub)
 
@@ -121,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     rewards_cli.add_parser(commands)
 
     sub = command("view", _view, "write the HTML report of a run, or of stored trajectories", recipe=False)
-    sub.add_argument("folder", type=Path, help="a run's folder, or a folder of stored trajectories")
-    sub.add_argument("--out", type=Path, help="file to write (default report.html in the folder)")
+    sub.add_argument("folder", type=expanded_path, help="a run's folder, or a folder of stored trajectories")
+    sub.add_argument("--out", type=expanded_path, help="file to write (default report.html in the folder)")
 
     sub = command("doctor", _doctor, "what works on this machine, and what to do about what doesn't", recipe=False)
     sub.add_argument("--no-ray", action="store_true", help="leave out the check that starts Ray")

@@ -151,13 +151,19 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
 
     Raises:
         StoreError: `folder` holds what saving would delete; nothing was sampled.
+        UserError: the split has fewer prompts.
         Interrupted: after Ctrl-C. It and every other UserError say what is stored: all that was finished, judged or
             not.
     """
     check_folder(folder)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
+    records = task.prompts("heldout" if split == "heldout" else "train")
+    if not 1 <= count <= len(records):
+        raise UserError(
+            f"--prompts {count}: the split '{split}' has {len(records)} prompts; ask for 1 to {len(records)}"
+        )
+    records = records[:count]
     policy = build.build_policy(recipe, task, weights)
-    records = task.prompts("heldout" if split == "heldout" else "train")[:count]
     with build.build_reward_manager(recipe, task, fmt) as manager:
         rollouts = open_rollouts(
             policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format, recipe.rollout, task.words

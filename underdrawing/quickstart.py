@@ -7,7 +7,6 @@ command after an interruption goes on where it stopped; minutes are those of all
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -22,6 +21,7 @@ from runtime.errors import UserError, writing
 from runtime.files import write_whole
 from runtime.ray_cluster import ClusterError
 from underdrawing.cli import quieten
+from underdrawing.options import LARGEST_SEED, Parser, Whole, expanded_path
 
 STATE = "quickstart.json"
 AGAIN = "give the same command again"
@@ -29,14 +29,14 @@ AGAIN = "give the same command again"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are not done yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", type=Path, default=Path("configs/shapes/quickstart.yaml"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run-dir", type=Path, help="default: the recipe's, with the seed")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--recipe", type=expanded_path, default=Path("configs/shapes/quickstart.yaml"))
+    parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=0)
+    parser.add_argument("--run-dir", type=expanded_path, help="default: the recipe's, with the seed")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args(arguments)
-    quieten()
     try:
+        options = parser.parse_args(arguments)
+        quieten()
         return run(options.recipe, options.seed, options.run_dir, options.overrides)
     except UserError as error:
         print(f"underdrawing: {error}", file=sys.stderr)
