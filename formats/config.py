@@ -30,7 +30,7 @@ class FormatConfig(BaseModel):
     )
     options: Options = Field(
         default_factory=dict,
-        description="Handed to the format: max_tokens by role, "
+        description="Handed to the format: max_tokens by role (or one number), "
         "instruction, guidance, scales, negative_prompt, or what your own takes.",
     )
 

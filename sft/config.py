@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
+from formats.roles import RECORDED
 from runtime.paths import ReadPath
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class SftConfig(BaseModel):
@@ -30,7 +35,7 @@ class SftConfig(BaseModel):
         "end, never part of an image. None: the policy's own",
     )
     image_weight: float = Field(1.0, ge=0, description="of visual codes in the cross-entropy; words weigh 1")
-    role_weights: dict[str, float] = Field(
+    role_weights: Annotated[dict[str, Weight], RECORDED] = Field(
         {},
         description="of a role's ids in the cross-entropy, times image_weight "
         "on codes; a role that is left out weighs 1",

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from formats.base import Format
+from formats.roles import check_names, check_roles
 from policy.base import Policy
 from policy.registry import FAMILIES, load_policy
 from rewards.alarms import Alarms
+from rewards.loader import is_own
 from rewards.manager import RewardManager
 from runtime.errors import UserError, writing
 from runtime.ray_cluster import Cluster, start_ray
@@ -38,7 +40,18 @@ def build_task(recipe: Recipe) -> Task:
 
 
 def build_format(recipe: Recipe) -> Format:
-    return recipe.format.build()
+    """The recipe's format, to which its maps by role, and its rewards' lists of roles, are held.
+
+    Raises:
+        UserError: no such format, an option that it does not take, or a map that names no role of it.
+    """
+    fmt = recipe.format.build()
+    check_roles(recipe, fmt)
+    for name, part in recipe.rewards.parts.items():
+        roles = part.options.get("roles", ())
+        if is_own(part.function) and isinstance(roles, list):
+            check_names(roles, fmt, f"rewards.parts.{name}.options.roles")
+    return fmt
 
 
 def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Policy:

@@ -144,10 +144,10 @@ def _dry_run(recipe: Any) -> int:
     """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights."""
     from rewards.tree import lines
     from underdrawing import build
+    from underdrawing.preflight import preflight
     from underdrawing.recipe import dump_recipe
 
-    build.check_policy_path(recipe)
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    task, fmt = preflight(recipe)
     with build.build_reward_manager(recipe, task, fmt):
         pass
     print(dump_recipe(recipe), end="")

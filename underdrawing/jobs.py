@@ -29,6 +29,7 @@ from runtime.interrupt import Interrupted
 from tasks.base import Task
 from training import checkpoint
 from underdrawing import build
+from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe
 
@@ -44,10 +45,10 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
     from sft.train import check_demonstrations, demonstrate, warm_start
 
     build.seed_everything(recipe.seed)
+    task, fmt = preflight(recipe)
     first = PartialState(cpu=recipe.policy.device == "cpu").is_main_process
     if first:
         build.write_recipe(recipe, refused=not resume and bool(finished_checkpoints(recipe.run_dir / "sft")))
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task)
     if not isinstance(policy, ChameleonPolicy):
         raise UserError(
@@ -81,7 +82,7 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
 def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, resume_command: str = RESUME) -> Path:
     """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights."""
     build.seed_everything(recipe.seed)
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    task, fmt = preflight(recipe)
     start = build.starting_weights(recipe, weights)
     policy = build.build_policy(recipe, task, start)
     accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
@@ -133,7 +134,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, 
 def run_evaluate(recipe: Recipe, weights: Path, label: str) -> Heldout:
     """Held-out scores of some weights, kept under run_dir/evaluations/<label>."""
     check_folder(recipe.run_dir / "evaluations" / label / "trajectories")
-    task = build.build_task(recipe)
+    task, _ = preflight(recipe)
     policy = build.build_policy(recipe, task, weights)
     config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
     policy_config = recipe.policy.model_copy(update={"path": str(weights)})
@@ -156,7 +157,7 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
             not.
     """
     check_folder(folder)
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    task, fmt = preflight(recipe)
     records = task.prompts("heldout" if split == "heldout" else "train")
     if not 1 <= count <= len(records):
         raise UserError(

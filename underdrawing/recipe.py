@@ -69,6 +69,19 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _parts_are_known(self) -> Recipe:
+        """What names a reward part names one that there is: else it would be of no effect."""
+        parts = self.rewards.parts
+        for name in self.grpo.segment_reward_weights:
+            if name not in parts:
+                raise ValueError(f"grpo.segment_reward_weights: no reward part '{name}'; {nearest(name, parts)}")
+        for metric in self.rewards.alarms.watch:
+            section, _, part = metric.partition("/")
+            if section == "reward" and part.split("/")[0] not in (*parts, "mean", "std", "none", "schedule"):
+                raise ValueError(f"rewards.alarms.watch: '{metric}': no reward part '{part}'; {nearest(part, parts)}")
+        return self
+
+    @model_validator(mode="after")
     def _one_law_for_heldout_scores(self) -> Recipe:
         """Scores during training come from the workers of the training, at their temperature."""
         other = {role: value for role, value in self.rollout.temperature.items() if value != self.evaluate.temperature}

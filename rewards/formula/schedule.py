@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class ScheduleConfig(BaseModel):
-    """Values at steps, and what holds between them. `{0: 1.0, 100: 0.2}` alone is `{at: {0: 1.0, 100: 0.2}}`."""
+    """Values at steps, and what holds between them. `{0: 1.0, 100: 0.2}` alone is `{at: {0: 1.0, 100: 0.2}}`,
+    and a number alone holds throughout."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -27,7 +28,9 @@ class ScheduleConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _bare(cls, data: Any) -> Any:
-        """A mapping of steps alone."""
+        """A mapping of steps alone, or a number that holds throughout."""
+        if isinstance(data, int | float) and not isinstance(data, bool):
+            return {"at": {0: data}}
         if isinstance(data, dict) and data and all(_is_step(key) for key in data):
             return {"at": data}
         return data
