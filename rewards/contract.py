@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from formats.base import Format
 from record.trajectory import Author, Segment, Trajectory
 from rewards.detectors.base import CachedDetector, Detector
 from rewards.judge.base import JudgeLike
+from rewards.limits import LARGEST, too_large
 from runtime.errors import UserError, nearest
 
 Value = float | dict[int, float] | None
@@ -326,11 +328,19 @@ def _row(value: Any, name: str, trajectory: Trajectory) -> Value:
 
 def _number(value: Any, name: str) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except OverflowError:  # of a whole number beyond every float
+        number = sys.float_info.max if value > 0 else -sys.float_info.max
+    except (TypeError, ValueError, RuntimeError):  # the last is a tensor's, of several numbers
         raise RewardError(
             f"reward '{name}' returned {value!r} for a completion; a value is a number, None, or {{segment: number}}"
         ) from None
+    if too_large(number):
+        raise RewardError(
+            f"reward '{name}' returned {number:.3g} for a completion; at most {LARGEST:g} can be trained on (in "
+            f"float32), so scale it down"
+        )
+    return number
 
 
 def is_broken(value: Value) -> bool:

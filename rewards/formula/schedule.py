@@ -7,9 +7,14 @@ schedules:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from rewards.limits import LARGEST
+
+Step = Annotated[int, Field(le=2**53)]  # as far as steps are whole in a float
+Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 
 
 class ScheduleConfig(BaseModel):
@@ -18,7 +23,7 @@ class ScheduleConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    at: dict[int, float] = Field(
+    at: dict[Step, Value] = Field(
         min_length=1, description="Value by step; before the first step its value, after the last one its."
     )
     kind: Literal["linear", "steps"] = Field(
