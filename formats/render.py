@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from formats.base import Format, Part, Vocabulary
+from formats.base import Format, Part, Span, Vocabulary
 from formats.grammar import END, PROMPT
 from record.trajectory import Author, Modality, RecordError, Segment, StopReason, Trajectory
 
@@ -92,3 +92,71 @@ def render(
     if wrong:
         raise RecordError(f"demonstration '{prompt}': segment {wrong[0].segment}: {wrong[0].message}")
     return trajectory
+
+
+def render_parts(
+    fmt: Format,
+    prompt: str,
+    record: dict[str, Any],
+    parts: Sequence[Part],
+    trained: Sequence[bool],
+    vocabulary: Vocabulary,
+    codes: Sequence[np.ndarray],
+) -> Trajectory:
+    """A demonstration whose parts have no roles yet: text may hold several segments, and the format divides it.
+
+    Args:
+        parts: text with its tags, and images, in order; `role` is not read.
+        trained: one a part; False: a segment that lies in it is seen and not imitated.
+        codes: one for each image in order.
+
+    Raises:
+        RecordError: the parts are no sentence of the format; the sentence names the segment.
+    """
+    ids: list[int] = []
+    imitated: list[bool] = []  # by id
+    image_codes = iter(codes)
+    for part, learned in zip(parts, trained, strict=True):
+        if part.image is not None:
+            new = [vocabulary.boi, *(int(i) for i in next(image_codes)), vocabulary.eoi]
+        else:
+            new = encode(fmt, part.text, vocabulary)
+        ids += new
+        imitated += [learned] * len(new)
+    ids.append(vocabulary.eos)
+    imitated.append(True)
+    segments = [prompt_segment(fmt, prompt, vocabulary)]
+    images = iter(part.image for part in parts if part.image is not None)
+    for span in _spans(fmt, ids, vocabulary):
+        own = np.asarray(ids[span.start : span.stop], np.int32)
+        drawn = span.modality is not Modality.TEXT
+        segments.append(
+            Segment(
+                span.role,
+                fmt.author(span.role),
+                span.modality,
+                fmt.trained(span.role) and all(imitated[span.start : span.stop]),
+                own,
+                "" if drawn else vocabulary.decode(own),
+                image=next(images) if drawn else None,
+            )
+        )
+    trajectory = Trajectory(prompt, record, fmt.name, segments, stop=StopReason.DEMONSTRATION)
+    wrong = fmt.violations(trajectory)
+    if wrong:
+        where = "" if wrong[0].segment is None else f"segment {wrong[0].segment}: "
+        raise RecordError(f"demonstration '{prompt}': {where}{wrong[0].message}")
+    return trajectory
+
+
+def _spans(fmt: Format, ids: Sequence[int], vocabulary: Vocabulary) -> list[Span]:
+    parse = getattr(fmt, "parse", None)
+    if parse is not None:  # a format that says itself what is wrong with ids
+        return parse(ids, vocabulary)
+    cursor = fmt.cursor(vocabulary)
+    for id in ids:
+        if cursor.stopped:
+            raise RecordError(f"format '{fmt.name}': the turn ends before the demonstration does")
+        cursor.advance(id)
+    cursor.stop()
+    return cursor.spans

@@ -76,9 +76,11 @@ class Cache(Protocol):
 
 class Policy(Protocol):
     family: str
-    vocabulary: Vocabulary
     model: torch.nn.Module  # what the optimiser trains and the publisher ships
     max_length: int  # ids that one row can hold
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
     # ---- sampling: called by the engine under torch.inference_mode ----
     def allocate(self, rows: int, length: int) -> Any:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from formats.base import Format
@@ -102,15 +103,21 @@ class RewardManager:
         """
         return self.begin(step, [len(group) for group in groups]).finish(groups)
 
-    def begin(self, step: int, sizes: Sequence[int]) -> PendingRewards:
-        """Begin a step in which groups of these sizes are being sampled; they are judged as they come in."""
+    def begin(self, step: int, sizes: Sequence[int], round: int = 0) -> PendingRewards:
+        """Begin a step in which groups of these sizes are being sampled; they are judged as they come in.
+
+        `round`: of a step that rolls out more than once; none_limit counts steps, by their first round.
+        """
         if self.context.detector is not None:
             self.context.detector.clear()
+        complete = partial(self._complete, count=round == 0)
         return PendingRewards(
-            list(self.parts.values()), TrainerState(step, self.max_steps), sizes, self._complete, self.close
+            list(self.parts.values()), TrainerState(step, self.max_steps), sizes, complete, self.close
         )
 
-    def _complete(self, groups: Sequence[Group], outcomes: dict[str, ComponentOutcome], step: int) -> RewardReport:
+    def _complete(
+        self, groups: Sequence[Group], outcomes: dict[str, ComponentOutcome], step: int, count: bool = True
+    ) -> RewardReport:
         trajectories = [trajectory for group in groups for trajectory in group]
         if not trajectories:
             return RewardReport({}, [], 0, 0)
@@ -125,7 +132,8 @@ class RewardManager:
         for fault in report.failures:
             if fault.stack and fault.rows:
                 logger.warning("reward part '%s' stood at:\n%s", fault.part, fault.stack)
-        self._check_limits(trajectories, outcomes, step)
+        if count:
+            self._check_limits(trajectories, outcomes, step)
         return report
 
     def _fill(self, trajectory: Trajectory, outcomes: Mapping[str, ComponentOutcome]) -> None:

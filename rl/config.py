@@ -44,6 +44,16 @@ class GrpoConfig(BaseModel):
     # The loop
     steps: int = Field(100, ge=1, description="Steps of the loop: each rolls out, judges and updates once.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts rolled out a step; each makes one group.")
+    shuffle_dataset: bool = Field(
+        True, description="Draw prompts in a seeded permutation an epoch; false: in the task's own order."
+    )
+    max_rollout_rounds: int = Field(
+        1,
+        ge=1,
+        description="Rounds of rollouts a step. With more than 1, a group that is dropped (no variance, unjudged, "
+        "failed) is replaced by a group of the next prompt, until prompts_per_step groups can be trained on or the "
+        "rounds are used up (dynamic sampling, DAPO, arXiv:2503.14476, section 3.2).",
+    )
     num_generations: int = Field(8, ge=2, description="Trajectories of one prompt: the members of a group.")
     num_iterations: int = Field(1, ge=1, description="Passes over one step's groups (mu in the GRPO paper).")
     num_minibatches: int = Field(1, ge=1, description="Optimiser steps a pass: the groups are divided among them.")

@@ -7,18 +7,14 @@ groups to the others; update, weight sync and checkpoint are collective. underdr
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from rewards.alarms import AlarmRaised
-from rl.advantages import compute_advantages
-from rl.ledger import Ledger
-from rl.prompts import PromptCursor
+from rl.rounds import rollout_and_score
 from rl.run import Run, log
 from rl.state import RunState
 from rl.trainer import Trainer
 from rl.weight_sync import WeightSynchronizer
-from rollout.requests import RolloutRequest
 from runtime.interrupt import Interrupted, interruptible
 from training.ranks import run_on_main
 
@@ -46,8 +42,7 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
         for step in state.steps():
             if not state.pending:
                 with state.training(step):
-                    requests = next_requests(run, state.cursor)
-                    ledger, state.metrics = run_on_main(accelerator, lambda: rollout_and_score(run, requests, step))  # noqa: B023
+                    ledger, state.metrics = state.on_main(lambda cursor: rollout_and_score(run, cursor, step))  # noqa: B023
                     trajectories = [trajectory for group in ledger.trained for trajectory in group]
                     trainer.check_on_policy(trajectories)  # once, on the first that can be scored
                     state.metrics |= trainer.update(ledger.trained)
@@ -65,31 +60,6 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
             if stop and step < config.steps:
                 raise stopped(run, step, saved, alarm)
     return trainer
-
-
-def next_requests(run: Run, cursor: PromptCursor) -> list[RolloutRequest]:
-    """One request a prompt; groups are numbered through the run, which makes their noise their own."""
-    members = tuple(range(run.config.num_generations))
-    return [
-        RolloutRequest(group, record["prompt"], record, members, run.seed)
-        for group, record in cursor.take(run.config.prompts_per_step)
-    ]
-
-
-def rollout_and_score(run: Run, requests: Sequence[RolloutRequest], step: int) -> tuple[Ledger, dict[str, float]]:
-    """Roll out, score, and compute advantages. Groups are scored as they finish, while the others are still being
-    written. The ledger accounts for every request."""
-    assert run.rollouts is not None and run.reward_manager is not None
-    pending = run.reward_manager.begin(step, [len(request.members) for request in requests])
-    rolled_out = run.rollouts.generate(requests, each=pending.add)
-    report = pending.finish(rolled_out.groups)
-    measured = run.alarms.measure(rolled_out.groups) if run.alarms is not None else {}
-    ledger = compute_advantages(rolled_out.groups, run.config, failed=len(rolled_out.failed))
-    if run.tracker is not None and (step == 1 or step % run.show_every == 0):
-        # One of every group before a second of any: the tracker keeps as many as it is told to.
-        every = [trajectory for group in rolled_out.groups for trajectory in group]
-        run.tracker.trajectories(step, sorted(every, key=lambda trajectory: trajectory.member))
-    return ledger, {**rolled_out.metrics, **report.metrics, **measured, **ledger.metrics()}
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:

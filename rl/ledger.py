@@ -26,17 +26,23 @@ class Ledger:
     groups_in: int
     trained: list[Group] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
+    replaced: dict[str, int] = field(default_factory=dict)  # those of the dropped in whose place others were rolled out
 
     def drop(self, reason: str, count: int = 1) -> None:
         if count:
             self.dropped[reason] = self.dropped.get(reason, 0) + count
 
     def check(self) -> None:
-        """Raises LedgerError unless groups in = groups trained + groups dropped."""
+        """Raises LedgerError unless groups in = groups trained + groups dropped, and what was replaced was dropped."""
         out = len(self.trained) + sum(self.dropped.values())
         if out != self.groups_in:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
             raise LedgerError(f"{self.groups_in} groups in, but {len(self.trained)} trained and dropped: {reasons}")
+        for reason, count in self.replaced.items():
+            if count > self.dropped.get(reason, 0):
+                raise LedgerError(
+                    f"{count} groups replaced for {reason}, but {self.dropped.get(reason, 0)} dropped for it"
+                )
 
     def metrics(self) -> dict[str, float]:
         """groups/in, groups/trained, groups/dropped/<reason>. The usual reasons are always there."""
@@ -45,4 +51,5 @@ class Ledger:
             "groups/in": float(self.groups_in),
             "groups/trained": float(len(self.trained)),
             **{f"groups/dropped/{reason}": float(count) for reason, count in dropped.items()},
+            **{f"groups/replaced/{reason}": float(count) for reason, count in self.replaced.items()},
         }

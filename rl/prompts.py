@@ -18,15 +18,16 @@ class PromptCursor:
     Args:
         records: the task's training prompts.
         seed: of the permutations; epoch e's depends on (seed, e) alone.
+        shuffle: False keeps the records' own order in every epoch.
 
     Attributes:
         taken: records drawn so far, which numbers groups through the whole run.
     """
 
-    def __init__(self, records: Sequence[dict[str, Any]], seed: int) -> None:
+    def __init__(self, records: Sequence[dict[str, Any]], seed: int, shuffle: bool = True) -> None:
         if not records:
             raise UserError("the task has no training prompts")
-        self.records, self.seed, self.taken = records, seed, 0
+        self.records, self.seed, self.shuffle, self.taken = records, seed, shuffle, 0
         self.identity = identity(records)
         self._epoch, self._order = -1, np.empty(0, int)
 
@@ -38,6 +39,8 @@ class PromptCursor:
 
     def _at(self, group: int) -> int:
         epoch, position = divmod(group, len(self.records))
+        if not self.shuffle:
+            return position
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
         return int(self._order[position])
@@ -45,12 +48,20 @@ class PromptCursor:
     def state(self) -> dict[str, Any]:
         return {"taken": self.taken, "seed": self.seed, "identity": self.identity}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Raises UserError when the state was taken of other prompts or another seed: it would not be the same run."""
-        if state["identity"] != self.identity:
+    def load(self, state: dict[str, Any], changed: bool = False) -> None:
+        """Take up a state() again.
+
+        Args:
+            changed: go on with other prompts than the state was taken of. Groups are numbered on, so that no noise is
+                drawn twice, and the position in the epoch is that of the new prompts.
+
+        Raises:
+            UserError: the state was taken of other prompts, or with another seed: it would not be the same run.
+        """
+        if state["identity"] != self.identity and not changed:
             raise UserError(
                 "the checkpoint's training prompts are not these: the task, its split or its version "
-                "changed since. Resume with the recipe of that run"
+                "changed since. Resume with the recipe of that run, or go on with the new prompts by --changed-prompts"
             )
         if state["seed"] != self.seed:
             raise UserError(

@@ -38,6 +38,7 @@ class Run:
     evaluate: Callable[[int], dict[str, float]] | None = None  # heldout/* after a step
     alarms: Alarms | None = None
     show_every: int = 10  # steps between trajectories for people to look at
+    changed_prompts: bool = False  # resume with other prompts than the checkpoint's
     resume_command: str = "give the same command with --resume"
 
     @property

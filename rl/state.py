@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from record.store import load_trajectories, save_trajectories
 from record.trajectory import Trajectory
@@ -27,6 +27,7 @@ from training.ranks import BrokenOffError, run_on_main
 from training.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 PROBE_TRAJECTORIES = 2
 # In a checkpoint: the metrics of its step, where that is trained but not logged. Release 0.1 wrote the second name.
 PENDING_METRICS, OLD_PENDING_METRICS = "pending_metrics.json", "owed.json"
@@ -56,7 +57,7 @@ class RunState:
             UserError: the folder already holds a run and none is to be resumed; CheckpointError as checkpoint.load.
         """
         self.run, self.trainer = run, trainer
-        self.cursor = PromptCursor(run.prompts, run.seed)
+        self.cursor = PromptCursor(run.prompts, run.seed, run.config.shuffle_dataset)
         self.step = 0  # the last step whose weights these are
         self.probe: list[Trajectory] = []
         self.metrics: dict[str, float] = {}  # of the step at work
@@ -88,6 +89,11 @@ class RunState:
         with self._saved_on_error(step):
             yield
         self.pending = False
+
+    def on_main(self, work: Callable[[PromptCursor], T]) -> T:
+        """What `work` returns on the first process, on every process; they all draw on from where it left off."""
+        found, self.cursor.taken = run_on_main(self.run.accelerator, lambda: (work(self.cursor), self.cursor.taken))
+        return found
 
     def keep_probe(self, trajectories: Sequence[Trajectory]) -> None:
         """The first trajectories that can serve as a probe do, for the whole run."""
@@ -127,7 +133,7 @@ class RunState:
 
     def _load(self, folder: Path) -> None:
         loaded = checkpoint.load(folder)
-        self.cursor.load(loaded.cursor)
+        self.cursor.load(loaded.cursor, self.run.changed_prompts)
         self.trainer.load(loaded.trainer)
         self.step = loaded.step
         differing = changes(loaded.recipe, json.loads(json.dumps(self.run.recipe)))

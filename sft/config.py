@@ -18,7 +18,17 @@ class SftConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     demonstrations: int = Field(6000, ge=1, description="how many the task writes; ignored when `data` is given")
-    data: ReadPath | None = Field(None, description="folder of stored trajectories to train on; None: the task's own")
+    data: ReadPath | None = Field(
+        None,
+        description="demonstrations to train on: a file or a Hugging Face data set of messages with images "
+        "(docs/tasks.md has the layout), or a folder of stored trajectories or of several such; None: the task's own",
+    )
+    min_reward: float | None = Field(
+        None, description="of stored trajectories, take those whose reward is at least this; unjudged ones never"
+    )
+    best: int | None = Field(
+        None, ge=1, description="of stored trajectories, take so many of each prompt, those with the highest reward"
+    )
     max_steps: int = Field(700, ge=1, description="optimiser steps")
     batch_size: int = Field(48, ge=1, description="rows a step on each process")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step")

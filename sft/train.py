@@ -17,7 +17,6 @@ from trl import SFTConfig as TrlSftConfig
 from formats.base import Format
 from formats.render import render
 from policy.chameleon.family import ChameleonPolicy
-from record.store import load_trajectories
 from record.trajectory import Trajectory
 from runtime.errors import UserError
 from runtime.files import write_whole
@@ -25,6 +24,7 @@ from runtime.interrupt import Interrupted, interruptible
 from sft.checkpoints import finished_checkpoints, newest, prune, writing
 from sft.config import SftConfig
 from sft.data import Collator, Row, training_rows
+from sft.sources import load_demonstrations
 from sft.trainer import InterleavedSftTrainer, Mirror, Stop
 from tasks.base import Demonstration, Task
 from training.precision import half_precision
@@ -37,7 +37,7 @@ SEE_BATCH = 256
 def demonstrate(task: Task, fmt: Format, policy: ChameleonPolicy, config: SftConfig, seed: int) -> list[Trajectory]:
     """The trajectories to learn from: the task's demonstrations rendered in the format, or the stored ones."""
     if config.data is not None:
-        return load_trajectories(Path(config.data))
+        return load_demonstrations(config, fmt, policy)
     demonstrations = task.demonstrations(fmt.name, config.demonstrations, seed)
     return render_all(demonstrations, fmt, policy, config.learn_mistakes)
 

@@ -5,6 +5,7 @@ Imports the record and nothing that holds weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -40,11 +41,12 @@ class Detection:
 
 @runtime_checkable
 class Task(Protocol):
+    """A task that can be seen offers two members more: `classes` and `detect` (see SeenTask)."""
+
     name: str
     words: list[str]  # every word of its prompts and demonstrations, tags excluded: what a small tokenizer must know
-    classes: tuple[str, ...]  # what `detect` can see
 
-    def prompts(self, split: Split) -> list[Record]:
+    def prompts(self, split: Split) -> Sequence[Record]:
         """Records of one split, always the same ones in the same order."""
         ...
 
@@ -55,6 +57,13 @@ class Task(Protocol):
             UserError: the task has no demonstrations in that format.
         """
         ...
+
+
+@runtime_checkable
+class SeenTask(Task, Protocol):
+    """A task with a detector of its own."""
+
+    classes: tuple[str, ...]  # what `detect` can see
 
     def detect(self, image: np.ndarray) -> list[Detection]:
         """Objects in an image, uint8 [height, width, 3], best score first."""

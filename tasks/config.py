@@ -2,17 +2,87 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any, Literal
 
-from runtime.paths import ObjectPath, Options
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from runtime.paths import ObjectPath, Options, ReadPath
+
+Range = tuple[float | None, float | None]
+TASK_BY_NAME = ("name", "options")  # what a data set takes the place of
+
+
+class DatasetConfig(BaseModel):
+    """Prompts from a file, a folder or the hub: a task without code."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: ReadPath = Field(
+        description="A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them or of a saved Hugging Face data "
+        "set, or a data set's name on the hub."
+    )
+    name: str | None = Field(None, description="Configuration of a data set on the hub.")
+    split: str | None = Field(
+        None, description="Split of the training prompts: of a Hugging Face data set, or how a folder's files begin."
+    )
+    heldout_path: ReadPath | None = Field(None, description="As `path`, for the held-out prompts. None: `path`.")
+    heldout_split: str | None = Field(None, description="Split of the held-out prompts.")
+    heldout_share: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Where neither of the two above is given: about this share of the prompts is held out, chosen by "
+        "the prompts themselves, so that a prompt stays on its side when others are added.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our name of a column to its name in the data: {prompt: question, solution: answer}. Columns that "
+        "are not named keep their names; rewards get all of them.",
+    )
+    images: list[str] = Field(
+        default_factory=list,
+        description="Columns (by our names) that hold an image or a list of images: paths beside the data, data URLs, "
+        "or bytes. Each is checked; the record has paths.",
+    )
+    where: dict[str, Range] = Field(
+        default_factory=dict,
+        description="Keep rows whose number in a column lies in a range, both ends included, null for none: "
+        "{pass_rate: [0.1, 0.9]}.",
+    )
+    limit: int | None = Field(None, ge=1, description="Take only so many training prompts, the first ones.")
 
 
 class TaskConfig(BaseModel):
+    """Prompts, demonstrations, ground truth. Give `dataset` for prompts of your own; no code is needed."""
+
     model_config = ConfigDict(extra="forbid")
 
     name: ObjectPath = Field(
         "shapes",
-        description="a task's name, or the dotted path of a class of your own "
-        "(package.module.Class) that is built with the options",
+        description="A task's name, or the dotted path or file of a class of your own (package.module.Class, "
+        "file.py:Class) that is built with the options.",
     )
-    options: Options = Field(default_factory=dict, description="keyword arguments of the task")
+    options: Options = Field(default_factory=dict, description="Keyword arguments of the task.")
+    dataset: DatasetConfig | None = Field(None, description="Prompts from a data set, in place of a task by name.")
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="Longest prompt, in ids as the policy sees it. None: what the policy's context holds."
+    )
+    overlong_prompts: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="What becomes of prompts that are longer, or that hold an image's marker. refuse: the run does not "
+        "start. drop: they are left out, and counted.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TaskConfig:
+        if self.dataset is not None:
+            for key in TASK_BY_NAME:
+                if key in self.model_fields_set:
+                    raise ValueError(f"{key}: `dataset` is a task by itself; leave out `{key}`, or `dataset`")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _readable(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A resolved recipe is a recipe: a data set has no name and options beside it there either."""
+        data = serialise(self)
+        return data if self.dataset is None else {key: data[key] for key in data if key not in TASK_BY_NAME}

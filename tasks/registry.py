@@ -28,9 +28,7 @@ def get_task(name: str, **options: Any) -> Task:
         task = make(**options)
     except TypeError as error:
         raise UserError(f"task.options: '{name}' cannot be built with {sorted(options)}: {error}") from error
-    missing = [
-        part for part in ("name", "words", "classes", "prompts", "demonstrations", "detect") if not hasattr(task, part)
-    ]
+    missing = [part for part in ("name", "words", "prompts", "demonstrations") if not hasattr(task, part)]
     if missing:
         raise UserError(f"task '{name}' has no '{missing[0]}'; tasks/base.py says what a task offers")
     return task

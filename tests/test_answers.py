@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shelf_helpers import IMAGE, conversation, say, tool
+from published_helpers import IMAGE, conversation, say, tool
 
 from rewards.contract import RewardError
 from rewards.functions.answers import (

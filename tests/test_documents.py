@@ -21,7 +21,7 @@ from underdrawing.recipe import check_recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs/README.md", *sorted(ROOT.glob("docs/*.md"))]
-EXECUTED = [*DOCUMENTS[:2], ROOT / "docs/rewards.md"]
+EXECUTED = [*DOCUMENTS[:2], ROOT / "docs/rewards.md", ROOT / "docs/tasks.md"]
 # A hidden `<!-- check ... -->` holds the assertions on a block that would read worse with them.
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$|^<!-- (check)\n(.*?)^-->$", re.M | re.S)
 
@@ -126,7 +126,8 @@ def test_what_is_referred_to_exists(document: Path):
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (document.parent / link).exists(), f"{document.name} links to {link}"
     for path in re.findall(
-        r"`((?:rollout|rewards|rl|sft|policy|tasks|evals|underdrawing|tests|configs|benchmarks)"
+        r"`((?:rollout|rewards|rl|sft|policy|tasks|evals|training|record|formats|runtime|underdrawing|tests|configs"
+        r"|benchmarks|experiments)"
         r"/[\w/.-]*)(?:::\w+)?`",
         text,
     ):
@@ -142,11 +143,11 @@ def test_the_recipe_reference_is_up_to_date():
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/make_recipe_reference.py"
 
 
-def test_the_shelf_reference_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("make_shelf_reference", ROOT / "docs/make_shelf_reference.py")
+def test_the_published_reference_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("make_published_reference", ROOT / "docs/make_published_reference.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/make_shelf_reference.py"
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run: python docs/make_published_reference.py"
 
 
 def test_the_readmes_table_has_a_figure_in_every_column():

@@ -36,14 +36,16 @@ def test_no_option_takes_any_number():
 
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "many", "", "1e3"])
 @pytest.mark.parametrize(
-    "command, option",
-    [(c, a.option_strings[0]) for c, a in OPTIONS if isinstance(a.type, Whole)],
+    "command, option, least",
+    [(c, a.option_strings[0], a.type.least) for c, a in OPTIONS if isinstance(a.type, Whole)],
 )
-def test_what_is_no_count_is_refused(capsys, command: str, option: str, value: str):
+def test_what_is_no_count_is_refused(capsys, command: str, option: str, least: int, value: str):
     recipe = [] if command == "rewards check" else ["geneval" if option == "--batch-size" else QUICKSTART]
     assert main([*command.split(), *recipe, f"{option}={value}"]) == 2
     printed = capsys.readouterr()
-    words = f"{value} is too small; at least 1" if value.lstrip("-").isdigit() else f"'{value}' is no whole number"
+    words = (
+        f"{value} is too small; at least {least}" if value.lstrip("-").isdigit() else f"'{value}' is no whole number"
+    )
     assert printed.out == "" and printed.err == f"underdrawing: {option}: {words}\n"
 
 

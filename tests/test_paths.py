@@ -136,6 +136,8 @@ READ = {
     "task.options": {"path": "$SCRATCH/rows.jsonl"},
     "format.name": "$SCRATCH/mine.py:f",
     "format.options": {"path": "$SCRATCH/words.txt"},
+    "task.dataset.path": "$SCRATCH/rows.jsonl",
+    "task.dataset.heldout_path": "$SCRATCH/rows.jsonl",
     "sft.data": "$SCRATCH/stored",
     "rewards.parts.steps.function": "$SCRATCH/mine.py:f",
     "rewards.parts.steps.options": {"path": "$SCRATCH/model"},
@@ -153,6 +155,8 @@ def nested(key: str, value: Any) -> dict[str, Any]:
         data["rewards"]["judge"] = dict(JUDGE)
     if key.startswith("rewards.detector."):
         data["rewards"]["detector"] = {"backend": "owlv2"}
+    if key.startswith("task.dataset."):
+        data["task"]["dataset"] = {"path": "rows.jsonl"}
     at = data
     *parents, last = key.split(".")
     for parent in parents:
@@ -258,6 +262,8 @@ def said(capsys, *arguments: Any) -> str:
         (["rollout", "r.yaml", "--weights", "$NOWHERE/w"], "--weights"),
         (["rollout", "r.yaml", "--out", "$NOWHERE/w"], "--out"),
         (["evaluate", "r.yaml", "--weights", "$NOWHERE/w"], "--weights"),
+        (["difficulty", "r.yaml", "--weights", "$NOWHERE/w"], "--weights"),
+        (["difficulty", "r.yaml", "--out", "$NOWHERE/w"], "--out"),
         (["evaluate", "geneval", "--images", "$NOWHERE/w"], "--images/--pictures"),
         (["evaluate", "geneval", "--images", "w", "--out", "$NOWHERE/w"], "--out"),
         (["evaluate", "geneval", "--images", "w", "--prompts", "$NOWHERE/w"], "--prompts"),

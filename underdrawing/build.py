@@ -6,6 +6,7 @@ Each function builds one thing from its section, so that a user's own script can
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from rewards.loader import is_own
 from rewards.manager import RewardManager
 from runtime.errors import UserError, writing
 from runtime.ray_cluster import Cluster, start_ray
-from tasks.base import Task
+from sft.sources import words_of
+from tasks import dataset
+from tasks.base import Record, Split, Task
+from tasks.lengths import fitting
 from tasks.registry import get_task
 from training import checkpoint
 from training.tracking import Tracker
@@ -36,6 +40,8 @@ def seed_everything(seed: int) -> None:
 
 
 def build_task(recipe: Recipe) -> Task:
+    if recipe.task.dataset is not None:
+        return dataset.build(recipe.task.dataset)
     return get_task(recipe.task.name, **recipe.task.options)
 
 
@@ -64,7 +70,27 @@ def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Pol
     folder = Path(config.path).resolve() if config.path else None
     if folder is not None and folder.name == "weights" and checkpoint.is_checkpoint(folder.parent):
         checkpoint.verify(folder.parent)  # its weights bear no checksums of their own
-    return load_policy(config, task.words)
+    return load_policy(config, words(recipe, task, weights))
+
+
+def words(recipe: Recipe, task: Task, weights: Path | None = None) -> list[str]:
+    """What a fresh policy's tokenizer must know: the task's words, and those of demonstrations that it did not write.
+
+    A policy that is loaded from a folder brings its tokenizer.
+    """
+    if weights is not None or recipe.policy.path is not None or recipe.sft.data is None:
+        return list(task.words)
+    return sorted({*task.words, *words_of(recipe.sft.data, recipe.policy.tiny.tags)})
+
+
+def prompts(recipe: Recipe, task: Task, fmt: Format, policy: Policy, split: Split) -> Sequence[Record]:
+    """The task's prompts that this policy can be asked.
+
+    Raises:
+        PromptError: one that it cannot, where the recipe does not say to leave such out.
+    """
+    records = task.prompts(split)
+    return fitting(records, fmt, policy.vocabulary, policy.max_length, recipe.task, split) if records else records
 
 
 def build_reward_manager(recipe: Recipe, task: Task, fmt: Format) -> RewardManager:
@@ -146,4 +172,4 @@ def write_recipe(recipe: Recipe, refused: bool = False) -> None:
 def worker_policy(recipe: Recipe, task: Task, weights: Path | None) -> dict[str, Any]:
     """What a rollout worker in another process needs to build the same policy: plain data."""
     config = recipe.policy.model_copy(update={"path": str(weights)}) if weights else recipe.policy
-    return {"config": config.model_dump(mode="json"), "words": list(task.words)}
+    return {"config": config.model_dump(mode="json"), "words": words(recipe, task, weights)}

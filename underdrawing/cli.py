@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from underdrawing.options import Parser, Whole, expanded_path
+from underdrawing.options import Number, Parser, Whole, expanded_path
 
 OUR_PACKAGES = (
     "underdrawing",
@@ -107,12 +108,25 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("grpo", _grpo, "improve the warm-started policy by its rewards")
     sub.add_argument("--weights", type=expanded_path, help="folder to start from; default: the recipe's warm start")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    sub.add_argument(
+        "--changed-prompts", action="store_true", help="with --resume: the task's prompts are others than they were"
+    )
 
     sub = command("rollout", _rollout, "sample trajectories, judge and store them")
     sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
     sub.add_argument("--prompts", type=Whole(1), default=16, help="how many (default 16)")
     sub.add_argument("--split", choices=("train", "heldout"), default="heldout")
     sub.add_argument("--out", type=expanded_path, help="folder to write (default run_dir/rollout)")
+
+    sub = command("difficulty", _difficulty, "how often the policy passes each prompt, to select prompts by")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument("--samples", type=Whole(2), default=8, help="answers to each prompt, two or more (default 8)")
+    sub.add_argument(
+        "--pass-at", type=Number(above=-math.inf), default=1.0, help="reward from which on an answer passes (default 1)"
+    )
+    sub.add_argument("--part", help="component of the reward to pass by; default: the total")
+    sub.add_argument("--split", choices=("train", "heldout"), default="train")
+    sub.add_argument("--out", type=expanded_path, help="file to write (default run_dir/difficulty.jsonl)")
 
     from underdrawing import geneval
 
@@ -173,7 +187,8 @@ def _grpo(options: argparse.Namespace) -> int:
         return _dry_run(recipe)
     from underdrawing.jobs import run_grpo
 
-    print(f"trained weights: {run_grpo(recipe, options.weights, options.resume)}")
+    weights = run_grpo(recipe, options.weights, options.resume, changed_prompts=options.changed_prompts)
+    print(f"trained weights: {weights}")
     return 0
 
 
@@ -200,6 +215,22 @@ def _rollout(options: argparse.Namespace) -> int:
     rewards = [t.reward for t in trajectories if t.reward is not None]
     mean = f"{sum(rewards) / len(rewards):.3f}" if rewards else "none judged"
     print(f"{len(trajectories)} trajectories of {weights} in {folder}; mean reward {mean}")
+    return 0
+
+
+def _difficulty(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
+    if options.dry_run:
+        return _dry_run(recipe)
+    from underdrawing.difficulty import run_difficulty, summary
+
+    out = options.out or recipe.run_dir / "difficulty.jsonl"
+    weights = _newest_weights(recipe, options.weights)
+    records = run_difficulty(recipe, weights, options.split, options.samples, options.pass_at, out, options.part)
+    counts = summary(records)
+    print(f"{len(records)} prompts in {out}: passed never {counts['never']}, sometimes {counts['sometimes']}, always "
+          f"{counts['always']}, not judged {counts['unjudged']}")  # fmt: skip
+    print("To train on those in between: task.dataset.path of this file, task.dataset.where: {pass_rate: [0.1, 0.9]}")
     return 0
 
 

@@ -26,7 +26,7 @@ from rollout.requests import RolloutRequest
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
 from runtime.interrupt import Interrupted
-from tasks.base import Task
+from tasks.base import Split, Task
 from training import checkpoint
 from underdrawing import build
 from underdrawing.preflight import preflight
@@ -79,8 +79,17 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
     return build.warm_start_folder(recipe)
 
 
-def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, resume_command: str = RESUME) -> Path:
-    """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights."""
+def run_grpo(
+    recipe: Recipe,
+    weights: Path | None = None,
+    resume: bool = False,
+    resume_command: str = RESUME,
+    changed_prompts: bool = False,
+) -> Path:
+    """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights.
+
+    `changed_prompts`: resume although the task's prompts are not those of the checkpoint.
+    """
     build.seed_everything(recipe.seed)
     task, fmt = preflight(recipe)
     start = build.starting_weights(recipe, weights)
@@ -98,7 +107,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, 
             cluster = build.start_cluster(recipe)
             manager = build.build_reward_manager(recipe, task, fmt)
             config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy
-            rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, task.words)
+            rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, build.words(recipe, task, start))
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             tracker.listeners.append(progress)
         heldout = _heldout_metrics(recipe, task, rollouts, manager.context) if manager else None
@@ -106,7 +115,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, 
             policy=policy,
             config=recipe.grpo,
             accelerator=accelerator,
-            prompts=task.prompts("train"),
+            prompts=build.prompts(recipe, task, fmt, policy, "train"),
             rollouts=rollouts,
             reward_manager=manager,
             tracker=tracker,
@@ -117,6 +126,7 @@ def run_grpo(recipe: Recipe, weights: Path | None = None, resume: bool = False, 
             evaluate=heldout,
             alarms=build.build_alarms(recipe) if first else None,
             show_every=recipe.track.trajectories_every,
+            changed_prompts=changed_prompts,
             resume_command=resume_command,
         )
         train(run, newest if resume else None)
@@ -138,7 +148,7 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str) -> Heldout:
     policy = build.build_policy(recipe, task, weights)
     config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
     policy_config = recipe.policy.model_copy(update={"path": str(weights)})
-    rollouts = open_rollouts(policy, policy_config, recipe.format, config, task.words)
+    rollouts = open_rollouts(policy, policy_config, recipe.format, config, build.words(recipe, task, weights))
     try:
         heldout = _evaluate(recipe, task, rollouts, _setting(recipe, task))
     finally:
@@ -158,16 +168,19 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
     """
     check_folder(folder)
     task, fmt = preflight(recipe)
-    records = task.prompts("heldout" if split == "heldout" else "train")
-    if not 1 <= count <= len(records):
-        raise UserError(
-            f"--prompts {count}: the split '{split}' has {len(records)} prompts; ask for 1 to {len(records)}"
-        )
-    records = records[:count]
+    side: Split = "heldout" if split == "heldout" else "train"
+    there = len(task.prompts(side))
+    if not 1 <= count <= there:
+        raise UserError(f"--prompts {count}: the split '{side}' has {there} prompts; ask for 1 to {there}")
     policy = build.build_policy(recipe, task, weights)
+    records = build.prompts(recipe, task, fmt, policy, side)[:count]
     with build.build_reward_manager(recipe, task, fmt) as manager:
         rollouts = open_rollouts(
-            policy, recipe.policy.model_copy(update={"path": str(weights)}), recipe.format, recipe.rollout, task.words
+            policy,
+            recipe.policy.model_copy(update={"path": str(weights)}),
+            recipe.format,
+            recipe.rollout,
+            build.words(recipe, task, weights),
         )
         groups: dict[int, list[Trajectory]] = {}  # by request, as they finish
         try:

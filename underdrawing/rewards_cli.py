@@ -1,5 +1,5 @@
-"""`underdrawing rewards list | explain | check | try`: the shelf, one reward in full, a reward of one's own held to the
-contract, and a recipe's reward tried on images or thoughts."""
+"""`underdrawing rewards list | explain | check | try`: the published rewards, one in full, a reward of one's own held
+to the contract, and a recipe's reward tried on images or thoughts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCOPES = {"row": "its own thought", "group": "its group", "batch": "the step"}
 
 def add_parser(commands: Any) -> None:
     """Hang `rewards` with its own commands under the program's."""
-    text = "the rewards on the shelf, and how one's own does"
+    text = "the published rewards, and how one's own does"
     rewards = commands.add_parser("rewards", help=text, description=text)
     inner = rewards.add_subparsers(required=True, metavar="COMMAND")
 

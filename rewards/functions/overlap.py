@@ -1,8 +1,8 @@
 """How much two boxes, two stretches of time, or a ranking and its relevant items agree; and the rewards that say so.
 
-The measures are plain functions on numbers, for the shelf too. `box_iou_reward` and `temporal_iou_reward` read what the
-policy answered, in the coordinate frame that the recipe states, and never repair it: corners in the wrong order, or an
-end before its start, enclose nothing and earn 0.
+The measures are plain functions on numbers, for the published rewards too. `box_iou_reward` and `temporal_iou_reward`
+read what the policy answered, in the coordinate frame that the recipe states, and never repair it: corners in the wrong
+order, or an end before its start, enclose nothing and earn 0.
 """
 
 from __future__ import annotations

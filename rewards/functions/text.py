@@ -1,7 +1,7 @@
 """Reading a thought's words: tag blocks, boxes, turns, and the whole conversation as one string.
 
-The shelf's rules (rewards/published/) are written over strings; this is where a trajectory becomes one. What the policy
-wrote is `rewards.contract.policy_text` or, turn by turn, `policy_turns`; `transcript` also holds what the environment
+The rules in rewards/published/ are written over strings; this is where a trajectory becomes one. What the policy wrote
+is `rewards.contract.policy_text` or, turn by turn, `policy_turns`; `transcript` also holds what the environment
 answered, which only a `release` variant whose release read it may use.
 """
 

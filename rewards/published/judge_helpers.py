@@ -1,4 +1,4 @@
-"""What the shelf's rewards share: the question, the reference, and one batch of judge calls for a whole step.
+"""What the published rewards share: the question, the reference, and one batch of judge calls for a whole step.
 
 A missing reference means that the reward does not apply to the row (None). Asking about many rows at once is what lets
 the judge's client run them side by side.

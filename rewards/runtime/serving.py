@@ -91,7 +91,7 @@ class RewardContextSpec:
     def detector_or_none(self) -> Detector | None:
         """Raises UserError for one that cannot be made, or is none."""
         if self.detector is None:
-            return None if self.task is None else TaskDetector.of(self.task)
+            return TaskDetector.of(self.task) if hasattr(self.task, "detect") else None
         if isinstance(self.detector, DetectorConfig):
             return build_detector(self.detector)
         if not isinstance(self.detector, str):

@@ -1,4 +1,4 @@
-"""Writes docs/shelf.md from the registry of rewards and their signatures: `python docs/make_shelf_reference.py`.
+"""Writes docs/published_rewards.md from the registry and the signatures: `python docs/make_published_reference.py`.
 
 What `underdrawing rewards explain` says of one reward the page says of all; a test holds it to the registry.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 from rewards.registry import REWARDS, Registered
 from underdrawing.rewards_cli import SCOPES, option_rows
 
-PAGE = Path(__file__).parent / "shelf.md"
-HEAD = """# The shelf
+PAGE = Path(__file__).parent / "published_rewards.md"
+HEAD = """# Published rewards
 
-<!-- Written by docs/make_shelf_reference.py from rewards/registry.py; edit that, then run it again. -->
+<!-- Written by docs/make_published_reference.py from rewards/registry.py; edit that, then run it again. -->
 
 Every reward that a recipe can name, with its formula, its source, and how its variants differ. Where a release is
 known to depart from its paper or from its own intent, the default is the paper's or the repaired form, and `variant`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import IMAGE, conversation, say, tool
+from published_helpers import IMAGE, conversation, say, tool
 
 from rewards.contract import RewardError
 from rewards.published.pixel_reasoner import (

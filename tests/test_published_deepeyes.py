@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import IMAGE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
+from published_helpers import IMAGE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
 
 from rewards.contract import RewardContext, RewardError
 from rewards.published.deepeyes import MATH_WEIGHTS, Reading, Weights, deepeyes, read_release, score

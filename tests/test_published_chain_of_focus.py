@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import IMAGE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
+from published_helpers import IMAGE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
 
 from rewards.published.chain_of_focus import advantages, chain_of_focus, chain_of_focus_base, replaced
 from runtime.errors import UserError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import IMAGE, ScriptedJudge, conversation, judged_by, say, tool
+from published_helpers import IMAGE, ScriptedJudge, conversation, judged_by, say, tool
 
 from rewards.published.judge_helpers import flag_in
 from rewards.published.thyme import Reading, by_rule, read, score, score_release, thyme

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shelf_helpers import IMAGE, ScriptedJudge, conversation, judged_by, say, tool
+from published_helpers import IMAGE, ScriptedJudge, conversation, judged_by, say, tool
 
 from rewards.published.vtool_r1 import (
     answer_repaired,

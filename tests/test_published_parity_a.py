@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import ScriptedJudge, differences, from_record, judged_by, records, say, tool, verdict
+from published_helpers import ScriptedJudge, differences, from_record, judged_by, records, say, tool, verdict
 
 from rewards.functions.answers import same_reading
 from rewards.functions.text import transcript

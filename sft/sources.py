@@ -1,0 +1,212 @@
+"""Where demonstrations come from besides a task: files of messages with images, and stored trajectories.
+
+A row of a file is a prompt and what should be thought about it, as TRL's conversational data sets have it:
+
+    {"prompt": "a red circle", "messages": [{"role": "assistant", "content": [
+        {"type": "text", "text": "<ins> red circle</ins><des> a red circle</des>"},
+        {"type": "image", "image": "circle.png"},
+        {"type": "text", "text": "<inspect> right</inspect>"}]}]}
+
+The format of the recipe divides the text into segments. Stored rollouts serve too: the best of them, as in rejection
+sampling.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from formats.base import Format, Part
+from formats.render import render_parts
+from policy.base import Policy
+from record.store import load_trajectories
+from record.trajectory import StopReason, Trajectory
+from runtime.errors import UserError
+from sft.config import SftConfig
+from tasks.images import image_file, read_image
+from tasks.rows import DataError, Row, read_rows
+
+logger = logging.getLogger(__name__)
+KEY = "sft.data"
+SHOWN = 3  # what was skipped, in a message
+STORED = "trajectories.parquet"
+
+
+def load_demonstrations(config: SftConfig, fmt: Format, policy: Policy) -> list[Trajectory]:
+    """The demonstrations at config.data.
+
+    Raises:
+        UserError: nothing there that can be learned from; a row that is no demonstration, by file, line and part.
+    """
+    assert config.data is not None
+    folders = stored_folders(Path(config.data))
+    if folders:
+        return _selected([(f, t) for f in folders for t in load_trajectories(f)], config, fmt)
+    for key in ("min_reward", "best"):
+        if getattr(config, key) is not None:
+            raise UserError(f"sft.{key}: {config.data} holds demonstrations, which have no reward; leave it out")
+    return _rendered(read_rows(config.data, KEY), fmt, policy)
+
+
+def stored_folders(folder: Path) -> list[Path]:
+    """The folders of stored trajectories at a path: itself, or those in it."""
+    if (folder / STORED).is_file():
+        return [folder]
+    if not folder.is_dir():
+        return []
+    return sorted(path.parent for path in folder.glob(f"*/{STORED}"))
+
+
+def words_of(path: str, tags: Sequence[str]) -> set[str]:
+    """Every word of the demonstrations at a path, tags excluded, for tokenizers that are built offline."""
+    folders = stored_folders(Path(path))
+    if folders:
+        texts = [segment.text for f in folders for t in load_trajectories(f) for segment in t.segments]
+    else:
+        texts = []
+        for row in read_rows(path, KEY):
+            prompt, parts = _row(row)
+            texts += [prompt, *(text for kind, text, _ in parts if kind == "text")]
+    for tag in tags:
+        texts = [text.replace(tag, " ") for text in texts]
+    return {word for text in texts for word in text.split()}
+
+
+# ---- stored trajectories ----
+
+
+def _selected(stored: Sequence[tuple[Path, Trajectory]], config: SftConfig, fmt: Format) -> list[Trajectory]:
+    """Those that can be learned from: well-formed, not cut off, and with enough reward; the best of each prompt."""
+    skipped: list[tuple[str, str]] = []  # reason, which
+    kept: list[tuple[Path, Trajectory]] = []
+    for folder, trajectory in stored:
+        reason = _unfit(trajectory, config, fmt)
+        if reason:
+            skipped.append((reason, f"{folder.name}/{trajectory.key} ({trajectory.prompt!r})"))
+        else:
+            kept.append((folder, trajectory))
+    if skipped:
+        counts = Counter(reason for reason, _ in skipped)
+        logger.warning(
+            "%d of %d stored trajectories are not learned from: %s; the first: %s",
+            len(skipped),
+            len(stored),
+            ", ".join(f"{count} {reason}" for reason, count in counts.most_common()),
+            "; ".join(f"{which}: {reason}" for reason, which in skipped[:SHOWN]),
+        )
+    chosen = [trajectory for _, trajectory in kept]
+    if config.best is not None:
+        chosen = _best(chosen, config.best)
+    if not chosen:
+        counts = Counter(reason for reason, _ in skipped)
+        raise UserError(
+            f"{KEY}: none of the {len(stored)} trajectories in {config.data} can be learned from: "
+            f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}"
+        )
+    return chosen
+
+
+def _unfit(trajectory: Trajectory, config: SftConfig, fmt: Format) -> str:
+    """Why it is not learned from; empty: it is."""
+    written = trajectory.stop is StopReason.DEMONSTRATION
+    if trajectory.format != fmt.name:
+        return f"written in the format '{trajectory.format}'"
+    if trajectory.stop.cut_off:
+        return f"cut off ({trajectory.stop})"
+    if not written and fmt.violations(trajectory):
+        return "not well-formed"
+    if config.min_reward is not None or config.best is not None:
+        if trajectory.reward is None:
+            return "without a reward"
+        if config.min_reward is not None and trajectory.reward < config.min_reward:
+            return f"below sft.min_reward {config.min_reward:g}"
+    return ""
+
+
+def _best(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
+    """The `count` highest rewards of each prompt; of equal ones the earlier. In their order."""
+    by_prompt: dict[str, list[int]] = {}
+    for index, trajectory in enumerate(trajectories):
+        by_prompt.setdefault(trajectory.prompt, []).append(index)
+    chosen = [
+        index
+        for indices in by_prompt.values()
+        for index in sorted(indices, key=lambda i: -(trajectories[i].reward or 0.0))[:count]
+    ]
+    return [trajectories[index] for index in sorted(chosen)]
+
+
+# ---- rows of messages ----
+
+
+def _rendered(rows: Sequence[Row], fmt: Format, policy: Policy) -> list[Trajectory]:
+    made = []
+    for number, row in enumerate(rows):
+        prompt, pieces = _row(row)
+        parts = [
+            Part("", image=read_image(content)) if kind == "image" else Part("", content) for kind, content, _ in pieces
+        ]
+        images = [part.image for part in parts if part.image is not None]
+        codes = policy.encode_images(images)
+        record = {k: v for k, v in row.values.items() if k not in ("messages", "images", "prompt")}
+        try:
+            trajectory = render_parts(
+                fmt, prompt, {"prompt": prompt, **record}, parts, [t for _, _, t in pieces], policy.vocabulary, codes
+            )
+        except UserError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        trajectory.group = number
+        made.append(trajectory)
+    return made
+
+
+def _row(row: Row) -> tuple[str, list[tuple[str, str, bool]]]:
+    """The prompt, and the parts of the answer: ("text" or "image", text or file, whether it is imitated)."""
+    messages = row.values.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{row.where}: 'messages' is a list of messages, not {messages!r}"[:300])
+    prompt, parts = row.values.get("prompt"), []
+    given = iter(row.values.get("images") or ())
+    for number, message in enumerate(messages, 1):
+        where = f"{row.where}, message {number}"
+        role = message.get("role") if isinstance(message, dict) else None
+        if role == "user" and number == 1 and prompt is None:
+            prompt = "".join(text for kind, text, _ in _parts(message, given, row, where) if kind == "text")
+        elif role == "assistant":
+            parts += list(_parts(message, given, row, where))
+        else:
+            raise DataError(
+                f"{where}: a message of '{role}'; the first may be the user's, if there is no 'prompt', and all others "
+                "are the assistant's"
+            )
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"{row.where}: there is no prompt: give 'prompt', or a first message of the user")
+    if not parts:
+        raise DataError(f"{row.where}: the assistant says nothing; there is nothing to learn from")
+    return prompt, parts
+
+
+def _parts(message: dict[str, Any], given: Iterator[Any], row: Row, where: str) -> Iterator[tuple[str, str, bool]]:
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise DataError(f"{where}: the content is text or a list of parts, not {type(content).__name__}")
+    for number, part in enumerate(content, 1):
+        at = f"{where}, part {number}"
+        kind = part.get("type") if isinstance(part, dict) else None
+        trained = bool(part.get("trained", True)) if isinstance(part, dict) else True
+        if kind == "text" and isinstance(part.get("text"), str):
+            yield "text", part["text"], trained
+        elif kind == "image":
+            image = part.get("image")
+            if image is None:  # a placeholder: the image stands in the column `images`
+                image = next(given, None)
+                if image is None:
+                    raise DataError(f"{at}: an image without content, and the column 'images' has none left")
+            yield "image", image_file(image, row.folder, at), trained
+        else:
+            raise DataError(f'{at}: a part is {{"type": "text", "text": ...}} or {{"type": "image", "image": ...}}')
