@@ -93,8 +93,11 @@ def prompts(recipe: Recipe, task: Task, fmt: Format, policy: Policy, split: Spli
     return fitting(records, fmt, policy.vocabulary, policy.max_length, recipe.task, split) if records else records
 
 
-def build_reward_manager(recipe: Recipe, task: Task, fmt: Format) -> RewardManager:
-    return RewardManager(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps)
+def build_reward_manager(
+    recipe: Recipe, task: Task, fmt: Format, columns: Sequence[str] | None = None
+) -> RewardManager:
+    """`columns`: of the records that will be judged, where they are not the task's."""
+    return RewardManager(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps, columns=columns)
 
 
 def build_alarms(recipe: Recipe) -> Alarms:
