@@ -7,7 +7,7 @@ and after training, are compared on the same prompts under the same noise: boots
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from record.trajectory import Trajectory
 from rewards.contract import RewardContext, policy_images
-from rewards.functions.geneval import score_images
+from rewards.functions.geneval import check_record, score_images
 from rollout.pool.contract import Rollouts
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError
@@ -33,7 +33,7 @@ class PromptScore:
     """One prompt, averaged over its samples. All scores lie in [0, 1]."""
 
     prompt: str
-    tag: str
+    tag: str  # empty: the task's prompts have none
     final_image: float  # of the last image; 0 where none was drawn: the task was to draw
     first_sketch: float  # of the first one
     images: float  # drawn, on average
@@ -58,10 +58,10 @@ class Heldout:
 
     @property
     def tags(self) -> dict[str, float]:
-        """The final image's score by tag."""
+        """The final image's score by tag; empty where the prompts have none."""
         return {
             tag: float(np.mean([p.final_image for p in self.prompts if p.tag == tag]))
-            for tag in sorted({p.tag for p in self.prompts})
+            for tag in sorted({p.tag for p in self.prompts} - {""})
         }
 
     def as_metrics(self) -> dict[str, float]:
@@ -89,10 +89,13 @@ def evaluate(
         records: held-out, in GenEval's schema; their order numbers them, so keep it between evaluations.
 
     Raises:
-        EvaluationError: there are no records, or some prompts got no answer: a mean over the others would not compare.
+        EvaluationError: there are no records, or one that cannot be scored; or some prompts got no answer, so that a
+            mean over the others would not compare.
     """
     if not records:
         raise EvaluationError("there are no held-out prompts to evaluate on")
+    if isinstance(score, GenevalScorer):
+        score.check(records)
     requests = [
         RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed)
         for number, record in enumerate(records)
@@ -119,7 +122,7 @@ def evaluate(
         prompts.append(
             PromptScore(
                 record["prompt"],
-                record["tag"],
+                tag_of(record),
                 float(scores[-1][rows].mean()),
                 float(scores[0][rows].mean()),
                 float(np.mean([len(p) for p in drawn[rows]])),
@@ -128,19 +131,40 @@ def evaluate(
     return Heldout(prompts, result.groups, result.metrics)
 
 
+def tag_of(record: Mapping[str, Any]) -> str:
+    """The kind of a prompt, by which scores are averaged; empty where the record says none."""
+    return str(record.get("tag") or "")
+
+
 def mean_of_tags(values: Sequence[float], tags: Sequence[str]) -> float:
     """Every tag weighs the same, however many prompts it has."""
     values_P, tags_P = np.asarray(values, float), np.asarray(tags)
     return float(np.mean([values_P[tags_P == tag].mean() for tag in np.unique(tags_P)]))
 
 
-def geneval_scorer(context: RewardContext) -> Scorer:
+@dataclass(frozen=True)
+class GenevalScorer:
     """GenEval's released rules: 1 where the image shows what the record asks for, else 0."""
 
-    def score(images: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[float]:
-        return [float(correct) for correct, _ in score_images(images, records, context, "standard")]
+    context: RewardContext
 
-    return score
+    def __call__(self, images: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[float]:
+        return [float(correct) for correct, _ in score_images(images, records, self.context, "standard")]
+
+    def check(self, records: Sequence[dict[str, Any]]) -> None:
+        """Raises EvaluationError for a record that says nothing of what to draw: without an image it would score 0,
+        as one does that was drawn wrong. UserError as rewards.functions.geneval.check_record."""
+        detector = self.context.detector_for("geneval")
+        for record in records:
+            where = f"the held-out prompt '{record['prompt']}'"
+            if not record.get("include"):
+                raise EvaluationError(f"{where} has no `include`, by which GenEval's rule scores an image")
+            check_record(detector, record, where)
+
+
+def geneval_scorer(context: RewardContext) -> GenevalScorer:
+    """See GenevalScorer."""
+    return GenevalScorer(context)
 
 
 def spread_over_tags(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -149,10 +173,13 @@ def spread_over_tags(records: Sequence[dict[str, Any]], count: int) -> list[dict
     Raises EvaluationError when there are fewer.
     """
     if count > len(records):
-        raise EvaluationError(f"evaluate.prompts asks for {count} held-out prompts, and the task has {len(records)}")
+        raise EvaluationError(
+            f"evaluate.prompts asks for {count} held-out prompts, and the task has {len(records)}; "
+            + (f"give at most {len(records)}" if records else "hold some out, or evaluate on another task")
+        )
     by_tag: dict[str, list[int]] = {}
     for number, record in enumerate(records):
-        by_tag.setdefault(record["tag"], []).append(number)
+        by_tag.setdefault(tag_of(record), []).append(number)
     share = dict.fromkeys(by_tag, 0)
     while sum(share.values()) < count:
         open_tags = [tag for tag in by_tag if share[tag] < len(by_tag[tag])]

@@ -17,7 +17,6 @@ from record.store import check_folder, save_trajectories
 from record.trajectory import Trajectory
 from rewards.contract import RewardContext
 from rewards.manager import detector_of
-from rewards.runtime.serving import check_prompts
 from rl.grpo import train
 from rl.run import Run
 from rollout.config import RolloutConfig
@@ -318,7 +317,7 @@ def _heldout_metrics(recipe: Recipe, task: Task, rollouts: Any, context: RewardC
     if not recipe.grpo.evaluate_every:
         return None
     context = context if context.detector else _setting(recipe, task)
-    check_prompts(context.detector_for("grpo.evaluate_every"), task, splits=("heldout",))
+    geneval_scorer(context).check(spread_over_tags(task.prompts("heldout"), recipe.evaluate.prompts))
     return _HeldoutMetrics(recipe, task, rollouts, context)
 
 
