@@ -8,6 +8,8 @@ import json
 import logging
 import math
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from underdrawing.options import Number, Parser, Whole, expanded_path
+from underdrawing.options import NEWEST, Number, Parser, Whole, checkpoint_name, expanded_path, join_resume
 
 OUR_PACKAGES = (
     "underdrawing",
@@ -37,8 +39,9 @@ RECIPE_HELP = "a YAML recipe; shipped ones are under configs/"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a UserError into its sentence and exit code."""
     parser = _parser()
+    words = join_resume(sys.argv[1:] if arguments is None else arguments)
     try:
-        options, rest = parser.parse_known_args(arguments)
+        options, rest = parser.parse_known_args(words)
     except UserError as error:
         print(f"underdrawing: {error}", file=sys.stderr)
         return error.exit_code
@@ -53,12 +56,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except UserError as error:
-        print(f"underdrawing: {error}", file=sys.stderr)
+        print(f"underdrawing: {error}{_way_back(error, options, words)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         again = "; --resume goes on from there" if hasattr(options, "resume") else ""
         print(f"underdrawing: interrupted; what was saved stays{again}", file=sys.stderr)
         return 130
+
+
+def _way_back(error: UserError, options: argparse.Namespace, words: Sequence[str]) -> str:
+    """How to take the checkpoint before one that is not as it was written, where there is one."""
+    broken, earlier = getattr(error, "broken", None), getattr(error, "earlier", None)
+    resuming = bool(getattr(options, "resume", None))
+    if earlier is None:
+        return f". There is none before it; remove {broken} to start anew" if broken is not None and resuming else ""
+    if resuming:
+        others = [word for word in words if not word.startswith("--resume=")]
+        command = shlex.join(["underdrawing", *others, "--resume", str(int(re.sub(r"\D", "", earlier.name)))])
+        return f". To go on from that, and forget what came after it: {command}"
+    return f". To take its weights: --weights {earlier / 'weights'}"
 
 
 def quieten() -> None:
@@ -102,12 +118,23 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe, stop")
         return sub
 
+    def resumable(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--resume",
+            nargs="?",
+            const=NEWEST,
+            type=checkpoint_name,
+            metavar="STEP|FOLDER",
+            help="go on from the newest checkpoint, or from the one of that step or in that folder; later checkpoints "
+            "and lines of metrics are then forgotten",
+        )
+
     sub = command("sft", _sft, "warm start: learn from demonstrations")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    resumable(sub)
 
     sub = command("grpo", _grpo, "improve the warm-started policy by its rewards")
     sub.add_argument("--weights", type=expanded_path, help="folder to start from; default: the recipe's warm start")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    resumable(sub)
     sub.add_argument(
         "--changed-prompts", action="store_true", help="with --resume: the task's prompts are others than they were"
     )
@@ -171,13 +198,17 @@ def _dry_run(recipe: Any) -> int:
     return 0
 
 
+def _resume(options: argparse.Namespace) -> bool | str:
+    return options.resume == NEWEST or (options.resume or False)
+
+
 def _sft(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
         return _dry_run(recipe)
     from underdrawing.jobs import run_sft
 
-    print(f"warm-started weights: {run_sft(recipe, options.resume)}")
+    print(f"warm-started weights: {run_sft(recipe, _resume(options))}")
     return 0
 
 
@@ -187,7 +218,7 @@ def _grpo(options: argparse.Namespace) -> int:
         return _dry_run(recipe)
     from underdrawing.jobs import run_grpo
 
-    weights = run_grpo(recipe, options.weights, options.resume, changed_prompts=options.changed_prompts)
+    weights = run_grpo(recipe, options.weights, _resume(options), changed_prompts=options.changed_prompts)
     print(f"trained weights: {weights}")
     return 0
 

@@ -37,8 +37,11 @@ RESUME = "give the same command with --resume"
 STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look at, small on disk
 
 
-def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) -> Path:
-    """The warm start. Returns the folder of its weights."""
+def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RESUME) -> Path:
+    """The warm start. Returns the folder of its weights.
+
+    `resume`: from the newest checkpoint; text: from the one of that step, or in that folder.
+    """
     from policy.chameleon.family import ChameleonPolicy
     from sft.checkpoints import finished_checkpoints
     from sft.train import check_demonstrations, demonstrate, warm_start
@@ -81,13 +84,16 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
 def run_grpo(
     recipe: Recipe,
     weights: Path | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     resume_command: str = RESUME,
     changed_prompts: bool = False,
 ) -> Path:
     """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights.
 
-    `changed_prompts`: resume although the task's prompts are not those of the checkpoint.
+    Args:
+        resume: from the newest checkpoint, if there is one; text: from the one of that step, or in that folder, and
+            what came after it is forgotten.
+        changed_prompts: resume although the task's prompts are not those of the checkpoint.
     """
     build.seed_everything(recipe.seed)
     task, fmt = preflight(recipe)
@@ -95,7 +101,9 @@ def run_grpo(
     policy = build.build_policy(recipe, task, start)
     accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
-    if resume and newest is None:
+    if isinstance(resume, str):
+        newest = checkpoint.chosen(recipe.run_dir / "checkpoints", resume)
+    elif resume and newest is None:
         logger.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
     first = accelerator.is_main_process
     rollouts = manager = tracker = cluster = None

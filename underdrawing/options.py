@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -72,6 +73,37 @@ class Number:
         if value > self.most:
             raise OptionError(f"{value:g} is too large; at most {self.most:g}")
         return value
+
+
+NEWEST = "newest"
+
+
+def join_resume(arguments: Sequence[str]) -> list[str]:
+    """The command's words with `--resume` and its value in one: a step or a folder where one follows, else `newest`.
+
+    What follows may also be a recipe, an override or another option, which argparse could not tell.
+    """
+    words: list[str] = []
+    bare = False
+    for word in arguments:
+        if bare and _names_checkpoint(word):
+            words[-1] = f"--resume={word}"
+            bare = False
+            continue
+        bare = word == "--resume"
+        words.append(f"--resume={NEWEST}" if bare else word)
+    return words
+
+
+def _names_checkpoint(word: str) -> bool:
+    if word.isdigit() or Path(word).is_dir():
+        return True
+    return not (word.startswith("-") or "=" in word or word.endswith((".yaml", ".yml")) or Path(word).is_file())
+
+
+def checkpoint_name(text: str) -> str:
+    """A step, a folder, or `newest`."""
+    return text if text == NEWEST or text.isdigit() else str(expanded_path(text))
 
 
 def expanded_path(text: str) -> Path:

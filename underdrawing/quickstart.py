@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quieten()
         return run(options.recipe, options.seed, options.run_dir, options.overrides)
     except UserError as error:
-        print(f"underdrawing: {error}", file=sys.stderr)
+        broken = getattr(error, "broken", None)
+        way_back = "" if broken is None else f". Remove {broken} and {AGAIN}"
+        print(f"underdrawing: {error}{way_back}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what was saved", file=sys.stderr)
