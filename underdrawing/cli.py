@@ -16,23 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
-from underdrawing.options import NEWEST, Number, Parser, Whole, checkpoint_name, expanded_path, join_resume
+from underdrawing import search_path
 
-OUR_PACKAGES = (
-    "underdrawing",
-    "rl",
-    "sft",
-    "evals",
-    "training",
-    "rewards",
-    "rollout",
-    "tasks",
-    "policy",
-    "formats",
-    "record",
-    "runtime",
+search_path.settle()
+# isort: split
+from runtime.errors import UserError  # noqa: E402
+from underdrawing.options import (  # noqa: E402
+    NEWEST,
+    Number,
+    Parser,
+    Whole,
+    checkpoint_name,
+    expanded_path,
+    join_resume,
 )
+
 RECIPE_HELP = "a YAML recipe; shipped ones are under configs/"
 
 
@@ -51,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     quieten()
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a recipe may name functions of modules in the folder one stands in
+    search_path.working_folder_last()
     try:
         return options.run(options)
     except UserError as error:
@@ -80,7 +77,7 @@ def _way_back(error: UserError, options: argparse.Namespace, words: Sequence[str
 def quieten() -> None:
     """Our own messages at INFO, the libraries' at WARNING; their bars and banners off."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
-    for name in OUR_PACKAGES:
+    for name in search_path.PACKAGES:
         logging.getLogger(name).setLevel(logging.INFO)
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),

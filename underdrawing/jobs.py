@@ -47,7 +47,7 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
     from sft.train import check_demonstrations, demonstrate, warm_start
 
     build.seed_everything(recipe.seed)
-    task, fmt = preflight(recipe)
+    task, fmt = preflight(recipe, rolls_out=False)
     first = PartialState(cpu=recipe.policy.device == "cpu").is_main_process
     if first:
         build.write_recipe(recipe, refused=not resume and bool(finished_checkpoints(recipe.run_dir / "sft")))

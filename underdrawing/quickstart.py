@@ -17,11 +17,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from runtime.errors import UserError, writing
-from runtime.files import write_whole
-from runtime.ray_cluster import ClusterError
-from underdrawing.cli import quieten
-from underdrawing.options import LARGEST_SEED, Parser, Whole, expanded_path
+from underdrawing import search_path
+
+search_path.settle()
+# isort: split
+from runtime.errors import UserError, writing  # noqa: E402
+from runtime.files import write_whole  # noqa: E402
+from runtime.ray_cluster import ClusterError  # noqa: E402
+from underdrawing.cli import quieten  # noqa: E402
+from underdrawing.options import LARGEST_SEED, Parser, Whole, expanded_path  # noqa: E402
 
 STATE = "quickstart.json"
 AGAIN = "give the same command again"
