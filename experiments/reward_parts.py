@@ -12,10 +12,14 @@ paired bootstrap intervals over prompts.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
+
+if not __package__:  # run as a file, in a folder whose files bear our packages' names
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import json
 
 from evals.bootstrap import compare
 from evals.heldout import PromptScore

@@ -1,4 +1,4 @@
-"""Trains the shapes world's visual tokenizer: `python -m policy.chameleon.train_vq --out vq.safetensors`.
+"""Trains the shapes world's visual tokenizer: `python -m experiments.train_vq --out vq.safetensors`.
 
 The class is Chameleon's (vq.py), only smaller. Everything that the tiny policy sees and draws passes through these
 codes, so the recipe aims at two things: every patch of the world survives the round trip, and a patch has the same
@@ -16,13 +16,18 @@ Letters: B images, M latents of a batch (B x N), G distinct patches, K codes, D 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, in a folder whose files bear our packages' names
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import json
 import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
