@@ -16,7 +16,7 @@ import numpy as np
 
 from record.trajectory import Trajectory
 from rewards.contract import RewardContext, policy_images
-from rewards.functions.geneval import score_images
+from rewards.functions.geneval import check_record, score_images
 from rollout.pool.contract import Rollouts
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError
@@ -95,10 +95,13 @@ def evaluate(
         each: is told a prompt's number and its answers as they are finished.
 
     Raises:
-        EvaluationError: there are no records, or some prompts got no answer: a mean over the others would not compare.
+        EvaluationError: there are no records, or one that cannot be scored; or some prompts got no answer, so that a
+            mean over the others would not compare.
     """
     if not records:
         raise EvaluationError("there are no held-out prompts to evaluate on")
+    if isinstance(score, GenevalScorer):
+        score.check(records)
     requests = [
         RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed)
         for number, record in enumerate(records)
@@ -145,13 +148,29 @@ def mean_of_tags(values: Sequence[float], tags: Sequence[str]) -> float:
     return float(np.mean([values_P[tags_P == tag].mean() for tag in np.unique(tags_P)]))
 
 
-def geneval_scorer(context: RewardContext) -> Scorer:
+@dataclass(frozen=True)
+class GenevalScorer:
     """GenEval's released rules: 1 where the image shows what the record asks for, else 0."""
 
-    def score(images: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[float]:
-        return [float(correct) for correct, _ in score_images(images, records, context, "standard")]
+    context: RewardContext
 
-    return score
+    def __call__(self, images: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[float]:
+        return [float(correct) for correct, _ in score_images(images, records, self.context, "standard")]
+
+    def check(self, records: Sequence[dict[str, Any]]) -> None:
+        """Raises EvaluationError for a record that says nothing of what to draw: without an image it would score 0,
+        as one does that was drawn wrong. UserError as rewards.functions.geneval.check_record."""
+        detector = self.context.detector_for("geneval")
+        for record in records:
+            where = f"the held-out prompt '{record['prompt']}'"
+            if not record.get("include"):
+                raise EvaluationError(f"{where} has no `include`, by which GenEval's rule scores an image")
+            check_record(detector, record, where)
+
+
+def geneval_scorer(context: RewardContext) -> GenevalScorer:
+    """See GenevalScorer."""
+    return GenevalScorer(context)
 
 
 def spread_over_tags(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

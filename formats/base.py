@@ -94,7 +94,8 @@ class Cursor(Protocol):
 @runtime_checkable
 class Format(Protocol):
     """Besides what is listed here a format may offer `beside_prompt(vocabulary) -> list[Segment]`: untrained user
-    segments that stand after the prompt's and that only some guidance branches see (a negative prompt)."""
+    segments that stand after the prompt's and that only some guidance branches see (a negative prompt); and `roles`,
+    the names of its roles, to which a recipe's maps by role are held."""
 
     name: str
     max_images: int

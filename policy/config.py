@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from runtime.paths import ObjectPath, ReadPath, read_path
+
+SHAPES_VQ = "shapes"  # of policy.tiny.vq: a name, and no path
 
 
 class LoraSection(BaseModel):
@@ -44,7 +48,7 @@ class TinySection(BaseModel):
     rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary position embedding.")
     swin_norm: bool = Field(False, description="Normalise after attention and feed-forward (Chameleon-34B's way).")
     vq: str | dict[str, Any] = Field(
-        default="shapes",
+        default=SHAPES_VQ,
         description="Visual tokenizer: 'shapes' (the committed weights of the shapes world), a path to a .safetensors "
         "file with its .json, or a mapping of ChameleonVQVAEConfig's keys for random weights.",
     )
@@ -54,6 +58,11 @@ class TinySection(BaseModel):
         description="Tags that are one token each.",
     )
     seed: int = Field(0, description="Of the fresh weights.")
+
+    @field_validator("vq")
+    @classmethod
+    def _found(cls, vq: str | dict[str, Any], info: ValidationInfo) -> str | dict[str, Any]:
+        return vq if isinstance(vq, dict) or vq == SHAPES_VQ else read_path(vq, info)
 
     @model_validator(mode="after")
     def _divisible(self) -> TinySection:
@@ -75,10 +84,10 @@ class PolicyConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    family: str = Field(
+    family: ObjectPath = Field(
         "chameleon", description="A known family, or the dotted path of a function (PolicyConfig, words) -> Policy."
     )
-    path: str | None = Field(
+    path: ReadPath | None = Field(
         None,
         description="Folder with config.json, model.safetensors and tokenizer files. "
         "None: a tiny model with fresh weights.",

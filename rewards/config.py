@@ -27,6 +27,7 @@ from rewards.judge.config import JudgeConfig
 from rewards.loader import check_exists, is_own
 from rewards.registry import REWARDS
 from runtime.errors import nearest
+from runtime.paths import ObjectPath, Options
 
 Scope = Literal["row", "group", "batch"]
 RunsOn = Literal["driver", "process", "ray"]
@@ -66,8 +67,10 @@ class ComponentConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    function: str = Field(description="A registered name, 'package.module.function', or 'path/to/file.py:function'.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of the function.")
+    function: ObjectPath = Field(
+        description="A registered name, 'package.module.function', or 'path/to/file.py:function'."
+    )
+    options: Options = Field(default_factory=dict, description="Further keyword arguments of the function.")
     factory: bool = Field(
         False,
         description="The function makes the reward when called with the options, as TRL's "
@@ -164,7 +167,7 @@ class RewardsConfig(BaseModel):
         description="The run stops when this many steps in a row had a part fail for "
         "over half of its rows, or had no trajectory with a reward.",
     )
-    detector: DetectorConfig | str | None = Field(
+    detector: DetectorConfig | ObjectPath | None = Field(
         None,
         description="One of the toolkit's (backend: mask2former, grounding_dino, owlv2, shapes; path ...), or "
         "the dotted path or file of a function or class that makes a Detector; None: the task's own.",

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from formats.base import Format
 from record.trajectory import Author, Segment, Trajectory
 from rewards.detectors.base import CachedDetector, Detector
 from rewards.judge.base import JudgeLike
+from rewards.limits import LARGEST, too_large
 from runtime.errors import UserError, nearest
 
 Value = float | dict[int, float] | None
@@ -43,6 +45,18 @@ RESERVED = (
     "log_metric",
     "log_extra",
     "context",
+)
+
+# What a reward is called with besides columns and options (`context` and `judge` for those that stand on them).
+ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trajectories",
+    "trainer_state",
+    "log_metric",
+    "log_extra",
+    "judge",
 )
 
 NO_JUDGE = (
@@ -167,9 +181,14 @@ def groups_of(trajectories: Sequence[Trajectory]) -> list[list[int]]:
     return list(rows.values())
 
 
-def columns(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
-    """Every key of any record as a list, None where a record lacks it."""
-    keys = dict.fromkeys(key for t in trajectories for key in t.record if key not in RESERVED)
+def columns_of(records: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Every key of any record that a reward can ask for, in the order in which they first come."""
+    return tuple(dict.fromkeys(key for record in records for key in record if key not in RESERVED))
+
+
+def columns(trajectories: Sequence[Trajectory], known: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """Every key of any record, and every known one, as a list: None where a record lacks it."""
+    keys = dict.fromkeys([*known, *columns_of(t.record for t in trajectories)])
     return {key: [t.record.get(key) for t in trajectories] for key in keys}
 
 
@@ -199,12 +218,14 @@ def call(
     view: View,
     context: RewardContext | None = None,
     judge: JudgeLike | None = None,
+    known_columns: Sequence[str] = (),
 ) -> tuple[list[Value], Logs]:
     """Call a reward once. Returns one value a trajectory (NaN left as it is) and what it logged.
 
     Args:
         setting: of one of the toolkit's own; None: it is somebody else's, called as TRL calls its own.
         judge: for somebody else's that has an argument of this name.
+        known_columns: of the whole prompt set, so that a call whose own records all lack one still hands it over.
 
     Raises:
         RewardError: wrong number of values, values that are no numbers, a missing or unknown argument.
@@ -224,7 +245,7 @@ def call(
             "completions": [completion(t, _view(function, view)) for t in trajectories],
             "completion_ids": [policy_ids(t) for t in trajectories],
             "trainer_state": state,
-            **columns(trajectories),
+            **columns(trajectories, known_columns),
         }
         if asks_judge(function) and "judge" not in options:
             if judge is None:
@@ -260,6 +281,23 @@ def check_options(function: Reward, name: str, options: Mapping[str, Any], own: 
             )
 
 
+def check_columns(function: Reward, name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises RewardError where somebody's function has an argument without a default that is neither of the contract's,
+    nor an option, nor a column of any record: a run would stop at its first call."""
+    given = dict.fromkeys([*ARGUMENTS, *options, *known])
+    missing = [
+        p for p, parameter in _signature(function)[0].items() if p not in given and parameter.default is parameter.empty
+    ]
+    if missing:
+        raise _no_column(name, missing[0], [*ARGUMENTS, *known])
+
+
+def _no_column(name: str, asked: str, known: Iterable[str]) -> RewardError:
+    return RewardError(
+        f"reward '{name}' asks for '{asked}', which is no column of the records; {nearest(asked, known)}"
+    )
+
+
 def _signature(function: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
     """Named parameters, and whether it takes any others by keyword."""
     try:
@@ -282,10 +320,7 @@ def _accepted(function: Reward, name: str, arguments: dict[str, Any], options: M
     given = {**arguments, **options}
     missing = [p for p in named if p not in given and named[p].default is inspect.Parameter.empty]
     if missing:
-        raise RewardError(
-            f"reward '{name}' asks for '{missing[0]}', which is no column of the records; "
-            f"{nearest(missing[0], arguments)}"
-        )
+        raise _no_column(name, missing[0], arguments)
     return given if open_ended else {key: value for key, value in given.items() if key in named}
 
 
@@ -326,11 +361,19 @@ def _row(value: Any, name: str, trajectory: Trajectory) -> Value:
 
 def _number(value: Any, name: str) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except OverflowError:  # of a whole number beyond every float
+        number = sys.float_info.max if value > 0 else -sys.float_info.max
+    except (TypeError, ValueError, RuntimeError):  # the last is a tensor's, of several numbers
         raise RewardError(
             f"reward '{name}' returned {value!r} for a completion; a value is a number, None, or {{segment: number}}"
         ) from None
+    if too_large(number):
+        raise RewardError(
+            f"reward '{name}' returned {number:.3g} for a completion; at most {LARGEST:g} can be trained on (in "
+            f"float32), so scale it down"
+        )
+    return number
 
 
 def is_broken(value: Value) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from formats.base import Format
 from record.trajectory import Trajectory
 from rewards.config import ComponentConfig, RewardsConfig, WorkersConfig
-from rewards.contract import RewardContext, RewardFailed, TrainerState, Value
+from rewards.contract import RewardContext, RewardFailed, TrainerState, Value, columns_of
 from rewards.detectors.base import CachedDetector, Detector
 from rewards.pending import ComponentOutcome, Group, PendingRewards, RewardReport, report_of
 from rewards.registry import REWARDS
@@ -26,8 +26,10 @@ from rewards.runtime.served_detector import ServedDetector
 from rewards.runtime.serving import CallFailed, ComponentSpec, DetectorSpec, RewardContextSpec, check_prompts
 from rewards.runtime.workers import CallFailure, Component, Executor, Worker, workers_of
 from runtime.ray_cluster import Cluster, start_ray
+from tasks.base import Split
 
 __all__ = ["CallFailure", "RewardManager", "RewardReport", "detector_of"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 logger = logging.getLogger(__name__)
 
 
@@ -41,15 +43,22 @@ class RewardManager:
         fmt: Format | None = None,
         detector: Detector | None = None,
         max_steps: int = 0,
+        columns: Sequence[str] | None = None,
     ) -> None:
         """Load every part and start the workers of those that have some.
 
+        Args:
+            columns: of the records that will be judged; None: those of the task's prompts, where there is a task.
+
         Raises:
-            UserError: a part that cannot be loaded, a detector that is missing or lacks a class of the task's prompts,
-                a judge's endpoint that is down.
+            UserError: a part that cannot be loaded, or that asks for a column that no record has; a detector that is
+                missing or lacks a class of the task's prompts; a judge's endpoint that is down.
         """
         self.config, self.max_steps = config, max_steps
         self.expression = config.expression()
+        if columns is None and task is not None:
+            columns = columns_of(record for split in SPLITS for record in task.prompts(split))
+        self._columns = None if columns is None else tuple(columns)
         self._spec = RewardContextSpec(task, fmt, detector if detector is not None else config.detector, config.judge)
         self.parts: dict[str, Component] = {}
         self._served: ServedDetector | None = None
@@ -233,6 +242,7 @@ class RewardManager:
             part.completions,
             self._spec if own else None,
             self.config.judge,
+            self._columns,
         )
         if part.runs_on == "driver":
             return Component(name, part, self._driver, spec.load(self.context if own else None))

@@ -7,10 +7,29 @@ judge or a library with time limits of its own has the place "process".
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from runtime.errors import UserError, nearest
 from runtime.loading import load_object
+
+# Options of the toolkit's own rewards that name a column.
+COLUMN_OPTIONS = (
+    "gold",
+    "kind_column",
+    "size",
+    "policy_size",
+    "duration",
+    "fps",
+    "video",
+    "file",
+    "pages",
+    "without",
+    "with_tools",
+    "outputs",
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +45,23 @@ class Registered:
     needs_judge: bool = False
     scope: Literal["row", "group", "batch"] = "row"  # what a value may depend on: its trajectory, its group, the step
     runs_on: Literal["driver", "process"] = "driver"
+    columns: tuple[str, ...] = ()  # without which it judges no row: a column, or the option that names one
 
     def load(self) -> Any:
         return load_object(self.function, f"reward '{self.name}'")
+
+    def check_columns(self, function: Any, part: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+        """Raises UserError where no record has a column that it needs, or one that an option of the recipe names."""
+        parameters = inspect.signature(function).parameters
+        given = {name: options[name] for name in COLUMN_OPTIONS if options.get(name) and name in parameters}
+        needed = {name: parameters[name].default if name in parameters else name for name in self.columns}
+        for name, column in (needed | given).items():
+            if column not in known:
+                option = f" (option {name})" if name in parameters else ""
+                raise UserError(
+                    f"rewards.parts.{part}: '{self.name}' reads the column '{column}'{option}, which no record has; "
+                    f"{nearest(str(column), known)}"
+                )
 
 
 def _by_name(*rewards: Registered) -> dict[str, Registered]:
@@ -46,6 +79,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "graded_strict are bounded shares; flow_grpo is that reward server's graded score",
         needs_detector=True,
         by_geneval=True,
+        columns=("include",),
     ),
     Registered(
         "critique_consistency",
@@ -58,6 +92,7 @@ REWARDS: dict[str, Registered] = _by_name(
         needs_detector=True,
         by_geneval=True,
         scope="batch",
+        columns=("include",),
     ),
     Registered(
         "improvement",
@@ -67,6 +102,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="the record in GenEval's schema; the first and final image, or each",
         needs_detector=True,
         by_geneval=True,
+        columns=("include",),
     ),
     Registered(
         "steps",
@@ -94,6 +130,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "right one; geneval with mode graded or graded_strict has neither",
         needs_detector=True,
         by_geneval=True,
+        columns=("include",),
     ),
     Registered(
         "t2i_r1_detector",
@@ -136,6 +173,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="the record in GenEval's schema; first and final image, and the check between them",
         needs_detector=True,
         by_geneval=True,
+        columns=("include",),
     ),
     Registered(
         "got_r1",
@@ -178,6 +216,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "math-verify; SQuAD, arXiv:1606.05250 (exact, f1); ANLS, arXiv:1905.13648; ChartQA, arXiv:2203.10244",
         inputs="column ground_truth (or a list of references); the policy's own words",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "deepeyes",
@@ -192,6 +231,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "wrong",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "deepeyes_v2",
@@ -204,6 +244,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "release asks all the same, and pays an unread judge as wrong",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "thyme",
@@ -216,6 +257,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "wrong one and the sandbox's words count",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "chain_of_focus",
@@ -229,6 +271,7 @@ REWARDS: dict[str, Registered] = _by_name(
         needs_judge=True,
         scope="group",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "chain_of_focus_base",
@@ -240,6 +283,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "asks the judge about an answer that is not there",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "pixel_reasoner",
@@ -256,6 +300,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "paper's shaping, words compared as products of letters",
         scope="batch",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vtool_r1",
@@ -268,6 +313,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "that other lines follow; release_v2 takes the conversation's first, or the whole text",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vtool_r1_similarity",
@@ -276,6 +322,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "VTool-R1, arXiv:2505.19255; VTool-R1/VTool-R1 examples/reward_function/refocus.py",
         inputs="column ground_truth, parts parted by |||; the policy's words",
         differs="release_v1 adds up the answer's parts over the reference's, so that repeating one pays more than 1",
+        columns=("gold",),
     ),
     # ---- overlap and length
     Registered(
@@ -284,6 +331,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "IoU of the answered boxes with the true ones, matched one to one, over the larger number; in [0, 1]",
         "PASCAL VOC, IJCV 88(2), 2010 (IoU); the matching is this project's",
         inputs="columns ground_truth (a box or a list), image_size where frames differ; the policy's answer",
+        columns=("gold",),
     ),
     Registered(
         "temporal_iou",
@@ -292,6 +340,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "TALL, arXiv:1705.02101 (temporal IoU)",
         inputs="columns ground_truth ([start, end] or a list), duration or fps where frames differ; the "
         "policy's answer",
+        columns=("gold",),
     ),
     Registered(
         "repetition_penalty",
@@ -329,6 +378,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "retrieved (NDCG above 1), and pays a failed judge as wrong",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "visual_arft",
@@ -343,6 +393,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "half; release pays 0.9 for any text, counts shared words once, compares whole texts without "
         "tags, and in search tries math-verify over them first",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "openthinkimg",
@@ -355,6 +406,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "and nothing else; release gives the whole turn to math-verify first, reads the first action "
         "only, and stops where there is no list of turns",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vista",
@@ -368,6 +420,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "signs, and has a format part that is always 0",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vital",
@@ -377,6 +430,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "VITAL, arXiv:2508.04416; no code was available, so the paper's formula",
         inputs="columns ground_truth ([start, end] or an answer), task; the policy's words; its calls",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vital_weight",
@@ -387,6 +441,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="as vital, for the whole group",
         scope="group",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vr_thinker",
@@ -397,6 +452,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "paper's formula",
         inputs="column ground_truth {OA, and a dimension's two letters: 0, 1 or 2}; the policy's turns and calls",
         scope="group",
+        columns=("gold",),
     ),
     Registered(
         "vprl",

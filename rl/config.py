@@ -6,9 +6,11 @@ learning rate holds constant after its warmup, and clip ranges may differ by kin
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from formats.roles import RECORDED
 
 Kind = Literal["word", "code", "flow"]
 Schedule = Literal["constant_with_warmup", "constant", "linear", "cosine", "polynomial", "inverse_sqrt"]
@@ -27,6 +29,11 @@ class ClipConfig(BaseModel):
         gt=1,
         description="Two-sided clipping: the largest ratio that an unclipped term may have. None: no such bound.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range_alone(cls, data: Any) -> Any:
+        return {"epsilon": data} if isinstance(data, int | float) and not isinstance(data, bool) else data
 
 
 class GrpoConfig(BaseModel):
@@ -86,7 +93,7 @@ class GrpoConfig(BaseModel):
         "modality of a trajectory, then the same. token: mean over all decisions of the batch. "
         "grpo, dr_grpo, dapo, bnpo: as in TRL (dapo is token).",
     )
-    role_weights: dict[str, float] = Field(
+    role_weights: Annotated[dict[str, float], RECORDED] = Field(
         {}, description="Factor on the loss of a role's decisions; 1 if not named. 0 leaves the role out."
     )
     max_completion_length: int = Field(512, ge=1, description="The constant that dr_grpo divides by; nothing is cut.")
@@ -98,7 +105,9 @@ class GrpoConfig(BaseModel):
         description="Two-sided clipping: the largest ratio that an unclipped term may have. None: no such bound.",
     )
     clip_by_kind: dict[Kind, ClipConfig] = Field(
-        {}, description="Clip ranges of a kind of decision, in place of the three keys above."
+        {},
+        description="Clip ranges of a kind of decision, in place of the three keys above; a number "
+        "alone is its epsilon.",
     )
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the reference; 0: none is computed.")
     use_bias_correction_kl: bool = Field(

@@ -5,9 +5,11 @@ Which thoughts are possible (format, constraint, number of images) is the sectio
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from formats.roles import DEFAULT, SAMPLED
 
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -24,10 +26,10 @@ class RolloutConfig(BaseModel):
     max_tokens: int = Field(
         512, ge=1, description="Longest trajectory, in ids after the prompt. An image that would pass it is not begun."
     )
-    temperature: dict[str, Temperature] = Field(
-        default_factory=lambda: {"default": 1.0},
+    temperature: Annotated[dict[str, Temperature], SAMPLED] = Field(
+        default_factory=lambda: {DEFAULT: 1.0},
         description="Sampling temperature by role; 'default' is for all "
-        "others and between segments. 0: the likeliest id, untrained.",
+        "others and between segments. A number alone is for all. 0: the likeliest id, untrained.",
     )
     top_p: float = Field(
         1.0,
@@ -49,7 +51,12 @@ class RolloutConfig(BaseModel):
         "the same seed gives the same trajectories (exactly on the CPU).",
     )
 
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _of_all(cls, value: Any) -> Any:
+        return {DEFAULT: value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
     @field_validator("temperature")
     @classmethod
     def _has_default(cls, value: dict[str, float]) -> dict[str, float]:
-        return value if "default" in value else {"default": 1.0, **value}
+        return value if DEFAULT in value else {DEFAULT: 1.0, **value}

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
+
+from formats.roles import RECORDED
+from runtime.paths import ReadPath
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class SftConfig(BaseModel):
@@ -11,7 +18,7 @@ class SftConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     demonstrations: int = Field(6000, ge=1, description="how many the task writes; ignored when `data` is given")
-    data: str | None = Field(
+    data: ReadPath | None = Field(
         None,
         description="demonstrations to train on: a file or a Hugging Face data set of messages with images "
         "(docs/tasks.md has the layout), or a folder of stored trajectories or of several such; None: the task's own",
@@ -38,7 +45,7 @@ class SftConfig(BaseModel):
         "end, never part of an image. None: the policy's own",
     )
     image_weight: float = Field(1.0, ge=0, description="of visual codes in the cross-entropy; words weigh 1")
-    role_weights: dict[str, float] = Field(
+    role_weights: Annotated[dict[str, Weight], RECORDED] = Field(
         {},
         description="of a role's ids in the cross-entropy, times image_weight "
         "on codes; a role that is left out weighs 1",

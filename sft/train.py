@@ -21,7 +21,7 @@ from record.trajectory import Trajectory
 from runtime.errors import UserError
 from runtime.files import write_whole
 from runtime.interrupt import Interrupted, interruptible
-from sft.checkpoints import finished_checkpoints, newest, prune, writing
+from sft.checkpoints import chosen, finished_checkpoints, newest, prune, rewind, step_of, writing
 from sft.config import SftConfig
 from sft.data import Collator, Row, role_names, training_rows
 from sft.sources import load_demonstrations
@@ -91,15 +91,16 @@ def warm_start(
     *,
     seed: int = 0,
     tracker: Tracker | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     resume_command: str = "give the same command with --resume",
 ) -> dict[str, float]:
     """Train and save to run_dir/sft/model (the released layout). Returns the last logged metrics.
 
     Args:
         tracker: metrics go here as sft/*; rank 0 only.
-        resume: go on from the newest checkpoint under run_dir/sft, if there is one. On a CPU a run that was stopped
-            and resumed is the run that was never stopped.
+        resume: go on from the newest checkpoint under run_dir/sft, if there is one; text: from the one of that step or
+            in that folder, and what came after it is forgotten. On a CPU a run that was stopped and resumed is the run
+            that was never stopped.
         resume_command: what a person is told to do after Ctrl-C.
 
     Raises:
@@ -113,7 +114,7 @@ def warm_start(
     output_dir = Path(run_dir) / "sft"
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = newest(output_dir) if resume else None
+    checkpoint = chosen(output_dir, resume) if isinstance(resume, str) else newest(output_dir) if resume else None
     if not resume and finished_checkpoints(output_dir):
         raise UserError(
             f"{output_dir} already holds a warm start ({finished_checkpoints(output_dir)[-1].name}). Resume it "
@@ -135,11 +136,13 @@ def warm_start(
         done = 0
         if checkpoint is not None:
             trainer.resume(checkpoint)
-            done = int(checkpoint.name.rpartition("-")[2])
+            done = step_of(checkpoint)
             logger.info("going on after step %d (%s)", done, checkpoint)
         if tracker is not None:
             tracker.rewind(done + 1)
         if trainer.accelerator.is_main_process:
+            if checkpoint is not None:
+                rewind(output_dir, done)
             prune(output_dir, 2)
         with interruptible(logger.warning) as interruption:
             stop = Stop(trainer.accelerator, interruption)

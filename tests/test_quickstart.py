@@ -46,6 +46,7 @@ def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pyte
         *SMALL,
         f"rewards.parts={{length: {{function: '{own}:length'}}}}",
         "rewards.total=length",
+        "grpo.segment_reward_weights={}",
     ]
     assert quickstart.main(arguments) == 0
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])

@@ -717,7 +717,7 @@ def test_a_corrupt_checkpoint_is_named(tmp_path, spoil, sentence):
         (folder / name).write_bytes(b"12345678")
     write_manifest(folder)
     spoil(folder)
-    with pytest.raises(UserError, match=f"{sentence}.*start anew"):
+    with pytest.raises(UserError, match=sentence):
         warm_start(policy, written(policy), section(), tmp_path, resume=True)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from formats.base import Format
+from formats.roles import check_names, check_roles
 from policy.base import Policy
 from policy.registry import FAMILIES, load_policy
 from rewards.alarms import Alarms
+from rewards.loader import is_own
 from rewards.manager import RewardManager
 from runtime.errors import UserError, writing
 from runtime.ray_cluster import Cluster, start_ray
@@ -44,7 +46,18 @@ def build_task(recipe: Recipe) -> Task:
 
 
 def build_format(recipe: Recipe) -> Format:
-    return recipe.format.build()
+    """The recipe's format, to which its maps by role, and its rewards' lists of roles, are held.
+
+    Raises:
+        UserError: no such format, an option that it does not take, or a map that names no role of it.
+    """
+    fmt = recipe.format.build()
+    check_roles(recipe, fmt)
+    for name, part in recipe.rewards.parts.items():
+        roles = part.options.get("roles", ())
+        if is_own(part.function) and isinstance(roles, list):
+            check_names(roles, fmt, f"rewards.parts.{name}.options.roles")
+    return fmt
 
 
 def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Policy:
@@ -80,8 +93,11 @@ def prompts(recipe: Recipe, task: Task, fmt: Format, policy: Policy, split: Spli
     return fitting(records, fmt, policy.vocabulary, policy.max_length, recipe.task, split) if records else records
 
 
-def build_reward_manager(recipe: Recipe, task: Task, fmt: Format) -> RewardManager:
-    return RewardManager(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps)
+def build_reward_manager(
+    recipe: Recipe, task: Task, fmt: Format, columns: Sequence[str] | None = None
+) -> RewardManager:
+    """`columns`: of the records that will be judged, where they are not the task's."""
+    return RewardManager(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps, columns=columns)
 
 
 def build_alarms(recipe: Recipe) -> Alarms:

@@ -6,48 +6,54 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
+from underdrawing import search_path
 
-OUR_PACKAGES = (
-    "underdrawing",
-    "rl",
-    "sft",
-    "evals",
-    "training",
-    "rewards",
-    "rollout",
-    "tasks",
-    "policy",
-    "formats",
-    "record",
-    "runtime",
+search_path.settle()
+# isort: split
+from runtime.errors import UserError  # noqa: E402
+from underdrawing.options import (  # noqa: E402
+    NEWEST,
+    Number,
+    Parser,
+    Whole,
+    checkpoint_name,
+    expanded_path,
+    join_resume,
 )
+
 RECIPE_HELP = "a YAML recipe; shipped ones are under configs/"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a UserError into its sentence and exit code."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words = join_resume(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options, rest = parser.parse_known_args(words)
+    except UserError as error:
+        print(f"underdrawing: {error}", file=sys.stderr)
+        return error.exit_code
     # argparse ends a list of positionals at the first option; overrides may stand on both sides of one.
     if rest and (not hasattr(options, "overrides") or any(a.startswith("-") or "=" not in a for a in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
     quieten()
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a recipe may name functions of modules in the folder one stands in
+    search_path.working_folder_last()
     try:
         return options.run(options)
     except UserError as error:
-        print(f"underdrawing: {error}", file=sys.stderr)
+        print(f"underdrawing: {error}{_way_back(error, options, words)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         again = "; --resume goes on from there" if hasattr(options, "resume") else ""
@@ -67,12 +73,25 @@ class StderrHandler(logging.Handler):
             self.handleError(record)
 
 
+def _way_back(error: UserError, options: argparse.Namespace, words: Sequence[str]) -> str:
+    """How to take the checkpoint before one that is not as it was written, where there is one."""
+    broken, earlier = getattr(error, "broken", None), getattr(error, "earlier", None)
+    resuming = bool(getattr(options, "resume", None))
+    if earlier is None:
+        return f". There is none before it; remove {broken} to start anew" if broken is not None and resuming else ""
+    if resuming:
+        others = [word for word in words if not word.startswith("--resume=")]
+        command = shlex.join(["underdrawing", *others, "--resume", str(int(re.sub(r"\D", "", earlier.name)))])
+        return f". To go on from that, and forget what came after it: {command}"
+    return f". To take its weights: --weights {earlier / 'weights'}"
+
+
 def quieten() -> None:
     """Our own messages at INFO, the libraries' at WARNING; their bars and banners off."""
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", handlers=[StderrHandler()]
     )
-    for name in OUR_PACKAGES:
+    for name in search_path.PACKAGES:
         logging.getLogger(name).setLevel(logging.INFO)
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
@@ -95,7 +114,7 @@ def _has_gpu() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="underdrawing",
         description="Reinforcement-learning post-training for models that think in images and words.",
     )
@@ -105,39 +124,52 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         if recipe:
-            sub.add_argument("recipe", type=Path, help=RECIPE_HELP)
+            sub.add_argument("recipe", type=expanded_path, help=RECIPE_HELP)
             sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
             sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe, stop")
         return sub
 
+    def resumable(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--resume",
+            nargs="?",
+            const=NEWEST,
+            type=checkpoint_name,
+            metavar="STEP|FOLDER",
+            help="go on from the newest checkpoint, or from the one of that step or in that folder; later checkpoints "
+            "and lines of metrics are then forgotten",
+        )
+
     sub = command("sft", _sft, "warm start: learn from demonstrations")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    resumable(sub)
 
     sub = command("grpo", _grpo, "improve the warm-started policy by its rewards")
-    sub.add_argument("--weights", type=Path, help="folder to start from; default: the recipe's warm start")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    sub.add_argument("--weights", type=expanded_path, help="folder to start from; default: the recipe's warm start")
+    resumable(sub)
     sub.add_argument(
         "--changed-prompts", action="store_true", help="with --resume: the task's prompts are others than they were"
     )
 
     sub = command("rollout", _rollout, "sample trajectories, judge and store them")
-    sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
-    sub.add_argument("--prompts", type=int, default=16, help="how many (default 16)")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument("--prompts", type=Whole(1), default=16, help="how many (default 16)")
     sub.add_argument("--split", choices=("train", "heldout"), default="heldout")
-    sub.add_argument("--out", type=Path, help="folder to write (default run_dir/rollout)")
+    sub.add_argument("--out", type=expanded_path, help="folder to write (default run_dir/rollout)")
 
     sub = command("difficulty", _difficulty, "how often the policy passes each prompt, to select prompts by")
-    sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
-    sub.add_argument("--samples", type=int, default=8, help="answers to each prompt (default 8)")
-    sub.add_argument("--pass-at", type=float, default=1.0, help="reward from which on an answer passes (default 1)")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument("--samples", type=Whole(2), default=8, help="answers to each prompt, two or more (default 8)")
+    sub.add_argument(
+        "--pass-at", type=Number(above=-math.inf), default=1.0, help="reward from which on an answer passes (default 1)"
+    )
     sub.add_argument("--part", help="component of the reward to pass by; default: the total")
     sub.add_argument("--split", choices=("train", "heldout"), default="train")
-    sub.add_argument("--out", type=Path, help="file to write (default run_dir/difficulty.jsonl)")
+    sub.add_argument("--out", type=expanded_path, help="file to write (default run_dir/difficulty.jsonl)")
 
     from underdrawing import geneval
 
     sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of images in a folder")
-    sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
     sub.add_argument(
         "--label",
         help="name under run_dir/evaluations (default: from the weights' place, and what is not as in the run)",
@@ -159,8 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     rewards_cli.add_parser(commands)
 
     sub = command("view", _view, "write the HTML report of a run, or of stored trajectories", recipe=False)
-    sub.add_argument("folder", type=Path, help="a run's folder, or a folder of stored trajectories")
-    sub.add_argument("--out", type=Path, help="file to write (default report.html in the folder)")
+    sub.add_argument("folder", type=expanded_path, help="a run's folder, or a folder of stored trajectories")
+    sub.add_argument("--out", type=expanded_path, help="file to write (default report.html in the folder)")
 
     sub = command("doctor", _doctor, "what works on this machine, and what to do about what doesn't", recipe=False)
     sub.add_argument("--no-ray", action="store_true", help="leave out the check that starts Ray")
@@ -181,10 +213,10 @@ def _dry_run(recipe: Any, evaluates: bool = False) -> int:
     from rewards.tree import lines
     from underdrawing import build
     from underdrawing.evaluations import check_evaluation
+    from underdrawing.preflight import preflight
     from underdrawing.recipe import dump_recipe
 
-    build.check_policy_path(recipe)
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    task, fmt = preflight(recipe)
     with build.build_reward_manager(recipe, task, fmt):
         pass
     if evaluates:
@@ -196,13 +228,17 @@ def _dry_run(recipe: Any, evaluates: bool = False) -> int:
     return 0
 
 
+def _resume(options: argparse.Namespace) -> bool | str:
+    return options.resume == NEWEST or (options.resume or False)
+
+
 def _sft(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
         return _dry_run(recipe)
     from underdrawing.jobs import run_sft
 
-    print(f"warm-started weights: {run_sft(recipe, options.resume)}")
+    print(f"warm-started weights: {run_sft(recipe, _resume(options))}")
     return 0
 
 
@@ -212,7 +248,7 @@ def _grpo(options: argparse.Namespace) -> int:
         return _dry_run(recipe, evaluates=recipe.grpo.evaluate_every is not None)
     from underdrawing.jobs import run_grpo
 
-    weights = run_grpo(recipe, options.weights, options.resume, changed_prompts=options.changed_prompts)
+    weights = run_grpo(recipe, options.weights, _resume(options), changed_prompts=options.changed_prompts)
     print(f"trained weights: {weights}")
     return 0
 
@@ -245,8 +281,6 @@ def _rollout(options: argparse.Namespace) -> int:
 
 def _difficulty(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
-    if options.samples < 2:
-        raise UserError(f"--samples: {options.samples} answers tell no rate; give at least 2")
     if options.dry_run:
         return _dry_run(recipe)
     from underdrawing.difficulty import run_difficulty, summary

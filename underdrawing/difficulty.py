@@ -24,6 +24,7 @@ from runtime.errors import UserError, writing
 from runtime.files import write_whole
 from tasks.base import Record, Split
 from underdrawing import build
+from underdrawing.preflight import preflight
 from underdrawing.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def run_difficulty(
         raise UserError(f"{out}: is there already; remove it, or name another file with --out")
     if part is not None and part not in recipe.rewards.parts:
         raise UserError(f"--part: no '{part}'; the recipe has {', '.join(recipe.rewards.parts)}")
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    task, fmt = preflight(recipe)
     policy = build.build_policy(recipe, task, weights)
     records = build.prompts(recipe, task, fmt, policy, split)
     settings = {"weights": str(weights), "samples": samples, "pass_at": pass_at, "part": part, "seed": recipe.seed}

@@ -24,7 +24,6 @@ from evals.kept import Evaluated, EvaluationsError, KeptEvaluation
 from rewards.contract import RewardContext
 from rewards.detectors.registry import DetectorConfig
 from rewards.manager import detector_of
-from rewards.runtime.serving import check_prompts
 from rollout.open import open_rollouts
 from rollout.weights.wire import fingerprint
 from runtime.errors import UserError, writing
@@ -32,6 +31,7 @@ from runtime.files import write_whole
 from tasks.base import Record, Task
 from training import checkpoint
 from underdrawing import build
+from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe, load_recipe
 
@@ -50,7 +50,7 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
         UserError: a prompt that cannot be judged, or none, or fewer than are asked for; nothing was sampled. Or a
             prompt that got no answer.
     """
-    task = build.build_task(recipe)
+    task, _ = preflight(recipe)
     records, context = check_evaluation(recipe, task)
     settings = settings_of(recipe, records)
     folder = recipe.run_dir / "evaluations" / (label or default_label(recipe, task, weights, settings))
@@ -100,7 +100,7 @@ def check_evaluation(
     records = heldout_records(recipe, task)
     if context is None or not context.detector:
         context = RewardContext.of(task, build.build_format(recipe), detector_of(recipe.rewards, task))
-    check_prompts(context.detector_for("held-out score"), task, splits=("heldout",))
+    geneval_scorer(context).check(records)
     return records, context
 
 

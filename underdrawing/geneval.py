@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from pathlib import Path
+import math
 from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import write_whole
+from underdrawing.options import Number, Whole, expanded_path
 
 NAME = "geneval"
 OPTIONS = ("images", "detections", "prompts", "detector", "mode", "thresholds", "batch_size")
@@ -24,16 +25,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         f"evaluate {NAME}", "GenEval on a folder of images: DIR/00000/metadata.jsonl and DIR/00000/samples/0000.png"
     )
-    group.add_argument("--images", "--pictures", type=Path, metavar="DIR", help="images in GenEval's layout")
+    group.add_argument("--images", "--pictures", type=expanded_path, metavar="DIR", help="images in GenEval's layout")
     group.add_argument(
         "--out",
-        type=Path,
+        type=expanded_path,
         metavar="FILE",
         help="result rows; a file that is there is gone on with (default DIR/results.jsonl)",
     )
     group.add_argument(
         "--prompts",
-        type=Path,
+        type=expanded_path,
         metavar="FILE",
         help="GenEval's evaluation_metadata.jsonl: every prompt of it must be there",
     )
@@ -46,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--detections",
-        type=Path,
+        type=expanded_path,
         metavar="FILE",
         help="judge detections made elsewhere, a JSON object "
         "a line: {filename, detections: {class: [{box, score, color}]}}; without --images also metadata",
@@ -54,12 +55,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mode", choices=("standard", "strict"), help="standard (default) or exact counts")
     group.add_argument(
         "--thresholds",
-        type=float,
+        type=Number(above=-math.inf),
         nargs=2,
         metavar=("SCORE", "COUNTING"),
         help="scores that an object, and one that is counted, must exceed (default 0.3 0.9)",
     )
-    group.add_argument("--batch-size", type=int, metavar="N", help="images looked at between two writes (default 32)")
+    group.add_argument(
+        "--batch-size", type=Whole(1), metavar="N", help="images looked at between two writes (default 32)"
+    )
 
 
 def refuse_options(options: argparse.Namespace) -> None:
@@ -95,8 +98,6 @@ def run(options: argparse.Namespace) -> int:
             if options.out is None
             else "--prompts says what --images must hold: give both"
         )
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch-size: {options.batch_size}; at least 1")
     thresholds = geneval.check_thresholds(options.thresholds or THRESHOLDS)
     mode: geneval.Mode = options.mode if options.mode is not None else "standard"
     samples = read_folder(options.images, options.prompts) if options.images is not None else None

@@ -17,9 +17,11 @@ from rollout.open import open_rollouts
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError
 from runtime.interrupt import Interrupted
+from tasks.base import Split
 from training import checkpoint
 from underdrawing import build
 from underdrawing.evaluations import during_training
+from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe
 
@@ -27,17 +29,20 @@ logger = logging.getLogger(__name__)
 RESUME = "give the same command with --resume"
 
 
-def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) -> Path:
-    """The warm start. Returns the folder of its weights."""
+def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RESUME) -> Path:
+    """The warm start. Returns the folder of its weights.
+
+    `resume`: from the newest checkpoint; text: from the one of that step, or in that folder.
+    """
     from policy.chameleon.family import ChameleonPolicy
     from sft.checkpoints import finished_checkpoints
     from sft.train import check_demonstrations, demonstrate, warm_start
 
     build.seed_everything(recipe.seed)
+    task, fmt = preflight(recipe, rolls_out=False)
     first = PartialState(cpu=recipe.policy.device == "cpu").is_main_process
     if first:
         build.write_recipe(recipe, refused=not resume and bool(finished_checkpoints(recipe.run_dir / "sft")))
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = build.build_policy(recipe, task)
     if not isinstance(policy, ChameleonPolicy):
         raise UserError(
@@ -71,21 +76,26 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
 def run_grpo(
     recipe: Recipe,
     weights: Path | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     resume_command: str = RESUME,
     changed_prompts: bool = False,
 ) -> Path:
     """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights.
 
-    `changed_prompts`: resume although the task's prompts are not those of the checkpoint.
+    Args:
+        resume: from the newest checkpoint, if there is one; text: from the one of that step, or in that folder, and
+            what came after it is forgotten.
+        changed_prompts: resume although the task's prompts are not those of the checkpoint.
     """
     build.seed_everything(recipe.seed)
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    task, fmt = preflight(recipe)
     start = build.starting_weights(recipe, weights)
     policy = build.build_policy(recipe, task, start)
     accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
-    if resume and newest is None:
+    if isinstance(resume, str):
+        newest = checkpoint.chosen(recipe.run_dir / "checkpoints", resume)
+    elif resume and newest is None:
         logger.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
     first = accelerator.is_main_process
     rollouts = manager = tracker = cluster = None
@@ -135,13 +145,18 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
 
     Raises:
         StoreError: `folder` holds what saving would delete; nothing was sampled.
+        UserError: the split has fewer prompts.
         Interrupted: after Ctrl-C. It and every other UserError say what is stored: all that was finished, judged or
             not.
     """
     check_folder(folder)
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    task, fmt = preflight(recipe)
+    side: Split = "heldout" if split == "heldout" else "train"
+    there = len(task.prompts(side))
+    if not 1 <= count <= there:
+        raise UserError(f"--prompts {count}: the split '{side}' has {there} prompts; ask for 1 to {there}")
     policy = build.build_policy(recipe, task, weights)
-    records = build.prompts(recipe, task, fmt, policy, "heldout" if split == "heldout" else "train")[:count]
+    records = build.prompts(recipe, task, fmt, policy, side)[:count]
     with build.build_reward_manager(recipe, task, fmt) as manager:
         rollouts = open_rollouts(
             policy,

@@ -7,7 +7,6 @@ command after an interruption goes on where it stopped; minutes are those of all
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -18,10 +17,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from runtime.errors import UserError, writing
-from runtime.files import write_whole
-from runtime.ray_cluster import ClusterError
-from underdrawing.cli import quieten
+from underdrawing import search_path
+
+search_path.settle()
+# isort: split
+from runtime.errors import UserError, writing  # noqa: E402
+from runtime.files import write_whole  # noqa: E402
+from runtime.ray_cluster import ClusterError  # noqa: E402
+from underdrawing.cli import quieten  # noqa: E402
+from underdrawing.options import LARGEST_SEED, Parser, Whole, expanded_path  # noqa: E402
 
 STATE = "quickstart.json"
 AGAIN = "give the same command again"
@@ -29,17 +33,19 @@ AGAIN = "give the same command again"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are not done yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", type=Path, default=Path("configs/shapes/quickstart.yaml"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run-dir", type=Path, help="default: the recipe's, with the seed")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--recipe", type=expanded_path, default=Path("configs/shapes/quickstart.yaml"))
+    parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=0)
+    parser.add_argument("--run-dir", type=expanded_path, help="default: the recipe's, with the seed")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args(arguments)
-    quieten()
     try:
+        options = parser.parse_args(arguments)
+        quieten()
         return run(options.recipe, options.seed, options.run_dir, options.overrides)
     except UserError as error:
-        print(f"underdrawing: {error}", file=sys.stderr)
+        broken = getattr(error, "broken", None)
+        way_back = "" if broken is None else f". Remove {broken} and {AGAIN}"
+        print(f"underdrawing: {error}{way_back}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what was saved", file=sys.stderr)

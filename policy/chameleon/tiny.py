@@ -16,7 +16,7 @@ from transformers import ChameleonConfig, PreTrainedTokenizerFast
 from policy.chameleon.model import InterleavedChameleon
 from policy.chameleon.vocabulary import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP, UNK, VocabularyError, code_name
 from policy.chameleon.vq import ChameleonVQ, load_shapes_vq, load_vq, vq_config
-from policy.config import TinySection
+from policy.config import SHAPES_VQ, TinySection
 
 
 def tiny_tokenizer(words: Sequence[str], tags: Sequence[str], codes: int) -> PreTrainedTokenizerFast:
@@ -44,7 +44,7 @@ def tiny_vq(section: TinySection) -> ChameleonVQ:
     """The visual tokenizer that the section names."""
     if isinstance(section.vq, dict):
         return ChameleonVQ(vq_config(section.vq, "policy.tiny.vq")).requires_grad_(False)
-    return load_shapes_vq() if section.vq == "shapes" else load_vq(Path(section.vq))
+    return load_shapes_vq() if section.vq == SHAPES_VQ else load_vq(Path(section.vq))
 
 
 def tiny_model(section: TinySection, words: Sequence[str]) -> tuple[InterleavedChameleon, PreTrainedTokenizerFast]:

@@ -249,12 +249,30 @@ def colored_of(record: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_record(detector: CachedDetector, record: Mapping[str, Any], where: str) -> None:
-    """Raises UnknownClass for a class that the detector cannot see, UserError where a color is asked for and nothing
-    can name it, RecordColumnError as `check_clauses`."""
+    """Raises RecordColumnError as `check_form`, UnknownClass for a class that the detector cannot see, UserError where
+    a color is asked for and nothing can name it, RecordColumnError as `check_clauses`."""
+    check_form(record, where)
     detector.require(classes_of(record), where)
     check_clauses(record, where, detector.colors or COLORS)
     if colored_of(record):
         detector.require_colors(where)
+
+
+def check_form(record: Mapping[str, Any], where: str) -> None:
+    """Raises RecordColumnError for an `include` or `exclude` that is no list of {class, count, color?}."""
+    for key in ("include", "exclude"):
+        clauses = record.get(key) or ()
+        for clause in clauses if isinstance(clauses, list | tuple) else (clauses,):
+            if (
+                not isinstance(clause, Mapping)
+                or not isinstance(clause.get("class"), str)
+                or not isinstance(clause.get("count"), int)
+                or clause["count"] < 1
+                or not isinstance(clause.get("color"), str | None)
+            ):
+                raise RecordColumnError(
+                    f"{where}: {key} has {clause!r}; it is a list of {{class, count from 1, color?, position?}}"
+                )
 
 
 def check_clauses(record: Mapping[str, Any], where: str, colors: Sequence[str] = COLORS) -> None:

@@ -6,10 +6,11 @@ rewards:
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from runtime.paths import WritePath
 
 
 class JudgeConfig(BaseModel):
@@ -44,7 +45,7 @@ class JudgeConfig(BaseModel):
         description="The longest Retry-After that is waited for; after a longer one the question goes unjudged.",
     )
     concurrency: int = Field(16, ge=1, description="Requests in flight at once.")
-    cache_dir: Path | None = Field(
+    cache_dir: WritePath | None = Field(
         None, description="Folder that keeps replies, by the whole request; None: none are kept. Failures never are."
     )
     max_tokens: int = Field(512, ge=1, description="Tokens of a reply.")

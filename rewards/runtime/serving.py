@@ -27,6 +27,7 @@ from rewards.contract import (
     View,
     asks_judge,
     call,
+    check_columns,
     check_options,
 )
 from rewards.detectors.base import CachedDetector, Detector
@@ -168,6 +169,7 @@ class ComponentSpec:
     view: View = "auto"
     context: RewardContextSpec | None = None  # of one of the toolkit's own; None: it is somebody else's
     judge: JudgeConfig | None = None  # for somebody else's that asks for it
+    columns: tuple[str, ...] | None = None  # of the whole prompt set; None: not known
 
     @property
     def own(self) -> bool:
@@ -189,6 +191,11 @@ class ComponentSpec:
         function = load_reward(self.function, self.options, self.factory)
         options = {} if self.factory else dict(self.options)
         check_options(function, self.name, options, own=self.context is not None)
+        if self.columns is not None:
+            if self.own:
+                REWARDS[self.function].check_columns(function, self.name, options, self.columns)
+            else:
+                check_columns(function, self.name, options, self.columns)
         if self.context is None:
             client = None
             if asks_judge(function) and "judge" not in options:
@@ -238,6 +245,7 @@ class LoadedComponent:
             view=self.spec.view,
             context=context,
             judge=self.judge,
+            known_columns=self.spec.columns or (),
         )
         if hasattr(client, "counts"):
             logs.judge = {name: count - before.get(name, 0) for name, count in client.counts().items()}
