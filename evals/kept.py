@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.heldout import Heldout, PromptScore, mean_of_tags
+from evals.heldout import Heldout, PromptScore, mean_of_measure, measures_of
+from evals.measures import FINAL_IMAGE
 from record.store import check_folder, save_trajectories
 from runtime.errors import UserError, writing
 from runtime.files import whole_folder, write_whole
@@ -34,7 +35,9 @@ COMPARED_UNDER = {
     "temperature": "give both the same evaluate.temperature",
     "top_p": "give both the same rollout.top_p",
     "top_k": "give both the same rollout.top_k",
+    "by": "give both the same evaluate.by",
     "detector": "give both the same rewards.detector",
+    "reward": "give both the same rewards.parts and rewards.total",
 }
 
 
@@ -78,13 +81,24 @@ class KeptEvaluation:
         return None if step is None else int(step)
 
     @property
-    def final_image(self) -> float:
-        """The score: see Heldout."""
-        return mean_of_tags([p.final_image for p in self.prompts], [p.tag for p in self.prompts])
+    def score_name(self) -> str:
+        """The measure that is the score. Release 0.1 knew GenEval's only."""
+        return str(self.summary.get("score_of") or FINAL_IMAGE)
 
     @property
-    def first_sketch(self) -> float:
-        return mean_of_tags([p.first_sketch for p in self.prompts], [p.tag for p in self.prompts])
+    def score(self) -> float:
+        """See Heldout."""
+        return mean_of_measure(self.prompts, self.score_name)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Of every measure."""
+        return {measure: mean_of_measure(self.prompts, measure) for measure in measures_of(self.prompts)}
+
+    @property
+    def unjudged(self) -> int:
+        """Prompts without a score."""
+        return sum(p.measures.get(self.score_name) is None for p in self.prompts)
 
     @property
     def by_tag(self) -> dict[str, float]:
@@ -114,10 +128,10 @@ def keep(heldout: Heldout, folder: Path, of: Evaluated, answers: int = STORED_AN
     check_replaceable(folder)
     of_each = [group[0] for group in heldout.trajectories]
     summary = {
-        "score": heldout.final_image,
+        "score": heldout.score,
+        "score_of": heldout.score_name,
         "by_tag": heldout.tags,
-        "first_sketch": heldout.first_sketch,
-        "final_image": heldout.final_image,
+        "measures": heldout.means,
         "prompts": len(heldout.prompts),
         "samples": len(heldout.trajectories[0]),
         "metrics": heldout.as_metrics(),
@@ -177,8 +191,8 @@ def read_prompt_scores(path: Path) -> list[PromptScore]:
     scores = []
     for number, line in enumerate(lines, 1):
         try:
-            scores.append(PromptScore(**json.loads(line)))
-        except (TypeError, json.JSONDecodeError):
+            scores.append(PromptScore.of_json(json.loads(line)))
+        except (TypeError, KeyError, ValueError, AttributeError):
             raise EvaluationsError(f"{path} line {number}: not a row of scores by prompt") from None
     if not scores:
         raise EvaluationsError(f"{path}: no scores in it; remove {path.parent} and evaluate again")
@@ -232,11 +246,20 @@ def check_comparable(a: KeptEvaluation, b: KeptEvaluation) -> list[str]:
         if None not in values and values[0] != values[1]:
             what = "the prompts' columns differ" if key == "prompts" else f"{key} is {values[0]} and {values[1]}"
             raise EvaluationsError(f"{a.folder} and {b.folder} do not compare: {what}; {advice}")
+    if a.score_name != b.score_name:
+        raise EvaluationsError(
+            f"{a.folder} is scored by '{a.score_name}' and {b.folder} by '{b.score_name}': {COMPARED_UNDER['by']}"
+        )
     unknown = [str(kept.folder) for kept in (a, b) if not kept.settings]
     notes = [f"{folder} does not say at which temperature it was sampled" for folder in unknown]
     for key in dict.fromkeys([*a.settings, *b.settings]) if not unknown else ():
         if key not in COMPARED_UNDER and a.settings.get(key) != b.settings.get(key):
             notes.append(f"{key} is {json.dumps(a.settings.get(key))} and {json.dumps(b.settings.get(key))}")
+    notes += [
+        f"{kept.unjudged} prompt(s) of {kept.folder} have no score; differences are over those that both have"
+        for kept in (a, b)
+        if kept.unjudged
+    ]
     if a.summary.get("fingerprint") and a.summary["fingerprint"] == b.summary.get("fingerprint"):
         notes.append("both are of the same weights")
     return notes

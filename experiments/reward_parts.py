@@ -95,7 +95,7 @@ def run_arm(options: argparse.Namespace, arm: str, kind: str, tokens: float) -> 
     newest = checkpoint.latest(folder / "checkpoints")
     assert newest is not None
     heldout = run_evaluate(local(recipe, threads=2), newest / "weights", f"equal_{kind}", replace=True)
-    result = {"score": heldout.final_image, "first_sketch": heldout.first_sketch, **spent(folder)}
+    result = {"score": heldout.score, "first_sketch": heldout.means["first_sketch"], **spent(folder)}
     kept.write_text(json.dumps(result))
     return result
 

@@ -60,7 +60,7 @@ class AlarmsConfig(BaseModel):
         description="Standard errors by which a watched metric must have "
         "fallen from its best window while the trained reward rose by as many.",
     )
-    watch: list[str] = Field(["heldout/final_image"], description="Metrics watched beside the parts that are not paid.")
+    watch: list[str] = Field(["heldout/score"], description="Metrics watched beside the parts that are not paid.")
     tool_rate: float | None = Field(
         0.5,
         gt=0,

@@ -99,7 +99,7 @@ class RewardManager:
 
     # ---- judging ----
 
-    def score(self, groups: Sequence[Group], step: int = 0) -> RewardReport:
+    def score(self, groups: Sequence[Group], step: int = 0, counted: bool = True) -> RewardReport:
         """Fill `rewards`, `segment_rewards` and `reward` of every trajectory.
 
         A part's row of {segment: value} becomes `segment_rewards[part]`, and its mean stands in the formula; of a
@@ -110,22 +110,23 @@ class RewardManager:
             RewardFailed: a part failed, or nothing was judged, for `none_limit` steps in a row.
             UserError: a part breaks the contract, or the formula divides by zero.
         """
-        return self.begin(step, [len(group) for group in groups]).finish(groups)
+        return self.begin(step, [len(group) for group in groups], counted).finish(groups)
 
-    def begin(self, step: int, sizes: Sequence[int], round: int = 0) -> PendingRewards:
+    def begin(self, step: int, sizes: Sequence[int], counted: bool = True) -> PendingRewards:
         """Begin a step in which groups of these sizes are being sampled; they are judged as they come in.
 
-        `round`: of a step that rolls out more than once; none_limit counts steps, by their first round.
+        `counted`: whether it counts towards none_limit: a step's first rollout does, further ones and held-out prompts
+        do not.
         """
         if self.context.detector is not None:
             self.context.detector.clear()
-        complete = partial(self._complete, count=round == 0)
+        complete = partial(self._complete, counted=counted)
         return PendingRewards(
             list(self.parts.values()), TrainerState(step, self.max_steps), sizes, complete, self.close
         )
 
     def _complete(
-        self, groups: Sequence[Group], outcomes: dict[str, ComponentOutcome], step: int, count: bool = True
+        self, groups: Sequence[Group], outcomes: dict[str, ComponentOutcome], step: int, counted: bool = True
     ) -> RewardReport:
         trajectories = [trajectory for group in groups for trajectory in group]
         if not trajectories:
@@ -141,7 +142,7 @@ class RewardManager:
         for fault in report.failures:
             if fault.stack and fault.rows:
                 logger.warning("reward part '%s' stood at:\n%s", fault.part, fault.stack)
-        if count:
+        if counted:
             self._check_limits(trajectories, outcomes, step)
         return report
 

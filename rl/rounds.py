@@ -36,7 +36,7 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     failed, replaced, wanted = 0, dict[str, int](), config.prompts_per_step
     for number in range(config.max_rollout_rounds):
         requests = next_requests(run, cursor, wanted)
-        pending = run.reward_manager.begin(step, [len(request.members) for request in requests], number)
+        pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=number == 0)
         rolled_out = run.rollouts.generate(requests, each=pending.add)
         report = pending.finish(rolled_out.groups)
         groups += rolled_out.groups

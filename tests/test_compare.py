@@ -34,13 +34,21 @@ ROWS = [
 
 
 def write(folder: Path, which: int, rows: Any = ROWS, of: Evaluated | None = None, **settings: Any) -> Path:
-    prompts = [PromptScore(p, tag, pair[which][1], pair[which][0], 1.0) for (p, tag), *pair in rows]
+    prompts = [
+        PromptScore(p, tag, dict(final_image=pair[which][1], first_sketch=pair[which][0], images=1.0))
+        for (p, tag), *pair in rows
+    ]
     samples = settings.get("samples", SETTINGS["samples"])
     answers = [
         [Trajectory(p.prompt, {}, "strokes", [Segment("prompt", Author.USER, Modality.TEXT, False)])] * samples
         for p in prompts
     ]
-    keep(Heldout(prompts, answers, {}), folder, of or Evaluated({**SETTINGS, **settings}, "w", "print"), answers=0)
+    keep(
+        Heldout(prompts, answers, {}, "final_image"),
+        folder,
+        of or Evaluated({**SETTINGS, **settings}, "w", "print"),
+        answers=0,
+    )
     return folder
 
 
@@ -55,11 +63,11 @@ def test_every_score_is_compared(tmp_path, capsys):
     [found], printed = compared(capsys, a, b)
     # color: A (0.5 + 0) / 2 = 0.25, B 0.75; counting: A 1, B 0.5. Mean of tags: 0.625 and 0.625. Both color prompts
     # gain 0.5 and the only counting one loses 0.5, so no resample differs.
-    assert found["final_image"] == {"a": 0.625, "b": 0.625, "difference": 0.0, "interval": [0.0, 0.0]}
+    assert found["score"] == {"a": 0.625, "b": 0.625, "difference": 0.0, "interval": [0.0, 0.0]}
     assert found["by_tag"]["color"] == {"a": 0.25, "b": 0.75, "difference": 0.5, "interval": [0.5, 0.5]}
     assert found["by_tag"]["counting"] == {"a": 1.0, "b": 0.5, "difference": -0.5, "interval": [-0.5, -0.5]}
     # First images: A (0 + 1) / 2, B (0.25 + 0.5) / 2; color's gain is 0.5 and 0, so a resample's lies in 0 to 0.5.
-    first = found["first_image"]
+    first = found["first_sketch"]
     assert (first["a"], first["b"], first["difference"]) == (0.5, 0.375, -0.125)
     assert first["interval"] == [-0.25, 0.0]
     # Refining adds 0.5 and 0 to A's colors, 0.5 and 0.5 to B's, nothing to counting.
@@ -71,11 +79,11 @@ def test_every_score_is_compared(tmp_path, capsys):
 
 def test_the_interval_is_the_paired_bootstraps():
     """Gains of +1 and -1 by halves over 400 prompts: a standard error of 1 / 20, so 95% lies within 0.098."""
-    a = [PromptScore(str(n), "", n % 2, 0.0, 1.0) for n in range(400)]
-    b = [PromptScore(str(n), "", 1 - n % 2, 0.0, 1.0) for n in range(400)]
+    a = [PromptScore(str(n), "", {"final_image": n % 2, "first_sketch": 0.0}) for n in range(400)]
+    b = [PromptScore(str(n), "", {"final_image": 1 - n % 2, "first_sketch": 0.0}) for n in range(400)]
     found = compare_scores(a, b)
-    assert found.by_tag == {} and found.final_image.a == found.final_image.b == 0.5
-    assert found.final_image.interval.high == pytest.approx(0.098, abs=0.006)
+    assert found.by_tag == {} and found.score.a == found.score.b == 0.5
+    assert found.score.interval.high == pytest.approx(0.098, abs=0.006)
 
 
 def test_of_a_run_the_newest_counts_and_labels_can_be_chosen(tmp_path, capsys):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from evals.kept import SUMMARY, evaluations_of
+from evals.kept import SUMMARY, evaluations_of, read
 from record.store import load_trajectories
 from rollout.pool.local import LocalRollouts
+from tasks.registry import get_task
 from tests.test_cli import QUICKSTART, SMALL, refused
 from training.tracking import read_metrics
 from underdrawing.cli import main
@@ -147,7 +148,7 @@ def test_evaluations_during_training_keep_their_scores_by_prompt(capsys, run):
     rows = read_metrics(run / "metrics.jsonl")
     for each, row in zip(kept, rows, strict=True):
         assert len(each.prompts) == 6 and each.summary["step"] == row["step"]
-        assert each.final_image == pytest.approx(row["heldout/score"])
+        assert each.score == pytest.approx(row["heldout/score"])
         assert not (each.folder / "trajectories").exists()
     # A run that goes back forgets those of the steps that it makes again.
     shutil.rmtree(run / "checkpoints/step-000003")
@@ -200,6 +201,80 @@ def test_prompts_that_no_detector_judges_are_a_sentence(capsys, run, tmp_path):
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"prompt": f"draw {n}"}) + "\n" for n in range(40)))
     said = refused(
         capsys, "evaluate", QUICKSTART, *TINY, f"run_dir={run}", f"task={{dataset: {{path: {tmp_path}/mine.jsonl}}}}",
-        "evaluate.prompts=2", "rewards.parts={form: {function: format}}", "rewards.total=form",
+        "evaluate.prompts=2", "evaluate.by=[geneval]", "grpo.segment_reward_weights={}",
+        "rewards.parts={form: {function: format}}", "rewards.total=form",
     )  # fmt: skip
-    assert "held-out score' needs a detector" in said
+    assert "'geneval' needs a detector" in said
+
+
+def by_reward(folder: Path, *more: str) -> list[str]:
+    """Prompts of one's own, without ground truth, and a reward that needs none."""
+    rows = "".join(json.dumps({"prompt": r["prompt"]}) + "\n" for r in get_task("shapes").prompts("heldout")[:8])
+    (folder / "mine.jsonl").write_text(rows)
+    return [
+        f"task={{dataset: {{path: {folder}/mine.jsonl, heldout_share: 0.5}}}}", "evaluate.prompts=3", *more,
+        "rewards.parts={form: {function: format}, drawn: {function: steps}}", "rewards.total=2 * form + drawn",
+        "grpo.segment_reward_weights={}", "rewards.detector=null",
+    ]  # fmt: skip
+
+
+def test_prompts_without_ground_truth_are_scored_by_the_recipes_reward(capsys, run, tmp_path):
+    found = evaluate(capsys, run, *by_reward(tmp_path), "evaluate.samples=2")
+    assert found["score_of"] == "reward" and found["by_tag"] == {} and "final_image" not in found
+    assert found["score"] == pytest.approx(2 * found["reward/form"] + found["reward/drawn"])
+    assert "reward/form" in found["said"] and "3 held-out prompts, 2 answers each" in found["said"]
+    kept = read(Path(found["evaluation"]))
+    assert kept.settings["reward"].startswith("2 * form + drawn (parts ") and "detector" not in kept.settings
+    for answers in load_trajectories(kept.folder / "trajectories"):
+        assert answers.rewards.keys() == {"form", "drawn"}
+
+
+def test_both_measures_can_be_asked_for_and_the_first_is_the_score(capsys, run):
+    more = ["rewards.parts={form: {function: format}}", "rewards.total=form", "grpo.segment_reward_weights={}"]
+    found = evaluate(capsys, run, "evaluate.by=[reward, geneval]", *more)
+    assert found["score_of"] == "reward" and found["score"] == found["reward"] == found["reward/form"]
+    assert 0 <= found["first_sketch"] <= 1 and found["by_tag"]
+    said = refused(capsys, "evaluate", QUICKSTART, *TINY, f"run_dir={run}", "evaluate.by=[genewal]")
+    assert "evaluate.by: no evaluation 'genewal'; did you mean 'geneval'" in said
+
+
+def test_evaluations_during_training_score_by_the_reward_too(capsys, tmp_path, run):
+    weights = ["--weights", str(run / "sft/model")]
+    arguments = [QUICKSTART, *TINY, *by_reward(tmp_path), f"run_dir={tmp_path}/run", "grpo.evaluate_every=1"]
+    assert main(["grpo", *arguments, "grpo.steps=1", *weights]) == 0
+    (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert row["heldout/score"] == row["heldout/reward"]
+    assert row["heldout/score"] == pytest.approx(2 * row["heldout/reward/form"] + row["heldout/reward/drawn"])
+
+
+OWN = """
+from tasks.shapes.task import ShapesTask
+
+
+class Length:
+    name, score = "length", "characters"
+
+    def check(self, records):
+        assert all("tag" in record for record in records)
+
+    def __call__(self, trajectories):
+        texts = ["".join(segment.text or "" for segment in t.segments if segment.trained) for t in trajectories]
+        return {"characters": [float(len(text)) if text else None for text in texts]}
+
+
+class Measured(ShapesTask):
+    def evaluations(self):
+        return [Length(), "geneval"]
+"""
+
+
+def test_a_task_brings_measures_of_its_own(capsys, run, monkeypatch, tmp_path):
+    (tmp_path / "measuring.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = evaluate(capsys, run, "task.name=measuring.Measured")
+    assert found["score_of"] == "characters" and found["score"] > 1 and found["by_tag"] and "final_image" in found
+    answers = load_trajectories(Path(found["evaluation"]) / "trajectories")
+    assert all({"first image", "final image"} == t.rewards.keys() for t in answers)
+    alone = evaluate(capsys, run, "task.name=measuring.Measured", "evaluate.by=[geneval]")
+    assert alone["score_of"] == "final_image" and alone["score"] == found["final_image"]

@@ -95,7 +95,7 @@ class AtOnce:
 class CodeJudge:
     """Pays for code 5; `at` maps a step to something that happens while it judges."""
 
-    def begin(self, step, sizes, round=0):
+    def begin(self, step, sizes, counted=True):
         return AtOnce(self, step)
 
     def __init__(self, **at):

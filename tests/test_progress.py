@@ -131,7 +131,10 @@ def test_a_message_goes_above_the_bar_and_not_into_it(monkeypatch):
 @pytest.mark.parametrize("width", [50, 80, 140])
 def test_tables_are_whole_on_narrow_terminals(width, tmp_path):
     folder = tmp_path / "a-run-with-a-long-name" / "evaluations" / "step-000040-temperature-0.5"
-    scores = [PromptScore(str(n), tag, n / 4, 0.5, 1.0) for n, tag in enumerate(("color_attr", "single_object"))]
+    scores = [
+        PromptScore(str(n), tag, {"final_image": n / 4, "first_sketch": 0.5})
+        for n, tag in enumerate(("color_attr", "single_object"))
+    ]
     kept = KeptEvaluation(folder, scores, {"by_tag": {"color_attr": 0.0, "single_object": 0.25}})
     console = Console(file=io.StringIO(), width=width)
     print_evaluation(console, kept)

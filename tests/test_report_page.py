@@ -18,6 +18,10 @@ from underdrawing.evaluations import compare_evaluations
 from underdrawing.report.page import ReportData, _pairs, _tagged, render, report_data, write_report
 
 
+def measured(prompt: str, final: float, first: float) -> PromptScore:
+    return PromptScore(prompt, "colors", {"final_image": final, "first_sketch": first})
+
+
 def thought(member: int, tag: str, word: str) -> Trajectory:
     image = np.full((8, 8, 3), 200, np.uint8)
     segments = [
@@ -149,8 +153,8 @@ def test_the_report_says_how_many_answers_a_score_is_of(tmp_path: Path, samples:
 def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "evaluations"
     for label, score in (("warm_start", 0.0), ("grpo", 1.0)):
-        scores = [PromptScore(f"prompt {i}", "colors", score, score, 1.0) for i in range(3)]
-        heldout = Heldout(scores, [[thought(i, "colors", "well")] * 2 for i in range(3)], {})
+        scores = [measured(f"prompt {i}", score, score) for i in range(3)]
+        heldout = Heldout(scores, [[thought(i, "colors", "well")] * 2 for i in range(3)], {}, "final_image")
         keep(heldout, folder / label, Evaluated({"samples": 2}))
     compare_evaluations(tmp_path, "warm_start", "grpo")
     data = report_data(tmp_path)
@@ -165,7 +169,7 @@ def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("runtime.files.flush", lambda folder: None)
     monkeypatch.setattr("runtime.files.flush_one", lambda path: None)
     monkeypatch.setattr(os, "fsync", breaks)
-    nothing = Heldout([PromptScore("a prompt", "colors", 0.0, 0.0, 0.0)], [[thought(0, "colors", "well")]], {})
+    nothing = Heldout([measured("a prompt", 0.0, 0.0)], [[thought(0, "colors", "well")]], {}, "final_image")
     for write in (
         lambda: keep(nothing, folder / "grpo", Evaluated({})),
         lambda: compare_evaluations(tmp_path, "grpo", "grpo"),
@@ -176,7 +180,7 @@ def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
 
 
 def test_the_report_lists_all_evaluations_and_compares_those_that_compare(tmp_path: Path) -> None:
-    heldout = Heldout([PromptScore("a prompt", "colors", 0.5, 0.25, 1.0)], [[thought(0, "colors", "well")]], {})
+    heldout = Heldout([measured("a prompt", 0.5, 0.25)], [[thought(0, "colors", "well")]], {}, "final_image")
     sampled = {"samples": 1, "temperature": 1.0, "prompts": "abc"}
     for label, step, settings in (
         ("warm_start", 0, sampled),

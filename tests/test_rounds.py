@@ -22,7 +22,7 @@ class FlatFor(CodeJudge):
         super().__init__(**at)
         self.flat, self.rounds = flat, []
 
-    def begin(self, step, sizes, round=0):
+    def begin(self, step, sizes, counted=True):
         self.rounds.append((step, round, len(sizes)))
         return super().begin(step, sizes, round)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evals import kept
 from evals.bootstrap import compare, refinement
 from evals.heldout import Heldout, PromptScore, mean_of_tags, spread_over_tags, tag_of
 from tests.test_cli import QUICKSTART, SMALL, refused
 from training.tracking import read_metrics
 from underdrawing.cli import main
-from underdrawing.jobs import read_prompt_scores
 from underdrawing.report.page import report_data, write_report
 
 CIRCLE = [{"class": "circle", "count": 1}]
@@ -21,19 +21,19 @@ RECORDS = [{"prompt": f"a {color} circle", "include": CIRCLE} for color in ("red
 
 
 def score(prompt: str, tag: str, final: float, first: float = 0.0) -> PromptScore:
-    return PromptScore(prompt, tag, final, first, 1.0)
+    return PromptScore(prompt, tag, {"final_image": final, "first_sketch": first, "images": 1.0})
 
 
 def test_scores_without_tags_are_one_mean():
-    heldout = Heldout([score("a", "", 1.0, 1.0), score("b", "", 0.0), score("c", "", 0.5)], [], {})
-    assert heldout.final_image == 0.5 and heldout.first_sketch == pytest.approx(1 / 3)
+    heldout = Heldout([score("a", "", 1.0, 1.0), score("b", "", 0.0), score("c", "", 0.5)], [], {}, "final_image")
+    assert heldout.score == 0.5 and heldout.means["first_sketch"] == pytest.approx(1 / 3)
     assert heldout.tags == {} and not any(name.startswith("heldout/tag/") for name in heldout.as_metrics())
 
 
 def test_where_some_have_tags_the_others_are_one_more_kind():
     # 'x' has the mean 1, the untagged 0.25: their mean is 0.625
-    heldout = Heldout([score("a", "x", 1.0), score("b", "", 0.0), score("c", "", 0.5)], [], {})
-    assert heldout.final_image == 0.625 == mean_of_tags([1.0, 0.0, 0.5], ["x", "", ""])
+    heldout = Heldout([score("a", "x", 1.0), score("b", "", 0.0), score("c", "", 0.5)], [], {}, "final_image")
+    assert heldout.score == 0.625 == mean_of_tags([1.0, 0.0, 0.5], ["x", "", ""])
     assert heldout.tags == {"x": 1.0}
 
 
@@ -82,9 +82,9 @@ def test_evaluate_and_report_without_tags(capsys, run):
     assert main(["evaluate", *recipe(run)]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["by_tag"] == {} and 0 <= said["score"] <= 1 and said["prompts"] == 2
-    (kept,) = run.glob("evaluations/*/prompts.jsonl")
-    scores = read_prompt_scores(kept)
-    assert [s.tag for s in scores] == ["", ""] and said["score"] == np.mean([s.final_image for s in scores])
+    (folder,) = run.glob("evaluations/*/")
+    scores = kept.read(folder).prompts
+    assert [s.tag for s in scores] == ["", ""] and said["score"] == np.mean([s.measures["final_image"] for s in scores])
     assert write_report(report_data(run), run / "report.html").stat().st_size > 1000
 
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_scored_is_no_zero(capsys, run, tmp_path, record, words):
     """A thought without an image used to score 0 there, and one with an image to end in a KeyError."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": r["prompt"], **record}) + "\n" for r in RECORDS))
     data = f"task={{dataset: {{path: '{tmp_path}/rows.jsonl', heldout_share: 0.5}}}}"
-    weights = ["--weights", str(run / "sft/model")]
+    weights = ["--weights", str(run / "sft/model"), "evaluate.by=[geneval]"]
     assert words in refused(capsys, "evaluate", *recipe(run, data, f"run_dir={tmp_path}"), *weights)
     if words.startswith("has no"):
         steps = ["grpo.steps=9", "grpo.evaluate_every=9", "evaluate.samples=1", "rewards.parts={s: {function: steps}}"]

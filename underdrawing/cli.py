@@ -220,7 +220,7 @@ def _dry_run(recipe: Any, evaluates: bool = False) -> int:
     with build.build_reward_manager(recipe, task, fmt):
         pass
     if evaluates:
-        check_evaluation(recipe, task)
+        check_evaluation(recipe, task, fmt)
     print(dump_recipe(recipe), end="")
     print(f"# reward = {recipe.rewards.formula()}")
     print("\n".join(f"# {line}" for line in lines(recipe.rewards)))
@@ -314,8 +314,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     print(
         json.dumps(
             {
-                "score": kept.final_image,
-                "first_sketch": kept.first_sketch,
+                "score": kept.score,
+                "score_of": kept.score_name,
+                **kept.means,
                 "by_tag": kept.by_tag,
                 "prompts": len(kept.prompts),
                 "weights": kept.summary["weights"],

@@ -22,7 +22,7 @@ def run_compare(a: Path, b: Path, label: str | None = None, every: bool = False)
     compared = []
     for one, other in pairs(a, b, label, every):
         notes = check_comparable(one, other)
-        compared.append((one, other, notes, compare_scores(one.prompts, other.prompts)))
+        compared.append((one, other, notes, compare_scores(one.prompts, other.prompts, one.score_name)))
     for one, other, notes, found in compared:  # all of them are checked before any is printed
         print_comparison(Console(), one, other, found, notes)
     print(
@@ -33,9 +33,10 @@ def run_compare(a: Path, b: Path, label: str | None = None, every: bool = False)
                         "a": str(one.folder),
                         "b": str(other.folder),
                         "prompts": len(one.prompts),
-                        "final_image": found.final_image.as_json(),
-                        "first_image": found.first_image.as_json(),
-                        "refinement": found.refinement.as_json(),
+                        "score_of": found.score_name,
+                        "score": found.score.as_json(),
+                        **{name: pair.as_json() for name, pair in found.others.items()},
+                        "refinement": None if found.refinement is None else found.refinement.as_json(),
                         "by_tag": {tag: pair.as_json() for tag, pair in found.by_tag.items()},
                         "notes": notes,
                     }

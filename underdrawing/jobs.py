@@ -109,7 +109,7 @@ def run_grpo(
             rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, build.words(recipe, task, start))
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             tracker.listeners.append(progress)
-        heldout = during_training(recipe, task, rollouts, manager.context) if manager else None
+        heldout = during_training(recipe, task, fmt, policy, rollouts, manager) if manager else None
         run = Run(
             policy=policy,
             config=recipe.grpo,

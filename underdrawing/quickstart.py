@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = ()) -> int:
     """All stages; prints the scores and the JSON line."""
     from evals.bootstrap import refinement
-    from evals.kept import read_prompt_scores
+    from evals.kept import read
+    from evals.measures import FINAL_IMAGE, FIRST_SKETCH
     from training.tracking import read_metrics
     from underdrawing.evaluations import compare_evaluations, run_evaluate
     from underdrawing.jobs import local, run_grpo, run_sft
@@ -111,29 +112,28 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     say("5/5  Report")
     with clock.stage("report"):
         gain = compare_evaluations(recipe.run_dir, "warm_start", "grpo")
-        refined = refinement(read_prompt_scores(recipe.run_dir / "evaluations" / "grpo" / "prompts.jsonl"))
+        trained = read(recipe.run_dir / "evaluations" / "grpo")
+        refined = refinement(trained.prompts)
         report = write_report(
             report_data(recipe.run_dir, title=f"{recipe.name}, seed {seed}"), recipe.run_dir / "report.html"
         )
-    before, after = (
-        json.loads((recipe.run_dir / "evaluations" / label / "summary.json").read_text())
-        for label in ("warm_start", "grpo")
-    )
+    before, after = read(recipe.run_dir / "evaluations" / "warm_start"), trained
+    first, final = after.means[FIRST_SKETCH], after.means[FINAL_IMAGE]
     gaps = [
         row["on_policy_gap"]
         for row in read_metrics(recipe.run_dir / "metrics.jsonl")
         if row.get("on_policy_gap") is not None
     ]
-    say(f"held-out score: {before['score']:.3f} after the warm start, {after['score']:.3f} after GRPO: {gain}")
-    say(f"its first sketches score {after['first_sketch']:.3f}, its final images {after['final_image']:.3f}: {refined}")
+    say(f"held-out score: {before.score:.3f} after the warm start, {after.score:.3f} after GRPO: {gain}")
+    say(f"its first sketches score {first:.3f}, its final images {final:.3f}: {refined}")
     say(f"report: {report}")
     print(
         json.dumps(
             {
-                "warm_start": round(before["score"], 4),
-                "grpo": round(after["score"], 4),
-                "first_sketch": round(after["first_sketch"], 4),
-                "final_image": round(after["final_image"], 4),
+                "warm_start": round(before.score, 4),
+                "grpo": round(after.score, 4),
+                "first_sketch": round(first, 4),
+                "final_image": round(final, 4),
                 "gain_interval": [round(gain.low, 4), round(gain.high, 4)],
                 "refinement_interval": [round(refined.low, 4), round(refined.high, 4)],
                 "on_policy_gap": gaps[0] if gaps else None,

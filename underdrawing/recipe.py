@@ -39,6 +39,13 @@ class EvaluateConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompts: int = Field(300, ge=1, description="held-out prompts, spread evenly over the tags")
+    by: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="what scores them: geneval (its rule on the images), reward (the recipe's own), or a name that the "
+        "task offers; the first one's is the score. Default: the task's own, else geneval where the prompts have its "
+        "ground truth and something detects, else reward",
+    )
     samples: int = Field(1, ge=1, description="answers to each prompt, whose scores are averaged; GenEval draws 4")
     temperature: float = Field(1.0, ge=0, description="of every role; top_p, top_k and guidance are the rollout's")
     seed: int = Field(1234, description="of the sampling noise; the same for every evaluated policy")

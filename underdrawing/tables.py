@@ -12,29 +12,40 @@ from evals.bootstrap import Comparison, ScorePair
 from evals.kept import KeptEvaluation
 
 
+def measure_label(measure: str) -> str:
+    """What a person reads in place of a measure's name."""
+    return {"final_image": "final image", "first_sketch": "first image alone", "images": "images drawn"}.get(
+        measure, measure
+    )
+
+
 def print_evaluation(console: Console, kept: KeptEvaluation) -> None:
     """One evaluation: a line a tag, the mean of the tags, and the first images alone."""
     many = f", {kept.samples} answers each" if kept.samples > 1 else ""
     table = Table()
-    table.add_column("tag")
+    table.add_column("tag" if kept.by_tag else "")
     table.add_column("score", justify="right", no_wrap=True)
     for tag, score in kept.by_tag.items():
         table.add_row(tag, f"{score:.3f}")
     table.add_section()
-    table.add_row(f"[bold]{'mean of tags' if kept.by_tag else 'final image'}", f"[bold]{kept.final_image:.3f}")
-    table.add_row("first image alone", f"{kept.first_sketch:.3f}")
+    name = "mean of tags" if kept.by_tag else measure_label(kept.score_name)
+    table.add_row(Text(name, "bold"), Text(f"{kept.score:.3f}", "bold"))
+    for measure, mean in kept.means.items():
+        if measure != kept.score_name:
+            table.add_row(measure_label(measure), f"{mean:.3f}")
 
     # Beside the table, not its title and caption: those are folded to its width, and paths are long.
     console.print(Text(f"{kept.summary.get('weights') or kept.label}", style="italic"), soft_wrap=True)
     console.print(table)
-    console.print(Text(f"{len(kept.prompts)} held-out prompts{many}; kept in {kept.folder}"), soft_wrap=True)
+    unjudged = f", {kept.unjudged} of them without a score" if kept.unjudged else ""
+    console.print(Text(f"{len(kept.prompts)} held-out prompts{many}{unjudged}; kept in {kept.folder}"), soft_wrap=True)
 
 
 def print_comparison(
     console: Console, a: KeptEvaluation, b: KeptEvaluation, compared: Comparison, notes: Sequence[str] = ()
 ) -> None:
     """Two evaluations: scores, difference and its interval, by tag where there are tags."""
-    level = compared.final_image.interval.level
+    level = compared.score.interval.level
     many = f", {a.samples} answers each" if a.samples > 1 else ""
     table = Table()
     table.add_column("", no_wrap=True)
@@ -58,9 +69,11 @@ def print_comparison(
     for tag, pair in compared.by_tag.items():
         add(tag, pair)
     table.add_section()
-    add("mean of tags" if compared.by_tag else "final image", compared.final_image, "bold")
-    add("first image alone", compared.first_image)
-    add("what refining adds", compared.refinement)
+    add("mean of tags" if compared.by_tag else measure_label(compared.score_name), compared.score, "bold")
+    for measure, pair in compared.others.items():
+        add(measure_label(measure), pair)
+    if compared.refinement is not None:
+        add("what refining adds", compared.refinement)
     for line in (f"A: {a.folder}", f"B: {b.folder}"):
         console.print(Text(line, style="italic"), soft_wrap=True)
     console.print(table)

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from evals.kept import COMPARED_UNDER, DURING
+from evals.measures import FINAL_IMAGE, FIRST_SKETCH, REWARD
 from record.store import load_trajectories
 from record.trajectory import Author, Trajectory
 from runtime.errors import UserError, writing
@@ -31,6 +32,7 @@ from underdrawing.report.charts import PALETTE, Series, bars, line_chart
 CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (
     ("Reward", (r"reward/mean",), (None, None)),
     ("Held-out score", (r"heldout/(first_sketch|final_image)",), (0.0, None)),
+    ("Held-out reward", (r"heldout/reward",), (None, None)),
     ("Reward parts", (r"reward/(?!mean$|std$)[^/]+",), (None, None)),
     ("Critiques", (r"reward/[^/]+/(rubber_stamp_rate|approves_wrong|right_fine|right_wrong)",), (0.0, 1.0)),
     ("Entropy of decisions, nats", (r"entropy/[^/]+",), (0.0, None)),
@@ -54,14 +56,21 @@ class Evaluation:
     label: str
     score: float
     by_tag: Mapping[str, float]
-    first_sketch: float | None
-    final_image: float | None
     prompts: int
+    measures: Mapping[str, float] = field(default_factory=dict)  # name to mean: first_sketch, final_image, reward ...
+    score_of: str = FINAL_IMAGE  # the measure that is the score
     samples: int = 1  # answers to each prompt
     trajectories: Sequence[Trajectory] = ()
     step: int | None = None  # of the run; None: not known
     time: str = ""  # when, in UTC
     settings: Mapping[str, Any] = field(default_factory=dict)  # empty: not known
+
+    @property
+    def score_means(self) -> str:
+        """What the score is of, for the page's caption."""
+        return {FINAL_IMAGE: "the share of right images", REWARD: "the recipe's reward"}.get(
+            self.score_of, f"the measure {self.score_of}"
+        )
 
     @property
     def during_training(self) -> bool:
@@ -71,8 +80,8 @@ class Evaluation:
         """Whether the two scores are of the same prompts, samples, sampling and detector, as far as is known."""
         if (self.prompts, self.samples) != (other.prompts, other.samples):
             return False
-        known = bool(self.settings and other.settings)
-        return not known or all(self.settings.get(key) == other.settings.get(key) for key in COMPARED_UNDER)
+        values = [(self.settings.get(key), other.settings.get(key)) for key in COMPARED_UNDER]
+        return self.score_of == other.score_of and all(None in (a, b) or a == b for a, b in values)
 
 
 @dataclass(frozen=True)
@@ -206,14 +215,13 @@ def _load_evaluation(path: Path) -> Evaluation:
     trajectories = load_trajectories(folder) if folder.is_dir() else []
     with _reading(path, f"evaluate those weights again with --label {label}, or remove {path.parent}"):
         summary = json.loads(path.read_text())
-        first, final = (
-            None if summary.get(name) is None else float(summary[name]) for name in ("first_sketch", "final_image")
-        )
+        of_release_0_1 = {name: summary[name] for name in (FIRST_SKETCH, FINAL_IMAGE) if name in summary}
+        measures = summary.get("measures", of_release_0_1)
         return Evaluation(
             label=label,
             score=float(summary["score"]),
-            first_sketch=first,
-            final_image=final,
+            measures={name: float(mean) for name, mean in measures.items()},
+            score_of=str(summary.get("score_of") or FINAL_IMAGE),
             by_tag={tag: float(score) for tag, score in summary["by_tag"].items()},
             prompts=int(summary["prompts"]),
             samples=int(summary.get("samples", 1)),
