@@ -6,8 +6,9 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from shelf_helpers import IMAGE, conversation, say, tool
 
 from rewards.contract import RewardError
@@ -180,7 +181,7 @@ def test_numbers_and_relaxed_match():
     assert relaxed("-96", "-100") == 1 and relaxed("Red", "red") == 1 and relaxed("red", "100") == 0
 
 
-@settings(max_examples=40, deadline=None)
+@examples(0.4)
 @given(st.text(max_size=12), st.text(max_size=12))
 def test_what_holds_of_any_two_texts(a, b):
     assert edit_distance(a, b) == edit_distance(b, a) <= max(len(a), len(b))

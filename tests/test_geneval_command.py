@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from PIL import Image
 from evals.geneval import EvaluationError, summarise
 from evals.geneval_folder import read_folder
 from underdrawing.cli import main
-
-FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 
 
 def test_rows_and_summary(capsys, tmp_path):
@@ -77,12 +74,10 @@ def test_every_relation_pays_and_refuses_through_the_command(capsys, tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("with_images", [True, False])
-def test_every_case_of_the_released_scorer_through_the_command(capsys, tmp_path, with_images):
-    path = FIXTURES / "geneval_cases.jsonl"
-    if not path.exists():
-        pytest.skip(f"no reference cases at {path}; set UNDERDRAWING_FIXTURES")
-    cases = rows_of(path)
-    assert cases
+def test_every_case_of_the_released_scorer_through_the_command(
+    capsys, tmp_path, reference_file, reference_records, with_images
+):
+    path, cases = reference_file("geneval_cases.jsonl"), reference_records("geneval_cases.jsonl")
     out = tmp_path / "rows.jsonl"
     if with_images:
         blank = Image.new("RGB", (8, 8))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,8 +16,6 @@ from rewards.functions.geneval import RecordColumnError, check_clauses, check_re
 from rewards.manager import RewardManager
 from runtime.errors import UserError
 
-FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
-
 
 def seen(*scores_and_boxes, color="red"):
     return [{"box": box, "score": score, "color": color} for score, box in scores_and_boxes]
@@ -33,15 +27,13 @@ BELOW = (0.0, 30.0, 10.0, 40.0)
 
 
 @pytest.mark.parity
-def test_equals_the_released_scorer_on_600_cases():
-    path = FIXTURES / "geneval_cases.jsonl"
-    if not path.exists():
-        pytest.skip(f"no reference cases at {path}; set UNDERDRAWING_FIXTURES")
-    cases = [json.loads(line) for line in path.read_text().splitlines()]
+def test_equals_the_released_scorer(reference_records):
     wrong = [
-        case for case in cases if evaluate(case["metadata"], case["detections"]) != (case["correct"], case["reason"])
+        case
+        for case in reference_records("geneval_cases.jsonl")
+        if evaluate(case["metadata"], case["detections"]) != (case["correct"], case["reason"])
     ]
-    assert len(cases) == 600 and not wrong
+    assert not wrong, f"{len(wrong)} cases differ; the first: {wrong[0]}"
 
 
 @pytest.mark.parametrize(

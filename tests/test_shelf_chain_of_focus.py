@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shelf_helpers import IMAGE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
+from shelf_helpers import IMAGE, ScriptedJudge, conversation, from_record, judged_by, say, tool, verdict
 
 from rewards.published.chain_of_focus import advantages, chain_of_focus, chain_of_focus_base, replaced
 from runtime.errors import UserError
@@ -117,9 +117,9 @@ def test_bad_options_and_columns_are_named():
 
 
 @pytest.mark.parity
-def test_where_nothing_is_wrong_the_repaired_form_agrees_with_the_release():
+def test_where_nothing_is_wrong_the_repaired_form_agrees_with_the_release(reference_records):
     compared = 0
-    for record in records("chain_of_focus"):
+    for record in reference_records("rewards/chain_of_focus.jsonl"):
         inputs, outputs = record["inputs"], record["outputs"]
         if record["known_bug"] or record["function"] != "base":
             continue
