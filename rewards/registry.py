@@ -177,6 +177,8 @@ REWARDS: dict[str, Registered] = _by_name(
         "how right the final answer is, in [0, 1], by kind: math, choice, exact, f1, anls or numeric; 0 without one",
         "math-verify; SQuAD, arXiv:1606.05250 (exact, f1); ANLS, arXiv:1905.13648; ChartQA, arXiv:2203.10244",
         inputs="column ground_truth (or a list of references); the policy's own words",
+        differs="signs, points and bars of numbers stay, which SQuAD's normal form drops; bold type, LaTeX around "
+        "words and other forms of a character cost nothing; of several options named none is taken",
         runs_on="process",
     ),
     Registered(

@@ -12,21 +12,9 @@ from properties import examples
 from shelf_helpers import IMAGE, conversation, say, tool
 
 from rewards.contract import RewardError
-from rewards.functions.answers import (
-    anls,
-    answer,
-    answer_of,
-    best,
-    choice,
-    choice_letter,
-    edit_distance,
-    exact,
-    math_agrees,
-    normalised,
-    number,
-    relaxed,
-    token_f1,
-)
+from rewards.functions.answers import answer, answer_of, best, math_agrees
+from rewards.functions.comparisons import anls, choice, edit_distance, exact, normalised, number, relaxed, token_f1
+from rewards.functions.options import choice_letter
 from rewards.functions.text import balanced, blocks, boxed, last_opened, policy_turns, transcript, unwrapped
 from rewards.functions.tool_use import ToolCall, returned_images, tool_calls
 from runtime.errors import UserError
