@@ -207,7 +207,7 @@ class OneAtATime:
         for name, count in colored_of(record).items():
             objects = found.get(name, [])[:count]
             if objects:
-                found[name] = [
+                found[name][:count] = [
                     Detection(o.box, o.score, color, o.mask)
                     for o, color in zip(objects, self.colors(image, objects, name), strict=True)
                 ]

@@ -68,6 +68,13 @@ def _by_name(*rewards: Registered) -> dict[str, Registered]:
     return {reward.name: reward for reward in rewards}
 
 
+_CHAIN_OF_FOCUS = (
+    "repaired (default) reads the policy's words alone without chat marks, takes a missing or blank answer as wrong "
+    "and badly formed and asks nothing about it, compares by math-verify, and leaves the unjudged None; release reads "
+    "the tools' replies as well, asks about a missing or blank answer (math: does not), pays the format of a blank "
+    "one, and an unread judge as wrong. In both an answer of over 1,000 words is badly formed, right or not"
+)
+
 REWARDS: dict[str, Registered] = _by_name(
     Registered(
         "geneval",
@@ -215,6 +222,8 @@ REWARDS: dict[str, Registered] = _by_name(
         "how right the final answer is, in [0, 1], by kind: math, choice, exact, f1, anls or numeric; 0 without one",
         "math-verify; SQuAD, arXiv:1606.05250 (exact, f1); ANLS, arXiv:1905.13648; ChartQA, arXiv:2203.10244",
         inputs="column ground_truth (or a list of references); the policy's own words",
+        differs="signs, points and bars of numbers stay, which SQuAD's normal form drops; bold type, LaTeX around "
+        "words and other forms of a character cost nothing; of several options named none is taken",
         runs_on="process",
         columns=("gold",),
     ),
@@ -225,10 +234,11 @@ REWARDS: dict[str, Registered] = _by_name(
         "only for a right answer with a returned image",
         "DeepEyes, arXiv:2505.14362; Visual-Agent/DeepEyes verl/utils/reward_score/vl_agent.py",
         inputs="columns ground_truth, question; the policy's words; images that tools returned",
-        differs="repaired (default) reads the policy's words alone, matches braces, asks nothing about a "
-        "missing answer and leaves the unjudged None; release reads the tools' replies as well, judges "
-        "whole text without an answer tag, cuts a box at its first brace, pays an unread judge as "
-        "wrong",
+        differs="repaired (default) reads the policy's words alone without chat marks (its answer: not before the "
+        "last observation), takes a missing or blank answer as wrong and badly formed and asks nothing about it, "
+        "matches braces of a box, compares by math-verify, and leaves the unjudged None; release reads the tools' "
+        "replies as well, judges whole text without an answer tag, cuts a box at its first brace, pays an unread "
+        "judge as wrong. In both an answer of 1,000 characters or more is wrong and badly formed",
         needs_judge=True,
         runs_on="process",
         columns=("gold",),
@@ -240,8 +250,10 @@ REWARDS: dict[str, Registered] = _by_name(
         "DeepEyesV2, arXiv:2511.05271; Visual-Agent/DeepEyesV2 "
         "reinforcement_learning/verl/utils/reward_score/deepeyesv2.py",
         inputs="columns ground_truth, question; the policy's words",
-        differs="repaired (default) reads the policy's words alone and asks nothing about a missing answer; "
-        "release asks all the same, and pays an unread judge as wrong",
+        differs="repaired (default) reads the policy's words alone without chat marks (its answer: not before the "
+        "last observation), asks nothing about a missing or blank answer, and leaves the unjudged None; release "
+        "reads the tools' replies as well, asks all the same, and pays an unread judge as wrong. In both an answer "
+        "of 300 characters or more is wrong and badly formed",
         needs_judge=True,
         runs_on="process",
         columns=("gold",),
@@ -266,8 +278,8 @@ REWARDS: dict[str, Registered] = _by_name(
         "0, or 0.1 in good format",
         "Chain-of-Focus, arXiv:2505.15436; xtong-zhang/Chain-of-Focus verl/verl/trainer/ppo/core_algos.py",
         inputs="columns ground_truth, question; the policy's words and tool calls",
-        differs="repaired (default) leaves unjudged members out and applies the table to groups of one; "
-        "release keeps a lone member's base score and reads the tools' replies",
+        differs="repaired (default) leaves unjudged members out and applies the table to groups of one; release keeps "
+        "a lone member's base score. Of the base score: " + _CHAIN_OF_FOCUS,
         needs_judge=True,
         scope="group",
         runs_on="process",
@@ -279,8 +291,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "0.9 accuracy + 0.1 format, before the group is looked at",
         "Chain-of-Focus, arXiv:2505.15436; xtong-zhang/Chain-of-Focus verl/recipe/zoomin/zoomin_reward3.py",
         inputs="columns ground_truth, question; the policy's words",
-        differs="repaired (default) reads the policy's words alone; release the tools' replies as well, and it "
-        "asks the judge about an answer that is not there",
+        differs=_CHAIN_OF_FOCUS,
         needs_judge=True,
         runs_on="process",
         columns=("gold",),

@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from formats.base import Part, Span
 from formats.grammar import END, START
@@ -69,7 +70,7 @@ def assert_tiled(spans, ids, vocabulary):
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
 @pytest.mark.parametrize("name", names())
-@settings(max_examples=40, deadline=None)
+@examples(0.4)
 @given(data=st.data(), images=st.integers(2, 4), tokens=st.integers(1, 6))
 def test_what_the_full_constraint_emits_is_well_formed(name, vocabulary, data, images, tokens):
     texts = {role.name: tokens for role in get_format(name).grammar.roles if not role.is_image}
@@ -84,7 +85,7 @@ def test_what_the_full_constraint_emits_is_well_formed(name, vocabulary, data, i
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
 @pytest.mark.parametrize("name", names())
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 @given(data=st.data(), limit=st.integers(0, 90))
 def test_random_walks_never_crash_and_their_spans_tile_the_ids(name, vocabulary, data, limit):
     fmt = get_format(name, max_images=2)
@@ -104,7 +105,7 @@ def test_random_walks_never_crash_and_their_spans_tile_the_ids(name, vocabulary,
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
-@settings(max_examples=80, deadline=None)
+@examples(0.8)
 @given(data=st.data())
 def test_one_wrong_token_in_a_well_formed_thought_is_named_or_harmless(vocabulary, data):
     """Drop, double or replace one word of a well-formed thought: it is accepted only if it still reads as one."""

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from transformers import ChameleonForConditionalGeneration
 
 from formats.base import Part
@@ -136,7 +137,7 @@ def test_prompt_forced_markers_and_untrained_segments_are_not_learned(policy):
     assert (cut.rows, cut.shortened, cut.dropped) == (1, 0, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 @given(lengths=st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=8), limit=st.integers(3, 90))
 def test_a_long_row_loses_whole_segments_from_its_end(policy, lengths, limit):
     segments = [prompt_segment(policy, "a")]
@@ -324,7 +325,6 @@ def test_images_are_learned_here_and_not_by_the_stock_forward(policy, tmp_path):
 # ---- lines ----
 
 
-@settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), more=st.integers(0, 30))
 def test_every_row_is_on_one_line_and_no_line_overflows(lengths, more):
     capacity = max(lengths) + more

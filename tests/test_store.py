@@ -11,10 +11,11 @@ from dataclasses import fields, is_dataclass
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from properties import examples
 
 from record.store import StoreError, load_trajectories, save_trajectories
 from record.trajectory import (
@@ -135,7 +136,7 @@ trajectories = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@examples(0.25)
 @given(st.lists(trajectories, max_size=4))
 def test_what_is_saved_comes_back_without_loss(tmp_path_factory, saved):
     folder = tmp_path_factory.mktemp("store") / "step"

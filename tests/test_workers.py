@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rl.weight_sync import WeightSynchronizer
@@ -88,7 +88,6 @@ def test_free_slots_take_what_fills_their_rows_and_less_towards_the_end():
     assert sizes == [10, 8, 6, 4, 3, 3, 3, 3]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 12), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.booleans(), st.randoms())
 def test_every_group_is_finished_or_dropped_once(groups, slots, fill, retries, reproducible, random):
     assignment = Assignment(groups, slots, fill, retries, reproducible)

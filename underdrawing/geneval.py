@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
     from evals import geneval
     from evals.geneval_folder import read_folder
+    from evals.geneval_summary import summarise
     from rewards.functions.geneval import THRESHOLDS
     from underdrawing.progress import StepProgress
 
@@ -133,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
         )
     finally:
         bar.close()
-    summary = geneval.summarise(rows, expected)
+    summary = summarise(rows, expected)
     table = Table()
     for name in ("", "score", "correct"):
         table.add_column(name, justify="right" if name else "left")
