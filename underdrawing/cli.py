@@ -178,14 +178,14 @@ def _recipe(options: argparse.Namespace) -> Any:
     return load_recipe(options.recipe, options.overrides)
 
 
-def _dry_run(recipe: Any) -> int:
+def _dry_run(recipe: Any, trains: bool = False) -> int:
     """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights."""
     from rewards.tree import lines
     from underdrawing import build
     from underdrawing.preflight import preflight
     from underdrawing.recipe import dump_recipe
 
-    task, fmt = preflight(recipe)
+    task, fmt = preflight(recipe, trains=trains)
     with build.build_reward_manager(recipe, task, fmt):
         pass
     print(dump_recipe(recipe), end="")
@@ -202,7 +202,7 @@ def _resume(options: argparse.Namespace) -> bool | str:
 def _sft(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, trains=True)
     from underdrawing.jobs import run_sft
 
     print(f"warm-started weights: {run_sft(recipe, _resume(options))}")
@@ -212,7 +212,7 @@ def _sft(options: argparse.Namespace) -> int:
 def _grpo(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, trains=True)
     from underdrawing.jobs import run_grpo
 
     weights = run_grpo(recipe, options.weights, _resume(options), changed_prompts=options.changed_prompts)
