@@ -13,7 +13,7 @@ from runtime.paths import ObjectPath, Options
 
 
 class FormatConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: ObjectPath = Field(
         "strokes",

@@ -53,7 +53,7 @@ class DeclaredFormat:
         max_images: int | None = None,
         max_tokens: Mapping[str, int] | int | None = None,
         instruction: str = "",
-        guidance: Sequence[str] = (),
+        guidance: Sequence[str] | str = (),
         scales: Mapping[str, float] | None = None,
         negative_prompt: str = "",
     ) -> None:

@@ -43,7 +43,7 @@ class AlarmRaised(UserError):
 class AlarmsConfig(BaseModel):
     """Signs of reward hacking and collapse. A threshold of None turns its alarm off."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     window: int = Field(
         20,

@@ -17,10 +17,10 @@ import keyword
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rewards.alarms import AlarmsConfig
-from rewards.detectors.registry import DetectorConfig
+from rewards.detectors.registry import BACKENDS, DetectorConfig
 from rewards.formula.expression import ALL_FUNCTIONS, Expression
 from rewards.formula.schedule import ScheduleConfig
 from rewards.judge.config import JudgeConfig
@@ -28,6 +28,7 @@ from rewards.loader import check_exists, is_own
 from rewards.registry import REWARDS
 from runtime.errors import nearest
 from runtime.paths import ObjectPath, Options
+from runtime.ray_options import RayShare
 
 Scope = Literal["row", "group", "batch"]
 RunsOn = Literal["driver", "process", "ray"]
@@ -39,14 +40,14 @@ RENAMED_OPTIONS = {"picture": "image"}  # of the toolkit's own functions
 class WorkersConfig(BaseModel):
     """Who runs a part, or the detector: processes of this machine, or Ray actors."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["process", "ray"] = Field(
         "process", description="process: children of this process. ray: actors, on any machine of the cluster."
     )
     count: int = Field(1, ge=1, description="How many, each with the function and its models loaded.")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs of each Ray actor; a fraction shares one.")
-    num_cpus: float = Field(1.0, ge=0, description="CPUs of each Ray actor, as Ray counts them.")
+    num_gpus: RayShare = Field(0.0, description="GPUs of each Ray actor; a fraction shares one.")
+    num_cpus: RayShare = Field(1.0, description="CPUs of each Ray actor, as Ray counts them.")
     batch_size: int | None = Field(
         None,
         ge=1,
@@ -65,7 +66,7 @@ class WorkersConfig(BaseModel):
 class ComponentConfig(BaseModel):
     """One reward part."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     function: ObjectPath = Field(
         description="A registered name, 'package.module.function', or 'path/to/file.py:function'."
@@ -147,7 +148,7 @@ class ComponentConfig(BaseModel):
 class RewardsConfig(BaseModel):
     """All parts, the formula over them, and how much failure the run bears."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     parts: dict[str, ComponentConfig] = Field(min_length=1, description="Reward parts by the names that `total` uses.")
     total: str | None = Field(
@@ -178,6 +179,15 @@ class RewardsConfig(BaseModel):
     detector_timeout_s: float = Field(120.0, gt=0, description="Seconds one call of detector_workers may take.")
     judge: JudgeConfig | None = Field(None, description="The endpoint of the parts that ask a judge.")
     alarms: AlarmsConfig = Field(default_factory=AlarmsConfig, description="Signs of reward hacking and collapse.")
+
+    @field_validator("detector", mode="before")
+    @classmethod
+    def _backend_alone(cls, value: Any) -> Any:
+        if not isinstance(value, str) or "." in value or ":" in value:
+            return value
+        if value not in BACKENDS:
+            raise ValueError(f"no detector '{value}'; {nearest(value, BACKENDS)}, or the dotted path of your own")
+        return {"backend": value}
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardsConfig:

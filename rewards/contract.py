@@ -58,6 +58,7 @@ ARGUMENTS = (
     "log_extra",
     "judge",
 )
+GIVEN = {*RESERVED, "columns"} - {"prompt", "completion"}  # and so no options
 
 NO_JUDGE = (
     "reward '{name}' asks a judge, and the recipe names none: give rewards.judge.base_url and rewards.judge.model"
@@ -274,6 +275,8 @@ def check_options(function: Reward, name: str, options: Mapping[str, Any], own: 
     would swallow a misspelt option, so its options must be named ones; a user's **kwargs may want anything."""
     named, open_ended = _signature(function)
     for key in options:
+        if key in GIVEN:
+            raise RewardError(f"rewards.parts.{name}.options: '{key}' is what the toolkit calls a reward with")
         if key not in named and (own or not open_ended):
             raise RewardError(
                 f"rewards.parts.{name}.options: '{key}' is no argument of the function; "

@@ -11,16 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from formats.roles import RECORDED
+from training.schedules import Schedule, check_schedule
 
 Kind = Literal["word", "code", "flow"]
-Schedule = Literal["constant_with_warmup", "constant", "linear", "cosine", "polynomial", "inverse_sqrt"]
 LossType = Literal["segment", "modality", "token", "grpo", "dr_grpo", "dapo", "bnpo"]
 
 
 class ClipConfig(BaseModel):
     """A clip range for one kind of decision."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     epsilon: float = Field(0.2, ge=0, description="Lower clip range: ratios below 1 - epsilon are clipped.")
     epsilon_high: float | None = Field(None, ge=0, description="Upper clip range; None: the same as epsilon.")
@@ -39,7 +39,7 @@ class ClipConfig(BaseModel):
 class GrpoConfig(BaseModel):
     """The section `grpo` of a recipe."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     # The loop
     steps: int = Field(100, ge=1, description="Steps of the loop: each rolls out, judges and updates once.")
@@ -154,6 +154,7 @@ class GrpoConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> GrpoConfig:
+        check_schedule(self.lr_scheduler_type, self.learning_rate)
         if self.num_minibatches > self.prompts_per_step:
             raise ValueError(
                 f"num_minibatches is {self.num_minibatches}, but a step has only {self.prompts_per_step} "

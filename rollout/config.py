@@ -10,21 +10,26 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from formats.roles import DEFAULT, SAMPLED
+from runtime.ray_options import RayShare
 
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class RolloutConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     rows: int = Field(
         64,
         ge=1,
+        le=2**24,
         description="Rows of the key-value cache of each worker: trajectories written at once, "
         "and their guidance branches.",
     )
     max_tokens: int = Field(
-        512, ge=1, description="Longest trajectory, in ids after the prompt. An image that would pass it is not begun."
+        512,
+        ge=1,
+        le=2**24,
+        description="Longest trajectory, in ids after the prompt. An image that would pass it is not begun.",
     )
     temperature: Annotated[dict[str, Temperature], SAMPLED] = Field(
         default_factory=lambda: {DEFAULT: 1.0},
@@ -39,10 +44,10 @@ class RolloutConfig(BaseModel):
     )
     top_k: int = Field(0, ge=0, description="Sample from this many likeliest ids. 0: all.")
     guidance: bool = Field(False, description="Guide images by the format's branches (each costs a row of the cache).")
-    branches: int = Field(4, ge=1, description="With guidance: rows kept for the branches of each trajectory.")
-    workers: int = Field(0, ge=0, description="Ray actors that write trajectories; 0: in this process.")
-    threads: int = Field(1, ge=1, description="CPU threads of each worker.")
-    gpus: float = Field(0.0, ge=0, description="GPUs of each worker; a fraction shares one among several.")
+    branches: int = Field(4, ge=1, le=64, description="With guidance: rows kept for the branches of each trajectory.")
+    workers: int = Field(0, ge=0, le=65536, description="Ray actors that write trajectories; 0: in this process.")
+    threads: int = Field(1, ge=1, le=4096, description="CPU threads of each worker.")
+    gpus: RayShare = Field(0.0, description="GPUs of each worker; a fraction shares one among several.")
     timeout_s: float = Field(600.0, gt=0, description="A worker that is silent for so long is replaced.")
     retries: int = Field(2, ge=0, description="How often a group is rolled out again after a worker failed.")
     reproducible: bool = Field(

@@ -22,6 +22,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint}Known: {', '.join(known) if known else 'none'}"
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
 @contextmanager
 def writing(path: Path, advice: str = "free some space, or choose another folder") -> Iterator[None]:
     """Within it a disk that is full or not writable is a UserError that names `path`."""

@@ -38,6 +38,8 @@ def load_object(spec: str, where: str) -> Any:
     if ":" not in spec and "." not in spec:
         raise LoadError(f"{where} is neither a dotted path nor 'path/to/file.py:name'")
     module, _, name = spec.rpartition(":" if ":" in spec else ".")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise LoadError(f"{where} is neither a dotted path nor 'path/to/file.py:name'")
     return _attribute(_module(module, where), name, where)
 
 
@@ -75,7 +77,7 @@ def _module_from_file(path: Path, where: str) -> ModuleType:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
         raise LoadError(f"{where}: {path}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LoadError(f"{where}: {path} does not import: {raised(error)}") from error
     return module
 
@@ -89,7 +91,7 @@ def _module(name: str, where: str) -> ModuleType:
         raise LoadError(f"{where}: module '{name}' does not import: {raised(error)}") from error
     except SyntaxError as error:
         raise LoadError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LoadError(f"{where}: module '{name}' does not import: {raised(error)}") from error
 
 
@@ -104,8 +106,8 @@ def _attribute(module: ModuleType, name: str, where: str) -> Any:
         hidden = _hidden(module.__name__)
         hint = hidden or f"; {nearest(name, functions)}"
         raise LoadError(f"{where}: {origin} has no function '{name}'{hint}") from None
-    except ImportError as error:  # lazy packages import at the first look
-        raise LoadError(f"{where}: {error}") from error
+    except (Exception, SystemExit) as error:  # lazy packages import at the first look
+        raise LoadError(f"{where}: {raised(error)}") from error
 
 
 def _hidden(name: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from formats.roles import RECORDED
 from runtime.paths import ReadPath
+from training.schedules import Schedule, check_schedule
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -15,7 +16,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class SftConfig(BaseModel):
     """The warm start."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     demonstrations: int = Field(6000, ge=1, description="how many the task writes; ignored when `data` is given")
     data: ReadPath | None = Field(
@@ -33,7 +34,7 @@ class SftConfig(BaseModel):
     batch_size: int = Field(48, ge=1, description="rows a step on each process")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step")
     learning_rate: float = Field(2e-3, gt=0, description="peak")
-    lr_scheduler_type: str = Field("cosine", description="as in TrainingArguments")
+    lr_scheduler_type: Schedule = Field("cosine", description="as in TrainingArguments")
     warmup_steps: int = Field(40, ge=0, description="linear warm-up")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's")
     adam_beta2: float = Field(0.98, gt=0, lt=1, description="AdamW's")
@@ -60,3 +61,8 @@ class SftConfig(BaseModel):
     )
     save_steps: int = Field(200, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(20, ge=1, description="steps between logged metrics")
+
+    @model_validator(mode="after")
+    def _rate_falls(self) -> SftConfig:
+        check_schedule(self.lr_scheduler_type, self.learning_rate)
+        return self

@@ -15,7 +15,7 @@ TASK_BY_NAME = ("name", "options")  # what a data set takes the place of
 class DatasetConfig(BaseModel):
     """Prompts from a file, a folder or the hub: a task without code."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     path: ReadPath = Field(
         description="A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them or of a saved Hugging Face data "
@@ -55,7 +55,7 @@ class DatasetConfig(BaseModel):
 class TaskConfig(BaseModel):
     """Prompts, demonstrations, ground truth. Give `dataset` for prompts of your own; no code is needed."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: ObjectPath = Field(
         "shapes",

@@ -9,13 +9,14 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from record.trajectory import Trajectory
 from runtime.errors import UserError, writing
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 class TrackConfig(BaseModel):
     """Where metrics go besides metrics.jsonl."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     wandb: Literal["online", "offline", "disabled", "auto"] = Field(
         "auto", description="auto: online with a login, else offline"
@@ -37,6 +38,20 @@ class TrackConfig(BaseModel):
     wandb_entity: str | None = Field(None, description="W&B team; None: your default")
     trajectories_every: int = Field(10, ge=1, description="steps between stored sets of trajectories")
     trajectories: int = Field(8, ge=0, description="trajectories in a stored set; 0: none")
+
+    @field_validator("wandb_project")
+    @classmethod
+    def _project_is_one(cls, value: str) -> str:
+        if not 1 <= len(value) <= 128 or not value.isprintable() or set(value) & set("/\\#?%:"):
+            raise ValueError("W&B takes 1 to 128 characters, and none of / \\ # ? % :")
+        return value
+
+    @field_validator("wandb_entity")
+    @classmethod
+    def _entity_is_one(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", value):
+            raise ValueError("the name of a W&B user or team has letters, digits, _, - and . alone")
+        return value
 
 
 RESUME = "free some space and resume"

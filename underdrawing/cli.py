@@ -205,10 +205,12 @@ def _recipe(options: argparse.Namespace) -> Any:
     return load_recipe(options.recipe, options.overrides)
 
 
-def _dry_run(recipe: Any, evaluates: bool = False) -> int:
+def _dry_run(recipe: Any, trains: bool = False, evaluates: bool = False) -> int:
     """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights.
 
-    `evaluates`: the command asks the held-out prompts too, which must be there and can be judged.
+    Args:
+        trains: the command makes optimiser steps, for which the recipe must be fit.
+        evaluates: it asks the held-out prompts, which must be there and can be judged.
     """
     from rewards.tree import lines
     from underdrawing import build
@@ -216,7 +218,7 @@ def _dry_run(recipe: Any, evaluates: bool = False) -> int:
     from underdrawing.preflight import preflight
     from underdrawing.recipe import dump_recipe
 
-    task, fmt = preflight(recipe)
+    task, fmt = preflight(recipe, trains=trains)
     with build.build_reward_manager(recipe, task, fmt):
         pass
     if evaluates:
@@ -235,7 +237,7 @@ def _resume(options: argparse.Namespace) -> bool | str:
 def _sft(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, trains=True)
     from underdrawing.jobs import run_sft
 
     print(f"warm-started weights: {run_sft(recipe, _resume(options))}")
@@ -245,7 +247,7 @@ def _sft(options: argparse.Namespace) -> int:
 def _grpo(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe, evaluates=recipe.grpo.evaluate_every is not None)
+        return _dry_run(recipe, trains=True, evaluates=recipe.grpo.evaluate_every is not None)
     from underdrawing.jobs import run_grpo
 
     weights = run_grpo(recipe, options.weights, _resume(options), changed_prompts=options.changed_prompts)

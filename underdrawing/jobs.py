@@ -39,7 +39,7 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
     from sft.train import check_demonstrations, demonstrate, warm_start
 
     build.seed_everything(recipe.seed)
-    task, fmt = preflight(recipe, rolls_out=False)
+    task, fmt = preflight(recipe, rolls_out=False, trains=True)
     first = PartialState(cpu=recipe.policy.device == "cpu").is_main_process
     if first:
         build.write_recipe(recipe, refused=not resume and bool(finished_checkpoints(recipe.run_dir / "sft")))
@@ -88,7 +88,7 @@ def run_grpo(
         changed_prompts: resume although the task's prompts are not those of the checkpoint.
     """
     build.seed_everything(recipe.seed)
-    task, fmt = preflight(recipe)
+    task, fmt = preflight(recipe, trains=True)
     start = build.starting_weights(recipe, weights)
     policy = build.build_policy(recipe, task, start)
     accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from formats.base import Format
+from policy.registry import check_policy
 from runtime.errors import UserError
 from tasks.base import Task
 from underdrawing import build, search_path
 from underdrawing.recipe import Recipe
 
 
-def preflight(recipe: Recipe, rolls_out: bool = True) -> tuple[Task, Format]:
+def preflight(recipe: Recipe, rolls_out: bool = True, trains: bool = False) -> tuple[Task, Format]:
     """The recipe's task and format, once all that stands in the recipe is found to be there and to fit.
 
     Args:
         rolls_out: whether thoughts will be written and judged; a warm start does neither.
+        trains: whether the weights will be trained, not only sampled with.
 
     Raises:
         UserError: naming the key, and what would be right.
@@ -23,7 +25,10 @@ def preflight(recipe: Recipe, rolls_out: bool = True) -> tuple[Task, Format]:
     if rolls_out:
         _check_working_folder(recipe)
     build.check_policy_path(recipe)
-    return build.build_task(recipe), build.build_format(recipe)
+    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    # A tiny policy's tokenizer is made by the warm start, of the task's words; all others read it from its folder.
+    check_policy(recipe.policy, () if rolls_out else build.words(recipe, task), trains)
+    return task, fmt
 
 
 def _check_working_folder(recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from formats.config import FormatConfig
-from policy.config import PolicyConfig
+from policy.config import LARGEST_SEED, PolicyConfig
 from rewards.config import RewardsConfig
 from rl.config import GrpoConfig
 from rollout.config import RolloutConfig
@@ -36,7 +36,7 @@ class RecipeError(UserError):
 class EvaluateConfig(BaseModel):
     """What `underdrawing evaluate` (and the quickstart's before and after) measures."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompts: int = Field(300, ge=1, description="held-out prompts, spread evenly over the tags")
     by: list[str] | None = Field(
@@ -48,16 +48,18 @@ class EvaluateConfig(BaseModel):
     )
     samples: int = Field(1, ge=1, description="answers to each prompt, whose scores are averaged; GenEval draws 4")
     temperature: float = Field(1.0, ge=0, description="of every role; top_p, top_k and guidance are the rollout's")
-    seed: int = Field(1234, description="of the sampling noise; the same for every evaluated policy")
+    seed: int = Field(
+        1234, ge=0, le=LARGEST_SEED, description="of the sampling noise; the same for every evaluated policy"
+    )
 
 
 class Recipe(BaseModel):
     """A whole run. `underdrawing sft`, `grpo`, `rollout` and `evaluate` read the sections that they need."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str = Field(description="names the run in W&B and the report")
-    seed: int = Field(0, ge=0, description="of weights, demonstrations, prompts and sampling noise")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, demonstrations, prompts and sampling noise")
     run_dir: WritePath = Field(Path("runs/run"), description="everything the run writes")
     policy: PolicyConfig
     task: TaskConfig

@@ -256,7 +256,7 @@ def vq_config(values: Mapping[str, Any], source: str = "vq_config") -> Chameleon
         config = ChameleonVQVAEConfig(**{name: value for name, value in values.items() if name != "model_type"})
         factor = 2 ** (len(config.channel_multiplier) - 1)
     except Exception as error:  # transformers validates with exceptions of huggingface_hub
-        raise TokenizerError(f"{source}: {error}") from error
+        raise TokenizerError(f"{source}: {' '.join(str(error).split())}") from error
     if config.resolution % factor:
         raise TokenizerError(
             f"{source}: resolution {config.resolution} is no multiple of {factor}, which the "

@@ -24,7 +24,7 @@ from rewards.detectors.weights import WeightsError, device_of, folder_of
 class OpenClipConfig(BaseModel):
     """Which open_clip model, and where its weights are."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str = Field("ViT-L-14-quickgelu", description="open_clip's name of the architecture (without `path`).")
     pretrained: str = Field("openai", description="open_clip's tag of the weights, or a file of weights for `model`.")

@@ -39,7 +39,7 @@ RELEASED = {
 class DetectorConfig(BaseModel):
     """A detector of the toolkit's own. Keys that are None keep the backend's default."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     backend: str = Field(description="mask2former, grounding_dino, owlv2 or shapes.")
     path: ReadPath | None = Field(

@@ -7,6 +7,7 @@ rewards:
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -16,7 +17,7 @@ from runtime.paths import WritePath
 class JudgeConfig(BaseModel):
     """An OpenAI-compatible endpoint that judges."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     base_url: str = Field(description="Where the API is, with its version: http://localhost:8000/v1.")
     model: str = Field(description="The model's name, as the endpoint knows it.")
@@ -72,6 +73,12 @@ class JudgeConfig(BaseModel):
     @field_validator("base_url")
     @classmethod
     def _is_url(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")):
+        try:
+            parts = urlsplit(value)
+            whole = parts.scheme in ("http", "https") and parts.hostname and value.isascii() and value.isprintable()
+            whole = whole and (parts.port is None or parts.port > 0) and " " not in value
+        except ValueError:  # brackets without an address in them, a port that is no number
+            whole = False
+        if not whole:
             raise ValueError(f"'{value}' is no address; write it as http://host:port/v1")
         return value.rstrip("/")

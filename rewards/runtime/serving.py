@@ -39,6 +39,7 @@ from rewards.judge.config import JudgeConfig
 from rewards.loader import load_object, load_reward, make
 from rewards.registry import REWARDS
 from runtime.errors import UserError
+from runtime.options import checked
 
 PATIENCE_S = 60.0  # for one call, where nothing else is said
 RAISED = (Exception, SystemExit)  # what a reward may raise and its run goes on: sys.exit in it ends nobody else
@@ -191,6 +192,8 @@ class ComponentSpec:
         function = load_reward(self.function, self.options, self.factory)
         options = {} if self.factory else dict(self.options)
         check_options(function, self.name, options, own=self.context is not None)
+        if self.own:
+            options = checked(function, options, f"rewards.parts.{self.name}.options")
         if self.columns is not None:
             if self.own:
                 REWARDS[self.function].check_columns(function, self.name, options, self.columns)

@@ -13,7 +13,7 @@ from tasks.shapes.world import CANVAS, SHAPES
 
 
 class ShapesOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     mistake_rate: float = Field(0.5, ge=0, le=1, description="share of demonstrations with a mistake to be repaired")
 

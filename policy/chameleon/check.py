@@ -1,0 +1,79 @@
+"""What a recipe's section `policy` asks of this family, held to what is here before any weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.utils import is_flash_attn_2_available
+
+from policy.chameleon.model import InterleavedChameleon, read_config
+from policy.chameleon.tiny import tiny_config, tiny_tokenizer, tiny_vq
+from policy.chameleon.vocabulary import load_tokenizer
+from policy.config import LoraSection, PolicyConfig
+from policy.devices import check_device
+from runtime.errors import UserError, nearest
+
+
+def check(config: PolicyConfig, words: Sequence[str], trains: bool) -> None:
+    """The family's check in policy/registry.py.
+
+    Args:
+        words: of the task's language.
+        trains: whether the weights are to be trained, not only sampled with.
+
+    Raises:
+        UserError: naming the key, and what would be right.
+    """
+    check_device(config.device, "policy.device")
+    _check_attention(config)
+    if trains and config.dtype != "float32" and config.lora is None:
+        raise UserError(
+            f"policy.dtype: weights in {config.dtype} are to be trained, in which small steps are rounded away and "
+            f"nothing is learned; set policy.dtype: float32, or train adapters (policy.lora), which are float32"
+        )
+    if config.path is None:
+        vq = tiny_vq(config.tiny)
+        tokenizer = tiny_tokenizer([*words, *config.tiny.words], config.tiny.tags, vq.config.num_embeddings)
+        model_config = tiny_config(config.tiny, tokenizer, vq)
+    else:
+        load_tokenizer(config.path)
+        model_config = read_config(Path(config.path))
+    if config.lora is not None:
+        with torch.device("meta"):  # shapes alone: the names of its layers are what is wanted
+            check_adapters(InterleavedChameleon(model_config), config.lora)
+
+
+def check_adapters(model: InterleavedChameleon, lora: LoraSection) -> None:
+    """Raises UserError for a target that no linear layer of the decoder is called."""
+    known = {
+        name.rpartition(".")[2] for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)
+    }
+    for target in lora.target_modules:
+        if target not in known:
+            raise UserError(
+                f"policy.lora.target_modules: the model has no linear layer '{target}'; {nearest(target, known)}"
+            )
+
+
+def _check_attention(config: PolicyConfig) -> None:
+    if config.attn_implementation != "flash_attention_2":
+        return
+    instead = "or set policy.attn_implementation: sdpa"
+    if not config.device.startswith("cuda"):
+        raise UserError(
+            f"policy.attn_implementation: flash_attention_2 runs on CUDA devices alone, and policy.device is "
+            f"{config.device}; set policy.device: cuda, {instead}"
+        )
+    if config.dtype == "float32":
+        raise UserError(
+            f"policy.attn_implementation: flash_attention_2 computes in 16 bits, and policy.dtype is float32; set "
+            f"policy.dtype: bfloat16, {instead}"
+        )
+    if not is_flash_attn_2_available():
+        raise UserError(
+            f"policy.attn_implementation: flash_attention_2 needs the package flash-attn, which is not installed here; "
+            f"pip install flash-attn, {instead}"
+        )
