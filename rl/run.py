@@ -40,6 +40,7 @@ class Run:
     alarms: Alarms | None = None
     show_every: int = 10  # steps between trajectories for people to look at
     changed_prompts: bool = False  # resume with other prompts than the checkpoint's
+    read_recipe: Callable[[dict[str, Any]], dict[str, Any]] = dict  # a checkpoint's, by today's names and defaults
     resume_command: str = "give the same command with --resume"
     idle: IdleSteps = field(init=False)
 

@@ -137,7 +137,7 @@ class RunState:
         self.cursor.load(loaded.cursor, self.run.changed_prompts)
         self.trainer.load(loaded.trainer)
         self.step = loaded.step
-        differing = changes(loaded.recipe, json.loads(json.dumps(self.run.recipe)))
+        differing = changes(self.run.read_recipe(loaded.recipe), json.loads(json.dumps(self.run.recipe)))
         if differing and self.run.accelerator.is_main_process:
             logger.warning(
                 "the recipe is not that of %s, and the run goes on with what it says now: %s",

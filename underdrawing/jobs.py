@@ -23,7 +23,7 @@ from underdrawing import build
 from underdrawing.evaluations import during_training
 from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
-from underdrawing.recipe import Recipe
+from underdrawing.recipe import Recipe, as_now
 
 logger = logging.getLogger(__name__)
 RESUME = "give the same command with --resume"
@@ -126,6 +126,7 @@ def run_grpo(
             alarms=build.build_alarms(recipe) if first else None,
             show_every=recipe.track.trajectories_every,
             changed_prompts=changed_prompts,
+            read_recipe=as_now,
             resume_command=resume_command,
         )
         train(run, newest if resume else None)

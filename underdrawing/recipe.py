@@ -123,6 +123,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return check_recipe(read_recipe(path, overrides), str(path), Path(path))
 
 
+def as_now(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that was kept by an earlier release, by today's names and with today's defaults; as it is where it is
+    none any more."""
+    try:
+        return Recipe.model_validate(data).model_dump(mode="json")
+    except (ValidationError, UserError):
+        return data
+
+
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The recipe as plain data, unchecked."""
     path = Path(path)
