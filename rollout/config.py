@@ -39,7 +39,11 @@ class RolloutConfig(BaseModel):
     guidance: bool = Field(False, description="Guide images by the format's branches (each costs a row of the cache).")
     branches: int = Field(4, ge=1, description="With guidance: rows kept for the branches of each trajectory.")
     workers: int = Field(0, ge=0, description="Ray actors that write trajectories; 0: in this process.")
-    threads: int = Field(1, ge=1, description="CPU threads of each worker.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of each worker. null: one for a Ray actor, and in this process as many as torch has.",
+    )
     gpus: float = Field(0.0, ge=0, description="GPUs of each worker; a fraction shares one among several.")
     timeout_s: float = Field(600.0, gt=0, description="A worker that is silent for so long is replaced.")
     retries: int = Field(2, ge=0, description="How often a group is rolled out again after a worker failed.")
@@ -48,6 +52,11 @@ class RolloutConfig(BaseModel):
         description="Fix which worker writes which group, and the refill order, so that "
         "the same seed gives the same trajectories (exactly on the CPU).",
     )
+
+    @property
+    def actor_threads(self) -> int:
+        """CPU threads of a Ray actor, and CPUs that it asks for."""
+        return self.threads or 1
 
     @field_validator("temperature")
     @classmethod

@@ -104,7 +104,7 @@ class RayRollouts:
         self._crashes: list[str] = []  # since the last finished group or publication
         self._replaced: dict[str, int] = {}  # restarts by reason, since the last generation reported them
         self._counts: list[dict[str, float]] = []
-        self.cluster = start_ray(config.workers * config.threads, object_store_bytes)
+        self.cluster = start_ray(config.workers * config.actor_threads, object_store_bytes)
         self._slots = [_Slot(number) for number in range(config.workers)]
         try:
             self._check_size()
@@ -239,7 +239,7 @@ class RayRollouts:
         import ray
 
         there = ray.cluster_resources()
-        for name, each in (("CPU", float(self.config.threads)), ("GPU", self.config.gpus)):
+        for name, each in (("CPU", float(self.config.actor_threads)), ("GPU", self.config.gpus)):
             if each and there.get(name, 0.0) < each:
                 raise WorkersError(
                     f"rollout.workers: each asks for {each:g} {name}, and the whole cluster has "
@@ -250,8 +250,9 @@ class RayRollouts:
         """Put a fresh actor into a vacant place; it is idle once `starting` is empty."""
         import ray
 
-        actor_class = ray.remote(num_cpus=self.config.threads, num_gpus=self.config.gpus, max_restarts=0)(ActorWorker)
-        slot.actor = actor_class.remote(slot.name, self.config.threads)
+        threads = self.config.actor_threads
+        actor_class = ray.remote(num_cpus=threads, num_gpus=self.config.gpus, max_restarts=0)(ActorWorker)
+        slot.actor = actor_class.remote(slot.name, threads)
         slot.starting = [slot.actor.about.remote(), slot.actor.build.remote(self.spec)]
         slot.probe, slot.version = None, UNPUBLISHED
         slot.process = None
@@ -305,7 +306,7 @@ class RayRollouts:
         """
         if reason == "timeout" and slot.process is None:
             raise WorkersError(
-                f"{crash}: Ray gave it no process. It asks for {self.config.threads} CPU and "
+                f"{crash}: Ray gave it no process. It asks for {self.config.actor_threads} CPU and "
                 f"{self.config.gpus:g} GPU; free them, ask for fewer rollout.workers, or set it to 0"
             )
         self._crashes.append(crash)
@@ -451,7 +452,7 @@ class RayRollouts:
                     "%s has waited %.0f s to start; it asks for %d CPU and %g GPU, and %g and %g are free",
                     slot.name,
                     now - slot.last_seen,
-                    self.config.threads,
+                    self.config.actor_threads,
                     self.config.gpus,
                     free.get("CPU", 0.0),
                     free.get("GPU", 0.0),
