@@ -39,7 +39,7 @@ from rollout.weights.receive import UNPUBLISHED
 from rollout.weights.wire import WeightSyncError, WeightUpdate
 from runtime.actor_process import ActorProcess, end_actor
 from runtime.errors import UserError
-from runtime.ray_cluster import start_ray
+from runtime.ray_cluster import check_alive, start_ray
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +181,7 @@ class RayRollouts:
             raise WeightSyncError(f"version {update.version} comes after version {self.version}: versions only grow")
         if any(slot.call is not None for slot in self._slots):
             raise WeightSyncError(f"version {update.version} was published while groups are being written")
+        check_alive()
         carried = WeightUpdate(update.manifest, tuple(ray.put(chunk) for chunk in update.chunks))
         if update.manifest.kind == "full":
             self._published = []
@@ -206,6 +207,7 @@ class RayRollouts:
         import ray
 
         self._settle()
+        check_alive()
         answers = [slot.actor.probe.remote(list(trajectories)) for slot in self._slots]
         return [np.array(answer) for answer in ray.get(answers, timeout=self.start_timeout_s)]
 
@@ -302,8 +304,9 @@ class RayRollouts:
         """Note a crash and vacate the place.
 
         Raises WorkersError if it never began to run, or once more workers died in a row than a few bad groups could
-        explain.
+        explain, or ClusterError where it is Ray that is gone.
         """
+        check_alive(lost=True)
         if reason == "timeout" and slot.process is None:
             raise WorkersError(
                 f"{crash}: Ray gave it no process. It asks for {self.config.actor_threads} CPU and "
@@ -326,6 +329,7 @@ class RayRollouts:
         """Vacate the places of idle workers that died since the last call, which costs no group an attempt."""
         import ray
 
+        check_alive()
         asked = {
             slot.actor.about.remote(): slot for slot in self._slots if slot.actor is not None and not slot.starting
         }
@@ -370,9 +374,10 @@ class RayRollouts:
                 )
 
     def _wait(self) -> list[_Slot]:
-        """Places that have something to say, after TICK_S at most."""
+        """Places that have something to say, after TICK_S at most. Raises ClusterError where Ray is gone."""
         import ray
 
+        check_alive()
         self._log_what_is_waited_for()
         by_waitable = {slot.waitable(): slot for slot in self._slots if slot.waitable() is not None}
         if not by_waitable:
@@ -384,6 +389,7 @@ class RayRollouts:
         """What a worker says: a finished (group, bytes); its failures as FailedGroup."""
         import ray
 
+        check_alive()  # an answer that lies in the memory of a node that is gone would end this process
         if slot.starting:
             self._started(slot)
             return
