@@ -129,7 +129,11 @@ def check_reward(
             checker.isolated(worker)
         finally:
             worker.close()
-    checker.run()
+    try:
+        checker.run()
+    finally:
+        if isinstance(client, JudgeClient):
+            client.close()
     return checker.report()
 
 

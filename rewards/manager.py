@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from formats.base import Format
@@ -75,17 +75,24 @@ class RewardManager:
         self.close()
 
     def close(self) -> None:
-        """End the parts' workers. Idempotent."""
-        self._driver.close()
+        """End the parts' workers and threads. Idempotent."""
+        # What the driver's thread may be waiting for ends first: workers, detector, the judge's answers.
         for part in self.parts.values():
-            part.close()
+            part.stop()
         if self._served is not None:
             self._served.close()
+        self._close_judge()
+        for part in self.parts.values():
+            part.close()
+        self._driver.close()
+        self._close_judge()  # a call that was cut short may have asked it once more
+        if self._cluster is not None:
+            self._cluster.stop()
+
+    def _close_judge(self) -> None:
         client: Any = self.context.judge
         if hasattr(client, "close"):
             client.close()
-        if self._cluster is not None:
-            self._cluster.stop()
 
     # ---- judging ----
 
@@ -237,6 +244,12 @@ class RewardManager:
             return
         with ThreadPoolExecutor(len(workers)) as pool:
             starting = [(name, pool.submit(worker.start)) for name, worker in workers]
+            try:
+                wait([future for _, future in starting])
+            except BaseException:  # Ctrl-C: nobody waits until they have loaded
+                for _, worker in workers:
+                    worker.close()
+                raise
         for name, future in starting:
             try:
                 future.result()

@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -46,12 +47,21 @@ class Wire:
         self._not_before = 0.0  # monotonic: until then the endpoint asked to be left alone
         self._http: Any = None  # httpx2.AsyncClient
         self._loop = asyncio.new_event_loop()
+        self._entry = threading.Lock()  # what is sent to the loop before it closes is cancelled, nothing is sent after
+        self._closed = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """On the wire's loop, from any other thread. Ctrl-C cancels the requests."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """On the wire's loop, from any other thread. Ctrl-C cancels the requests, and so does closing.
+
+        Raises CancelledError once it is closed.
+        """
+        with self._entry:
+            if self._closed:
+                work.close()
+                raise CancelledError
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:
@@ -61,7 +71,10 @@ class Wire:
     def close(self) -> None:
         if self.process != os.getpid():
             return
-        self.run(self._end())
+        with self._entry:
+            self._closed = True
+            ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
