@@ -9,11 +9,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from runtime.ending import leave
 from runtime.errors import UserError
+from runtime.interrupt import heed_signals, name_of, number_of, uninterrupted
+from runtime.ray_cluster import stop_ray
 
 OUR_PACKAGES = (
     "underdrawing",
@@ -44,15 +47,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a recipe may name functions of modules in the folder one stands in
-    try:
-        return options.run(options)
-    except UserError as error:
-        print(f"underdrawing: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        again = "; --resume goes on from there" if hasattr(options, "resume") else ""
-        print(f"underdrawing: interrupted; what was saved stays{again}", file=sys.stderr)
-        return 130
+    with heed_signals():
+        try:
+            return options.run(options)
+        except UserError as error:
+            print(f"underdrawing: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            number = number_of(error)
+            print(f"underdrawing: stopped by {name_of(number)}", file=sys.stderr)
+            return 128 + number
+
+
+def command() -> NoReturn:
+    """The command as a program: whatever happens, what it started ends before it does."""
+    leave_clean(main)
+
+
+def leave_clean(run: Callable[[], int]) -> NoReturn:
+    """Run, end the Ray that may be left, and exit with the code that `run` returns."""
+    with uninterrupted() as closing:
+        closing.callback(stop_ray)
+        code = run()
+    leave(code)
 
 
 def quieten() -> None:
@@ -259,4 +276,4 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

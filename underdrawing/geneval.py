@@ -13,6 +13,8 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import write_whole
+from runtime.interrupt import stopping, uninterrupted
+from runtime.locks import beside, only_writer
 
 NAME = "geneval"
 OPTIONS = ("images", "detections", "prompts", "detector", "mode", "thresholds", "batch_size")
@@ -116,9 +118,14 @@ def run(options: argparse.Namespace) -> int:
             expected,
         )
     out = options.out or options.images / "results.jsonl"
-    results = geneval.Results(out, said)
-    bar = StepProgress(f"GenEval, {len(samples)} images", len(samples))
-    try:
+    with (
+        stopping(lambda: f"stopped; the rows that are judged stay in {out}, and the same command goes on"),
+        only_writer(beside(out), out, "choose another --out"),
+        uninterrupted() as closing,
+    ):
+        results = geneval.Results(out, said)
+        bar = StepProgress(f"GenEval, {len(samples)} images", len(samples))
+        closing.callback(bar.close)
         rows = geneval.judge(
             samples,
             sees,
@@ -129,8 +136,6 @@ def run(options: argparse.Namespace) -> int:
             options.images,
             lambda done: bar.on_metrics(done, {}),
         )
-    finally:
-        bar.close()
     summary = geneval.summarise(rows, expected)
     table = Table(title=f"GenEval, {mode}: {out}", title_justify="left")
     for name in ("", "score", "correct"):

@@ -15,13 +15,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
+from runtime.interrupt import heed_signals, name_of, number_of, raise_late
 from runtime.ray_cluster import ClusterError
-from underdrawing.cli import quieten
+from underdrawing.cli import leave_clean, quieten
+
+if TYPE_CHECKING:
+    from underdrawing.recipe import Recipe
 
 STATE = "quickstart.json"
 AGAIN = "give the same command again"
@@ -36,26 +41,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)
     quieten()
-    try:
-        return run(options.recipe, options.seed, options.run_dir, options.overrides)
-    except UserError as error:
-        print(f"underdrawing: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
-        return 130
+    with heed_signals():
+        try:
+            return run(options.recipe, options.seed, options.run_dir, options.overrides)
+        except UserError as error:
+            print(f"underdrawing: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            number = number_of(error)
+            print(f"stopped by {name_of(number)}; the same command goes on from what was saved", file=sys.stderr)
+            return 128 + number
 
 
 def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = ()) -> int:
     """All stages; prints the scores and the JSON line."""
-    from evals.bootstrap import refinement
-    from training.tracking import read_metrics
-    from underdrawing.jobs import compare_evaluations, local, read_prompt_scores, run_evaluate, run_grpo, run_sft
-    from underdrawing.recipe import dump_recipe, load_recipe
-    from underdrawing.report.page import report_data, write_report
+    from underdrawing.jobs import training_lock
+    from underdrawing.recipe import load_recipe
 
     recipe = load_recipe(path, [*overrides, f"seed={seed}", f"policy.tiny.seed={seed}"])
     recipe = recipe.model_copy(update={"run_dir": run_dir or Path(f"{recipe.run_dir}-seed{seed}")})
+    with training_lock(recipe.run_dir):  # over all stages
+        return _run_stages(recipe, seed)
+
+
+def _run_stages(recipe: Recipe, seed: int) -> int:
+    from evals.bootstrap import refinement
+    from training.tracking import read_metrics
+    from underdrawing.jobs import compare_evaluations, local, read_prompt_scores, run_evaluate, run_grpo, run_sft
+    from underdrawing.recipe import dump_recipe
+    from underdrawing.report.page import report_data, write_report
+
     console = Console(stderr=True)
     clock = _Clock(recipe.run_dir / STATE, dump_recipe(recipe))
 
@@ -74,7 +89,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     if not clock.has("before"):
         say(f"2/5  Held-out score of the warm start ({recipe.evaluate.prompts} prompts)")
         with clock.stage("before"):
-            run_evaluate(local(recipe, threads=2), warm, "warm_start")
+            run_evaluate(local(recipe), warm, "warm_start")
 
     if not clock.has("grpo"):
         say(
@@ -82,11 +97,14 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
             f"{recipe.grpo.num_generations}, reward = {recipe.rewards.formula()}"
         )
         with clock.stage("grpo"):
+            without_ray = False
             try:
                 run_grpo(recipe, warm, resume=True, resume_command=AGAIN)
             except ClusterError as error:
                 say(f"Ray cannot be had ({error}); rolling out in this process instead")
-                run_grpo(local(recipe, threads=2), warm, resume=True, resume_command=AGAIN)
+                without_ray = True
+            if without_ray:
+                run_grpo(local(recipe), warm, resume=True, resume_command=AGAIN)
     from training import checkpoint
 
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
@@ -98,7 +116,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     if not clock.has("after"):
         say("4/5  Held-out score after GRPO")
         with clock.stage("after"):
-            run_evaluate(local(recipe, threads=2), newest / "weights", "grpo")
+            run_evaluate(local(recipe), newest / "weights", "grpo")
 
     say("5/5  Report")
     with clock.stage("report"):
@@ -198,6 +216,7 @@ class _Clock:
         try:
             yield
             finished = True
+            raise_late()  # a signal in its last step: the next stage is not begun
         finally:
             self.running = None
             seconds = self.begun.pop(name, 0.0) + time.monotonic() - started
@@ -212,4 +231,4 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_clean(main)
