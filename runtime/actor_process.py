@@ -29,7 +29,7 @@ class TraceableActor:
         # A file without a name is read through the process that holds it, and is gone with it, however it ends.
         self._stack = os.memfd_create("stack")
         faulthandler.register(signal.SIGUSR1, self._stack, all_threads=True)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # start_ray blocks it in all that it starts
+        _leave_signals_to_driver()
         inherited = os.environ.get(MARK)  # a local Ray's, which ends what bears it or a mark below it
         os.environ[MARK] = self._mark = f"{inherited}.{os.getpid()}" if inherited else new_mark()
 
@@ -38,6 +38,28 @@ class TraceableActor:
         import ray
 
         return ray.get_runtime_context().get_node_id(), os.getpid(), self._stack, self._mark
+
+
+def _leave_signals_to_driver() -> None:
+    """What a batch system sends to all processes of a job is the driver's to obey. start_ray blocks it in all that it
+    starts, but what this process starts hears it as any program does."""
+    deaf = {signal.SIGTERM, signal.SIGHUP}
+
+    def block() -> None:  # one that comes before a fork has its own handlers waits for them
+        signal.pthread_sigmask(signal.SIG_BLOCK, deaf)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf)
+
+    def hear() -> None:
+        for number in deaf:
+            signal.signal(number, signal.SIG_DFL)
+        unblock()
+
+    for number in deaf:
+        signal.signal(number, lambda *_: None)  # unlike SIG_IGN, a program that is executed does not inherit it
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=hear)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, *deaf})
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,22 @@ mark, finds what the tree of parents has lost.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 MARK = "UNDERDRAWING_PROCESS"  # in the environment of what we start
 ROUNDS, ROUND_S = 40, 0.05  # looks for what still lives, and the pause between them
+WATCH_S = 0.5  # between a guard's looks at its parent
+EACH = 20  # of its looks is also one at what it guards, as are the first so many
 
 
 def new_mark() -> str:
@@ -47,6 +55,37 @@ def end_tree(pid: int | None, mark: str | None = None, others: Collection[Any] =
     if root is not None:
         with contextlib.suppress(_gone()):
             root.kill()
+
+
+def guard(mark: str, folder: Path) -> subprocess.Popen[bytes]:
+    """A process that, should this one be killed, ends all that bears `mark` and removes `folder`. Kill it, and wait for
+    it, when there is nothing left to guard."""
+    boot = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtime.processes import watch; watch()"
+    environment = {name: value for name, value in os.environ.items() if name != MARK}
+    return subprocess.Popen(
+        [sys.executable, "-c", boot, json.dumps(sys.path), str(os.getpid()), mark, str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def watch() -> None:
+    """What a guard does."""
+    parent, mark, folder = int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    seen: set[Any] = set()  # where a marked parent is gone first, its titled children would not be known
+    looks = 0
+    while os.getppid() == parent:
+        if looks < EACH or looks % EACH == 0:
+            seen = {process for process in seen if lives(process)} | bearing(mark)
+        looks += 1
+        time.sleep(WATCH_S)
+    end_tree(None, mark, seen)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def bearing(mark: str | None) -> set[Any]:

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -24,7 +25,7 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.interrupt import STOPS, Stop
-from runtime.processes import MARK, bearing, end_tree, how_it_ended, lives, new_mark
+from runtime.processes import MARK, bearing, end_tree, guard, how_it_ended, lives, new_mark
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ LONGEST_FOLDER = 45
 PREFIX = "ud-ray-"
 ATTEMPTS = 4
 OLD_STACKS = "ud-stack-*"  # files that a worker's stack was written to in release 0.1
-DEAF = {signal.SIGUSR1, signal.SIGHUP}
+DEAF = {signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM}
 WITHOUT = "Set rollout.workers: 0 to roll out in this process, and see `underdrawing doctor`"
 HEAD_TIMEOUT_S = 20.0  # for the head of a cluster to accept a connection
 
@@ -50,6 +51,7 @@ class _Local:
     mark: str  # in the environment of its processes
     servers: dict[str, Any]  # psutil.Process by name
     processes: set[Any]  # psutil.Process of all that ran at the start
+    guard: subprocess.Popen[bytes]
 
 
 _local: _Local | None = None
@@ -88,13 +90,17 @@ def stop_ray() -> None:
     local = _local
     if local is None:
         return
-    processes = local.processes | bearing(local.mark)
     try:
-        _shut_down()
+        _shut_down(local.mark, local.processes | bearing(local.mark))
     finally:
-        end_tree(None, local.mark, processes)
         shutil.rmtree(local.folder, ignore_errors=True)
         _local = None
+        _dismiss(local.guard)
+
+
+def _dismiss(guard: subprocess.Popen[bytes]) -> None:
+    guard.kill()
+    guard.wait()
 
 
 def check_alive(lost: bool = False) -> None:
@@ -134,7 +140,7 @@ def _check_node() -> None:
     here = ray.get_runtime_context().get_node_id()
     for node in ray.nodes():
         if node["NodeID"] == here and not node["Alive"]:
-            why = node.get("DeathReasonMessage") or "no reason is given"
+            why = (node.get("DeathReasonMessage") or "no reason is given").rstrip(".")
             raise ClusterError(f"Ray is gone: this machine's node of it is dead ({why}). {WITHOUT}")
 
 
@@ -179,6 +185,7 @@ def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
     _check_port()
     for attempt in range(1, ATTEMPTS + 1):
         folder, mark = _folder(), new_mark()
+        watching = guard(mark, folder)
         try:
             with _own_handlers(), _marked(mark):
                 ray.init(
@@ -192,13 +199,13 @@ def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
                     _temp_dir=str(folder),
                     _node_ip_address="127.0.0.1",
                 )
-            _local = _Local(folder, mark, _servers(mark), bearing(mark))
+            _local = _Local(folder, mark, _servers(mark), bearing(mark), watching)
             return Cluster(folder, ours=True)
         except BaseException as error:
-            processes = bearing(mark)
-            if ray.is_initialized():
-                _shut_down()
-            end_tree(None, mark, processes)
+            try:
+                _shut_down(mark, bearing(mark))
+            finally:
+                _dismiss(watching)
             # Ray raises anything from ValueError to RpcError here, and gives a loaded machine no more than 30 s.
             again = isinstance(error, Exception) and "timed out" in str(error) and attempt < ATTEMPTS
             if again or not isinstance(error, Exception):  # the latter is a signal
@@ -216,8 +223,8 @@ def start_ray(cpus: int, object_store_bytes: int | None = None) -> Cluster:
 
 @contextmanager
 def _marked(mark: str) -> Iterator[None]:
-    """Within it started processes bear the mark, and are deaf to what a batch system sends to all processes of a job as
-    a warning: it is the driver's to obey."""
+    """Within it started processes bear the mark, and are deaf to what a batch system sends to all processes of a job:
+    it is the driver's to obey, which needs them to finish its step and ends them by SIGKILL."""
     inherited, blocked = os.environ.get(MARK), signal.pthread_sigmask(signal.SIG_BLOCK, DEAF)
     os.environ[MARK] = mark
     try:
@@ -246,11 +253,11 @@ def _own_handlers() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _shut_down() -> None:
-    """ray.shutdown, with this program's handlers of signals.
+def _shut_down(mark: str, processes: set[Any]) -> None:
+    """End the processes, all others that bear the mark, and what this one has of Ray, if it has.
 
-    Ray's own library takes them off, SIGTERM's too, before it waits for its processes to end: one that came then would
-    end this program in the middle of it.
+    Ray's own library takes this program's handlers of signals off, SIGTERM's too, before it waits for its processes to
+    end: one that came then would end this program in the middle of it.
     """
     import ray
 
@@ -268,13 +275,16 @@ def _shut_down() -> None:
 
         def kill_all_processes(*args: Any, **kwargs: Any) -> Any:
             put_back()
+            end_tree(None, mark, processes)  # they do not hear its SIGTERM
             return end_processes(*args, **kwargs)
 
         node.kill_all_processes = kill_all_processes
     try:
-        ray.shutdown()  # without its server it takes seconds, and its agents stay
+        if ray.is_initialized():
+            ray.shutdown()  # without its server it takes seconds, and its agents stay
     finally:
         put_back()
+        end_tree(None, mark, processes)
 
 
 def _servers(mark: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from runtime.ray_cluster import start_ray
 from tests.test_cli import ROOT
 
 CODE = """
-import os, subprocess, sys, time
+import multiprocessing, os, subprocess, sys, time
 
 BLOCK = "x" * 2**20
 
@@ -51,6 +51,15 @@ def parent(completions):
     with open(os.path.join(os.path.dirname(__file__), "pids"), "w") as file:
         file.write(f"{own.pid} {int(daemon.stdout)}")
     return [1.0] * len(completions)
+
+def ends(completions):
+    program = subprocess.Popen(["sleep", "60"])
+    program.terminate()
+    fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    fork.start()
+    fork.terminate()
+    fork.join(30)
+    return [float(100 * program.wait(30) + fork.exitcode)] * len(completions)
 
 def parent_then_stuck(completions):
     parent(completions)
@@ -185,6 +194,13 @@ def test_it_ends_with_a_worker_that_hangs_or_leaves(worker, tmp_path, name, kind
         assert failed.value.kind == kind
         assert alive(started(tmp_path)) == []
         one.close()
+
+
+def test_what_it_starts_hears_a_terminate(worker):
+    """Though an actor leaves what a batch system sends to its driver. -15 is SIGTERM's exit code."""
+    one = worker("ends")
+    assert one(ROWS, TrainerState())[0] == [-1515.0]
+    one.close()
 
 
 DRIVER = """

@@ -271,15 +271,32 @@ def test_a_signal_while_ray_starts_leaves_nothing(warm, tmp_path, delay):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_signal_to_every_process_of_a_job_is_the_drivers_to_obey(warm, tmp_path):
-    """Slurm warns all processes of a step, Ray's too, which would die of it."""
+@pytest.mark.parametrize("number, code", [(signal.SIGUSR1, 138), (signal.SIGTERM, 143)])
+def test_a_signal_to_every_process_of_a_job_is_the_drivers_to_obey(warm, tmp_path, number, code):
+    """Slurm signals all processes of a step, Ray's too, which would die of it and take the step with them."""
     with Command(*grpo(warm, tmp_path, "rollout.workers=1"), RAY_ADDRESS="local") as command:
         command.wait_until(steps_logged(tmp_path))
         for process in command.descendants():
-            process.send_signal(signal.SIGUSR1)
-        ended, said = command.send(signal.SIGUSR1)
-        assert ended == 138 and "SIGUSR1: stopped after step" in said, said
+            process.send_signal(number)
+        time.sleep(1)
+        ended, said = command.send(number)
+        assert ended == code and f"{signal.Signals(number).name}: stopped after step" in said, said
+        assert "is replaced" not in said
         assert len(checkpoint.steps(tmp_path / "checkpoints")) == 1
+        assert command.left() == ([], [])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ray_ends_with_a_driver_that_is_killed(warm, tmp_path):
+    with Command(*grpo(warm, tmp_path, "rollout.workers=1"), RAY_ADDRESS="local") as command:
+        command.wait_until(steps_logged(tmp_path))
+        command.descendants()
+        command.process.kill()
+        command.process.communicate()
+        until = time.monotonic() + 30
+        while command.left() != ([], []) and time.monotonic() < until:
+            time.sleep(0.2)
         assert command.left() == ([], [])
 
 

@@ -101,6 +101,7 @@ class RayRollouts:
         self.spec, self.config, self.start_timeout_s = spec, config, start_timeout_s
         self.version = UNPUBLISHED
         self._published: list[tuple[WeightUpdate, Probe | None]] = []  # what a fresh worker must take up, in order
+        self._carried: dict[int, WeightUpdate] = {}  # by version: those in Ray's memory, while somebody starts
         self._crashes: list[str] = []  # since the last finished group or publication
         self._replaced: dict[str, int] = {}  # restarts by reason, since the last generation reported them
         self._counts: list[dict[str, float]] = []
@@ -175,24 +176,21 @@ class RayRollouts:
                     self._kill(slot)
 
     def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float:
-        import ray
-
         if update.version <= self.version:
             raise WeightSyncError(f"version {update.version} comes after version {self.version}: versions only grow")
         if any(slot.call is not None for slot in self._slots):
             raise WeightSyncError(f"version {update.version} was published while groups are being written")
         check_alive()
-        carried = WeightUpdate(update.manifest, tuple(ray.put(chunk) for chunk in update.chunks))
         if update.manifest.kind == "full":
             self._published = []
         else:
             self._published = [(p, None) for p, _ in self._published if p.manifest.kind == "full"]
-        self._published.append((carried, probe))
+        self._published.append((update, probe))
         self.version = update.version
         self._crashes.clear()
         for slot in self._slots:
             if slot.actor is not None:
-                self._send(slot, carried, probe)
+                self._send(slot, update, probe)
         gap = self._settle()
         self._crashes.clear()
         return gap
@@ -231,7 +229,7 @@ class RayRollouts:
     def close(self) -> None:
         for slot in self._slots:
             self._kill(slot)
-        self._published = []
+        self._published, self._carried = [], {}
         self.cluster.stop()
 
     # ---- places ----
@@ -264,8 +262,15 @@ class RayRollouts:
             self._send(slot, update, probe)
 
     def _send(self, slot: _Slot, update: WeightUpdate, probe: Probe | None) -> None:
+        import ray
+
+        # Not for longer than it is taken up: where a node ends, Ray ends a program whose objects lay there.
+        if update.version not in self._carried:
+            chunks = tuple(ray.put(chunk) for chunk in update.chunks)
+            self._carried[update.version] = WeightUpdate(update.manifest, chunks)
+        carried = self._carried[update.version]
         trajectories = probe.trajectories if probe is not None else ()
-        slot.starting.append(slot.actor.take.remote((update.manifest, trajectories), *update.chunks))
+        slot.starting.append(slot.actor.take.remote((carried.manifest, trajectories), *carried.chunks))
         slot.probe, slot.last_seen = probe, time.monotonic()
 
     def _settle(self) -> float:
@@ -297,6 +302,8 @@ class RayRollouts:
             slot.process = ActorProcess(*answer)
         if slot.starting:
             return 0.0
+        if not any(each.starting for each in self._slots):
+            self._carried.clear()
         slot.version = self.version
         return slot.probe.check(slot.name, *answer) if slot.probe is not None else 0.0
 
