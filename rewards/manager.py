@@ -256,10 +256,14 @@ class RewardManager:
         with ThreadPoolExecutor(len(workers)) as pool:
             starting = [(name, pool.submit(worker.start)) for name, worker in workers]
         for name, future in starting:
+            where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
             try:
                 future.result()
+            except OSError as error:  # no more processes, files or memory
+                raise RewardFailed(
+                    f"rewards.{where}: its worker cannot be started ({error.strerror or error}); ask for fewer workers"
+                ) from None
             except CallFailed as failure:
-                where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
                 raise RewardFailed(f"rewards.{where}: {failure.message}\n{failure.stack}".rstrip()) from None
 
 

@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from record.trajectory import Trajectory
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
+from runtime.section import Section
 
 
-class TrackConfig(BaseModel):
+class TrackConfig(Section):
     """Where metrics go besides metrics.jsonl."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     wandb: Literal["online", "offline", "disabled", "auto"] = Field(
         "auto", description="auto: online with a login, else offline"

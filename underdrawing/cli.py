@@ -178,14 +178,17 @@ def _recipe(options: argparse.Namespace) -> Any:
     return load_recipe(options.recipe, options.overrides)
 
 
-def _dry_run(recipe: Any, trains: bool = False) -> int:
+def _dry_run(recipe: Any, rolls_out: bool = True, trains: bool = False) -> int:
     """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights."""
     from rewards.tree import lines
+    from sft.sources import check_data
     from underdrawing import build
     from underdrawing.preflight import preflight
     from underdrawing.recipe import dump_recipe
 
-    task, fmt = preflight(recipe, trains=trains)
+    task, fmt = preflight(recipe, rolls_out, trains)
+    if not rolls_out and recipe.sft.data is not None:
+        check_data(recipe.sft, recipe.policy.tiny.tags)
     with build.build_reward_manager(recipe, task, fmt):
         pass
     print(dump_recipe(recipe), end="")
@@ -202,7 +205,7 @@ def _resume(options: argparse.Namespace) -> bool | str:
 def _sft(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe, trains=True)
+        return _dry_run(recipe, rolls_out=False, trains=True)
     from underdrawing.jobs import run_sft
 
     print(f"warm-started weights: {run_sft(recipe, _resume(options))}")

@@ -9,38 +9,38 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from runtime.paths import WritePath
+from runtime.section import Retries, Seconds, Section
 
 
-class JudgeConfig(BaseModel):
+class JudgeConfig(Section):
     """An OpenAI-compatible endpoint that judges."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     base_url: str = Field(description="Where the API is, with its version: http://localhost:8000/v1.")
     model: str = Field(description="The model's name, as the endpoint knows it.")
     api_key_env: str = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the key; where it is not set, no key is sent."
     )
-    timeout_s: float = Field(60.0, gt=0, description="Seconds one attempt may take from first to last byte.")
-    retries: int = Field(
+    timeout_s: Seconds = Field(60.0, gt=0, description="Seconds one attempt may take from first to last byte.")
+    retries: Retries = Field(
         3,
-        ge=0,
         description="Further attempts after a timeout, a dropped connection, 429, 5xx or a "
         "reply that is no completion; then the question goes unjudged.",
     )
-    backoff_s: float = Field(
+    backoff_s: Seconds = Field(
         0.5,
         ge=0,
         description="Seconds before the first retry, doubled at each further one, "
         "with jitter of half to one and a half; Retry-After is honoured.",
     )
-    backoff_max_s: float = Field(
+    backoff_max_s: Seconds = Field(
         30.0, ge=0, description="The longest wait before a retry that the endpoint did not ask for."
     )
-    retry_after_max_s: float = Field(
+    retry_after_max_s: Seconds = Field(
         120.0,
         ge=0,
         description="The longest Retry-After that is waited for; after a longer one the question goes unjudged.",

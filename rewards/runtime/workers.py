@@ -22,6 +22,7 @@ from rewards.runtime.isolate import ProcessWorker
 from rewards.runtime.ray_worker import RayWorker
 from rewards.runtime.serving import RAISED, CallFailed, LoadedComponent, Spec, describe
 from runtime.errors import UserError
+from runtime.section import LONGEST_WAIT_S
 
 GIVE_UP_AFTER = 3  # calls of a part in a row that ran out of time, every attempt of them: no more in this step
 
@@ -207,7 +208,7 @@ class Component:
         logs, broken = Logs(), len(trajectories)
         for attempt in range(1, self.config.retries + 2):
             if attempt > 1:
-                time.sleep(self.config.retry_wait_s * 2 ** (attempt - 2))
+                time.sleep(min(self.config.retry_wait_s * 2 ** (attempt - 2), LONGEST_WAIT_S))
             try:
                 values, logs = self._call(worker, trajectories, state)
                 broken = sum(is_broken(value) for value in values)
