@@ -92,6 +92,51 @@ def test_a_dry_run_takes_any_value_or_says_a_sentence(capsys, tmp_path, monkeypa
         assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "tiny.yaml"]
 
 
+# As long as one likes: 10**9 of these is a run that nobody waits for.
+LONG = {
+    *("sft.demonstrations", "sft.max_steps", "sft.gradient_accumulation_steps", "grpo.steps", "grpo.prompts_per_step"),
+    *("grpo.max_rollout_rounds", "grpo.num_generations", "grpo.num_iterations", "rollout.workers"),
+}
+ONE_STEP = (
+    *("sft.demonstrations=4", "sft.batch_size=2", "sft.max_steps=1", "sft.warmup_steps=0", "rollout.max_tokens=60"),
+    *("grpo.steps=1", "grpo.prompts_per_step=2", "grpo.num_generations=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> Path:
+    """Weights of the recipe after one step of warm start."""
+    folder = tmp_path_factory.mktemp("warm")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    assert main(["sft", str(folder / "tiny.yaml"), *ONE_STEP, f"run_dir={folder}/run"]) == 0
+    return folder / "run/sft/model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in ("run_dir", "policy.tiny.vq")])
+def test_what_a_dry_run_takes_also_starts(capsys, tmp_path, monkeypatch, warm, key: str):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": "a blue square"}\n')
+    Path("tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    around = [override for prefix, override in AROUND.items() if key.startswith(prefix)]
+    commands = ["sft"] if key.startswith("sft.") else ["grpo"]
+    if key.split(".")[0] in ("seed", "policy", "format", "track"):
+        commands = ["sft", "grpo"]
+    small = [override for override in ONE_STEP if not override.startswith(f"{key}=")]
+    for number, value in enumerate(HOSTILE):
+        if value == 10**9 and key in LONG:
+            continue
+        given = [*around, f"{key}={written(value)}"]
+        for command in commands:
+            if main([command, "tiny.yaml", "--dry-run", *given]):
+                continue
+            capsys.readouterr()
+            weights = ["--weights", str(warm)] if command == "grpo" else []
+            code = main([command, "tiny.yaml", *weights, *given, *small, f"run_dir=run-{command}-{number}"])
+            said = capsys.readouterr().err
+            assert code in (0, 2) and "Traceback" not in said, f"{given}: code {code}, {said}"
+
+
 def written(value: Any) -> str:
     """A value as YAML on one line."""
     if isinstance(value, str):
