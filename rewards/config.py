@@ -90,10 +90,12 @@ class ComponentConfig(BaseModel):
         "its group. batch: all trajectories of the step. The first two are scored while others "
         "are still being sampled. None: for the toolkit's own what is so, else batch.",
     )
-    completions: Literal["auto", "interleaved", "text"] = Field(
+    completions: Literal["auto", "interleaved", "text", "strings"] = Field(
         "auto",
-        description="What `completions` holds. interleaved: words and PIL images. text: the words as one "
-        "string, for rewards written for text. auto: text for TRL's own functions, else interleaved.",
+        description="What `completions` holds. interleaved: message lists of words and PIL images. text: message lists "
+        "with the words as one string, for rewards written for text. strings: the words, without messages; `prompts` "
+        "are strings then, too. auto: text for TRL's own functions; strings where the function declares `completions: "
+        "list[str]`, or where neither prompts nor thoughts hold images; else interleaved.",
     )
     isolate: bool | None = Field(
         None,

@@ -225,6 +225,7 @@ class RewardManager:
             part.completions,
             self._spec if own else None,
             self.config.judge,
+            _conversational(self._spec.task, self._spec.fmt),
         )
         if part.runs_on == "driver":
             return Component(name, part, self._driver, spec.load(self.context if own else None))
@@ -243,6 +244,14 @@ class RewardManager:
             except CallFailed as failure:
                 where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
                 raise RewardFailed(f"rewards.{where}: {failure.message}\n{failure.stack}".rstrip()) from None
+
+
+def _conversational(task: Any, fmt: Format | None) -> bool:
+    """Whether TRL would call the run's prompts conversations: it must where a prompt or a thought holds images."""
+    if fmt is None or fmt.max_images > 0:
+        return True
+    records = task.prompts("train") if task is not None else ()
+    return any(not isinstance(r.get("prompt", ""), str) or r.get("image") or r.get("images") for r in records)
 
 
 def detector_of(config: RewardsConfig, task: Any) -> Detector | None:

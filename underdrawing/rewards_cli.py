@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
         help="an example of a column that its records have; YAML",
     )
     sub.add_argument("--factory", action="store_true", help="the function makes the reward, from the options")
-    sub.add_argument("--completions", choices=("auto", "interleaved", "text"), default="auto")
+    sub.add_argument("--completions", choices=("auto", "interleaved", "text", "strings"), default="auto")
     sub.add_argument("--scope", choices=tuple(SCOPES), help="what the recipe says of it")
     sub.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds a call may take (default 20)")
     sub.add_argument(
