@@ -213,7 +213,7 @@ class RewardManager:
         if self.config.judge is not None and self.config.judge.check_at_start:
             check = getattr(self.context.judge, "check", None)
             if check is not None:
-                check()
+                check({need for part in self.config.parts.values() for need in _judge_needs(part)})
 
     def _part(self, name: str, part: ComponentConfig) -> Component:
         own = part.function in REWARDS
@@ -244,6 +244,11 @@ class RewardManager:
             except CallFailed as failure:
                 where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
                 raise RewardFailed(f"rewards.{where}: {failure.message}\n{failure.stack}".rstrip()) from None
+
+
+def _judge_needs(part: ComponentConfig) -> tuple[str, ...]:
+    """What a part of the toolkit's own asks of the judge beside words."""
+    return REWARDS[part.function].judge_needs if part.function in REWARDS else ()
 
 
 def _conversational(task: Any, fmt: Format | None) -> bool:

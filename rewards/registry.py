@@ -24,6 +24,7 @@ class Registered:
     needs_detector: bool = False
     by_geneval: bool = False  # judges records by GenEval's rule, which knows four relations and the detector's colors
     needs_judge: bool = False
+    judge_needs: tuple[Literal["images", "logprobs"], ...] = ()  # what its questions ask for beside words
     scope: Literal["row", "group", "batch"] = "row"  # what a value may depend on: its trajectory, its group, the step
     runs_on: Literal["driver", "process"] = "driver"
 
@@ -121,6 +122,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="columns task, phrases, objects; the final image",
         differs="repaired (default) is None for prompts about places and counts; release pays them 0",
         needs_judge=True,
+        judge_needs=("images", "logprobs"),
         runs_on="process",
     ),
     Registered(
@@ -133,6 +135,7 @@ REWARDS: dict[str, Registered] = _by_name(
         differs="an image that was not scored is None, where the release's scorer in process leaves 0 and "
         "so pays for saying no",
         needs_judge=True,
+        judge_needs=("images", "logprobs"),
         runs_on="process",
     ),
     Registered(
@@ -378,6 +381,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "numbers as numbers; release pays that 0, stops on a question not found exactly once, drops "
         "signs, and has a format part that is always 0",
         needs_judge=True,
+        judge_needs=("images",),
         runs_on="process",
     ),
     Registered(

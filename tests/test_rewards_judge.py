@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from judge_server import Answer, JudgeServer
 from pydantic import ValidationError
 from rewards_helpers import image_segment, text, trajectory_of
 
@@ -18,6 +19,7 @@ from rewards.config import RewardsConfig
 from rewards.contract import RewardError, RewardFailed
 from rewards.detectors.base import UnknownClass
 from rewards.formula.expression import ExpressionError
+from rewards.judge.client import JudgeDown
 from rewards.loader import load_reward
 from rewards.manager import RewardManager
 from rewards.runtime.isolate import ProcessWorker
@@ -168,6 +170,24 @@ class Prompts:
 
     def prompts(self, split):
         return self.records
+
+
+def test_the_start_asks_as_the_parts_will():
+    """t2i_r1_yes shows images and reads log-probs; an endpoint without these is found out before the run."""
+
+    def answer(body, _):
+        kinds = {part["type"] for m in body["messages"] if isinstance(m["content"], list) for part in m["content"]}
+        refused = "image_url" in kinds or "logprobs" in body
+        return Answer(status=400, body=b'{"error": {"message": "words only"}}') if refused else "yes"
+
+    def manager(server, function):
+        judge = {"base_url": server.url, "model": "judge", "retries": 0}
+        return RewardManager(RewardsConfig.model_validate({"parts": {"a": {"function": function}}, "judge": judge}))
+
+    with JudgeServer(answer) as server:
+        with pytest.raises(JudgeDown, match="refuses images .*rewards.judge.model"):
+            manager(server, "t2i_r1_yes")
+        manager(server, "deepeyes").close()  # which compares words
 
 
 # ---- composition --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ rewards:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -48,14 +48,37 @@ class JudgeConfig(BaseModel):
         None, description="Folder that keeps replies, by the whole request; None: none are kept. Failures never are."
     )
     max_tokens: int = Field(512, ge=1, description="Tokens of a reply.")
-    temperature: float = Field(0.0, ge=0, description="The judge's sampling temperature.")
+    token_limit: Literal["max_tokens", "max_completion_tokens"] | None = Field(
+        "max_tokens",
+        description="The name under which a reply's limit is sent: max_completion_tokens for OpenAI's reasoning "
+        "models. None: no limit is sent.",
+    )
+    reasoning_tokens: int = Field(
+        0, ge=0, description="Tokens added to every limit, for a model that reasons before it answers."
+    )
+    temperature: float | None = Field(
+        0.0,
+        ge=0,
+        description="The judge's sampling temperature. None: none is sent, also where a reward names one, for "
+        "endpoints that refuse it.",
+    )
+    system_role: Literal["system", "developer", "user"] = Field(
+        "system",
+        description="The role of instructions, such as `agrees` gives. user: they stand before the question, for "
+        "endpoints that refuse the others.",
+    )
     top_logprobs: int = Field(
         20, ge=1, le=20, description="Candidates asked for where a probability is read from log-probs."
     )
     check_at_start: bool = Field(
         True,
-        description="Ask the endpoint for its models before the run, so that one that "
-        "is down or lacks the model stops it at once.",
+        description="Ask the endpoint for its models before the run, and questions as the run will, so that one that "
+        "is down, lacks the model or refuses the questions stops it at once.",
+    )
+    check_with: list[Literal["images", "logprobs"]] = Field(
+        default_factory=list,
+        description="What the questions at the start hold beside words, for rewards of your own. Of the toolkit's own "
+        "parts it is known.",
     )
     extra_body: dict[str, Any] = Field(
         default_factory=dict,

@@ -90,7 +90,7 @@ class Wire:
         return read_completion(content, bool(body.get("logprobs")))
 
     async def models(self) -> list[str]:
-        """Names of the models; empty where the endpoint lists none but answers a question. Raises Failed."""
+        """Names of the models; empty where the endpoint lists none. Raises Failed."""
         status, _, content = await self._send("GET", "/models")
         if status == 200:
             try:
@@ -99,7 +99,6 @@ class Wire:
                 pass
         elif status in (401, 403) or status >= 500:
             raise Failed("refused", f"status {status}: {_said(content)}", status)
-        await self.complete(body_of(Question.of("Say yes.", max_tokens=16), self.config))
         return []
 
     async def _send(
@@ -134,15 +133,36 @@ class Wire:
 
 def body_of(question: Question, config: JudgeConfig, logprobs: bool = False) -> dict[str, Any]:
     """The JSON of a request, images as data URLs."""
-    body: dict[str, Any] = {
-        "model": config.model,
-        "messages": [{**message, "content": _content(message["content"])} for message in question.messages],
-        "max_tokens": question.max_tokens or (4 if logprobs else config.max_tokens),
-        "temperature": config.temperature if question.temperature is None else question.temperature,
-    }
+    messages = [{**message, "content": _content(message["content"])} for message in question.messages]
+    body: dict[str, Any] = {"model": config.model, "messages": _addressed(messages, config.system_role)}
+    if config.token_limit is not None:
+        limit = question.max_tokens or (4 if logprobs else config.max_tokens)
+        body[config.token_limit] = limit + config.reasoning_tokens
+    if config.temperature is not None:
+        body["temperature"] = config.temperature if question.temperature is None else question.temperature
     if logprobs:
         body |= {"logprobs": True, "top_logprobs": config.top_logprobs}
     return {**body, **config.extra_body}
+
+
+def _addressed(messages: list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
+    """With system messages under another role; as `user` they stand before the words of the message that follows."""
+    if role != "user":
+        return [{**message, "role": role} if message["role"] == "system" else message for message in messages]
+    others: list[dict[str, Any]] = []
+    before: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            before.append(message["content"])
+            continue
+        if before:
+            words, content = "\n\n".join(before), message["content"]
+            joined = (
+                f"{words}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": words}, *content]
+            )
+            message, before = {**message, "content": joined}, []
+        others.append(message)
+    return others
 
 
 def _content(content: Any) -> Any:
