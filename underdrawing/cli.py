@@ -239,16 +239,18 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> int:
-    from record.store import load_trajectories
+    from record.store import check_beside, load_trajectories
     from underdrawing.report.page import ReportData, report_data, write_report
 
     folder: Path = options.folder
+    page = options.out or folder / "report.html"
+    check_beside(page)
     if (folder / "trajectories.parquet").is_file():
         trajectories = load_trajectories(folder)
         data = ReportData(folder.name, f"{len(trajectories)} stored trajectories", sampled=[(0, trajectories)])
     else:
         data = report_data(folder)
-    print(f"report: {write_report(data, options.out or folder / 'report.html')}")
+    print(f"report: {write_report(data, page)}")
     return 0
 
 
