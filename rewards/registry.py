@@ -338,9 +338,9 @@ REWARDS: dict[str, Registered] = _by_name(
         "VRAG-RL, arXiv:2505.22019; Alibaba-NLP/VRAG VRAG-RL/verl/workers/reward_manager/rm.py",
         inputs="columns ground_truth, question, file_name, reference_pages; the policy's words; the pages that "
         "the search tool returned (info['retrieved'])",
-        differs="repaired (default) reads the policy's words alone, counts each page once and leaves the "
-        "unjudged None; release reads tags in user turns too, pays a page again each time it is "
-        "retrieved (NDCG above 1), and pays a failed judge as wrong",
+        differs="repaired (default) reads the policy's words alone, counts each page once, asks nothing about a blank "
+        "answer (it is wrong) and leaves the unjudged None; release reads tags in user turns too, pays a page again "
+        "each time it is retrieved (NDCG above 1), and pays a failed judge as wrong",
         needs_judge=True,
         runs_on="process",
     ),
@@ -353,9 +353,10 @@ REWARDS: dict[str, Registered] = _by_name(
         "Visual-ARFT/src/visual_arft/src/open_r1/grpo_agent_{code,search}.py",
         inputs="column ground_truth with its tag; the policy's step; whether its code ran",
         differs="repaired (default) pays code only if the environment ran it without an error (None if nobody "
-        "ran it), counts repeated words in F1, needs the tags, and pays either of two rotations for "
-        "half; release pays 0.9 for any text, counts shared words once, compares whole texts without "
-        "tags, and in search tries math-verify over them first",
+        "ran it), counts repeated words in F1, needs the tags, also around several lines, overlooks white space at "
+        "the ends, wants the form of the reference's step, and pays either of two rotations for half; release pays "
+        "0.9 for any text, counts shared words once, compares whole texts without tags, and in search tries "
+        "math-verify over them first and takes the form of either step",
         runs_on="process",
     ),
     Registered(
@@ -366,8 +367,8 @@ REWARDS: dict[str, Registered] = _by_name(
         "OpenThinkIMG, arXiv:2505.08617; OpenThinkIMG/OpenThinkIMG r1_v/open_r1/tool_grpo.py",
         inputs="column ground_truth; the policy's turns",
         differs="repaired (default) reads the answer of the Terminate action wherever it is in the last turn "
-        "and nothing else; release gives the whole turn to math-verify first, reads the first action "
-        "only, and stops where there is no list of turns",
+        "and nothing else, and compares words but for case and white space; release gives the whole turn to "
+        "math-verify first, reads the first action only, and stops where there is no list of turns",
         runs_on="process",
     ),
     Registered(
