@@ -355,6 +355,33 @@ BROKEN = {
 }
 
 
+# The end-of-turn token is a segment of its own, whose text may be empty.
+ENDED = ("end", "</s>")
+
+
+@pytest.mark.parametrize(
+    ("parts", "at"),
+    [
+        ([*GOOD, ENDED, ("refine", "<refine>red</refine>"), ("redraw", None), GOOD[2]], 4),  # words follow
+        ([*GOOD[:2], ENDED, GOOD[2]], 3),  # the end and words in one stretch
+        ([GOOD[0], ENDED, *GOOD[1:]], 2),  # an image follows
+        ([*GOOD, ENDED, ENDED], 4),  # the end twice
+        ([ENDED, *GOOD], 1),  # before anything was written
+    ],
+)
+@pytest.mark.parametrize("text", ["", "</s>"])
+def test_a_turn_that_goes_on_after_its_end_is_none(parts, at, text):
+    parts = [(role, text if role == "end" else words) for role, words in parts]
+    found = FORMATS["strokes"].violations(thought(parts))
+    assert (at, "the turn ended here, but more follows; expected nothing") in [(v.segment, v.message) for v in found]
+    whole = [part for number, part in enumerate(parts, 1) if part[0] != "end" or number == len(parts)]
+    assert all("ended here" not in v.message for v in FORMATS["strokes"].violations(thought(whole)))
+
+
+def test_an_end_at_the_end_is_no_violation_and_no_role():
+    assert FORMATS["strokes"].violations(thought([*GOOD, ("end", "")])) == []
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_rejected_is_named(case):
     parts, segment, message = BROKEN[case]

@@ -412,3 +412,15 @@ def test_reasons_are_logged_by_row():
     logged = {}
     paid = geneval(rows, RewardContext.of(None, None, NamesColors()), logged.__setitem__)
     assert paid == [1.0, 0.0, 0.0] and logged == {"reason": ["", "expected cat>=5, found 4", "no image"]}
+
+
+def test_a_relation_holds_only_past_half_of_the_distance():
+    """Centres 3 and 4 apart, so 5 in all; of the 3 a tenth of both widths, 0.5, is slack: 2.5 / 5 is no side yet."""
+    box, other = (0.0, 0.0, 2.0, 2.0), (2.5, 4.0, 5.5, 6.0)
+    assert relations(box, other) == {"above"} and relations(other, box) == {"below"}  # (4 - 0.4) / 5
+    nearer = (2.5, 4.0, 5.4, 6.0)  # 2.95 apart, and 0.49 slack, over 4.97
+    assert relations(box, nearer) == {"above"}
+    farther = (2.6, 4.0, 5.6, 6.0)  # 3.1 - 0.5 over 5.06
+    assert relations(box, farther) == {"left of", "above"} and relations(farther, box) == {"right of", "below"}
+    turned, other = (0.0, 0.0, 2.0, 2.0), (4.0, 2.5, 6.0, 5.5)
+    assert relations(turned, other) == {"left of"} and relations(other, turned) == {"right of"}
