@@ -378,9 +378,10 @@ REWARDS: dict[str, Registered] = _by_name(
         "VisTA, arXiv:2505.20289; OoDBag/VisTA vista/src/r1-v/src/open_r1/grpo.py",
         inputs="columns ground_truth, question, and answer_without_tools and answers_with_tools, or "
         "tool_outputs and a judge's endpoint that serves the frozen model; the policy's words",
-        differs="repaired (default) leaves a row None where the frozen model did not answer and compares "
-        "numbers as numbers; release pays that 0, stops on a question not found exactly once, drops "
-        "signs, and has a format part that is always 0",
+        differs="repaired (default) leaves a row None where the frozen model did not answer, reads the last answer "
+        "block of either, takes a pick of no tool as the same question twice, and compares numbers as numbers and "
+        "words but for articles and marks; release pays an unanswered one 0, reads the first block after the word "
+        "assistant, stops on a question not found exactly once, drops signs, and has a format part that is always 0",
         needs_judge=True,
         judge_needs=("images",),
         runs_on="process",

@@ -1,5 +1,5 @@
-"""Where the repaired forms of VRAG-RL, Visual-ARFT and OpenThinkIMG depart from their releases: why, as a predicate of
-the thought; without a reason both pay the same."""
+"""Where the repaired forms of VRAG-RL, Visual-ARFT, OpenThinkIMG and VisTA depart from their releases: why, as a
+predicate of the thought; without a reason both pay the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rewards.contract import RewardContext
 from rewards.functions.answers import parsed, verified
 from rewards.functions.comparisons import squad_normalised
 from rewards.functions.text import transcript
-from rewards.published import openthinkimg, visual_arft, vrag
+from rewards.published import openthinkimg, vista, visual_arft, vrag
 from rewards.registry import REWARDS
 
 THINK = "<think>ok</think>"
@@ -133,7 +133,87 @@ def open_pays(turns, gold, variant):
     return openthinkimg.openthinkimg([trajectory_of({"ground_truth": gold}, *parts[:-1])], variant=variant)[0]
 
 
+# ---- VisTA ----------------------------------------------------------------------------------------------------------
+
+PLAIN_NUMBER = r"\d+(\.\d+)?"
+
+
+def vista_departs(said, without, helped, gold):
+    why = []
+    block = re.fullmatch(r"[^<>]*<answer>([\d, ]*)</answer>[^<>]*", said)
+    if block is None or "assistant" in said or any(int(n) > 8 for n in re.findall(r"\d+", block[1])):
+        why.append("another pick")
+    elif not block[1].strip(", "):
+        why.append("no tool")
+    for reply in (without, helped):
+        inside = re.fullmatch(r"[^<>]*(?:<answer>([^<>\n]*)</answer>)?[^<>]*", reply)
+        if inside is None or "assistant" in reply:
+            why.append("another answer of the frozen model")
+            continue
+        answer, wanted = (inside[1] if inside[1] is not None else reply).strip(), gold.strip()
+        if re.fullmatch(PLAIN_NUMBER, wanted) and float(wanted):  # a release drops signs and runs digits together
+            if re.search(r"\d", answer) and not re.fullmatch(PLAIN_NUMBER, answer):
+                why.append("numbers as numbers")
+        elif wanted.startswith("["):
+            if re.fullmatch(r"[a-z]+(( and |, )[a-z]+)*", answer) is None:
+                why.append("items of a list")
+        elif re.search(r"\d", wanted):
+            why.append("numbers as numbers")  # zero, a sign, a share
+        elif re.search(r"[^a-z ]|\b(a|an|the)\b", f"{answer} {wanted}".lower()):
+            why.append("words but for articles and marks")
+    return why
+
+
+def vista_pays(said, without, helped, gold, variant):
+    picks = {
+        ",".join(map(str, sorted(pick))) for pick in (vista.read_tools(said)[0], vista.read_tools_release(said) or [])
+    }
+    record = {"ground_truth": gold, "answer_without_tools": without, "answers_with_tools": dict.fromkeys(picks, helped)}
+    return vista.vista([trajectory_of(record, text("answer", said))], RewardContext(judge=Judge()), variant=variant)[0]
+
+
 # ---- on the reference records ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parity
+def test_vista_pays_the_same_without_a_reason(reference_records):
+    alike = 0
+    for record in reference_records("rewards/vista.jsonl"):
+        inputs = record["inputs"]
+        replies = [inputs.get(key) for key in ("answer_without_tools", "answer_with_tools")]
+        if record["function"] != "tool_gain" or inputs["question_matches"] != 1 or None in replies:
+            continue  # no whole reward, an error, or an unjudged one: test_shelf_vista.py
+        given = inputs["response_text"], *replies, inputs["ground_truth"]
+        assert vista_pays(*given, "release") == pytest.approx(record["outputs"]["total"])
+        if not vista_departs(*given):
+            alike += 1
+            assert vista_pays(*given, "repaired") == pytest.approx(record["outputs"]["total"]), given
+    assert alike
+
+
+@pytest.mark.parametrize(
+    ("given", "why", "released", "repaired"),
+    [
+        (("<answer>2</answer>", "red", "<answer>blue</answer>", "blue"), [], 1.0, 1.0),
+        (("<answer>2, 0</answer>", "blue", "red", "blue"), [], -0.5, -0.5),
+        (("<answer>2</answer>", "100", "so <answer>104.9</answer>", "100"), [], 1.0, 1.0),
+        (("<answer>2</answer>", "red", "green and red", "[red, green]"), [], 1.0, 1.0),
+        (("<answer></answer>", "red", "blue", "blue"), ["no tool"], 1.0, 0.0),  # the same question twice
+        (("3", "red", "blue", "blue"), ["another pick"], 1.0, 0.0),  # the release takes the whole text
+        (("<answer>2</answer>", "red", "-100", "100"), ["numbers as numbers"], 1.0, 0.0),
+        (("<answer>2</answer>", "0", "0.0", "0"), ["numbers as numbers"] * 2, -0.5, 1.0),
+        (("<answer>2</answer>", "red", "The kite.", "kite"), ["words but for articles and marks"], 0.0, 1.0),
+        (
+            ("<answer>2</answer>", "red", "<answer>red</answer> or <answer>blue</answer>", "red"),
+            ["another answer of the frozen model"],
+            1.0,
+            -0.5,
+        ),
+    ],
+)
+def test_vista_by_hand(given, why, released, repaired):
+    assert vista_departs(*given) == why
+    assert (vista_pays(*given, "release"), vista_pays(*given, "repaired")) == (released, repaired)
 
 
 @pytest.mark.parity
@@ -272,6 +352,7 @@ def test_openthinkimg_by_hand(turn, gold, why, released, repaired):
             ["without an error", "repeated words", "needs the tags", "white space", "two rotations", "form"],
         ),
         ("openthinkimg", ["Terminate", "math-verify", "case", "first action"]),
+        ("vista", ["numbers as numbers", "last answer block", "no tool", "None"]),
     ],
 )
 def test_the_registry_says_where_they_differ(name, words):
