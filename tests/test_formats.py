@@ -412,6 +412,56 @@ def test_a_limit_is_told_from_a_fault():
     assert "before anything" in fmt.violations(thought([], StopReason.MAX_TOKENS))[0].message
 
 
+def test_a_limit_after_an_earlier_fault_tells_both():
+    fmt = FORMATS["strokes"]
+    parts = [("plan", "<ins>add red</ins>"), *GOOD[1:2]]  # no description
+    found = fmt.violations(thought(parts, StopReason.MAX_CONTEXT))
+    assert [(v.segment, v.message) for v in found] == [
+        (1, "'plan' lacks <des>, which is expected after </ins>"),
+        (2, "stopped by max_context after sketch; expected <inspect> (inspect)"),
+    ]
+    at_the_end = fmt.violations(thought(parts))
+    assert [v.segment for v in at_the_end] == [1, 2] and "the turn ends after 'sketch'" in at_the_end[1].message
+
+
+def test_an_image_needs_ids_pixels_or_a_latent():
+    for kept in ("ids", "image", "latent", None):
+        trajectory = thought([GOOD[0], GOOD[1], GOOD[2]])
+        sketch = trajectory.segments[2]
+        sketch.ids = sketch.ids if kept == "ids" else sketch.ids[:0]
+        sketch.image = np.zeros((2, 2, 3), np.uint8) if kept == "image" else None
+        sketch.latent = np.zeros((1, 2, 2), np.float32) if kept == "latent" else None
+        found = [(v.segment, v.message) for v in FORMATS["strokes"].violations(trajectory)]
+        assert found == ([(2, "'sketch' holds no image")] if kept is None else [])
+
+
+def test_an_empty_text_segment_is_named():
+    found = FORMATS["strokes"].violations(thought([*GOOD[:2], ("inspect", ""), GOOD[2]]))
+    assert [(v.segment, v.message) for v in found][0] == (
+        3,
+        "'inspect' is empty; expected <refine> (refine), <ins> (plan) or the end",
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "at"),
+    [
+        ([("inspect", "<refine"), ("refine", ">red</refine>")], 4),  # where the tag is whole
+        ([("inspect", "<refine>"), ("refine", "red</refine>")], 3),
+        ([("inspect", "<refine>red</refine>")], 3),
+    ],
+)
+def test_a_tag_out_of_order_is_named_where_it_ends(parts, at):
+    found = FORMATS["strokes"].violations(thought([*GOOD[:2], *parts]))
+    assert (found[0].segment, "<refine> (refine) follows 'sketch'" in found[0].message) == (at, True)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(40, "x" * 40), (41, "x" * 37 + "...")])
+def test_words_outside_of_any_role_are_shown_in_part(length, shown):
+    found = FORMATS["strokes"].violations(thought([*GOOD, ("other", "x" * length)]))
+    assert found[0].message.startswith(f"'{shown}' stands outside any role")
+
+
 def test_a_cut_image_is_a_violation():
     trajectory = thought([*GOOD, *GOOD])
     trajectory.segments[2].ids = trajectory.segments[2].ids[:-1]
