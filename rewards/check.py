@@ -322,6 +322,8 @@ class _Checker:
     def _blindness(self) -> None:
         """Values must move when all that the policy wrote is other words and other pixels."""
         assert self.values is not None
+        if isinstance(self.judge, StandIn):  # which sees no more of an image than its size
+            return
         judged = [value for value in self.values if value is not None]
         if len(judged) < 2 or all(value == judged[0] for value in judged):  # told by _values
             return

@@ -457,6 +457,16 @@ def without_images(trajectory):
     return replace(trajectory, segments=[s for s in trajectory.segments if s.image is None or s.author != "policy"])
 
 
+def shown_to_a_judge(trajectories, judge):
+    asked = [Question.of("Is it fine?", [image]) for t in trajectories for image in t.images()[-1:]]
+    said = iter(judge.yes_probability(asked))
+    return [next(said) if t.images() else None for t in trajectories]
+
+
+def test_what_a_made_up_judge_says_of_images_is_not_held_against_a_reward():
+    assert not any(BLIND in note for note in check_reward(shown_to_a_judge).notes)
+
+
 def test_what_reads_only_the_shape_of_a_thought_is_told_so():
     (told,) = [note for note in check_reward(images_counted).notes if BLIND in note]
     assert "strings" not in told  # it reads no completions
