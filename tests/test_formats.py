@@ -462,6 +462,13 @@ def test_words_outside_of_any_role_are_shown_in_part(length, shown):
     assert found[0].message.startswith(f"'{shown}' stands outside any role")
 
 
+def test_stray_words_reach_to_the_next_tag_that_opens():
+    """A closing tag among them is a part of the same fault, and no second one."""
+    found = FORMATS["strokes"].violations(thought([*GOOD, ("other", "so </inspect> then <refine>red</refine>")]))
+    told = [v.message for v in found if "outside any role" in v.message]
+    assert len(told) == 1 and told[0].startswith("'so </inspect> then' stands outside any role")
+
+
 def test_a_cut_image_is_a_violation():
     trajectory = thought([*GOOD, *GOOD])
     trajectory.segments[2].ids = trajectory.segments[2].ids[:-1]
