@@ -94,7 +94,7 @@ def run_arm(options: argparse.Namespace, arm: str, kind: str, tokens: float) -> 
         run_grpo(with_steps(recipe, (done[-1] if done else 0) + left), options.warm_start, resume=True)
     newest = checkpoint.latest(folder / "checkpoints")
     assert newest is not None
-    heldout = run_evaluate(local(recipe, threads=2), newest / "weights", f"equal_{kind}", replace=True)
+    heldout = run_evaluate(local(recipe), newest / "weights", f"equal_{kind}", replace=True)
     result = {"score": heldout.score, "first_sketch": heldout.means["first_sketch"], **spent(folder)}
     kept.write_text(json.dumps(result))
     return result

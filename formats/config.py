@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from formats.base import Format
 from formats.registry import get_format
 from runtime.errors import UserError
 from runtime.paths import ObjectPath, Options
+from runtime.section import Section
 
 
-class FormatConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
+class FormatConfig(Section):
     name: ObjectPath = Field(
         "strokes",
         description="The way of thinking: strokes, subgoals, self_critique, a registered "

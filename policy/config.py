@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from runtime.paths import ObjectPath, ReadPath, read_path
+from runtime.section import LARGEST_SEED, Section
 
-LARGEST_SEED = 2**32 - 1  # that numpy takes
 SHAPES_VQ = "shapes"  # of policy.tiny.vq: a name, and no path
 
 
-class LoraSection(BaseModel):
+class LoraSection(Section):
     """Low-rank adapters through peft (arXiv:2106.09685); the base weights stay frozen."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     r: int = Field(16, ge=1, le=65536, description="Rank of the adapters.")
     alpha: int = Field(32, ge=1, le=2**31, description="Scaling numerator: updates are scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input. Not 0: ratios are not 1.")
     target_modules: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
         description="Names of the linear layers that get adapters. The output head cannot be one of them.",
     )
 
@@ -35,10 +34,8 @@ class LoraSection(BaseModel):
         return self
 
 
-class TinySection(BaseModel):
+class TinySection(Section):
     """A small model of the full-size class, built offline with fresh weights."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     hidden_size: int = Field(128, ge=8, le=65536, description="Width of the decoder.")
     num_hidden_layers: int = Field(5, ge=1, le=1024, description="Layers of the decoder.")
@@ -82,10 +79,8 @@ class TinySection(BaseModel):
         return self
 
 
-class PolicyConfig(BaseModel):
+class PolicyConfig(Section):
     """Which model thinks."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     family: ObjectPath = Field(
         "chameleon", description="A known family, or the dotted path of a function (PolicyConfig, words) -> Policy."

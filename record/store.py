@@ -167,6 +167,23 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
+def check_beside(file: str | Path) -> None:
+    """Whether a file of somebody's may be written there without getting in the way of saving trajectories.
+
+    Raises:
+        StoreError: it would lie in stored trajectories, which are replaced whole and never with a foreign file in them.
+            A report.html is none.
+    """
+    file = Path(file)
+    place = file.resolve()
+    for folder in place.parents:
+        if _is_stored(folder) and place != folder / _PAGE:
+            raise StoreError(
+                f"{file}: would lie in stored trajectories ({folder}), and a run that is resumed refuses to save where "
+                f"it finds it; name a file outside, such as {folder.parent / f'{folder.name}-{file.name}'}"
+            )
+
+
 def _is_stored(folder: Path) -> bool:
     try:
         return _VERSION_KEY in (pq.read_schema(folder / "trajectories.parquet").metadata or {})

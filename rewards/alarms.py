@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from record.trajectory import Trajectory
 from rewards.functions.tool_use import tool_calls
 from runtime.errors import UserError
+from runtime.section import Section
 
 Name = Literal["divergence", "tool_rate", "rubber_stamp", "zero_variance", "diversity", "unjudged"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -40,10 +41,8 @@ class AlarmRaised(UserError):
     """A fatal alarm: the step was finished and saved, and the run stops here."""
 
 
-class AlarmsConfig(BaseModel):
+class AlarmsConfig(Section):
     """Signs of reward hacking and collapse. A threshold of None turns its alarm off."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     window: int = Field(
         20,

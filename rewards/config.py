@@ -17,7 +17,7 @@ import keyword
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rewards.alarms import AlarmsConfig
 from rewards.detectors.registry import BACKENDS, DetectorConfig
@@ -29,6 +29,7 @@ from rewards.registry import REWARDS
 from runtime.errors import nearest
 from runtime.paths import ObjectPath, Options
 from runtime.ray_options import RayShare
+from runtime.section import Retries, Seconds, Section
 
 Scope = Literal["row", "group", "batch"]
 RunsOn = Literal["driver", "process", "ray"]
@@ -37,15 +38,13 @@ RENAMED = {"watch": "log_only"}  # keys of a component
 RENAMED_OPTIONS = {"picture": "image"}  # of the toolkit's own functions
 
 
-class WorkersConfig(BaseModel):
+class WorkersConfig(Section):
     """Who runs a part, or the detector: processes of this machine, or Ray actors."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["process", "ray"] = Field(
         "process", description="process: children of this process. ray: actors, on any machine of the cluster."
     )
-    count: int = Field(1, ge=1, description="How many, each with the function and its models loaded.")
+    count: int = Field(1, ge=1, le=1024, description="How many, each with the function and its models loaded.")
     num_gpus: RayShare = Field(0.0, description="GPUs of each Ray actor; a fraction shares one.")
     num_cpus: RayShare = Field(1.0, description="CPUs of each Ray actor, as Ray counts them.")
     batch_size: int | None = Field(
@@ -63,10 +62,8 @@ class WorkersConfig(BaseModel):
         return self
 
 
-class ComponentConfig(BaseModel):
+class ComponentConfig(Section):
     """One reward part."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     function: ObjectPath = Field(
         description="A registered name, 'package.module.function', or 'path/to/file.py:function'."
@@ -94,10 +91,12 @@ class ComponentConfig(BaseModel):
         "its group. batch: all trajectories of the step. The first two are scored while others "
         "are still being sampled. None: for the toolkit's own what is so, else batch.",
     )
-    completions: Literal["auto", "interleaved", "text"] = Field(
+    completions: Literal["auto", "interleaved", "text", "strings"] = Field(
         "auto",
-        description="What `completions` holds. interleaved: words and PIL images. text: the words as one "
-        "string, for rewards written for text. auto: text for TRL's own functions, else interleaved.",
+        description="What `completions` holds. interleaved: message lists of words and PIL images. text: message lists "
+        "with the words as one string, for rewards written for text. strings: the words, without messages; `prompts` "
+        "are strings then, too. auto: text for TRL's own functions; strings where the function declares `completions: "
+        "list[str]`, or where neither prompts nor thoughts hold images; else interleaved.",
     )
     isolate: bool | None = Field(
         None,
@@ -105,18 +104,18 @@ class ComponentConfig(BaseModel):
         "yes, except for those of this toolkit's own that are quick and call nobody.",
     )
     workers: WorkersConfig | None = Field(None, description="Who runs an isolated part. None: one process.")
-    timeout_s: float | None = Field(
+    timeout_s: Seconds | None = Field(
         None,
         gt=0,
         description="Seconds one call may take (isolated parts). After three "
         "in a row the part is not called again in that step. None: 60, and where it asks "
         "the judge, twice its client's patience more.",
     )
-    load_timeout_s: float = Field(300.0, gt=0, description="Seconds that importing the function may take.")
-    retries: int = Field(
-        1, ge=0, description="Further calls after one that raised, hung, crashed or gave NaN; then the rows are None."
+    load_timeout_s: Seconds = Field(300.0, gt=0, description="Seconds that importing the function may take.")
+    retries: Retries = Field(
+        1, description="Further calls after one that raised, hung, crashed or gave NaN; then the rows are None."
     )
-    retry_wait_s: float = Field(0.5, ge=0, description="Seconds before the first retry; doubled at each further one.")
+    retry_wait_s: Seconds = Field(0.5, ge=0, description="Seconds before the first retry; doubled at each further one.")
 
     @model_validator(mode="before")
     @classmethod
@@ -145,10 +144,8 @@ class ComponentConfig(BaseModel):
         return self.scope or (REWARDS[self.function].scope if is_own(self.function) else "batch")
 
 
-class RewardsConfig(BaseModel):
+class RewardsConfig(Section):
     """All parts, the formula over them, and how much failure the run bears."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     parts: dict[str, ComponentConfig] = Field(min_length=1, description="Reward parts by the names that `total` uses.")
     total: str | None = Field(
@@ -176,7 +173,7 @@ class RewardsConfig(BaseModel):
     detector_workers: WorkersConfig | None = Field(
         None, description="Who runs the detector for the parts that stand in the driver. None: the driver itself."
     )
-    detector_timeout_s: float = Field(120.0, gt=0, description="Seconds one call of detector_workers may take.")
+    detector_timeout_s: Seconds = Field(120.0, gt=0, description="Seconds one call of detector_workers may take.")
     judge: JudgeConfig | None = Field(None, description="The endpoint of the parts that ask a judge.")
     alarms: AlarmsConfig = Field(default_factory=AlarmsConfig, description="Signs of reward hacking and collapse.")
 

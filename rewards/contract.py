@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 from PIL import Image
@@ -30,7 +30,7 @@ from rewards.limits import LARGEST, too_large
 from runtime.errors import UserError, nearest
 
 Value = float | dict[int, float] | None
-View = Literal["auto", "interleaved", "text"]
+View = Literal["auto", "interleaved", "text", "strings"]
 Reward = Callable[..., Any]  # sync or async; returns Sequence[float | Mapping[int, float] | None]
 
 # Keys that TRL keeps for itself: a record's own `prompt` is in trajectories[i].prompt.
@@ -124,13 +124,16 @@ class Logs:
 # ---- what the policy wrote -------------------------------------------------------------------------------------
 
 
-def completion(trajectory: Trajectory, view: View = "interleaved") -> list[dict[str, Any]]:
+def completion(trajectory: Trajectory, view: View = "interleaved") -> list[dict[str, Any]] | str:
     """The policy's own words and images as messages; what the environment or the user wrote is left out.
 
     interleaved: one assistant message for every stretch that no observation interrupts. Its content is a string when
     it holds no image, else a list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": PIL}``.
     text: one message whose content is all the words as one string, which is what text-only rewards read.
+    strings: all the words as one string, without a message around it, as TRL gives for prompts that are strings.
     """
+    if view == "strings":
+        return policy_text(trajectory)
     if view == "text":
         return [{"role": "assistant", "content": policy_text(trajectory)}]
     turns: list[list[dict[str, Any]]] = [[]]
@@ -217,6 +220,7 @@ def call(
     options: Mapping[str, Any],
     state: TrainerState,
     view: View,
+    conversational: bool = True,
     context: RewardContext | None = None,
     judge: JudgeLike | None = None,
     known_columns: Sequence[str] = (),
@@ -224,6 +228,7 @@ def call(
     """Call a reward once. Returns one value a trajectory (NaN left as it is) and what it logged.
 
     Args:
+        view: what `completions` holds; conversational: what the view `auto` goes by (resolved_view).
         setting: of one of the toolkit's own; None: it is somebody else's, called as TRL calls its own.
         judge: for somebody else's that has an argument of this name.
         known_columns: of the whole prompt set, so that a call whose own records all lack one still hands it over.
@@ -241,9 +246,12 @@ def call(
     if context is not None:  # one of ours: it reads the trajectories, so no image is converted for it
         arguments["context"] = context
     else:
+        view = resolved_view(function, view, conversational)
         arguments |= {
-            "prompts": [[{"role": "user", "content": t.prompt}] for t in trajectories],
-            "completions": [completion(t, _view(function, view)) for t in trajectories],
+            "prompts": [
+                t.prompt if view == "strings" else [{"role": "user", "content": t.prompt}] for t in trajectories
+            ],
+            "completions": [completion(t, view) for t in trajectories],
             "completion_ids": [policy_ids(t) for t in trajectories],
             "trainer_state": state,
             **columns(trajectories, known_columns),
@@ -262,12 +270,28 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def _view(function: Reward, view: View) -> View:
-    """TRL's own functions read `completion[0]["content"]` as a string, so that is what they get."""
+def resolved_view(function: Reward, view: View, conversational: bool = True) -> View:
+    """What stands for `auto`, the same for a whole run.
+
+    TRL's own functions read `completion[0]["content"]` as a string: text. One that declares `completions: list[str]`
+    is given strings. All others are given what TRL gives: message lists where prompts are conversations, as they must
+    be in TRL where images are about (interleaved), and strings where they are not.
+    """
     if view != "auto":
         return view
     module = getattr(inspect.unwrap(function), "__module__", None) or type(function).__module__ or ""
-    return "text" if module.split(".")[0] == "trl" else "interleaved"
+    if module.split(".")[0] == "trl":
+        return "text"
+    return "interleaved" if conversational and not _declares_strings(function) else "strings"
+
+
+def _declares_strings(function: Reward) -> bool:
+    """Whether its argument `completions` is annotated as a list of strings."""
+    try:
+        hint = get_type_hints(function if inspect.isroutine(function) else type(function).__call__).get("completions")
+    except (TypeError, NameError, AttributeError):  # annotated with a name that only a type checker knows
+        return False
+    return get_args(hint)[:1] == (str,)
 
 
 def check_options(function: Reward, name: str, options: Mapping[str, Any], own: bool = False) -> None:

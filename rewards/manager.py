@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -85,17 +85,24 @@ class RewardManager:
         self.close()
 
     def close(self) -> None:
-        """End the parts' workers. Idempotent."""
-        self._driver.close()
+        """End the parts' workers and threads. Idempotent."""
+        # What the driver's thread may be waiting for ends first: workers, detector, the judge's answers.
         for part in self.parts.values():
-            part.close()
+            part.stop()
         if self._served is not None:
             self._served.close()
+        self._close_judge()
+        for part in self.parts.values():
+            part.close()
+        self._driver.close()
+        self._close_judge()  # a call that was cut short may have asked it once more
+        if self._cluster is not None:
+            self._cluster.stop()
+
+    def _close_judge(self) -> None:
         client: Any = self.context.judge
         if hasattr(client, "close"):
             client.close()
-        if self._cluster is not None:
-            self._cluster.stop()
 
     # ---- judging ----
 
@@ -231,7 +238,7 @@ class RewardManager:
         if self.config.judge is not None and self.config.judge.check_at_start:
             check = getattr(self.context.judge, "check", None)
             if check is not None:
-                check()
+                check({need for part in self.config.parts.values() for need in _judge_needs(part)})
 
     def _part(self, name: str, part: ComponentConfig) -> Component:
         own = part.function in REWARDS
@@ -244,6 +251,7 @@ class RewardManager:
             self._spec if own else None,
             self.config.judge,
             self._columns,
+            _conversational(self._spec.task, self._spec.fmt),
         )
         if part.runs_on == "driver":
             return Component(name, part, self._driver, spec.load(self.context if own else None))
@@ -256,12 +264,35 @@ class RewardManager:
             return
         with ThreadPoolExecutor(len(workers)) as pool:
             starting = [(name, pool.submit(worker.start)) for name, worker in workers]
+            try:
+                wait([future for _, future in starting])
+            except BaseException:  # Ctrl-C: nobody waits until they have loaded
+                for _, worker in workers:
+                    worker.close()
+                raise
         for name, future in starting:
+            where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
             try:
                 future.result()
+            except OSError as error:  # no more processes, files or memory
+                raise RewardFailed(
+                    f"rewards.{where}: its worker cannot be started ({error.strerror or error}); ask for fewer workers"
+                ) from None
             except CallFailed as failure:
-                where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
                 raise RewardFailed(f"rewards.{where}: {failure.message}\n{failure.stack}".rstrip()) from None
+
+
+def _judge_needs(part: ComponentConfig) -> tuple[str, ...]:
+    """What a part of the toolkit's own asks of the judge beside words."""
+    return REWARDS[part.function].judge_needs if part.function in REWARDS else ()
+
+
+def _conversational(task: Any, fmt: Format | None) -> bool:
+    """Whether TRL would call the run's prompts conversations: it must where a prompt or a thought holds images."""
+    if fmt is None or fmt.max_images > 0:
+        return True
+    records = task.prompts("train") if task is not None else ()
+    return any(not isinstance(r.get("prompt", ""), str) or r.get("image") or r.get("images") for r in records)
 
 
 def detector_of(config: RewardsConfig, task: Any) -> Detector | None:

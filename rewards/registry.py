@@ -43,6 +43,7 @@ class Registered:
     needs_detector: bool = False
     by_geneval: bool = False  # judges records by GenEval's rule, which knows four relations and the detector's colors
     needs_judge: bool = False
+    judge_needs: tuple[Literal["images", "logprobs"], ...] = ()  # what its questions ask for beside words
     scope: Literal["row", "group", "batch"] = "row"  # what a value may depend on: its trajectory, its group, the step
     runs_on: Literal["driver", "process"] = "driver"
     columns: tuple[str, ...] = ()  # without which it judges no row: a column, or the option that names one
@@ -158,6 +159,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="columns task, phrases, objects; the final image",
         differs="repaired (default) is None for prompts about places and counts; release pays them 0",
         needs_judge=True,
+        judge_needs=("images", "logprobs"),
         runs_on="process",
     ),
     Registered(
@@ -170,6 +172,7 @@ REWARDS: dict[str, Registered] = _by_name(
         differs="an image that was not scored is None, where the release's scorer in process leaves 0 and "
         "so pays for saying no",
         needs_judge=True,
+        judge_needs=("images", "logprobs"),
         runs_on="process",
     ),
     Registered(
@@ -384,9 +387,9 @@ REWARDS: dict[str, Registered] = _by_name(
         "VRAG-RL, arXiv:2505.22019; Alibaba-NLP/VRAG VRAG-RL/verl/workers/reward_manager/rm.py",
         inputs="columns ground_truth, question, file_name, reference_pages; the policy's words; the pages that "
         "the search tool returned (info['retrieved'])",
-        differs="repaired (default) reads the policy's words alone, counts each page once and leaves the "
-        "unjudged None; release reads tags in user turns too, pays a page again each time it is "
-        "retrieved (NDCG above 1), and pays a failed judge as wrong",
+        differs="repaired (default) reads the policy's words alone, counts each page once, asks nothing about a blank "
+        "answer (it is wrong) and leaves the unjudged None; release reads tags in user turns too, pays a page again "
+        "each time it is retrieved (NDCG above 1), and pays a failed judge as wrong",
         needs_judge=True,
         runs_on="process",
         columns=("gold",),
@@ -400,9 +403,10 @@ REWARDS: dict[str, Registered] = _by_name(
         "Visual-ARFT/src/visual_arft/src/open_r1/grpo_agent_{code,search}.py",
         inputs="column ground_truth with its tag; the policy's step; whether its code ran",
         differs="repaired (default) pays code only if the environment ran it without an error (None if nobody "
-        "ran it), counts repeated words in F1, needs the tags, and pays either of two rotations for "
-        "half; release pays 0.9 for any text, counts shared words once, compares whole texts without "
-        "tags, and in search tries math-verify over them first",
+        "ran it), counts repeated words in F1, needs the tags, also around several lines, overlooks white space at "
+        "the ends, wants the form of the reference's step, and pays either of two rotations for half; release pays "
+        "0.9 for any text, counts shared words once, compares whole texts without tags, and in search tries "
+        "math-verify over them first and takes the form of either step",
         runs_on="process",
         columns=("gold",),
     ),
@@ -414,8 +418,8 @@ REWARDS: dict[str, Registered] = _by_name(
         "OpenThinkIMG, arXiv:2505.08617; OpenThinkIMG/OpenThinkIMG r1_v/open_r1/tool_grpo.py",
         inputs="column ground_truth; the policy's turns",
         differs="repaired (default) reads the answer of the Terminate action wherever it is in the last turn "
-        "and nothing else; release gives the whole turn to math-verify first, reads the first action "
-        "only, and stops where there is no list of turns",
+        "and nothing else, and compares words but for case and white space; release gives the whole turn to "
+        "math-verify first, reads the first action only, and stops where there is no list of turns",
         runs_on="process",
         columns=("gold",),
     ),
@@ -426,10 +430,12 @@ REWARDS: dict[str, Registered] = _by_name(
         "VisTA, arXiv:2505.20289; OoDBag/VisTA vista/src/r1-v/src/open_r1/grpo.py",
         inputs="columns ground_truth, question, and answer_without_tools and answers_with_tools, or "
         "tool_outputs and a judge's endpoint that serves the frozen model; the policy's words",
-        differs="repaired (default) leaves a row None where the frozen model did not answer and compares "
-        "numbers as numbers; release pays that 0, stops on a question not found exactly once, drops "
-        "signs, and has a format part that is always 0",
+        differs="repaired (default) leaves a row None where the frozen model did not answer, reads the last answer "
+        "block of either, takes a pick of no tool as the same question twice, and compares numbers as numbers and "
+        "words but for articles and marks; release pays an unanswered one 0, reads the first block after the word "
+        "assistant, stops on a question not found exactly once, drops signs, and has a format part that is always 0",
         needs_judge=True,
+        judge_needs=("images",),
         runs_on="process",
         columns=("gold",),
     ),

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from formats.roles import RECORDED
+from runtime.section import Section
 from training.schedules import Schedule, check_schedule
 
 Kind = Literal["word", "code", "flow"]
 LossType = Literal["segment", "modality", "token", "grpo", "dr_grpo", "dapo", "bnpo"]
 
 
-class ClipConfig(BaseModel):
+class ClipConfig(Section):
     """A clip range for one kind of decision."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     epsilon: float = Field(0.2, ge=0, description="Lower clip range: ratios below 1 - epsilon are clipped.")
     epsilon_high: float | None = Field(None, ge=0, description="Upper clip range; None: the same as epsilon.")
@@ -36,14 +35,12 @@ class ClipConfig(BaseModel):
         return {"epsilon": data} if isinstance(data, int | float) and not isinstance(data, bool) else data
 
 
-class GrpoConfig(BaseModel):
+class GrpoConfig(Section):
     """The section `grpo` of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     # The loop
     steps: int = Field(100, ge=1, description="Steps of the loop: each rolls out, judges and updates once.")
-    prompts_per_step: int = Field(16, ge=1, description="Prompts rolled out a step; each makes one group.")
+    prompts_per_step: int = Field(16, ge=1, le=2**20, description="Prompts rolled out a step; each makes one group.")
     shuffle_dataset: bool = Field(
         True, description="Draw prompts in a seeded permutation an epoch; false: in the task's own order."
     )
@@ -54,7 +51,7 @@ class GrpoConfig(BaseModel):
         "failed) is replaced by a group of the next prompt, until prompts_per_step groups can be trained on or the "
         "rounds are used up (dynamic sampling, DAPO, arXiv:2503.14476, section 3.2).",
     )
-    num_generations: int = Field(8, ge=2, description="Trajectories of one prompt: the members of a group.")
+    num_generations: int = Field(8, ge=2, le=65536, description="Trajectories of one prompt: the members of a group.")
     num_iterations: int = Field(1, ge=1, description="Passes over one step's groups (mu in the GRPO paper).")
     num_minibatches: int = Field(1, ge=1, description="Optimiser steps a pass: the groups are divided among them.")
     tokens_per_micro_batch: int = Field(

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from formats.roles import DEFAULT, SAMPLED
 from runtime.ray_options import RayShare
+from runtime.section import Retries, Seconds, Section
 
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class RolloutConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
+class RolloutConfig(Section):
     rows: int = Field(
         64,
         ge=1,
@@ -46,10 +45,15 @@ class RolloutConfig(BaseModel):
     guidance: bool = Field(False, description="Guide images by the format's branches (each costs a row of the cache).")
     branches: int = Field(4, ge=1, le=64, description="With guidance: rows kept for the branches of each trajectory.")
     workers: int = Field(0, ge=0, le=65536, description="Ray actors that write trajectories; 0: in this process.")
-    threads: int = Field(1, ge=1, le=4096, description="CPU threads of each worker.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="CPU threads of each worker. null: one for a Ray actor, and in this process as many as torch has.",
+    )
     gpus: RayShare = Field(0.0, description="GPUs of each worker; a fraction shares one among several.")
-    timeout_s: float = Field(600.0, gt=0, description="A worker that is silent for so long is replaced.")
-    retries: int = Field(2, ge=0, description="How often a group is rolled out again after a worker failed.")
+    timeout_s: Seconds = Field(600.0, gt=0, description="A worker that is silent for so long is replaced.")
+    retries: Retries = Field(2, description="How often a group is rolled out again after a worker failed.")
     reproducible: bool = Field(
         True,
         description="Fix which worker writes which group, and the refill order, so that "
@@ -60,6 +64,11 @@ class RolloutConfig(BaseModel):
     @classmethod
     def _of_all(cls, value: Any) -> Any:
         return {DEFAULT: value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @property
+    def actor_threads(self) -> int:
+        """CPU threads of a Ray actor, and CPUs that it asks for."""
+        return self.threads or 1
 
     @field_validator("temperature")
     @classmethod

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from formats.roles import RECORDED
 from runtime.paths import ReadPath
+from runtime.section import Section
 from training.schedules import Schedule, check_schedule
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class SftConfig(BaseModel):
+class SftConfig(Section):
     """The warm start."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     demonstrations: int = Field(6000, ge=1, description="how many the task writes; ignored when `data` is given")
     data: ReadPath | None = Field(

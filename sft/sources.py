@@ -45,10 +45,22 @@ def load_demonstrations(config: SftConfig, fmt: Format, policy: Policy) -> list[
     folders = stored_folders(Path(config.data))
     if folders:
         return _selected([(f, t) for f in folders for t in load_trajectories(f)], config, fmt)
+    _refuse_choosing(config)
+    return _rendered(read_rows(config.data, KEY), fmt, policy)
+
+
+def check_data(config: SftConfig, tags: Sequence[str]) -> None:
+    """Read what is at config.data, without a policy to see its images. Raises as load_demonstrations."""
+    assert config.data is not None
+    if not stored_folders(Path(config.data)):
+        _refuse_choosing(config)
+    words_of(config.data, tags)
+
+
+def _refuse_choosing(config: SftConfig) -> None:
     for key in ("min_reward", "best"):
         if getattr(config, key) is not None:
             raise UserError(f"sft.{key}: {config.data} holds demonstrations, which have no reward; leave it out")
-    return _rendered(read_rows(config.data, KEY), fmt, policy)
 
 
 def stored_folders(folder: Path) -> list[Path]:

@@ -20,12 +20,12 @@ from policy.chameleon.family import ChameleonPolicy
 from record.trajectory import Trajectory
 from runtime.errors import UserError
 from runtime.files import write_whole
-from runtime.interrupt import Interrupted, interruptible
+from runtime.interrupt import Interrupted, interruptible, name_of
 from sft.checkpoints import chosen, finished_checkpoints, newest, prune, rewind, step_of, writing
 from sft.config import SftConfig
 from sft.data import Collator, Row, role_names, training_rows
 from sft.sources import load_demonstrations
-from sft.trainer import InterleavedSftTrainer, Mirror, Stop
+from sft.trainer import InterleavedSftTrainer, Mirror, StopAtSignal
 from tasks.base import Demonstration, Task
 from training.precision import half_precision
 from training.tracking import Tracker
@@ -101,10 +101,10 @@ def warm_start(
         resume: go on from the newest checkpoint under run_dir/sft, if there is one; text: from the one of that step or
             in that folder, and what came after it is forgotten. On a CPU a run that was stopped and resumed is the run
             that was never stopped.
-        resume_command: what a person is told to do after Ctrl-C.
+        resume_command: what a person is told to do after a signal.
 
     Raises:
-        Interrupted: after Ctrl-C, at the end of a step, once all is saved.
+        Interrupted: after a signal, at the end of a step, once all is saved.
         UserError: 16-bit weights are to be trained; nothing to learn from; ids that the policy's vocabulary lacks; a
             checkpoint that is corrupt, or there where none is to be resumed; a disk that is full or not writable.
     """
@@ -145,7 +145,7 @@ def warm_start(
                 rewind(output_dir, done)
             prune(output_dir, 2)
         with interruptible(logger.warning) as interruption:
-            stop = Stop(trainer.accelerator, interruption)
+            stop = StopAtSignal(trainer.accelerator, interruption)
             trainer.add_callback(stop)
             if checkpoint is not None and done >= config.max_steps:
                 trainer.load_finished(checkpoint)  # transformers would take one more step
@@ -155,8 +155,9 @@ def warm_start(
         trainer.detach()
     if stop.stopped:
         raise Interrupted(
-            f"stopped after step {trainer.state.global_step} of {config.max_steps}; saved in "
-            f"{finished_checkpoints(output_dir)[-1]}. To go on, {resume_command}"
+            f"{name_of(stop.stopped)}: stopped after step {trainer.state.global_step} of {config.max_steps}; saved in "
+            f"{finished_checkpoints(output_dir)[-1]}. To go on, {resume_command}",
+            stop.stopped,
         )
     if trainer.accelerator.is_main_process:
         with writing(output_dir / "model"):

@@ -25,6 +25,7 @@ from runtime.interrupt import Interruption
 from sft.checkpoints import WarmStartCheckpointError, prune, write_manifest, writing
 from sft.config import SftConfig
 from sft.losses import Targets, VisualReconstruction, targets, weighted_cross_entropy
+from training.ranks import signal_anywhere
 from training.tracking import Tracker
 
 PROGRESS = "progress.pt"
@@ -267,17 +268,15 @@ class Mirror(TrainerCallback):
         return {"sft/tokens_per_s": self._tokens / self._seconds} if self._seconds else {}
 
 
-class Stop(TrainerCallback):
-    """Ctrl-C: the step is finished and saved, on every process at the same one."""
+class StopAtSignal(TrainerCallback):
+    """After a signal the step is finished and saved, on every process at the same one."""
 
     def __init__(self, accelerator: Any, interruption: Interruption) -> None:
         self.accelerator, self.interruption = accelerator, interruption
-        self.stopped = False
+        self.stopped = 0  # by which signal; 0: by none
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pressed = self.interruption.pressed
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([float(pressed)], device=self.accelerator.device)
-            pressed = bool(self.accelerator.reduce(flag, "sum").item())
-        if pressed and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
+        number = signal_anywhere(self.accelerator, self.interruption.signal)
+        if number and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+            self.stopped = number

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from runtime.paths import ObjectPath, Options, ReadPath
+from runtime.section import Section
 
 Range = tuple[float | None, float | None]
 TASK_BY_NAME = ("name", "options")  # what a data set takes the place of
 
 
-class DatasetConfig(BaseModel):
+class DatasetConfig(Section):
     """Prompts from a file, a folder or the hub: a task without code."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     path: ReadPath = Field(
         description="A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them or of a saved Hugging Face data "
@@ -52,10 +51,8 @@ class DatasetConfig(BaseModel):
     limit: int | None = Field(None, ge=1, description="Take only so many training prompts, the first ones.")
 
 
-class TaskConfig(BaseModel):
+class TaskConfig(Section):
     """Prompts, demonstrations, ground truth. Give `dataset` for prompts of your own; no code is needed."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: ObjectPath = Field(
         "shapes",

@@ -26,6 +26,7 @@ from rewards.functions.geneval import (
     kept,
     relations,
 )
+from runtime.errors import UserError
 
 BOX, RIGHT, BELOW = (0.0, 0.0, 10.0, 10.0), (30.0, 0.0, 40.0, 10.0), (0.0, 30.0, 10.0, 40.0)
 
@@ -358,3 +359,68 @@ def test_a_count_that_no_image_can_have_is_refused(record, message):
         with pytest.raises(RecordColumnError, match=message):
             check(record, "here")
     check_clauses({"include": [{"class": "cat", "count": 16}], "exclude": [{"class": "cat", "count": 17}]}, "here")
+
+
+def test_a_record_without_clauses_asks_for_nothing():
+    for mode, value in {
+        "standard": True,
+        "strict": True,
+        "graded": 1.0,
+        "graded_strict": 1.0,
+        "flow_grpo": 0.0,
+    }.items():
+        assert evaluate({}, {"cat": seen(BOX)}, mode) == (value, "")
+
+
+def test_a_place_by_a_clause_that_is_no_earlier_one_is_named():
+    for index in (-1, 1, 2):
+        record = {"include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["above", index]}]}
+        with pytest.raises(RecordColumnError, match=rf"'dog' is placed relative to clause {index}; .* \(0 to 0\)"):
+            evaluate(record, {"cat": seen(BOX), "dog": seen(BOX)})
+
+
+class NoColors(NamesColors):
+    sees_colors = False
+
+
+def test_a_color_that_nothing_can_name_is_refused_and_no_other_record():
+    detector = CachedDetector(NoColors())
+    check_record(detector, {"include": [{"class": "cat", "count": 1}]}, "here")
+    with pytest.raises(UserError, match=r"here asks for a color, .*give rewards\.detector\.colors"):
+        check_record(detector, {"include": [{"class": "cat", "count": 1, "color": "red"}]}, "here")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "strcit"}, "geneval: no mode 'strcit'. Known: standard, strict"),
+        ({"image": "last"}, "geneval: no image 'last'. Known: final, first, each"),
+        ({"threshold": 1}, "geneval: thresholds are 1 and 0.9; they are scores, from 0 to below 1"),
+        ({"counting_threshold": -0.1}, "geneval: thresholds are 0.3 and -0.1"),
+    ],
+)
+def test_a_wrong_option_is_refused_where_there_is_nothing_to_judge(options, words):
+    """As when a run starts, which calls every part without thoughts."""
+    with pytest.raises(UserError, match=words):
+        geneval([], RewardContext.of(None, None, NamesColors()), **options)
+
+
+def test_reasons_are_logged_by_row():
+    drawn = image_segment("sketch", np.zeros((64, 64, 3), np.uint8))
+    records = [{"include": [{"class": "cat", "count": count}]} for count in (4, 5, 4)]
+    rows = [trajectory_of(records[0], drawn), trajectory_of(records[1], drawn), trajectory_of(records[2])]
+    logged = {}
+    paid = geneval(rows, RewardContext.of(None, None, NamesColors()), logged.__setitem__)
+    assert paid == [1.0, 0.0, 0.0] and logged == {"reason": ["", "expected cat>=5, found 4", "no image"]}
+
+
+def test_a_relation_holds_only_past_half_of_the_distance():
+    """Centres 3 and 4 apart, so 5 in all; of the 3 a tenth of both widths, 0.5, is slack: 2.5 / 5 is no side yet."""
+    box, other = (0.0, 0.0, 2.0, 2.0), (2.5, 4.0, 5.5, 6.0)
+    assert relations(box, other) == {"above"} and relations(other, box) == {"below"}  # (4 - 0.4) / 5
+    nearer = (2.5, 4.0, 5.4, 6.0)  # 2.95 apart, and 0.49 slack, over 4.97
+    assert relations(box, nearer) == {"above"}
+    farther = (2.6, 4.0, 5.6, 6.0)  # 3.1 - 0.5 over 5.06
+    assert relations(box, farther) == {"left of", "above"} and relations(farther, box) == {"right of", "below"}
+    turned, other = (0.0, 0.0, 2.0, 2.0), (4.0, 2.5, 6.0, 5.5)
+    assert relations(turned, other) == {"left of"} and relations(other, turned) == {"right of"}

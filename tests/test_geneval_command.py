@@ -311,7 +311,7 @@ def test_the_prompts_file_says_what_must_be_there(capsys, tmp_path):
         (("--images", "images", "--detector", "shapes", "--batch-size", "0"), ["--batch-size: 0"]),
         (
             ("--images", "images", "--detector", "shapes", "--out", "images/00000/metadata.jsonl/x"),
-            ["cannot write there"],
+            ["cannot be written"],
         ),
         (("--images", "images", "grpo.steps=3"), ["takes no recipe"]),
     ],

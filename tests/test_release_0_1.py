@@ -69,6 +69,7 @@ def test_its_runs_are_resumed_and_read(capsys, caplog, tmp_path):
     for before, after in zip(kept, load_trajectories(stored), strict=True):
         assert_same(before, after)
     capsys.readouterr()
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert main(["grpo", str(run / "recipe.yaml"), "grpo.steps=3", "--resume"]) == 0
     assert "the run goes on with what it says now: grpo.steps: 2 -> 3" in caplog.messages[0]

@@ -538,20 +538,24 @@ def lines(folder):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder / "sft" / "metrics.jsonl")]
 
 
-class CtrlC:
-    """Presses it while step `at` is shown."""
+class Signal:
+    """Sends one while step `at` is shown."""
 
-    def __init__(self, at):
-        self.at = at
+    def __init__(self, at, number):
+        self.at, self.number = at, number
 
     def on_metrics(self, step, metrics):
         if step == self.at:
             self.at = None
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("lora", [None, LoraSection(r=4, alpha=8)], ids=["full", "lora"])
-def test_stopped_by_ctrl_c_and_resumed_is_the_run_that_was_never_stopped(tmp_path, lora):
+@pytest.mark.parametrize(
+    "lora, number, code",
+    [(None, signal.SIGINT, 130), (LoraSection(r=4, alpha=8), signal.SIGTERM, 143), (None, signal.SIGUSR1, 138)],
+    ids=["full", "lora", "warned"],
+)
+def test_stopped_by_a_signal_and_resumed_is_the_run_that_was_never_stopped(tmp_path, lora, number, code):
     def run(folder, resume=False, listener=None):
         torch.manual_seed(0)  # adapters are initialised at random
         policy = small_policy(lora)
@@ -571,11 +575,11 @@ def test_stopped_by_ctrl_c_and_resumed_is_the_run_that_was_never_stopped(tmp_pat
         return policy.merged_state() if lora else policy.core.state_dict()
 
     whole = run(tmp_path / "whole")
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=r"stopped after step 5 of 7; saved in .*checkpoint-5.*--resume") as stopped:
-        run(tmp_path / "parts", listener=CtrlC(5))
-    assert stopped.value.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) is before
+        run(tmp_path / "parts", listener=Signal(5, number))
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(number) is before
     assert not (tmp_path / "parts" / "sft" / "model").exists()
     resumed = run(tmp_path / "parts", resume=True)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")

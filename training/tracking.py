@@ -16,20 +16,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from record.trajectory import Trajectory
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
+from runtime.section import Section
 from training.wandb_mirror import WandbMirror, wandb_login
 
 logger = logging.getLogger(__name__)
 
 
-class TrackConfig(BaseModel):
+class TrackConfig(Section):
     """Where metrics go besides metrics.jsonl."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     wandb: Literal["online", "offline", "disabled", "auto"] = Field(
         "auto", description="auto: online with a login, else offline"

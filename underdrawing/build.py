@@ -119,7 +119,7 @@ def start_cluster(recipe: Recipe) -> Cluster | None:
     starts it. Raises ClusterError where it cannot be had."""
     if recipe.rewards.ray_cpus is None:
         return None
-    return start_ray(recipe.rollout.workers * recipe.rollout.threads + recipe.rewards.ray_cpus)
+    return start_ray(recipe.rollout.workers * recipe.rollout.actor_threads + recipe.rewards.ray_cpus)
 
 
 def build_tracker(recipe: Recipe, folder: Path, job: str) -> Tracker:

@@ -12,15 +12,18 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from underdrawing import search_path
 
 search_path.settle()
 # isort: split
+from runtime.ending import leave  # noqa: E402
 from runtime.errors import UserError  # noqa: E402
+from runtime.interrupt import heed_signals, name_of, number_of, uninterrupted  # noqa: E402
+from runtime.ray_cluster import stop_ray  # noqa: E402
 from underdrawing.options import (  # noqa: E402
     NEWEST,
     Number,
@@ -50,15 +53,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     quieten()
     search_path.working_folder_last()
-    try:
-        return options.run(options)
-    except UserError as error:
-        print(f"underdrawing: {error}{_way_back(error, options, words)}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        again = "; --resume goes on from there" if hasattr(options, "resume") else ""
-        print(f"underdrawing: interrupted; what was saved stays{again}", file=sys.stderr)
-        return 130
+    with heed_signals():
+        try:
+            return options.run(options)
+        except UserError as error:
+            print(f"underdrawing: {error}{_way_back(error, options, words)}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            number = number_of(error)
+            print(f"underdrawing: stopped by {name_of(number)}", file=sys.stderr)
+            return 128 + number
+
+
+def command() -> NoReturn:
+    """The command as a program: whatever happens, what it started ends before it does."""
+    leave_clean(main)
+
+
+def leave_clean(run: Callable[[], int]) -> NoReturn:
+    """Run, end the Ray that may be left, and exit with the code that `run` returns."""
+    with uninterrupted() as closing:
+        closing.callback(stop_ray)
+        code = run()
+    leave(code)
 
 
 class StderrHandler(logging.Handler):
@@ -205,20 +222,24 @@ def _recipe(options: argparse.Namespace) -> Any:
     return load_recipe(options.recipe, options.overrides)
 
 
-def _dry_run(recipe: Any, trains: bool = False, evaluates: bool = False) -> int:
+def _dry_run(recipe: Any, rolls_out: bool = True, trains: bool = False, evaluates: bool = False) -> int:
     """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights.
 
     Args:
-        trains: the command makes optimiser steps, for which the recipe must be fit.
+        rolls_out: the command writes thoughts and judges them; a warm start does neither.
+        trains: it makes optimiser steps, for which the recipe must be fit.
         evaluates: it asks the held-out prompts, which must be there and can be judged.
     """
     from rewards.tree import lines
+    from sft.sources import check_data
     from underdrawing import build
     from underdrawing.evaluations import check_evaluation
     from underdrawing.preflight import preflight
     from underdrawing.recipe import dump_recipe
 
-    task, fmt = preflight(recipe, trains=trains)
+    task, fmt = preflight(recipe, rolls_out, trains)
+    if not rolls_out and recipe.sft.data is not None:
+        check_data(recipe.sft, recipe.policy.tiny.tags)
     with build.build_reward_manager(recipe, task, fmt):
         pass
     if evaluates:
@@ -237,7 +258,7 @@ def _resume(options: argparse.Namespace) -> bool | str:
 def _sft(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe, trains=True)
+        return _dry_run(recipe, rolls_out=False, trains=True)
     from underdrawing.jobs import run_sft
 
     print(f"warm-started weights: {run_sft(recipe, _resume(options))}")
@@ -336,16 +357,18 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> int:
-    from record.store import load_trajectories
+    from record.store import check_beside, load_trajectories
     from underdrawing.report.page import ReportData, report_data, write_report
 
     folder: Path = options.folder
+    page = options.out or folder / "report.html"
+    check_beside(page)
     if (folder / "trajectories.parquet").is_file():
         trajectories = load_trajectories(folder)
         data = ReportData(folder.name, f"{len(trajectories)} stored trajectories", sampled=[(0, trajectories)])
     else:
         data = report_data(folder)
-    print(f"report: {write_report(data, options.out or folder / 'report.html')}")
+    print(f"report: {write_report(data, page)}")
     return 0
 
 
@@ -356,4 +379,4 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

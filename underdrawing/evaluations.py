@@ -32,6 +32,8 @@ from rollout.open import open_rollouts
 from rollout.weights.wire import fingerprint
 from runtime.errors import UserError, nearest, writing
 from runtime.files import write_whole
+from runtime.interrupt import stopping, uninterrupted
+from runtime.locks import beside, only_writer
 from tasks.base import Evaluation, Record, Task
 from training import checkpoint
 from underdrawing import build
@@ -50,12 +52,14 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
         replace: another evaluation of that label makes room for this one.
 
     Raises:
+        Busy: another process evaluates under this label.
         EvaluationsError: another evaluation has that label; nothing was sampled.
+        Interrupted: a signal stopped it.
         UserError: a prompt that cannot be judged, or none, or fewer than are asked for; nothing was sampled. Or a
             prompt that got no answer.
     """
-    task, fmt = preflight(recipe)
-    with ExitStack() as opened:
+    with stopping(lambda: "no score is kept. Give the same command again"), uninterrupted() as opened:
+        task, fmt = preflight(recipe)
         evaluations = open_evaluations(recipe, task, fmt, opened)
         for evaluation in evaluations:  # before weights are loaded
             evaluation.check(heldout_records(recipe, task))
@@ -63,6 +67,7 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
         records = heldout_records(recipe, task, policy)
         settings = settings_of(recipe, task, records)
         folder = recipe.run_dir / "evaluations" / (label or default_label(recipe, task, policy, weights, settings))
+        opened.enter_context(only_writer(beside(folder), folder, "choose another --label"))
         kept.check_replaceable(folder)
         of = Evaluated(settings, str(weights), fingerprint(policy.model.state_dict()), step_of(weights))
         if (folder / kept.SUMMARY).is_file():
@@ -83,8 +88,8 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
         progress, done = StepProgress("held-out prompts", len(records)), itertools.count(1)
         opened.callback(progress.close)
         heldout = _evaluate(recipe, rollouts, evaluations, records, lambda *_: progress.on_metrics(next(done), {}))
-    kept.keep(heldout, folder, of)
-    return kept.read(folder)
+        kept.keep(heldout, folder, of)
+        return kept.read(folder)
 
 
 def heldout_records(recipe: Recipe, task: Task, policy: Policy | None = None) -> list[Record]:

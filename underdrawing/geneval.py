@@ -13,6 +13,8 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import write_whole
+from runtime.interrupt import stopping, uninterrupted
+from runtime.locks import beside, only_writer
 from underdrawing.options import Number, Whole, expanded_path
 
 NAME = "geneval"
@@ -119,9 +121,14 @@ def run(options: argparse.Namespace) -> int:
             expected,
         )
     out = options.out or options.images / "results.jsonl"
-    results = geneval.Results(out, said)
-    bar = StepProgress(f"GenEval, {len(samples)} images", len(samples))
-    try:
+    with (
+        stopping(lambda: f"stopped; the rows that are judged stay in {out}, and the same command goes on"),
+        only_writer(beside(out), out, "choose another --out"),
+        uninterrupted() as closing,
+    ):
+        results = geneval.Results(out, said)
+        bar = StepProgress(f"GenEval, {len(samples)} images", len(samples))
+        closing.callback(bar.close)
         rows = geneval.judge(
             samples,
             sees,
@@ -132,8 +139,6 @@ def run(options: argparse.Namespace) -> int:
             options.images,
             lambda done: bar.on_metrics(done, {}),
         )
-    finally:
-        bar.close()
     summary = summarise(rows, expected)
     table = Table()
     for name in ("", "score", "correct"):

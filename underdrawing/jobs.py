@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from rollout.config import RolloutConfig
 from rollout.open import open_rollouts
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError
-from runtime.interrupt import Interrupted
+from runtime.interrupt import stopping, uninterrupted
+from runtime.locks import beside, only_writer
 from tasks.base import Split
 from training import checkpoint
+from training.ranks import run_on_main
 from underdrawing import build
 from underdrawing.evaluations import during_training
 from underdrawing.preflight import preflight
@@ -32,30 +35,43 @@ RESUME = "give the same command with --resume"
 def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RESUME) -> Path:
     """The warm start. Returns the folder of its weights.
 
-    `resume`: from the newest checkpoint; text: from the one of that step, or in that folder.
+    Args:
+        resume: from the newest checkpoint; text: from the one of that step, or in that folder.
+
+    Raises:
+        Busy: another process trains in the run's folder.
+        Interrupted: a signal stopped it; says what is saved.
     """
     from policy.chameleon.family import ChameleonPolicy
     from sft.checkpoints import finished_checkpoints
     from sft.train import check_demonstrations, demonstrate, warm_start
 
+    def saved() -> Path | None:
+        return next(reversed(finished_checkpoints(recipe.run_dir / "sft")), None)
+
     build.seed_everything(recipe.seed)
-    task, fmt = preflight(recipe, rolls_out=False, trains=True)
-    first = PartialState(cpu=recipe.policy.device == "cpu").is_main_process
-    if first:
-        build.write_recipe(recipe, refused=not resume and bool(finished_checkpoints(recipe.run_dir / "sft")))
-    policy = build.build_policy(recipe, task)
-    if not isinstance(policy, ChameleonPolicy):
-        raise UserError(
-            f"policy.family: '{recipe.policy.family}' has no warm start; `underdrawing sft` serves the "
-            "family 'chameleon'"
-        )
-    demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
-    check_demonstrations(demonstrations, fmt)
-    tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft") if first else None
-    progress = StepProgress("warm start", recipe.sft.max_steps) if first else None
-    if tracker is not None:
-        tracker.listeners.append(progress)
-    try:
+    state = PartialState(cpu=recipe.policy.device == "cpu")
+    with stopping(lambda: _saved_at(saved(), resume_command)), uninterrupted() as closing:
+        run_on_main(state, lambda: closing.enter_context(training_lock(recipe.run_dir)))
+        task, fmt = preflight(recipe, rolls_out=False, trains=True)
+        first = state.is_main_process
+        if first:
+            build.write_recipe(recipe, refused=not resume and saved() is not None)
+        policy = build.build_policy(recipe, task)
+        if not isinstance(policy, ChameleonPolicy):
+            raise UserError(
+                f"policy.family: '{recipe.policy.family}' has no warm start; `underdrawing sft` serves the "
+                "family 'chameleon'"
+            )
+        demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
+        check_demonstrations(demonstrations, fmt)
+        tracker = None
+        if first:
+            tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft")
+            closing.callback(tracker.close)
+            progress = StepProgress("warm start", recipe.sft.max_steps)
+            closing.callback(progress.close)
+            tracker.listeners.append(progress)
         warm_start(
             policy,
             demonstrations,
@@ -66,10 +82,6 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
             resume=resume,
             resume_command=resume_command,
         )
-    finally:
-        for part in (progress, tracker):
-            if part is not None:
-                part.close()
     return build.warm_start_folder(recipe)
 
 
@@ -86,28 +98,43 @@ def run_grpo(
         resume: from the newest checkpoint, if there is one; text: from the one of that step, or in that folder, and
             what came after it is forgotten.
         changed_prompts: resume although the task's prompts are not those of the checkpoint.
+
+    Raises:
+        Busy: another process trains in the run's folder.
+        Interrupted: a signal stopped it; says what is saved.
     """
+
+    def saved() -> Path | None:
+        return checkpoint.latest(recipe.run_dir / "checkpoints")
+
     build.seed_everything(recipe.seed)
-    task, fmt = preflight(recipe, trains=True)
-    start = build.starting_weights(recipe, weights)
-    policy = build.build_policy(recipe, task, start)
-    accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
-    newest = checkpoint.latest(recipe.run_dir / "checkpoints")
-    if isinstance(resume, str):
-        newest = checkpoint.chosen(recipe.run_dir / "checkpoints", resume)
-    elif resume and newest is None:
-        logger.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
-    first = accelerator.is_main_process
-    rollouts = manager = tracker = cluster = None
-    progress = StepProgress("GRPO", recipe.grpo.steps) if first else None
-    try:
+    with stopping(lambda: _saved_at(saved(), resume_command)), uninterrupted() as closing:
+        accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
+        run_on_main(accelerator, lambda: closing.enter_context(training_lock(recipe.run_dir)))
+        task, fmt = preflight(recipe, trains=True)
+        start = build.starting_weights(recipe, weights)
+        policy = build.build_policy(recipe, task, start)
+        newest = saved()
+        if isinstance(resume, str):
+            newest = checkpoint.chosen(recipe.run_dir / "checkpoints", resume)
+        elif resume and newest is None:
+            logger.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
+        first = accelerator.is_main_process
+        rollouts = manager = tracker = None
         if first:
+            progress = StepProgress("GRPO", recipe.grpo.steps)
+            closing.callback(progress.close)
             build.write_recipe(recipe, refused=not resume and newest is not None)
             cluster = build.start_cluster(recipe)
+            if cluster is not None:
+                closing.callback(cluster.stop)
             manager = build.build_reward_manager(recipe, task, fmt)
+            closing.callback(manager.close)
             config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy
             rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, build.words(recipe, task, start))
+            closing.callback(rollouts.close)
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
+            closing.callback(tracker.close)
             tracker.listeners.append(progress)
         heldout = during_training(recipe, task, fmt, policy, rollouts, manager) if manager else None
         run = Run(
@@ -130,13 +157,7 @@ def run_grpo(
             resume_command=resume_command,
         )
         train(run, newest if resume else None)
-    finally:
-        for part in (progress, manager, rollouts, tracker):
-            if part is not None:
-                part.close()
-        if cluster is not None:
-            cluster.stop()
-    final = checkpoint.latest(recipe.run_dir / "checkpoints")
+    final = saved()
     assert final is not None
     return final / "weights"
 
@@ -147,18 +168,35 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
     Raises:
         StoreError: `folder` holds what saving would delete; nothing was sampled.
         UserError: the split has fewer prompts.
-        Interrupted: after Ctrl-C. It and every other UserError say what is stored: all that was finished, judged or
+        Busy: another process writes to `folder`.
+        Interrupted: after a signal. It and every other UserError say what is stored: all that was finished, judged or
             not.
     """
+    groups: dict[int, list[Trajectory]] = {}  # by request, as they finish
+    records: list[dict[str, Any]] = []
+
+    def told() -> str:
+        stored = _in_order(groups)
+        if not stored:
+            return f"no trajectory was finished, and {folder} is as it was"
+        judged = sum(t.reward is not None for t in stored)
+        return f"{len(stored)} trajectories are saved in {folder}, {judged} of them judged"
+
     check_folder(folder)
-    task, fmt = preflight(recipe)
-    side: Split = "heldout" if split == "heldout" else "train"
-    there = len(task.prompts(side))
-    if not 1 <= count <= there:
-        raise UserError(f"--prompts {count}: the split '{side}' has {there} prompts; ask for 1 to {there}")
-    policy = build.build_policy(recipe, task, weights)
-    records = build.prompts(recipe, task, fmt, policy, side)[:count]
-    with build.build_reward_manager(recipe, task, fmt) as manager:
+    with (
+        stopping(lambda: f"stopped after {len(groups)} of {len(records)} prompts; {told()}"),
+        only_writer(beside(folder), folder),
+        uninterrupted() as closing,
+    ):
+        task, fmt = preflight(recipe)
+        side: Split = "heldout" if split == "heldout" else "train"
+        there = len(task.prompts(side))
+        if not 1 <= count <= there:
+            raise UserError(f"--prompts {count}: the split '{side}' has {there} prompts; ask for 1 to {there}")
+        policy = build.build_policy(recipe, task, weights)
+        records += build.prompts(recipe, task, fmt, policy, side)[:count]
+        manager = build.build_reward_manager(recipe, task, fmt)
+        closing.callback(manager.close)
         rollouts = open_rollouts(
             policy,
             recipe.policy.model_copy(update={"path": str(weights)}),
@@ -166,18 +204,12 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
             recipe.rollout,
             build.words(recipe, task, weights),
         )
-        groups: dict[int, list[Trajectory]] = {}  # by request, as they finish
+        closing.callback(rollouts.close)
+        requests = [
+            RolloutRequest(group, record["prompt"], record, (0,), recipe.seed) for group, record in enumerate(records)
+        ]
         try:
-            try:
-                result = rollouts.generate(
-                    [
-                        RolloutRequest(group, record["prompt"], record, (0,), recipe.seed)
-                        for group, record in enumerate(records)
-                    ],
-                    each=groups.__setitem__,
-                )
-            finally:
-                rollouts.close()
+            result = rollouts.generate(requests, each=groups.__setitem__)
             if result.failed:
                 logger.warning(
                     "%d of %d prompts got no answer; the first is group %d: %s",
@@ -187,32 +219,41 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
                     f"{result.failed[0].reason}: {result.failed[0].detail}",
                 )
             manager.score(result.groups)
-        except BaseException as error:  # neither Ctrl-C nor a formula that fails loses a thought
-            stored = _store(groups, folder) if groups else []
-            judged = sum(t.reward is not None for t in stored)
-            told = (
-                f"{len(stored)} trajectories are saved in {folder}, {judged} of them judged"
-                if stored
-                else f"no trajectory was finished, and {folder} is as it was"
-            )
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted(f"stopped after {len(groups)} of {len(records)} prompts; {told}") from None
+        except BaseException as error:  # neither a signal nor a formula that fails loses a thought
+            if groups:
+                _store(groups, folder)
             if isinstance(error, UserError):
-                error.args = (f"{error}. {told[0].upper()}{told[1:]}",)
+                error.args = (f"{error}. {told()[0].upper()}{told()[1:]}",)
             raise
         return _store(groups, folder)
 
 
+def _in_order(groups: dict[int, list[Trajectory]]) -> list[Trajectory]:
+    return [trajectory for index in sorted(groups) for trajectory in groups[index]]
+
+
 def _store(groups: dict[int, list[Trajectory]], folder: Path) -> list[Trajectory]:
-    trajectories = [trajectory for index in sorted(groups) for trajectory in groups[index]]
-    save_trajectories(trajectories, folder)
+    """Save them; a signal waits so long."""
+    trajectories = _in_order(groups)
+    with uninterrupted() as storing:
+        storing.callback(save_trajectories, trajectories, folder)
     return trajectories
 
 
-def local(recipe: Recipe, threads: int | None = None) -> Recipe:
-    """The recipe with rollouts in this process."""
-    update: dict[str, Any] = {"workers": 0}
-    if threads is not None:
-        update["threads"] = threads
-    rollout: RolloutConfig = recipe.rollout.model_copy(update=update)
+def _saved_at(newest: Path | None, resume_command: str) -> str:
+    """What there is of a run that was stopped at once."""
+    if newest is None:
+        return "stopped at once; nothing was saved"
+    return f"stopped at once; {newest} was the last to be saved. To go on, {resume_command}"
+
+
+def training_lock(run_dir: Path) -> AbstractContextManager[None]:
+    """Within it no other process trains in the folder, be it a warm start, GRPO or the quickstart. Others may evaluate
+    and roll out beside it: these have folders of their own."""
+    return only_writer(run_dir / ".lock", run_dir, "choose another run_dir")
+
+
+def local(recipe: Recipe) -> Recipe:
+    """The recipe with rollouts in this process, on as many CPU threads as torch has there."""
+    rollout: RolloutConfig = recipe.rollout.model_copy(update={"workers": 0, "threads": None})
     return recipe.model_copy(update={"rollout": rollout})

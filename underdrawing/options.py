@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from policy.config import LARGEST_SEED as LARGEST_SEED
 from runtime.errors import UserError
 from runtime.paths import PathError, expand, expand_object
+from runtime.section import LARGEST_SEED as LARGEST_SEED
 
 
 class OptionError(argparse.ArgumentTypeError):

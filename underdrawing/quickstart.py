@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -23,9 +24,13 @@ search_path.settle()
 # isort: split
 from runtime.errors import UserError, writing  # noqa: E402
 from runtime.files import write_whole  # noqa: E402
+from runtime.interrupt import heed_signals, name_of, number_of, raise_late  # noqa: E402
 from runtime.ray_cluster import ClusterError  # noqa: E402
-from underdrawing.cli import quieten  # noqa: E402
+from underdrawing.cli import leave_clean, quieten  # noqa: E402
 from underdrawing.options import LARGEST_SEED, Parser, Whole, expanded_path  # noqa: E402
+
+if TYPE_CHECKING:
+    from underdrawing.recipe import Recipe
 
 STATE = "quickstart.json"
 AGAIN = "give the same command again"
@@ -38,33 +43,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=0)
     parser.add_argument("--run-dir", type=expanded_path, help="default: the recipe's, with the seed")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    try:
-        options = parser.parse_args(arguments)
-        quieten()
-        return run(options.recipe, options.seed, options.run_dir, options.overrides)
-    except UserError as error:
-        broken = getattr(error, "broken", None)
-        way_back = "" if broken is None else f". Remove {broken} and {AGAIN}"
-        print(f"underdrawing: {error}{way_back}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
-        return 130
+    with heed_signals():
+        try:
+            options = parser.parse_args(arguments)
+            quieten()
+            return run(options.recipe, options.seed, options.run_dir, options.overrides)
+        except UserError as error:
+            broken = getattr(error, "broken", None)
+            way_back = "" if broken is None else f". Remove {broken} and {AGAIN}"
+            print(f"underdrawing: {error}{way_back}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            number = number_of(error)
+            print(f"stopped by {name_of(number)}; the same command goes on from what was saved", file=sys.stderr)
+            return 128 + number
 
 
 def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = ()) -> int:
     """All stages; prints the scores and the JSON line."""
+    from underdrawing.jobs import training_lock
+    from underdrawing.recipe import load_recipe
+
+    recipe = load_recipe(path, [*overrides, f"seed={seed}", f"policy.tiny.seed={seed}"])
+    recipe = recipe.model_copy(update={"run_dir": run_dir or Path(f"{recipe.run_dir}-seed{seed}")})
+    with training_lock(recipe.run_dir):  # over all stages
+        return _run_stages(recipe, seed)
+
+
+def _run_stages(recipe: Recipe, seed: int) -> int:
     from evals.bootstrap import refinement
     from evals.kept import read
     from evals.measures import FINAL_IMAGE, FIRST_SKETCH
     from training.tracking import read_metrics
     from underdrawing.evaluations import compare_evaluations, run_evaluate
     from underdrawing.jobs import local, run_grpo, run_sft
-    from underdrawing.recipe import dump_recipe, load_recipe
+    from underdrawing.recipe import dump_recipe
     from underdrawing.report.page import report_data, write_report
 
-    recipe = load_recipe(path, [*overrides, f"seed={seed}", f"policy.tiny.seed={seed}"])
-    recipe = recipe.model_copy(update={"run_dir": run_dir or Path(f"{recipe.run_dir}-seed{seed}")})
     console = Console(stderr=True)
     clock = _Clock(recipe.run_dir / STATE, dump_recipe(recipe))
 
@@ -83,7 +98,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     if not clock.has("before"):
         say(f"2/5  Held-out score of the warm start ({recipe.evaluate.prompts} prompts)")
         with clock.stage("before"):
-            run_evaluate(local(recipe, threads=2), warm, "warm_start", replace=True)
+            run_evaluate(local(recipe), warm, "warm_start", replace=True)
 
     if not clock.has("grpo"):
         say(
@@ -91,11 +106,14 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
             f"{recipe.grpo.num_generations}, reward = {recipe.rewards.formula()}"
         )
         with clock.stage("grpo"):
+            without_ray = False
             try:
                 run_grpo(recipe, warm, resume=True, resume_command=AGAIN)
             except ClusterError as error:
                 say(f"Ray cannot be had ({error}); rolling out in this process instead")
-                run_grpo(local(recipe, threads=2), warm, resume=True, resume_command=AGAIN)
+                without_ray = True
+            if without_ray:
+                run_grpo(local(recipe), warm, resume=True, resume_command=AGAIN)
     from training import checkpoint
 
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
@@ -107,7 +125,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     if not clock.has("after"):
         say("4/5  Held-out score after GRPO")
         with clock.stage("after"):
-            run_evaluate(local(recipe, threads=2), newest / "weights", "grpo", replace=True)
+            run_evaluate(local(recipe), newest / "weights", "grpo", replace=True)
 
     say("5/5  Report")
     with clock.stage("report"):
@@ -206,6 +224,7 @@ class _Clock:
         try:
             yield
             finished = True
+            raise_late()  # a signal in its last step: the next stage is not begun
         finally:
             self.running = None
             seconds = self.begun.pop(name, 0.0) + time.monotonic() - started
@@ -220,4 +239,4 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_clean(main)

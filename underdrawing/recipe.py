@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from formats.config import FormatConfig
-from policy.config import LARGEST_SEED, PolicyConfig
+from policy.config import PolicyConfig
 from rewards.config import RewardsConfig
 from rl.config import GrpoConfig
 from rollout.config import RolloutConfig
 from runtime.errors import UserError, nearest
 from runtime.paths import WritePath, reading
+from runtime.section import LARGEST_SEED, Section
 from runtime.yaml_core import dump_yaml, fault, load_yaml
 from sft.config import SftConfig
 from tasks.config import TaskConfig
@@ -33,10 +34,8 @@ class RecipeError(UserError):
     """A recipe that does not say something runnable."""
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(Section):
     """What `underdrawing evaluate` (and the quickstart's before and after) measures."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompts: int = Field(300, ge=1, description="held-out prompts, spread evenly over the tags")
     by: list[str] | None = Field(
@@ -46,17 +45,17 @@ class EvaluateConfig(BaseModel):
         "task offers; the first one's is the score. Default: the task's own, else geneval where the prompts have its "
         "ground truth and something detects, else reward",
     )
-    samples: int = Field(1, ge=1, description="answers to each prompt, whose scores are averaged; GenEval draws 4")
+    samples: int = Field(
+        1, ge=1, le=65536, description="answers to each prompt, whose scores are averaged; GenEval draws 4"
+    )
     temperature: float = Field(1.0, ge=0, description="of every role; top_p, top_k and guidance are the rollout's")
     seed: int = Field(
         1234, ge=0, le=LARGEST_SEED, description="of the sampling noise; the same for every evaluated policy"
     )
 
 
-class Recipe(BaseModel):
+class Recipe(Section):
     """A whole run. `underdrawing sft`, `grpo`, `rollout` and `evaluate` read the sections that they need."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str = Field(description="names the run in W&B and the report")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, demonstrations, prompts and sampling noise")

@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
         help="an example of a column that its records have; YAML",
     )
     sub.add_argument("--factory", action="store_true", help="the function makes the reward, from the options")
-    sub.add_argument("--completions", choices=("auto", "interleaved", "text"), default="auto")
+    sub.add_argument("--completions", choices=("auto", "interleaved", "text", "strings"), default="auto")
     sub.add_argument("--scope", choices=tuple(SCOPES), help="what the recipe says of it")
     sub.add_argument("--timeout", type=Number(), default=20.0, metavar="S", help="seconds a call may take (default 20)")
     sub.add_argument(
@@ -78,7 +78,8 @@ def add_parser(commands: Any) -> None:
         "--out",
         type=expanded_path,
         metavar="FILE",
-        help="the page (default rewards.html in the folder); its rows stand beside it as .jsonl",
+        help="the page (default rewards.html in the folder of images, NAME-rewards.html beside stored thoughts); its "
+        "rows stand beside it as .jsonl",
     )
     sub.add_argument("--most", type=Whole(1), default=60, help="images or thoughts on the page (default 60)")
 
@@ -245,13 +246,12 @@ def try_recipe(options: argparse.Namespace) -> int:
     from underdrawing.trial import try_on_images, try_on_thoughts
 
     recipe = load_recipe(options.recipe, options.overrides)
+    page, rows = _page(options)
     if options.images is not None:
         trial, folder = try_on_images(recipe, options.images), options.images
     else:
         trial = try_on_thoughts(recipe, options.trajectories)
         folder = options.trajectories if options.trajectories.is_dir() else options.trajectories.parent
-    page = options.out or folder / "rewards.html"
-    rows = page.with_suffix(".jsonl")
     trial.write_rows(rows)
     if trial.fault is not None:
         print(f"rows: {rows}")
@@ -275,6 +275,26 @@ def try_recipe(options: argparse.Namespace) -> int:
     write_trial(trial.page(options.most), page)
     print(f"report: {page}\nrows: {rows}")
     return 0
+
+
+def _page(options: argparse.Namespace) -> tuple[Path, Path]:
+    """Page and rows: in a folder of images, but beside stored trajectories, which hold nothing foreign.
+
+    Raises StoreError for an --out that would lie in stored trajectories.
+    """
+    from record.store import check_beside
+
+    if options.out is not None:
+        page = options.out
+    elif options.images is not None:
+        page = options.images / "rewards.html"
+    else:
+        folder = options.trajectories if options.trajectories.name else options.trajectories.resolve()
+        page = folder.parent / f"{folder.name}-rewards.html"
+    rows = page.with_suffix(".jsonl")
+    check_beside(page)
+    check_beside(rows)
+    return page, rows
 
 
 def _table() -> Any:

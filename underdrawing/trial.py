@@ -1,7 +1,7 @@
 """A recipe's reward tried on what there is: stored thoughts, or a folder of images in GenEval's layout.
 
 Nothing is rolled out and no policy is loaded. `underdrawing rewards try` prints the numbers and writes the page
-(report/trial.py) and rewards.jsonl beside it.
+(report/trial.py) and its rows beside it.
 """
 
 from __future__ import annotations

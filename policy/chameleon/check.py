@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 from transformers.utils import is_flash_attn_2_available
@@ -41,9 +42,12 @@ def check(config: PolicyConfig, words: Sequence[str], trains: bool) -> None:
     else:
         load_tokenizer(config.path)
         model_config = read_config(Path(config.path))
+    with torch.device("meta"):  # shapes alone
+        model = InterleavedChameleon(model_config)
+    if config.path is None:
+        _check_fits(model)
     if config.lora is not None:
-        with torch.device("meta"):  # shapes alone: the names of its layers are what is wanted
-            check_adapters(InterleavedChameleon(model_config), config.lora)
+        check_adapters(model, config.lora)
 
 
 def check_adapters(model: InterleavedChameleon, lora: LoraSection) -> None:
@@ -56,6 +60,16 @@ def check_adapters(model: InterleavedChameleon, lora: LoraSection) -> None:
             raise UserError(
                 f"policy.lora.target_modules: the model has no linear layer '{target}'; {nearest(target, known)}"
             )
+
+
+def _check_fits(model: InterleavedChameleon) -> None:
+    """Fresh weights are made in this machine's memory, in float32."""
+    size, there = 4 * sum(p.numel() for p in model.parameters()), psutil.virtual_memory().total
+    if size > there:
+        raise UserError(
+            f"policy.tiny: the weights take {size / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}; give a "
+            "smaller hidden_size, intermediate_size or num_hidden_layers"
+        )
 
 
 def _check_attention(config: PolicyConfig) -> None:

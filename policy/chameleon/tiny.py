@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import ChameleonConfig, PreTrainedTokenizerFast
@@ -52,6 +53,10 @@ def tiny_vq(section: TinySection) -> ChameleonVQ:
     if isinstance(section.vq, dict):
         config = vq_config(section.vq, "policy.tiny.vq")
         try:
+            with torch.device("meta"):  # shapes alone, to see how large it is
+                size = 4 * sum(p.numel() for p in ChameleonVQ(config).parameters())
+            if size > (there := psutil.virtual_memory().total):
+                raise MemoryError(f"{size / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}")
             return ChameleonVQ(config).requires_grad_(False)
         except UNMAKEABLE as error:
             raise TokenizerError(

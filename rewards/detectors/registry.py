@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from runtime.errors import UserError, nearest
 from runtime.loading import load_object
 from runtime.paths import Options, ReadPath, expand, expand_object, reading
+from runtime.section import Section
 from runtime.yaml_core import fault, load_yaml
 
 # Where each backend is; its constructor's arguments are the keys that it takes.
@@ -36,10 +37,8 @@ RELEASED = {
 }
 
 
-class DetectorConfig(BaseModel):
+class DetectorConfig(Section):
     """A detector of the toolkit's own. Keys that are None keep the backend's default."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     backend: str = Field(description="mask2former, grounding_dino, owlv2 or shapes.")
     path: ReadPath | None = Field(

@@ -171,6 +171,7 @@ class ComponentSpec:
     context: RewardContextSpec | None = None  # of one of the toolkit's own; None: it is somebody else's
     judge: JudgeConfig | None = None  # for somebody else's that asks for it
     columns: tuple[str, ...] | None = None  # of the whole prompt set; None: not known
+    conversational: bool = True  # what the view `auto` goes by
 
     @property
     def own(self) -> bool:
@@ -246,6 +247,7 @@ class LoadedComponent:
             options=self.options,
             state=state,
             view=self.spec.view,
+            conversational=self.spec.conversational,
             context=context,
             judge=self.judge,
             known_columns=self.spec.columns or (),
@@ -346,6 +348,10 @@ def describe(error: BaseException) -> tuple[str, str]:
     hint = ""
     if isinstance(error, TypeError) and "got 'list'" in str(error):
         hint = ". If it reads text alone, set completions: text for this part"
+    elif isinstance(error, TypeError) and str(error).startswith("string indices must be integers"):
+        hint = (
+            ". Completions are strings here; if it reads messages, set completions: text or interleaved for this part"
+        )
     return f"{type(error).__name__}: {error}{where}{hint}", "".join(traceback.format_exception(error))
 
 
