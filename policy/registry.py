@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from formats.base import Vocabulary
 from policy.base import Policy
 from policy.config import PolicyConfig
 from runtime.errors import UserError, nearest
@@ -13,6 +14,8 @@ from runtime.options import make
 # Dotted, so that asking for one family imports no other.
 FAMILIES = {"chameleon": "policy.chameleon.family.load"}
 CHECKS = {"chameleon": "policy.chameleon.check.check"}  # of the families that have one
+
+VOCABULARIES = {"chameleon": "policy.chameleon.check.vocabulary"}
 
 
 class FamilyError(UserError):
@@ -38,6 +41,16 @@ def check_policy(config: PolicyConfig, words: Sequence[str] = (), trains: bool =
     _loader(config.family)
     if config.family in CHECKS:
         load_object(CHECKS[config.family], f"policy.family: '{config.family}'")(config, words, trains)
+
+
+def load_vocabulary(config: PolicyConfig) -> tuple[Vocabulary, int] | None:
+    """The vocabulary and the context's length of the model at config.path, without its weights; None: the family does
+    not say how. Raises whatever UserError the family has for a wrong file."""
+    if config.family not in VOCABULARIES:
+        return None
+    read = load_object(VOCABULARIES[config.family], f"policy.family: '{config.family}'")
+    known: tuple[Vocabulary, int] = read(config)
+    return known
 
 
 def _loader(family: str) -> Callable[[PolicyConfig, Sequence[str]], Policy]:

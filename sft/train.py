@@ -37,7 +37,7 @@ SEE_BATCH = 256
 def demonstrate(task: Task, fmt: Format, policy: ChameleonPolicy, config: SftConfig, seed: int) -> list[Trajectory]:
     """The trajectories to learn from: the task's demonstrations rendered in the format, or the stored ones."""
     if config.data is not None:
-        return load_demonstrations(config, fmt, policy)
+        return load_demonstrations(config, fmt, policy, task.prompts("heldout"))
     demonstrations = task.demonstrations(fmt.name, config.demonstrations, seed)
     return render_all(demonstrations, fmt, policy, config.learn_mistakes)
 

@@ -34,8 +34,16 @@ def test_the_scripts_are_found():
     )
 
 
-@pytest.mark.parametrize("how", ["file", "module", "file from elsewhere"])
-@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+# Each imports torch: one way for all of them, every way for the one whose name is a package's, the others at night.
+STARTS = [
+    pytest.param(script, how, id=f"{script}-{how}", marks=() if usual else pytest.mark.slow)
+    for script in SCRIPTS
+    for how in ("file", "module", "file from elsewhere")
+    for usual in [how == "file from elsewhere" or script.name == "rollout.py"]
+]
+
+
+@pytest.mark.parametrize("script, how", STARTS)
 def test_every_script_starts(script: Path, how: str, tmp_path):
     if how == "module":
         done = run(ROOT, "-m", ".".join(script.with_suffix("").parts), "--help")
@@ -44,7 +52,10 @@ def test_every_script_starts(script: Path, how: str, tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, id=str(s), marks=() if s.name == "rollout.py" else pytest.mark.slow) for s in SCRIPTS],
+)
 def test_every_script_takes_our_packages_from_its_own_repository(script: Path):
     """Not from an installation elsewhere, and `rollout` not from the folder of the scripts."""
     where = run(ROOT, "-c", f"import runpy; m = runpy.run_path({str(script)!r}); import sys\n"

@@ -5,6 +5,7 @@ Each function builds one thing from its section, so that a user's own script can
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from formats.base import Format
 from formats.roles import check_names, check_roles
 from policy.base import Policy
-from policy.registry import FAMILIES, load_policy
+from policy.registry import FAMILIES, load_policy, load_vocabulary
 from rewards.alarms import Alarms
 from rewards.loader import is_own
 from rewards.manager import RewardManager
@@ -151,6 +152,45 @@ def starting_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
             "recipe first, or give --weights"
         )
     return None
+
+
+def known_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
+    """The weights that a job would begin with, where there are any by now: those given, the newest checkpoint's, the
+    warm start's, or policy.path.
+
+    Raises:
+        UserError: the folder given is none.
+    """
+    newest = checkpoint.latest(recipe.run_dir / "checkpoints")
+    if given is not None or newest is None:
+        if given is None and recipe.policy.path is None and not (warm_start_folder(recipe) / "config.json").is_file():
+            return None
+        return starting_weights(recipe, given) or Path(str(recipe.policy.path))
+    return newest / "weights"
+
+
+def check_prompts(recipe: Recipe, task: Task, fmt: Format, weights: Path | None, splits: Sequence[Split]) -> None:
+    """Raises PromptError as `prompts`, without loading weights: by the vocabulary in their folder, where the family
+    says how to read it."""
+    if weights is None:
+        return
+    known = load_vocabulary(recipe.policy.model_copy(update={"path": str(weights)}))
+    if known is None:
+        return
+    vocabulary, max_length = known
+    for split in splits:
+        records = task.prompts(split)
+        if records:
+            fitting(records, fmt, vocabulary, max_length, recipe.task, split)
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """Raises UserError where run_dir is a file, or cannot be made."""
+    there = next(path for path in (recipe.run_dir.absolute(), *recipe.run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"run_dir: {there} is a file; name a folder, or one that can be made")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir: {there} is not writable for you; choose another run_dir")
 
 
 def check_policy_path(recipe: Recipe) -> None:

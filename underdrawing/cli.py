@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from underdrawing import search_path
 
@@ -33,6 +33,9 @@ from underdrawing.options import (  # noqa: E402
     expanded_path,
     join_resume,
 )
+
+if TYPE_CHECKING:
+    from tasks.base import Split
 
 RECIPE_HELP = "a YAML recipe; shipped ones are under configs/"
 
@@ -143,7 +146,11 @@ def _parser() -> argparse.ArgumentParser:
         if recipe:
             sub.add_argument("recipe", type=expanded_path, help=RECIPE_HELP)
             sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
-            sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe, stop")
+            sub.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="check what can be known without weights, print the resolved recipe",
+            )
         return sub
 
     def resumable(sub: argparse.ArgumentParser) -> None:
@@ -170,7 +177,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("rollout", _rollout, "sample trajectories, judge and store them")
     sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
     sub.add_argument("--prompts", type=Whole(1), default=16, help="how many (default 16)")
-    sub.add_argument("--split", choices=("train", "heldout"), default="heldout")
+    sub.add_argument("--samples", type=Whole(1), default=1, help="trajectories of each prompt (default 1)")
+    sub.add_argument(
+        "--split", choices=("train", "heldout"), default="heldout", help="default heldout; to learn from: train"
+    )
     sub.add_argument("--out", type=expanded_path, help="folder to write (default run_dir/rollout)")
 
     sub = command("difficulty", _difficulty, "how often the policy passes each prompt, to select prompts by")
@@ -222,18 +232,27 @@ def _recipe(options: argparse.Namespace) -> Any:
     return load_recipe(options.recipe, options.overrides)
 
 
-def _dry_run(recipe: Any, rolls_out: bool = True, trains: bool = False, evaluates: bool = False) -> int:
+def _dry_run(
+    recipe: Any,
+    rolls_out: bool = True,
+    trains: bool = False,
+    evaluates: bool = False,
+    weights: Path | None = None,
+    splits: Sequence[Split] = (),
+) -> int:
     """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights.
 
     Args:
         rolls_out: the command writes thoughts and judges them; a warm start does neither.
         trains: it makes optimiser steps, for which the recipe must be fit.
         evaluates: it asks the held-out prompts, which must be there and can be judged.
+        weights: as given.
+        splits: whose prompts it asks; held to the vocabulary of the weights, where there are any by now.
     """
     from rewards.tree import lines
     from sft.sources import check_data
     from underdrawing import build
-    from underdrawing.evaluations import check_evaluation
+    from underdrawing.evaluations import check_evaluation, check_named
     from underdrawing.preflight import preflight
     from underdrawing.recipe import dump_recipe
 
@@ -242,6 +261,10 @@ def _dry_run(recipe: Any, rolls_out: bool = True, trains: bool = False, evaluate
         check_data(recipe.sft, recipe.policy.tiny.tags)
     with build.build_reward_manager(recipe, task, fmt):
         pass
+    build.check_run_dir(recipe)
+    check_named(recipe, task)
+    if rolls_out:
+        build.check_prompts(recipe, task, fmt, build.known_weights(recipe, weights), splits)
     if evaluates:
         check_evaluation(recipe, task, fmt)
     print(dump_recipe(recipe), end="")
@@ -268,7 +291,9 @@ def _sft(options: argparse.Namespace) -> int:
 def _grpo(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe, trains=True, evaluates=recipe.grpo.evaluate_every is not None)
+        evaluates = recipe.grpo.evaluate_every is not None
+        splits: list[Split] = ["train", "heldout"] if evaluates else ["train"]
+        return _dry_run(recipe, trains=True, evaluates=evaluates, weights=options.weights, splits=splits)
     from underdrawing.jobs import run_grpo
 
     weights = run_grpo(recipe, options.weights, _resume(options), changed_prompts=options.changed_prompts)
@@ -290,12 +315,12 @@ def _newest_weights(recipe: Any, given: Path | None) -> Path:
 def _rollout(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, weights=options.weights, splits=[options.split])
     from underdrawing.jobs import run_rollout
 
     folder = options.out or recipe.run_dir / "rollout"
     weights = _newest_weights(recipe, options.weights)
-    trajectories = run_rollout(recipe, weights, options.prompts, options.split, folder)
+    trajectories = run_rollout(recipe, weights, options.prompts, options.split, folder, options.samples)
     rewards = [t.reward for t in trajectories if t.reward is not None]
     mean = f"{sum(rewards) / len(rewards):.3f}" if rewards else "none judged"
     print(f"{len(trajectories)} trajectories of {weights} in {folder}; mean reward {mean}")
@@ -305,7 +330,7 @@ def _rollout(options: argparse.Namespace) -> int:
 def _difficulty(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, weights=options.weights, splits=[options.split])
     from underdrawing.difficulty import run_difficulty, summary
 
     out = options.out or recipe.run_dir / "difficulty.jsonl"
@@ -326,7 +351,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     geneval.refuse_options(options)
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe, evaluates=True)
+        return _dry_run(recipe, evaluates=True, weights=options.weights, splits=["heldout"])
     from rich.console import Console
 
     from underdrawing.evaluations import run_evaluate

@@ -66,7 +66,8 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
         policy = build.build_policy(recipe, task, weights)
         records = heldout_records(recipe, task, policy)
         settings = settings_of(recipe, task, records)
-        folder = recipe.run_dir / "evaluations" / (label or default_label(recipe, task, policy, weights, settings))
+        named = None if label is None else check_label(label)
+        folder = recipe.run_dir / "evaluations" / (named or default_label(recipe, task, policy, weights, settings))
         opened.enter_context(only_writer(beside(folder), folder, "choose another --label"))
         kept.check_replaceable(folder)
         of = Evaluated(settings, str(weights), fingerprint(policy.model.state_dict()), step_of(weights))
@@ -154,6 +155,21 @@ def open_evaluations(
             assert not isinstance(chosen, str)
             made.append(chosen)
     return made
+
+
+def check_named(recipe: Recipe, task: Task) -> None:
+    """Raises EvaluationError for a name in evaluate.by that nothing has."""
+    if recipe.evaluate.by is not None:
+        chosen_evaluations(recipe, task)
+
+
+def check_label(label: str) -> str:
+    """The label, which names a folder of its own in evaluations/. Raises EvaluationsError for one that cannot."""
+    if not label or label.startswith(".") or not label.isprintable() or set(label) & set("/\\"):
+        raise EvaluationsError(f"--label '{label}': it names a folder in evaluations/; no '/', and no '.' at its start")
+    if re.fullmatch(rf"{kept.DURING}\d+", label):
+        raise EvaluationsError(f"--label '{label}': evaluations during training are called so; choose another name")
+    return label
 
 
 def check_evaluation(recipe: Recipe, task: Task, fmt: Format) -> None:

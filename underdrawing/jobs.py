@@ -23,7 +23,7 @@ from tasks.base import Split
 from training import checkpoint
 from training.ranks import run_on_main
 from underdrawing import build
-from underdrawing.evaluations import during_training
+from underdrawing.evaluations import check_named, during_training
 from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe, as_now
@@ -56,7 +56,9 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
         task, fmt = preflight(recipe, rolls_out=False, trains=True)
         first = state.is_main_process
         if first:
-            build.write_recipe(recipe, refused=not resume and saved() is not None)
+            # A GRPO run's recipe stays: its evaluations are labelled by what differs from it.
+            trained = checkpoint.latest(recipe.run_dir / "checkpoints") is not None
+            build.write_recipe(recipe, refused=trained or (not resume and saved() is not None))
         policy = build.build_policy(recipe, task)
         if not isinstance(policy, ChameleonPolicy):
             raise UserError(
@@ -112,6 +114,7 @@ def run_grpo(
         accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
         run_on_main(accelerator, lambda: closing.enter_context(training_lock(recipe.run_dir)))
         task, fmt = preflight(recipe, trains=True)
+        check_named(recipe, task)
         start = build.starting_weights(recipe, weights)
         policy = build.build_policy(recipe, task, start)
         newest = saved()
@@ -162,8 +165,10 @@ def run_grpo(
     return final / "weights"
 
 
-def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: Path) -> list[Any]:
-    """Roll out `count` prompts once each, judge them, and store the trajectories.
+def run_rollout(
+    recipe: Recipe, weights: Path, count: int, split: str, folder: Path, samples: int = 1
+) -> list[Trajectory]:
+    """Roll out `count` prompts, `samples` times each, judge them, and store the trajectories.
 
     Raises:
         StoreError: `folder` holds what saving would delete; nothing was sampled.
@@ -192,7 +197,8 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
         side: Split = "heldout" if split == "heldout" else "train"
         there = len(task.prompts(side))
         if not 1 <= count <= there:
-            raise UserError(f"--prompts {count}: the split '{side}' has {there} prompts; ask for 1 to {there}")
+            has = f"has {there} prompts; ask for 1 to {there}" if there > 1 else f"has {there or 'no'} prompt"
+            raise UserError(f"--prompts {count}: the split '{side}' {has}, or give another --split")
         policy = build.build_policy(recipe, task, weights)
         records += build.prompts(recipe, task, fmt, policy, side)[:count]
         manager = build.build_reward_manager(recipe, task, fmt)
@@ -206,7 +212,8 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
         )
         closing.callback(rollouts.close)
         requests = [
-            RolloutRequest(group, record["prompt"], record, (0,), recipe.seed) for group, record in enumerate(records)
+            RolloutRequest(group, record["prompt"], record, tuple(range(samples)), recipe.seed)
+            for group, record in enumerate(records)
         ]
         try:
             result = rollouts.generate(requests, each=groups.__setitem__)

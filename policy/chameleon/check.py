@@ -12,7 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from policy.chameleon.model import InterleavedChameleon, read_config
 from policy.chameleon.tiny import tiny_config, tiny_tokenizer, tiny_vq
-from policy.chameleon.vocabulary import load_tokenizer
+from policy.chameleon.vocabulary import ChameleonVocabulary, load_tokenizer
 from policy.config import LoraSection, PolicyConfig
 from policy.devices import check_device
 from runtime.errors import UserError, nearest
@@ -48,6 +48,16 @@ def check(config: PolicyConfig, words: Sequence[str], trains: bool) -> None:
         _check_fits(model)
     if config.lora is not None:
         check_adapters(model, config.lora)
+
+
+def vocabulary(config: PolicyConfig) -> tuple[ChameleonVocabulary, int]:
+    """The vocabulary and the context's length of the model at config.path, which is read without its weights."""
+    assert config.path is not None
+    tokenizer, model_config = load_tokenizer(config.path), read_config(Path(config.path))
+    with torch.device("meta"):
+        codes = InterleavedChameleon(model_config).model.vqmodel.codes_per_image
+    length = int(model_config.max_position_embeddings)
+    return ChameleonVocabulary(tokenizer, codes, model_config.vocab_size), length
 
 
 def check_adapters(model: InterleavedChameleon, lora: LoraSection) -> None:
