@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 
 
 class ImageColumnError(UserError):
@@ -75,8 +75,16 @@ def _check(content: bytes, where: str) -> None:
     try:
         with Image.open(BytesIO(content)) as image:
             image.load()
+    except UnidentifiedImageError:  # its words hold no more than the address of the buffer
+        reason = "empty" if not content else f"{len(content)} bytes, cut, altered or of no known kind"
+        raise ImageColumnError(
+            f"{where}: not an image that can be read ({reason}); PNG, JPEG, WebP, GIF, BMP, TIFF and the other kinds "
+            "that Pillow opens are"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
-        raise ImageColumnError(f"{where}: not an image that can be read ({error})") from None
+        raise ImageColumnError(
+            f"{where}: not an image that can be read ({first_line(error)}); it may be cut or altered"
+        ) from None
 
 
 def _cached(content: bytes) -> Path:
