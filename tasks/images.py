@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, first_line, remedy
 
 
 class ImageColumnError(UserError):
@@ -100,7 +100,7 @@ def _cached(content: bytes) -> Path:
             os.replace(temporary, file)
         except OSError as error:
             raise ImageColumnError(
-                f"{folder}: images of the data set cannot be kept there ({error.strerror or error}); free some "
-                "space, or set XDG_CACHE_HOME to another folder"
+                f"{folder}: images of the data set cannot be kept there ({error.strerror or error}); "
+                + remedy(error, "set XDG_CACHE_HOME to another folder")
             ) from error
     return file

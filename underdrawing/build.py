@@ -167,7 +167,7 @@ def write_recipe(recipe: Recipe, refused: bool = False) -> None:
     so that run's recipe stays."""
     if refused:
         return
-    with writing(recipe.run_dir, "free some space, or choose another run_dir"):
+    with writing(recipe.run_dir, "choose another run_dir"):
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
 

@@ -133,7 +133,9 @@ def from_template(name: str, **values: Any) -> str:
 
 
 def write_page(html: str, path: Path) -> Path:
-    """Whole or not at all. Raises UserError where it cannot be written."""
+    """Whole or not at all. Raises UserError where `path` is a folder or cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; give the page's file, such as {path / 'report.html'}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, html)
