@@ -101,6 +101,16 @@ def test_alarms_that_were_raised_are_told(tmp_path: Path) -> None:
     assert "was first raised at step 3" in render(data) and "<h2>Alarms</h2>" in render(data)
 
 
+def test_a_warm_start_alone_shows_its_loss(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    rows = [{"step": step, "sft/loss_text": 4.0 / step, "sft/loss_image": 2.0} for step in (5, 10)]
+    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = report_data(tmp_path)
+    assert data.subtitle == "a warm start of 10 steps, and no GRPO yet" and list(data.metrics) == rows
+    page = render(data)
+    assert "Warm-start loss, nats" in page and "sft/loss_text" in page and data.subtitle in page
+
+
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run here"):
         report_data(tmp_path)
