@@ -182,12 +182,17 @@ def read_prompt_scores(path: Path) -> list[PromptScore]:
     """The scores that Heldout.save wrote.
 
     Raises:
-        EvaluationsError: the file is missing or a line is none of its rows.
+        EvaluationsError: the file is missing or no text, or a line is none of its rows.
     """
+    again = f"remove {path.parent} and evaluate again"
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8").splitlines()
     except FileNotFoundError:
+        if (path.parent / SUMMARY).is_file():
+            raise EvaluationsError(f"{path}: missing, though {SUMMARY} is beside it; {again}") from None
         raise EvaluationsError(f"{path}: no evaluation there; run `underdrawing evaluate` first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationsError(f"{path}: cannot be read, it may be cut or altered ({error}); {again}") from None
     scores = []
     for number, line in enumerate(lines, 1):
         try:
@@ -195,7 +200,7 @@ def read_prompt_scores(path: Path) -> list[PromptScore]:
         except (TypeError, KeyError, ValueError, AttributeError):
             raise EvaluationsError(f"{path} line {number}: not a row of scores by prompt") from None
     if not scores:
-        raise EvaluationsError(f"{path}: no scores in it; remove {path.parent} and evaluate again")
+        raise EvaluationsError(f"{path}: no scores in it; {again}")
     return scores
 
 

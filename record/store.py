@@ -41,7 +41,7 @@ from record.trajectory import (
     StopReason,
     Trajectory,
 )
-from runtime.errors import UserError
+from runtime.errors import UserError, remedy
 from runtime.files import whole_folder
 
 VERSION = "2"
@@ -126,8 +126,8 @@ def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) ->
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StoreError(
-            f"{folder}: the trajectories cannot be written ({reason}); free some space or choose another "
-            "folder. Nothing was left half-written"
+            f"{folder}: the trajectories cannot be written ({reason}); "
+            f"{remedy(error, 'choose another folder')}. Nothing was left half-written"
         ) from error
 
 

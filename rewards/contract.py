@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_type_hints
@@ -63,6 +62,10 @@ GIVEN = {*RESERVED, "columns"} - {"prompt", "completion"}  # and so no options
 NO_JUDGE = (
     "reward '{name}' asks a judge, and the recipe names none: give rewards.judge.base_url and rewards.judge.model"
 )
+
+
+_BOUND = f"at most {LARGEST:g} can be trained on (in float32), so scale it down"
+SHOWN = 80  # characters of a value in a message
 
 
 class RewardError(UserError):
@@ -388,18 +391,21 @@ def _row(value: Any, name: str, trajectory: Trajectory) -> Value:
 
 def _number(value: Any, name: str) -> float:
     try:
+        if isinstance(value, str | bytes | bytearray) or (isinstance(value, np.ndarray) and value.dtype.kind in "SU"):
+            raise TypeError  # float() reads "0.5", and "nan", "1_0" and " 7" too
         number = float(value)
     except OverflowError:  # of a whole number beyond every float
-        number = sys.float_info.max if value > 0 else -sys.float_info.max
-    except (TypeError, ValueError, RuntimeError):  # the last is a tensor's, of several numbers
         raise RewardError(
-            f"reward '{name}' returned {value!r} for a completion; a value is a number, None, or {{segment: number}}"
+            f"reward '{name}' returned a number beyond every float ({type(value).__name__}) for a completion; {_BOUND}"
+        ) from None
+    except (TypeError, ValueError, RuntimeError):  # the last is a tensor's, of several numbers
+        shown = repr(value)
+        raise RewardError(
+            f"reward '{name}' returned {shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + '...'} for a "
+            "completion; a value is a number, None, or {segment: number}"
         ) from None
     if too_large(number):
-        raise RewardError(
-            f"reward '{name}' returned {number:.3g} for a completion; at most {LARGEST:g} can be trained on (in "
-            f"float32), so scale it down"
-        )
+        raise RewardError(f"reward '{name}' returned {number:.3g} for a completion; {_BOUND}")
     return number
 
 

@@ -73,6 +73,20 @@ def test_typesetting_costs_nothing_under_any_kind(kind, dressed):
         ("don\u2019t", "don't"),
         ("well-known", "wellknown"),  # as SQuAD has it: a hyphen between letters is punctuation
         ("U.S.A.", "USA"),
+        ("- 5", "-5"),
+        ("- 5 cm", "-5 cm"),
+        ("x = - 5", "x = -5"),
+        ("- a dog", "A dog"),  # a bullet
+        ("Rome - I think", "Rome, I think"),  # a dash
+        ("-(5)", "-5"),
+        ("+x", "x"),
+        ("1e+5", "1e5"),
+        ("1E\u22125", "1e-5"),
+        ("X-ray", "xray"),
+        ("F-16", "F16"),
+        ("(C++).", "c++"),
+        ("`C++`", "C++"),
+        ("C\\#", "C#"),
         ("the cat", "A cat."),
         ("U\u0308ber", "\u00fcber"),
         ("a", "A"),
@@ -102,10 +116,35 @@ def test_the_same_words(one, other):
         ("10\u00b2", "102"),
         ("1\u00bd", "11/2"),
         ("2**3", "23"),  # no bold type
+        ("1e-5", "1e5"),
+        ("1.5E-5", "1.5E5"),
+        ("2e-3 m", "2e3 m"),
+        ("- 5", "5"),
+        ("x = - 5", "x = 5"),
+        ("-x", "x"),
+        ("- x", "x"),
+        ("-a", "a"),
+        ("$-x_1$", "x_1"),
+        ("x = -y", "x = y"),
+        ("e^{-x}", "e^{x}"),
+        ("-(5)", "5"),
+        ("-\\pi", "\\pi"),
+        ("-\\frac{1}{2}", "\\frac{1}{2}"),
+        ("-\u221e", "\u221e"),
+        ("C++", "C"),
+        ("C#", "C"),
+        ("C++", "C#"),
+        ("C++17", "C17"),
+        ("A+", "A"),
+        ("O+", "O-"),
+        ("O-", "O"),
+        ("Disney+", "Disney"),
+        ("50+", "50"),
     ],
 )
 def test_other_words(one, other):
     assert exact(one, other) == exact(other, one) == 0
+    assert token_f1(one, other) < 1 and relaxed(one, other) == relaxed(other, one) == 0
 
 
 def test_the_released_normal_form_is_kept_for_the_releases():
@@ -126,6 +165,8 @@ def test_the_released_normal_form_is_kept_for_the_releases():
         ("\u00bd", 0.5),
         ("11 5/6", 71 / 6),
         ("-1 1/2", -1.5),
+        ("- 5", -5),
+        ("1e-5", 1e-5),
         ("\\frac{3}{4}", 0.75),
         ("1\\frac{1}{2}", 1.5),
         ("3\\times10^{5}", 3e5),
@@ -173,6 +214,10 @@ def test_relaxed(said, gold, right):
         ("71/6", "11 5/6", True),
         ("\u22125", "-5", True),
         ("-5", "5", False),
+        ("1e-5", "1e5", False),
+        ("-x", "x", False),
+        ("C++", "C", False),
+        ("Disney+", "Disney", False),
         ("1 000", "1000", True),
         ("1\\,000", "1000", True),
         ("5\\%", "0.05", True),

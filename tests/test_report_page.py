@@ -14,8 +14,9 @@ from evals.kept import Evaluated, keep
 from record.store import save_trajectories
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from runtime.errors import UserError
+from runtime.files import write_whole
 from underdrawing.evaluations import compare_evaluations
-from underdrawing.report.page import ReportData, _pairs, _tagged, render, report_data, write_report
+from underdrawing.report.page import ReportData, _pairs, _tagged, render, report_data, write_page, write_report
 
 
 def measured(prompt: str, final: float, first: float) -> PromptScore:
@@ -100,6 +101,16 @@ def test_alarms_that_were_raised_are_told(tmp_path: Path) -> None:
     assert "was first raised at step 3" in render(data) and "<h2>Alarms</h2>" in render(data)
 
 
+def test_a_warm_start_alone_shows_its_loss(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    rows = [{"step": step, "sft/loss_text": 4.0 / step, "sft/loss_image": 2.0} for step in (5, 10)]
+    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = report_data(tmp_path)
+    assert data.subtitle == "a warm start of 10 steps, and no GRPO yet" and list(data.metrics) == rows
+    page = render(data)
+    assert "Warm-start loss, nats" in page and "sft/loss_text" in page and data.subtitle in page
+
+
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run here"):
         report_data(tmp_path)
@@ -174,9 +185,29 @@ def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
         lambda: keep(nothing, folder / "grpo", Evaluated({})),
         lambda: compare_evaluations(tmp_path, "grpo", "grpo"),
     ):
-        with pytest.raises(UserError, match="No space left on device"):
+        with pytest.raises(UserError, match=r"\(No space left on device\); free some space, or choose another folder$"):
             write()
     assert [file.read_text() for file in files] == before
+
+
+def test_a_page_that_cannot_be_written_says_what_mends_it(tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    page.mkdir()
+    with pytest.raises(UserError, match=f"^{page}: a folder; give the page's file, such as {page}/report.html$"):
+        write_page("<html>", page)
+    with pytest.raises(UserError, match=r"^/proc/x.html: cannot be written \([\w ]+\); choose another folder$"):
+        write_page("<html>", Path("/proc/x.html"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"page.html: cannot be written \(File exists\); choose another folder$"):
+        write_page("<html>", tmp_path / "file/page.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "page"]
+
+
+def test_text_that_cannot_take_its_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "page").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "page", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]
 
 
 def test_the_report_lists_all_evaluations_and_compares_those_that_compare(tmp_path: Path) -> None:

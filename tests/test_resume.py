@@ -98,6 +98,17 @@ def test_what_is_no_checkpoint_is_a_sentence_and_nothing_is_lost(capsys, run, fi
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != "recipe.yaml"}
 
 
+def test_a_run_from_given_weights_asks_for_them_again(capsys, finished, tmp_path):
+    own, weights = tmp_path / "own", ["--weights", str(finished / "sft/model")]
+    assert main(grpo(own, *weights, "grpo.steps=1")) == 0
+    again = ["grpo", str(own / "recipe.yaml"), "grpo.steps=2", "--resume", "1"]
+    said = refused(capsys, *again)
+    assert said.rstrip().endswith(f"policy.path is not set; give them again: --weights {finished}/sft/model")
+    assert steps(own) == [1] and main([*again, *weights]) == 0 and steps(own) == [1, 2]
+    shutil.copy(own / "recipe.yaml", own / "checkpoints/step-000002/trainer.pt")  # no trainer's state
+    assert "give them again: --weights and the folder" in refused(capsys, *again)
+
+
 def test_a_checkpoint_of_another_run_begins_a_new_one(finished, tmp_path):
     folder = finished / "checkpoints/step-000002"
     weights = ["--weights", str(finished / "sft/model"), "grpo.steps=3"]

@@ -74,7 +74,7 @@ def test_columns_are_those_of_the_whole_set():
 
 
 def test_a_step_without_the_column_gets_none(own):
-    """Each step judges one prompt; only the first record has a solution. The second used to end the run."""
+    """Each step judges one prompt; only the first record has a solution. The second's rewards are None."""
     with manager(Prompts(), r={"function": f"{own}:solved", "retries": 0}) as judge:
         for step, record in enumerate(RECORDS, 1):
             group = [trajectory_of(record, text("plan", "x"), member=m) for m in (0, 1)]

@@ -45,7 +45,7 @@ def test_the_packages_are_ours():
 
 @pytest.mark.parametrize("command", [[SCRIPT], [sys.executable, "-m", "underdrawing"]], ids=["script", "module"])
 def test_a_working_folder_full_of_our_names_is_no_matter(tmp_path, command):
-    """`python -m` used to find them first: ModuleNotFoundError, "No module named 'runtime.errors'"."""
+    """`python -m` puts the working folder first on the path, and the command moves it behind its own packages."""
     for name in PACKAGES:
         if name != "underdrawing" or command == [SCRIPT]:
             package(tmp_path, name, "raise ImportError('another package')")

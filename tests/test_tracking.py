@@ -366,7 +366,9 @@ def drawn_trajectory(prompt: str) -> Trajectory:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run/metrics.jsonl: cannot be written \(Not a directory\)"):
+    with pytest.raises(
+        UserError, match=r"file/run/metrics.jsonl: cannot be written \(Not a directory\); choose another run_dir$"
+    ):
         Tracker(tmp_path / "file" / "run")
 
 
@@ -390,7 +392,7 @@ def test_a_rewind_that_cannot_be_written_leaves_the_file(tmp_path):
     for step in (1, 2):
         tracker.log(step, {"a": 1.0})
     (tmp_path / ".metrics.jsonl.part").mkdir()  # what it would write first
-    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\); free some space and"):
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\); mend that and resume$"):
         tracker.rewind(2)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     tracker.close()

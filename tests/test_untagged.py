@@ -108,7 +108,7 @@ def test_a_run_evaluates_without_tags(run, tmp_path):
     ],
 )
 def test_what_cannot_be_scored_is_no_zero(capsys, run, tmp_path, record, words):
-    """A thought without an image used to score 0 there, and one with an image to end in a KeyError."""
+    """A record that GenEval's rule cannot score is refused before a thought is written, by what it lacks."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": r["prompt"], **record}) + "\n" for r in RECORDS))
     data = f"task={{dataset: {{path: '{tmp_path}/rows.jsonl', heldout_share: 0.5}}}}"
     weights = ["--weights", str(run / "sft/model"), "evaluate.by=[geneval]"]

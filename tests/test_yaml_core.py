@@ -113,7 +113,7 @@ def test_what_is_dumped_reads_back_in_either_version(data: object):
 
 
 def test_numbers_of_recipes_and_overrides_are_numbers(tmp_path):
-    """What used to end in a traceback in the reward (`'<' not supported`), or in "no schedule '1e-1'"."""
+    """An exponent without a point makes a float, as a weight and as an option: not text, which no reward compares."""
     path = tmp_path / "mine.yaml"
     path.write_text(
         "name: mine\npolicy: {}\ntask: {}\nformat: {}\n"

@@ -183,6 +183,16 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state["step"], state["cursor"], trainer, state["recipe"])
 
 
+def started_from(folder: Path) -> str | None:
+    """Where the weights came from that the checkpoint's run started from; None where that is not known. Nothing is
+    checked, and no tensor is read."""
+    try:
+        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+        return trainer["start"]["source"]
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError):
+        return None
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """Check every file of a checkpoint against its size and checksum, and return its state.json.
 

@@ -53,7 +53,7 @@ class TrackConfig(Section):
         return value
 
 
-RESUME = "free some space and resume"
+RESUME = "mend that and resume", "free some space and resume"  # advice: for any reason, for a full disk
 
 
 # Metrics by the names that they had in release 0.1: written beside the present ones until release 0.3.
@@ -145,7 +145,7 @@ class Tracker:
         """
         rows = read_metrics(self.path)
         kept = [row for row in rows if row["step"] < step]
-        with writing(self.path, RESUME):
+        with writing(self.path, *RESUME):
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file.close()
             self._file = self.path.open("a")
@@ -163,7 +163,7 @@ class Tracker:
             self._mirror.close()
 
     def _write(self, line: str) -> None:
-        with writing(self.path, RESUME):
+        with writing(self.path, *RESUME):
             self._file.write(line)
             self._file.flush()
 

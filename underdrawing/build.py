@@ -137,7 +137,8 @@ def starting_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
     """The weights that a run starts from: those given, else the warm start's, else policy.path (None).
 
     Raises:
-        UserError: the folder given is none, or there is neither a warm start nor a policy.path.
+        UserError: the folder given is none, or there is neither a warm start nor a policy.path; of a run that has
+            checkpoints the sentence names the weights that it started from.
     """
     if given is not None:
         if not (given / "config.json").is_file():
@@ -147,6 +148,13 @@ def starting_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
     if (folder / "config.json").is_file():
         return folder
     if recipe.policy.path is None:
+        newest = checkpoint.latest(recipe.run_dir / "checkpoints")
+        if newest is not None:
+            source = checkpoint.started_from(newest)
+            raise UserError(
+                f"{recipe.run_dir}: its run started from weights that were given, and policy.path is not set; give "
+                f"them again: --weights {source or 'and the folder that it started from'}"
+            )
         raise UserError(
             f"{folder}: no warm start there, and policy.path is not set; run `underdrawing sft` with this "
             "recipe first, or give --weights"
@@ -207,7 +215,7 @@ def write_recipe(recipe: Recipe, refused: bool = False) -> None:
     so that run's recipe stays."""
     if refused:
         return
-    with writing(recipe.run_dir, "free some space, or choose another run_dir"):
+    with writing(recipe.run_dir, "choose another run_dir"):
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from evals.bootstrap import compare_scores
-from evals.kept import SUMMARY, EvaluationsError, KeptEvaluation, check_comparable, evaluations_of, read
+from evals.kept import PROMPTS, SUMMARY, EvaluationsError, KeptEvaluation, check_comparable, evaluations_of, read
 from runtime.errors import nearest
 from underdrawing.tables import print_comparison
 
@@ -81,6 +81,8 @@ def _of_run(folder: Path) -> list[KeptEvaluation]:
     if not folder.is_dir():
         raise EvaluationsError(f"{folder}: no such folder; give a run's, or an evaluation's (RUN/evaluations/LABEL)")
     found = evaluations_of(folder)
+    if not found and (folder / PROMPTS).is_file():
+        return [read(folder)]  # an evaluation's folder without its summary: the sentence says so
     if not found:
         recipe = folder / "recipe.yaml"
         command = f"{recipe} run_dir={folder}" if recipe.is_file() else f"RECIPE run_dir={folder}"

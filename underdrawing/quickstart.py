@@ -197,7 +197,7 @@ class _Clock:
                 )
 
     def save(self) -> None:
-        with writing(self.path, "free some space and give the same command again"):
+        with writing(self.path, "choose another --run-dir", "free some space and give the same command again"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(
                 self.path,

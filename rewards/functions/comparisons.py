@@ -1,7 +1,8 @@
 """How alike an answer and a reference are, as words and as numbers. Pure functions of two texts.
 
 What typesetting adds is off before anything is compared: bold type, LaTeX around words, other forms of the same
-characters (`text.plain`). What changes an answer stays: signs, decimal points, bars of fractions, what joins numbers.
+characters (`text.plain`). What changes an answer stays: signs, decimal points, bars of fractions, what joins numbers,
+the ++ and # of a name.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _JOINED = re.compile(r"(?<=\d)(\s*)([-+*/=<>^|:])\1(?=\d)")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
+# What a minus is the sign of: a number, a single letter (x, x1, but no word and no article), a LaTeX command, a root or
+# infinity, also behind what opens a bracket or a formula.
+_OPENED = r"[(\[{|$]*"
+_VARIABLE = r"(?!a\s+\w)[^\W\d_]\d*(?![^\W_])"
+_OTHER = r"\.?\d|\\[a-z]|[\u221a\u221e]"
+_SIGNED = re.compile(rf"{_OPENED}(?:{_OTHER}|{_VARIABLE})")
+# With a blank behind it a minus may be a dash or a bullet: it is no sign after a word, nor before words.
+_APART = re.compile(rf"(^|[=<>(\[{{,:;+*/^|][ \t]*)([-+])[ \t]+(?={_OPENED}(?:{_OTHER}|{_VARIABLE}(?![ \t]+[^\W\d_])))")
+_EXPONENT = re.compile(r"(?<![\w.])(?:\d+\.?\d*|\.\d+)e$")  # up to the sign of a number's exponent
+_NAME_MARK = re.compile(r"(?<=[^\W_])(?:\+{2,}|[+#](?![^\W_])|(?<![^\W_][^\W_]{2})-$)")  # C++, C#, A+, Disney+, O-
 _FRACTION = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
 _POWER = re.compile(r"(?<=[\d.])\s*(?:[x*\u00d7\u22c5\u00b7]|\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
@@ -37,22 +48,27 @@ def squad_normalised(text: str) -> str:
 
 def normalised(text: str) -> str:
     """SQuAD's normal form (lower case, no punctuation, no articles, single blanks) of the plain words, in which numbers
-    stay what they are: -5, 3.5, 3/4, 10:30 and 2024-05-01 keep their marks; 1,000 is 1000, +5 is 5 and $-5 is -5."""
-    bare = unshelled(str(text)).lower()
+    stay what they are: -5, 3.5, 1e-5, 3/4, 10:30 and 2024-05-01 keep their marks; 1,000 is 1000, +5 is 5, - 5 and $-5
+    are -5. So do the sign of a variable (-x) and the end of a name (C++, C#, A+, O-)."""
+    bare = _APART.sub(r"\1\2", unshelled(str(text)).lower().replace("\\#", "#").replace("\\+", "+"))
     bare = re.sub(rf"([-+]?)\s*[{_CURRENCIES}]\s*([-+]?)(?=\.?\d)", r"\1\2", bare)
     bare = _JOINED.sub(r"\2", _THOUSANDS.sub(lambda found: found[0].replace(",", ""), bare))
-    kept = "".join(c if not _is_punctuation(c) or _belongs_to_a_number(bare, at) else "" for at, c in enumerate(bare))
+    of_names = {at for found in _NAME_MARK.finditer(bare) for at in range(*found.span())}
+    kept = "".join(
+        c if not _is_punctuation(c) or at in of_names or _belongs_to_an_operand(bare, at) else ""
+        for at, c in enumerate(bare)
+    )
     kept = re.sub(r"(?<![\w.])\.(?=\d)", "0.", kept)
-    return " ".join(_ARTICLES.sub(" ", kept).split())
+    return " ".join(re.sub(rf"(?<!-){_ARTICLES.pattern}(?![-+#])", " ", kept).split())
 
 
 def _is_punctuation(character: str) -> bool:
     return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
-def _belongs_to_a_number(text: str, at: int) -> bool:
-    """Whether the mark of punctuation stands between two digits, or is the sign or the point that a number begins
-    with."""
+def _belongs_to_an_operand(text: str, at: int) -> bool:
+    """Whether the mark of punctuation stands between two digits, is the sign or the point that a number begins with,
+    or the sign of an exponent, a variable or a term in brackets."""
     first, last = at, at
     while first and _is_punctuation(text[first - 1]):
         first -= 1
@@ -61,9 +77,13 @@ def _belongs_to_a_number(text: str, at: int) -> bool:
     before, after = text[first - 1 : first], text[last + 1 : last + 2]
     if before.isdigit() and after.isdigit():
         return text[at] != "_"
+    if text[at] == "-" and after.isdigit() and _EXPONENT.search(text, 0, at):
+        return True
     if at and (text[at - 1].isalnum() or text[at - 1] in ")]}%"):
         return False
-    return text[at] in "-<>." and re.match(r"\d" if text[at] == "." else r"\.?\d", text[at + 1 : at + 3]) is not None
+    if text[at] == "-":
+        return _SIGNED.match(text, at + 1) is not None
+    return text[at] in "<>." and re.match(r"\d" if text[at] == "." else r"\.?\d", text[at + 1 : at + 3]) is not None
 
 
 def exact(answer: str, gold: str) -> float:
@@ -124,7 +144,7 @@ def number(text: str) -> float | None:
     """The text as one number (sign, thousands, decimals, exponent, a fraction, a mixed number, a currency before it, %
     behind it), else None. A per cent sign is dropped, not divided by: "41%" is 41."""
     bare = _LATEX_FRACTION.sub(r" \1/\2", unshelled(str(text))).strip().rstrip(".").strip()
-    bare = bare.removesuffix("%").strip()
+    bare = re.sub(r"^([-+])\s+(?=\.?\d)", r"\1", bare.removesuffix("%").strip())
     bare = re.sub(rf"^([-+]?)\s*[{_CURRENCIES}]\s*|\s*[{_CURRENCIES}]$", r"\1", bare)
     bare = _POWER.sub(r"e\1", bare)
     if _SPACED.fullmatch(bare):

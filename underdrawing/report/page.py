@@ -133,7 +133,9 @@ def from_template(name: str, **values: Any) -> str:
 
 
 def write_page(html: str, path: Path) -> Path:
-    """Whole or not at all. Raises UserError where it cannot be written."""
+    """Whole or not at all. Raises UserError where `path` is a folder or cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; give the page's file, such as {path / 'report.html'}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, html)
@@ -144,16 +146,18 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
     """Gather what a run's folder holds.
 
     Raises:
-        UserError: the folder is no run: neither metrics, evaluations nor trajectories in it; or a file of it is cut
-            or altered, by name.
+        UserError: the folder is no run: neither metrics (of GRPO or a warm start), evaluations nor trajectories in
+            it; or a file of it is cut or altered, by name.
     """
     run_dir = Path(run_dir)
     metrics = read_metrics(run_dir / "metrics.jsonl")
     warm_start = read_metrics(run_dir / "sft" / "metrics.jsonl")
     evaluations = {p.parent.name: p for p in sorted((run_dir / "evaluations").glob("*/summary.json"))}
     stored = sorted((run_dir / "trajectories").glob("*")) if (run_dir / "trajectories").is_dir() else []
-    if not (metrics or evaluations or stored):
-        raise UserError(f"{run_dir}: no run here: metrics.jsonl, evaluations/ and trajectories/ are all missing")
+    if not (metrics or warm_start or evaluations or stored):
+        raise UserError(
+            f"{run_dir}: no run here: metrics.jsonl, sft/metrics.jsonl, evaluations/ and trajectories/ are all missing"
+        )
     loaded = sorted((_load_evaluation(path) for path in evaluations.values()), key=_order)
     before, after = before_and_after(loaded)
     comparison = run_dir / "evaluations" / "comparison.json"
@@ -162,7 +166,11 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
     sampled = [(int(folder.name), load_trajectories(folder)) for folder in stored if folder.name.isdigit()]
     return ReportData(
         title=title or run_dir.name,
-        subtitle=f"{len(metrics)} steps of GRPO",
+        subtitle=(
+            f"{len(metrics)} steps of GRPO"
+            if metrics or not warm_start
+            else f"a warm start of {warm_start[-1]['step']} steps, and no GRPO yet"
+        ),
         metrics=[*metrics, *warm_start],
         before=before,
         after=after,
