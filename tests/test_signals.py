@@ -28,7 +28,7 @@ from training import checkpoint
 from training.tracking import read_metrics
 from underdrawing.cli import main
 
-WAIT_S = 120
+WAIT_S = 300
 
 
 @pytest.fixture(scope="module")
