@@ -6,8 +6,10 @@ word by word, and counts as solved if any of its images is correct.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from evals.heldout import EvaluationError
@@ -78,16 +80,16 @@ def summarise(rows: Sequence[Mapping[str, Any]], prompts_expected: int | None = 
         verdicts = [row["correct"] for row in judged if row.get("tag") == tag]
         if not verdicts:
             raise EvaluationError(f"no image of the tag '{tag}' was judged, so that there is no mean of the tags")
-        tallies[tag] = (sum(verdicts), len(verdicts))
+        tallies[tag] = (_added(verdicts), len(verdicts))
     solved: dict[str, bool] = {}
     for row in rows:
         if row.get("metadata") is not None:
             solved[row["metadata"]] = solved.get(row["metadata"], False) or bool(row.get("correct"))
     shares = {tag: correct / count for tag, (correct, count) in tallies.items()}
     return Summary(
-        overall=sum(shares.values()) / len(shares),
+        overall=_added(shares.values()) / len(shares),
         tags=shares,
-        images=sum(row["correct"] for row in judged) / len(judged),
+        images=_added(row["correct"] for row in judged) / len(judged),
         prompts=sum(solved.values()) / len(solved),
         counts=tallies,
         num_images=len(rows),
@@ -95,3 +97,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], prompts_expected: int | None = 
         prompts_expected=prompts_expected,
         unjudged=len(rows) - len(judged),
     )
+
+
+def _added(values: Iterable[float]) -> float:
+    """One after another, which decides the last digit shown; from Python 3.12 on, sum() corrects its rounding."""
+    return reduce(operator.add, values, 0)

@@ -167,6 +167,9 @@ class OneTask:
     def __init__(self, demonstrations):
         self.given = demonstrations
 
+    def prompts(self, split):
+        return []
+
     def demonstrations(self, format, count, seed):
         return self.given[:count]
 
