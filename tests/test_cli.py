@@ -383,5 +383,6 @@ def test_the_installed_command(tmp_path):
     done = subprocess.run([script, "view", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert done.stderr == (
-        "underdrawing: nowhere: no run here: metrics.jsonl, evaluations/ and trajectories/ are all missing\n"
+        "underdrawing: nowhere: no run here: metrics.jsonl, sft/metrics.jsonl, evaluations/ and trajectories/ are all "
+        "missing\n"
     )
