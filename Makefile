@@ -35,7 +35,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Without the lock: what a user gets who installs the newest of everything. A scheduled job runs it, so that drift is
 # seen here first. It has an environment of its own, made anew each time.
@@ -49,7 +49,7 @@ test-newest: install-newest
 	.venv-newest/bin/python -m underdrawing doctor --no-ray || true
 	.venv-newest/bin/ruff check --quiet .
 	.venv-newest/bin/mypy
-	.venv-newest/bin/python -m pytest -n 3 --dist loadfile
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile
 
 # Resolve both locks again, to the newest versions that pyproject.toml admits.
 UV_COMPILE := $(BIN)/uv pip compile --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \

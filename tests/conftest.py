@@ -44,16 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(name)
 
 
-# ---- order --------------------------------------------------------------------------------------------------------
-
-# Files that wait for processes, Ray's above all: begun first, so that no worker is left with one at the end.
-WAITING = ("workers", "rewards_workers", "signals", "cli", "sft", "search_path", "scripts", "grpo", "ending", "reward_")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.stem.removeprefix("test_").startswith(WAITING))
-
-
 # ---- Ray and temporary files --------------------------------------------------------------------------------------
 
 
