@@ -296,9 +296,6 @@ class _Checker:
         for value, kind in zip(self.values, self.kinds, strict=True):
             if is_broken(value):
                 self.problems.append(f"it gives {value} for {kind}; where there is nothing to judge, return None")
-        raw = self._raw()
-        if any(isinstance(value, str) for value in raw):
-            self.problems.append("it returns text in place of numbers")
         judged = [value for value in self.values if value is not None]
         if not judged:
             self.notes.append(
@@ -344,22 +341,6 @@ class _Checker:
             "its values stay the same when every word and every image that the policy wrote is another: it pays for "
             f"the record, or for how many segments there are{self._of_messages()}"
         )
-
-    def _raw(self) -> list[Any]:
-        """What it returns before it is made numbers of."""
-        kept: list[Any] = []
-
-        def spy(*arguments: Any, **named: Any) -> Any:
-            result = self.function(*arguments, **named)
-            if inspect.isawaitable(result):
-                return result
-            kept.extend(result)  # which may be a generator, and is used up
-            return list(kept)
-
-        spy.__signature__ = inspect.signature(self.function)  # type: ignore[attr-defined]
-        spy.__module__ = getattr(self.function, "__module__", "") or ""
-        self._call_with(spy, copy.deepcopy(self.trajectories))
-        return kept
 
     def _lengths(self) -> None:
         for count in (1, 3, len(self.trajectories) - 1):

@@ -194,7 +194,7 @@ class Tires:
         (too_few, "it returned 7 values for 8 completions"),
         (not_a_list, "it returned float; it must return a list with one value a completion"),
         (no_numbers, "it returned 'I d' for a completion; a value is a number, None"),
-        (numbers_as_text, "it returns text in place of numbers"),
+        (numbers_as_text, "for a completion; a value is a number, None, or {segment: number}"),
         (not_a_number, "it gives nan for an image alone; where there is nothing to judge, return None"),
         (
             wants_words,
