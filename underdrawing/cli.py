@@ -302,14 +302,11 @@ def _grpo(options: argparse.Namespace) -> int:
 
 
 def _newest_weights(recipe: Any, given: Path | None) -> Path:
-    from training import checkpoint
     from underdrawing import build
 
-    newest = checkpoint.latest(recipe.run_dir / "checkpoints") if given is None else None
-    if newest is not None:
-        return newest / "weights"
-    found = build.starting_weights(recipe, given)
-    return found if found is not None else Path(recipe.policy.path)
+    found = build.known_weights(recipe, given) or build.starting_weights(recipe)  # which says what is missing
+    assert found is not None
+    return found
 
 
 def _rollout(options: argparse.Namespace) -> int:
