@@ -8,6 +8,12 @@ must be looked at. Prints the median of five judgements and where the time goes.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, in a folder whose files bear our packages' names
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import json
 import statistics
@@ -20,6 +26,7 @@ from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.config import RewardsConfig
 from rewards.manager import RewardManager
 from tasks.registry import get_task
+from underdrawing.options import Whole
 
 PARTS = {
     "result": "geneval",
@@ -55,8 +62,8 @@ def trajectories(groups: int, members: int, images: int = 3) -> list[list[Trajec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", type=int, default=16)
-    parser.add_argument("--members", type=int, default=8)
+    parser.add_argument("--groups", type=Whole(1), default=16)
+    parser.add_argument("--members", type=Whole(1), default=8)
     arguments = parser.parse_args()
     groups = trajectories(arguments.groups, arguments.members)
     config = RewardsConfig.model_validate({"parts": {n: {"function": f} for n, f in PARTS.items()}, "total": TOTAL})

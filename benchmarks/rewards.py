@@ -19,6 +19,12 @@ Rounds alternate between the arms; medians are compared. The last line is one JS
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, in a folder whose files bear our packages' names
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import json
 import os
@@ -26,7 +32,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +47,7 @@ from rewards.detectors.colors import Colored, ColorNamer, crop_of
 from rewards.detectors.encoders import OpenClipConfig
 from rewards.detectors.mask2former import Mask2FormerDetector, prepared, resized_size
 from rewards.functions.geneval import MAX_OBJECTS, colored_of, evaluate, score_images
+from underdrawing.options import Number, Whole
 
 THRESHOLD = 0.3
 
@@ -201,7 +207,7 @@ class OneAtATime:
         for name, count in colored_of(record).items():
             objects = found.get(name, [])[:count]
             if objects:
-                found[name] = [
+                found[name][:count] = [
                     Detection(o.box, o.score, color, o.mask)
                     for o, color in zip(objects, self.colors(image, objects, name), strict=True)
                 ]
@@ -423,25 +429,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="scoring, shapes, overlap (default: all)")
     parser.add_argument("--smoke", action="store_true", help="small images and few of them: does it run?")
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--side", type=int, default=512, help="px of the scored images")
-    parser.add_argument("--width", type=int, default=24, help="channels of the backbone's first stage")
-    parser.add_argument("--objects", type=float, default=8.0, help="an image, above the threshold")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--scenes", type=int, default=2000)
-    parser.add_argument("--prompts", type=int, default=12, help="overlap: groups of the step")
-    parser.add_argument("--members", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--overlap-side", type=int, default=96, help="overlap: px that the detector resizes to")
+    parser.add_argument("--images", type=Whole(1), default=16)
+    parser.add_argument("--side", type=Whole(1), default=512, help="px of the scored images")
+    parser.add_argument("--width", type=Whole(1), default=24, help="channels of the backbone's first stage")
+    parser.add_argument("--objects", type=Number(), default=8.0, help="an image, above the threshold")
+    parser.add_argument("--batch-size", type=Whole(1), default=4)
+    parser.add_argument("--scenes", type=Whole(1), default=2000)
+    parser.add_argument("--prompts", type=Whole(1), default=12, help="overlap: groups of the step")
+    parser.add_argument("--members", type=Whole(1), default=2)
+    parser.add_argument("--rows", type=Whole(1), default=2)
+    parser.add_argument("--overlap-side", type=Whole(1), default=96, help="overlap: px that the detector resizes to")
     parser.add_argument(
         "--policy-width",
-        type=int,
+        type=Whole(1),
         default=512,
         help="overlap: of the policy; a rollout that is shorter than its judgement cannot hide it",
     )
-    parser.add_argument("--policy-layers", type=int, default=9)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None, help="of torch (default: all cores)")
+    parser.add_argument("--policy-layers", type=Whole(1), default=9)
+    parser.add_argument("--rounds", type=Whole(1), default=3)
+    parser.add_argument("--threads", type=Whole(1), default=None, help="of torch (default: all cores)")
     given = parser.parse_args()
     known = {"scoring": scoring, "shapes": shapes, "overlap": overlap}
     for part in given.parts:

@@ -17,6 +17,12 @@ JSON object: tokens/s of ours and of the peer, and their ratio.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, in a folder whose files bear our packages' names
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import gc
 import json
@@ -43,6 +49,7 @@ from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
 from rollout.requests import RolloutRequest
 from tasks.registry import get_task
+from underdrawing.options import Whole
 
 MAX_IMAGES = 4
 
@@ -202,12 +209,14 @@ class Work:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", help="folder of warm-started weights")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--members", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=128, help="rows of our cache: all at once, as two workers of 64")
-    parser.add_argument("--max-tokens", type=int, default=240)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=Whole(1), default=16)
+    parser.add_argument("--members", type=Whole(1), default=8)
+    parser.add_argument(
+        "--rows", type=Whole(1), default=128, help="rows of our cache: all at once, as two workers of 64"
+    )
+    parser.add_argument("--max-tokens", type=Whole(1), default=240)
+    parser.add_argument("--threads", type=Whole(1), default=2)
+    parser.add_argument("--rounds", type=Whole(1), default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     work = Work(options)

@@ -10,11 +10,16 @@ line is one JSON object: ours and peer in MiB, and how many times as much the pe
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, in a folder whose files bear our packages' names
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import json
 import resource
 import subprocess
-import sys
 import time
 from typing import Any
 
@@ -23,6 +28,7 @@ import psutil
 import torch
 
 from policy.scoring.logprobs import token_logprobs
+from underdrawing.options import Whole
 
 
 def arm(
@@ -59,7 +65,7 @@ def _peak() -> int:
 
 
 def _run(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.scoring", "--arm", name]
+    command = [sys.executable, __file__, "--arm", name]
     for key in ("rows", "tokens", "vocabulary", "width", "chunk"):
         command += [f"--{key}", str(getattr(options, key))]
     if options.backward:
@@ -80,11 +86,11 @@ def _plain_bytes(options: argparse.Namespace) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--vocabulary", type=int, default=65536)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--chunk", type=int, default=256, help="decisions whose logits are held at a time")
+    parser.add_argument("--rows", type=Whole(1), default=8)
+    parser.add_argument("--tokens", type=Whole(1), default=4096)
+    parser.add_argument("--vocabulary", type=Whole(1), default=65536)
+    parser.add_argument("--width", type=Whole(1), default=128)
+    parser.add_argument("--chunk", type=Whole(1), default=256, help="decisions whose logits are held at a time")
     parser.add_argument("--backward", action="store_true", help="differentiate too")
     parser.add_argument("--arm", choices=("ours", "plain"), help="run one arm in this process")
     options = parser.parse_args()

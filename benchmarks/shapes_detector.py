@@ -10,6 +10,12 @@ peer are images a second, ratio is ours / peer.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, in a folder whose files bear our packages' names
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import argparse
 import json
 import time
@@ -21,6 +27,7 @@ from skimage.feature import match_template, peak_local_max
 from tasks.shapes.detector import color_map, detect
 from tasks.shapes.render import MASKS, render
 from tasks.shapes.world import COLORS, OBJECT, PLACES, Scene, place_of, sample_scene
+from underdrawing.options import LARGEST_SEED, Whole
 
 Read = list[tuple[str, str, str]]  # (shape, color, place), sorted
 SURE = 0.9  # the score that counting asks for: the stricter of GenEval's two thresholds
@@ -75,8 +82,8 @@ def round_trip(images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=Whole(1), default=1000)
+    parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=0)
     given = parser.parse_args()
     rng = np.random.default_rng(given.seed)
     scenes = [sample_scene(rng, 1 + index % 4) for index in range(given.scenes)]

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from runtime.paths import ReadPath
 from underdrawing.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -25,6 +26,11 @@ A recipe is one YAML file. Any key can be overridden on the command line as `sec
 YAML: `grpo.steps=200`, `rollout.temperature='{default: 1.0, sketch: 0.8}'`. An unknown key ends the command with the
 nearest known one, and `--dry-run` prints the recipe with every default written out. `None` in a description is YAML's
 `null`.
+
+Numbers and words are read as in YAML 1.2: `1e-4` is a number, `on` and `yes` are words. In a path `~`, `$NAME` and
+`${NAME}` are expanded (`$$` is a dollar), and a file that is to be read is sought from the working folder, then beside
+the recipe. In `options` that goes for what begins with `~/` or `$NAME/`, and for options called `path`, `file`,
+`folder`, `dir`, `weights`, `pretrained`, `processor` or `encoder`, or ending in one of these, as `prompts_file` does.
 """
 
 
@@ -81,6 +87,8 @@ def _yaml(value: Any) -> str:
 
 def _type(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is ReadPath:
+        return "path"
     if origin is typing.Annotated:
         return _type(arguments[0])
     if origin is Literal:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from evals.heldout import EvaluationError, PromptScore, mean_of_tags
+from evals.heldout import EvaluationError, PromptScore, mean_of_tags, measures_of
+from evals.measures import FINAL_IMAGE, FIRST_SKETCH
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,13 @@ def paired_bootstrap(
 
 def refinement(scores: Sequence[PromptScore], **options: int) -> Interval:
     """How much more the final images of one evaluation score than its first sketches."""
-    return paired_bootstrap(
-        [p.first_sketch for p in scores], [p.final_image for p in scores], [p.tag for p in scores], **options
-    )
+    return _paired(scores, scores, FIRST_SKETCH, FINAL_IMAGE, **options)
 
 
-def compare(before: Sequence[PromptScore], after: Sequence[PromptScore], **options: int) -> Interval:
-    """The gain of the final image's score between two evaluations.
+def compare(
+    before: Sequence[PromptScore], after: Sequence[PromptScore], measure: str = FINAL_IMAGE, **options: int
+) -> Interval:
+    """The gain of a measure between two evaluations, over the prompts that both have judged.
 
     Raises EvaluationError unless both are of the same prompts in the same order.
     """
@@ -70,6 +72,80 @@ def compare(before: Sequence[PromptScore], after: Sequence[PromptScore], **optio
                 f"a paired comparison needs the same prompts twice: '{one.prompt}' stands where the "
                 f"other evaluation has '{other.prompt}'"
             )
+    if len(before) != len(after):
+        raise EvaluationError(
+            f"a paired comparison needs the same prompts twice, not {len(before)} and {len(after)} of them"
+        )
+    return _paired(before, after, measure, measure, **options)
+
+
+@dataclass(frozen=True)
+class ScorePair:
+    """One score of two evaluations, and the second's less the first's."""
+
+    a: float
+    b: float
+    interval: Interval
+
+    def as_json(self) -> dict[str, Any]:
+        return {"a": self.a, "b": self.b, "difference": self.interval.difference,
+                "interval": [self.interval.low, self.interval.high]}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations of the same prompts, measure by measure, over the prompts that both have judged."""
+
+    score_name: str
+    score: ScorePair
+    by_tag: dict[str, ScorePair]  # the score's; empty where the prompts have no tags
+    others: dict[str, ScorePair]  # the other measures
+    refinement: ScorePair | None  # the final image's score less the first one's, where both were measured
+
+
+def compare_scores(
+    a: Sequence[PromptScore], b: Sequence[PromptScore], score: str = FINAL_IMAGE, **options: int
+) -> Comparison:
+    """The paired bootstrap of every measure that both evaluations have; `options` are paired_bootstrap's.
+
+    Raises EvaluationError where no prompt has the score in both.
+    """
+
+    def pair(of: Callable[[PromptScore], float | None], tag: str | None = None) -> ScorePair | None:
+        both = [(x, y, p.tag) for p, q in zip(a, b, strict=True) if None not in (x := of(p), y := of(q))]
+        rows = [(float(x), float(y), t) for x, y, t in both if tag in (None, t)]  # type: ignore[arg-type]
+        if not rows:
+            return None
+        before, after, tags = (list(column) for column in zip(*rows, strict=True))
+        interval = paired_bootstrap(before, after, tags, **options)
+        return ScorePair(mean_of_tags(before, tags), mean_of_tags(after, tags), interval)
+
+    def measure(name: str) -> Callable[[PromptScore], float | None]:
+        return lambda p: p.measures.get(name)
+
+    def refined(p: PromptScore) -> float | None:
+        first, final = p.measures.get(FIRST_SKETCH), p.measures.get(FINAL_IMAGE)
+        return None if first is None or final is None else final - first
+
+    whole = pair(measure(score))
+    if whole is None:
+        raise EvaluationError(f"no prompt has the measure '{score}' in both evaluations")
+    by_tag = {tag: pair(measure(score), tag) for tag in sorted({p.tag for p in a} - {""})}
+    others = {name: pair(measure(name)) for name in measures_of(a) if name != score}
+    return Comparison(
+        score,
+        whole,
+        {tag: found for tag, found in by_tag.items() if found is not None},
+        {name: found for name, found in others.items() if found is not None},
+        pair(refined),
+    )
+
+
+def _paired(
+    before: Sequence[PromptScore], after: Sequence[PromptScore], one: str, other: str, **options: int
+) -> Interval:
+    rows = [(p.measures.get(one), q.measures.get(other), p.tag) for p, q in zip(before, after, strict=True)]
+    rows = [row for row in rows if row[0] is not None and row[1] is not None]
     return paired_bootstrap(
-        [p.final_image for p in before], [p.final_image for p in after], [p.tag for p in after], **options
+        [x or 0.0 for x, _, _ in rows], [y or 0.0 for _, y, _ in rows], [t for *_, t in rows], **options
     )

@@ -1,13 +1,12 @@
-"""GenEval over images that any model drew, in the benchmark's own row format and summary; geneval_folder.py reads
-them.
+"""GenEval over images that any model drew, in the benchmark's own row format; geneval_folder.py reads them, and
+geneval_summary.py sums the rows up.
 
 A result row says filename, tag, prompt, correct, reason, metadata (the record as a JSON string) and details (by class
 the boxes with their scores, as a JSON string), as the released script writes them, and by its sha256 what was judged.
 Rows are appended as they are made, each batch in one write, so that whatever stops the command costs at most a batch:
 the next call goes on from there, and judges anew what is no longer the same.
 
-Source: GenEval (arXiv:2310.11513), djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py. A score is
-the mean of the tags' means; a prompt counts as solved if any of its images is correct.
+Source: GenEval (arXiv:2310.11513), djghosh13/geneval, evaluation/evaluate_images.py.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from evals.geneval_folder import Sample, check_counts, checked_record, lines_of, object_of, some, text_of
-from evals.heldout import EvaluationError, mean_of_tags
+from evals.geneval_summary import TAGS
+from evals.heldout import EvaluationError
 from rewards.contract import RewardContext
 from rewards.detectors.base import Detections
 from rewards.detectors.coco import GENEVAL_CLASSES
@@ -34,7 +34,6 @@ from rewards.functions.geneval import THRESHOLDS, check_record, classes_of, colo
 from runtime.errors import UserError
 from runtime.files import write_whole
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PROMPTS = 553
 Mode = Literal["standard", "strict"]
 logger = logging.getLogger(__name__)
@@ -338,35 +337,6 @@ def _row(
     }
 
 
-@dataclass(frozen=True)
-class Summary:
-    """GenEval's numbers, all in [0, 1]."""
-
-    overall: float  # the mean of the tags
-    tags: dict[str, float]  # share of correct images
-    images: float  # share of correct images over all
-    prompts: float  # share of prompts with a correct image
-    counts: dict[str, tuple[int, int]]  # by tag: correct, all
-    num_images: int
-    num_prompts: int
-    prompts_expected: int | None = None  # None: nobody says how many there are
-
-    @property
-    def incomplete(self) -> bool:
-        return self.prompts_expected is not None and self.num_prompts < self.prompts_expected
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "overall": self.overall,
-            "tags": self.tags,
-            "images": self.images,
-            "prompts": self.prompts,
-            "num_images": self.num_images,
-            "num_prompts": self.num_prompts,
-            "prompts_expected": self.prompts_expected,
-        }
-
-
 def prompts_of_benchmark(samples: Sequence[Sample]) -> int | None:
     """How many prompts the benchmark has, where all records are of its tags and classes; None for a set of another
     kind."""
@@ -375,32 +345,6 @@ def prompts_of_benchmark(samples: Sequence[Sample]) -> int | None:
         clause["class"] in GENEVAL_CLASSES for clause in clauses
     )
     return PROMPTS if own else None
-
-
-def summarise(rows: Sequence[Mapping[str, Any]], prompts_expected: int | None = None) -> Summary:
-    """The scores of all rows. Raises EvaluationError where there are none."""
-    if not rows:
-        raise EvaluationError("there are no images to sum up")
-    names = [tag for tag in TAGS if any(row["tag"] == tag for row in rows)]
-    names += sorted({row["tag"] for row in rows} - set(TAGS))
-    counts = {
-        tag: (sum(bool(row["correct"]) for row in rows if row["tag"] == tag), sum(row["tag"] == tag for row in rows))
-        for tag in names
-    }
-    solved: dict[str, bool] = {}
-    for row in rows:  # a prompt is its record, as in the released summary
-        solved[row["metadata"]] = solved.get(row["metadata"], False) or bool(row["correct"])
-    correct = [float(bool(row["correct"])) for row in rows]
-    return Summary(
-        mean_of_tags(correct, [row["tag"] for row in rows]),
-        {tag: hits / total for tag, (hits, total) in counts.items()},
-        sum(correct) / len(rows),
-        sum(solved.values()) / len(solved),
-        counts,
-        len(rows),
-        len(solved),
-        prompts_expected,
-    )
 
 
 def check_thresholds(thresholds: Sequence[float]) -> tuple[float, float]:

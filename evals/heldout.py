@@ -1,27 +1,27 @@
-"""Held-out prompts, scored as GenEval scores: a mean by tag, and the mean of the tags.
+"""Held-out prompts, scored: measures by prompt, a mean by tag, and the mean of the tags.
 
 Each prompt is answered under noise that depends on (seed, prompt, sample) alone, so that two policies, or one before
 and after training, are compared on the same prompts under the same noise: bootstrap.py says how sure the difference is.
+What is measured is an Evaluation's (tasks/base.py); measures.py has GenEval's rule and the recipe's reward.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from record.trajectory import Trajectory
-from rewards.contract import RewardContext, policy_images
-from rewards.functions.geneval import score_images
 from rollout.pool.contract import Rollouts
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError
+from tasks.base import Evaluation
 
-Scorer = Callable[[Sequence[np.ndarray], Sequence[dict[str, Any]]], list[float]]
+MeasureByName = Mapping[str, float | None]
 
 
 class EvaluationError(UserError):
@@ -30,117 +30,164 @@ class EvaluationError(UserError):
 
 @dataclass(frozen=True)
 class PromptScore:
-    """One prompt, averaged over its samples. All scores lie in [0, 1]."""
+    """One prompt, averaged over those of its samples that were judged."""
 
     prompt: str
-    tag: str
-    final_image: float  # of the last image; 0 where none was drawn: the task was to draw
-    first_sketch: float  # of the first one
-    images: float  # drawn, on average
+    tag: str  # empty: the task's prompts have none
+    measures: MeasureByName  # None: no sample was judged
+
+    def as_json(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "tag": self.tag, **self.measures}
+
+    @classmethod
+    def of_json(cls, row: Mapping[str, Any]) -> PromptScore:
+        """Raises KeyError, TypeError or ValueError where `row` is none."""
+        measures = {
+            name: None if value is None else float(value)
+            for name, value in row.items()
+            if name not in ("prompt", "tag")
+        }
+        if not measures:
+            raise ValueError("no measure in it")
+        return cls(str(row["prompt"]), str(row["tag"]), measures)
 
 
 @dataclass(frozen=True)
 class Heldout:
     """A policy's held-out scores."""
 
-    prompts: list[PromptScore]
-    trajectories: list[list[Trajectory]]  # by prompt; their `rewards` are the scores of "first image" and "final image"
-    metrics: dict[str, float]  # of the rollouts
+    prompts: Sequence[PromptScore]
+    trajectories: Sequence[list[Trajectory]]  # by prompt; their `rewards` are their own scores
+    metrics: Mapping[str, float]  # of the rollouts
+    score_name: str  # the measure that is the score
 
     @property
-    def final_image(self) -> float:
-        """The score: the mean over tags of the mean over the tag's prompts, as GenEval's overall score."""
-        return mean_of_tags([p.final_image for p in self.prompts], [p.tag for p in self.prompts])
+    def score(self) -> float:
+        """The mean over tags of the mean over the tag's prompts, as GenEval's overall score."""
+        return self.mean(self.score_name)
+
+    def mean(self, measure: str) -> float:
+        """The mean of the tags' means over the prompts that were judged; NaN where none was."""
+        return mean_of_measure(self.prompts, measure)
 
     @property
-    def first_sketch(self) -> float:
-        return mean_of_tags([p.first_sketch for p in self.prompts], [p.tag for p in self.prompts])
+    def means(self) -> dict[str, float]:
+        return {measure: self.mean(measure) for measure in measures_of(self.prompts)}
 
     @property
     def tags(self) -> dict[str, float]:
-        """The final image's score by tag."""
-        return {
-            tag: float(np.mean([p.final_image for p in self.prompts if p.tag == tag]))
-            for tag in sorted({p.tag for p in self.prompts})
-        }
+        """The score by tag; empty where the prompts have none."""
+        return means_by_tag(self.prompts, self.score_name)
+
+    @property
+    def unjudged(self) -> int:
+        """Prompts without a score."""
+        return sum(p.measures.get(self.score_name) is None for p in self.prompts)
 
     def as_metrics(self) -> dict[str, float]:
-        """heldout/score (the final image's), heldout/first_sketch, heldout/final_image, heldout/<tag>, ..."""
+        """heldout/score, heldout/<measure>, heldout/tag/<tag>; heldout/unjudged where some prompts have no score."""
         return {
-            "heldout/score": self.final_image,
-            "heldout/final_image": self.final_image,
-            "heldout/first_sketch": self.first_sketch,
-            "heldout/images": float(np.mean([p.images for p in self.prompts])),
+            "heldout/score": self.score,
+            **{f"heldout/{measure}": mean for measure, mean in self.means.items()},
             **{f"heldout/tag/{tag}": score for tag, score in self.tags.items()},
+            **({"heldout/unjudged": float(self.unjudged)} if self.unjudged else {}),
         }
 
     def save(self, path: Path) -> None:
-        """Scores by prompt, one JSON object a line."""
-        Path(path).write_text("".join(json.dumps(asdict(prompt)) + "\n" for prompt in self.prompts))
+        """Measures by prompt, one JSON object a line."""
+        Path(path).write_text("".join(json.dumps(prompt.as_json()) + "\n" for prompt in self.prompts))
 
 
 def evaluate(
-    rollouts: Rollouts, score: Scorer, records: Sequence[dict[str, Any]], seed: int, samples: int = 1
+    rollouts: Rollouts,
+    evaluations: Sequence[Evaluation],
+    records: Sequence[dict[str, Any]],
+    seed: int,
+    samples: int = 1,
+    each: Callable[[int, list[Trajectory]], None] | None = None,
 ) -> Heldout:
-    """Answer every record `samples` times and score the first and the last image of each answer.
+    """Answer every record `samples` times and measure each answer.
 
     Args:
-        score: images and their records to scores in [0, 1]; `geneval_scorer` gives the released rules.
-        records: held-out, in GenEval's schema; their order numbers them, so keep it between evaluations.
+        evaluations: the first one's score is the score.
+        records: held-out; their order numbers them, so keep it between evaluations.
+        each: is told a prompt's number and its answers as they are finished.
 
     Raises:
-        EvaluationError: there are no records, or some prompts got no answer: a mean over the others would not compare.
+        EvaluationError: there are no records; or some prompts got no answer, so that a mean over the others would not
+            compare; or nothing at all was judged.
+        UserError: an evaluation finds a record that it cannot score; nothing was sampled.
     """
     if not records:
         raise EvaluationError("there are no held-out prompts to evaluate on")
+    for evaluation in evaluations:
+        evaluation.check(records)
     requests = [
         RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed)
         for number, record in enumerate(records)
     ]
-    result = rollouts.generate(requests)
+    result = rollouts.generate(requests, each=each)
     if result.failed:
         first = result.failed[0]
         raise EvaluationError(
             f"{len(result.failed)} of {len(records)} held-out prompts got no answer; the first is "
             f"'{records[first.index]['prompt']}' ({first.reason}: {first.detail})"
         )
-    drawn = [[image for _, image in policy_images(t)] for group in result.groups for t in group]
-    owners = [records[group[0].group] for group in result.groups for _ in group]
-    some = [row for row, images in enumerate(drawn) if images]
-    scores = {position: np.zeros(len(drawn)) for position in (0, -1)}
-    for position, score_T in scores.items():
-        score_T[some] = score([drawn[row][position] for row in some], [owners[row] for row in some])
 
-    for row, trajectory in enumerate(t for group in result.groups for t in group):
-        trajectory.rewards = {"first image": float(scores[0][row]), "final image": float(scores[-1][row])}
+    trajectories = [trajectory for group in result.groups for trajectory in group]
+    values: dict[str, list[float | None]] = {}
+    shown: list[dict[str, float | None]] = [{} for _ in trajectories]
+    for evaluation in evaluations:
+        values |= evaluation(trajectories)
+        for scores, trajectory in zip(shown, trajectories, strict=True):
+            scores |= trajectory.rewards
+    for scores, trajectory in zip(shown, trajectories, strict=True):
+        trajectory.rewards = scores
+
     prompts, row = [], 0
     for record, group in zip(records, result.groups, strict=True):
         rows = slice(row, row := row + len(group))
-        prompts.append(
-            PromptScore(
-                record["prompt"],
-                record["tag"],
-                float(scores[-1][rows].mean()),
-                float(scores[0][rows].mean()),
-                float(np.mean([len(p) for p in drawn[rows]])),
-            )
+        measures = {name: _mean(column[rows]) for name, column in values.items()}
+        prompts.append(PromptScore(record["prompt"], tag_of(record), measures))
+    heldout = Heldout(prompts, result.groups, result.metrics, evaluations[0].score)
+    if heldout.unjudged == len(prompts):
+        raise EvaluationError(
+            f"none of {len(prompts)} held-out prompts has a score: evaluation '{evaluations[0].name}' judged nothing"
         )
-    return Heldout(prompts, result.groups, result.metrics)
+    return heldout
+
+
+def tag_of(record: Mapping[str, Any]) -> str:
+    """The kind of a prompt, by which scores are averaged; empty where the record says none."""
+    return str(record.get("tag") or "")
 
 
 def mean_of_tags(values: Sequence[float], tags: Sequence[str]) -> float:
-    """Every tag weighs the same, however many prompts it has."""
+    """Every tag weighs the same, however many prompts it has; NaN of nothing."""
     values_P, tags_P = np.asarray(values, float), np.asarray(tags)
-    return float(np.mean([values_P[tags_P == tag].mean() for tag in np.unique(tags_P)]))
+    return float(np.mean([values_P[tags_P == tag].mean() for tag in np.unique(tags_P)])) if len(tags) else float("nan")
 
 
-def geneval_scorer(context: RewardContext) -> Scorer:
-    """GenEval's released rules: 1 where the image shows what the record asks for, else 0."""
+def measures_of(prompts: Sequence[PromptScore]) -> list[str]:
+    """Every measure by which some prompt was judged, in order."""
+    found = (name for prompt in prompts for name, value in prompt.measures.items() if value is not None)
+    return list(dict.fromkeys(found))
 
-    def score(images: Sequence[np.ndarray], records: Sequence[dict[str, Any]]) -> list[float]:
-        return [float(correct) for correct, _ in score_images(images, records, context, "standard")]
 
-    return score
+def mean_of_measure(prompts: Sequence[PromptScore], measure: str) -> float:
+    """See Heldout.mean."""
+    judged = [(value, p.tag) for p in prompts if (value := p.measures.get(measure)) is not None]
+    return mean_of_tags([value for value, _ in judged], [tag for _, tag in judged])
+
+
+def means_by_tag(prompts: Sequence[PromptScore], measure: str) -> dict[str, float]:
+    """The mean of each tag that has a name and a judged prompt."""
+    by_tag: dict[str, list[float]] = {}
+    for prompt in prompts:
+        value = prompt.measures.get(measure)
+        if prompt.tag and value is not None:
+            by_tag.setdefault(prompt.tag, []).append(value)
+    return {tag: float(np.mean(by_tag[tag])) for tag in sorted(by_tag)}
 
 
 def spread_over_tags(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -149,10 +196,13 @@ def spread_over_tags(records: Sequence[dict[str, Any]], count: int) -> list[dict
     Raises EvaluationError when there are fewer.
     """
     if count > len(records):
-        raise EvaluationError(f"evaluate.prompts asks for {count} held-out prompts, and the task has {len(records)}")
+        raise EvaluationError(
+            f"evaluate.prompts asks for {count} held-out prompts, and the task has {len(records)}; "
+            + (f"give at most {len(records)}" if records else "hold some out, or evaluate on another task")
+        )
     by_tag: dict[str, list[int]] = {}
     for number, record in enumerate(records):
-        by_tag.setdefault(record["tag"], []).append(number)
+        by_tag.setdefault(tag_of(record), []).append(number)
     share = dict.fromkeys(by_tag, 0)
     while sum(share.values()) < count:
         open_tags = [tag for tag in by_tag if share[tag] < len(by_tag[tag])]
@@ -162,3 +212,8 @@ def spread_over_tags(records: Sequence[dict[str, Any]], count: int) -> list[dict
         by_tag[tag][index * len(by_tag[tag]) // wanted] for tag, wanted in share.items() for index in range(wanted)
     ]
     return [records[number] for number in sorted(chosen)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    judged = [value for value in values if value is not None]
+    return float(np.mean(judged)) if judged else None

@@ -12,18 +12,25 @@ paired bootstrap intervals over prompts.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
+if not __package__:  # run as a file, in a folder whose files bear our packages' names
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import argparse
+import json
+
 from evals.bootstrap import compare
 from evals.heldout import PromptScore
+from evals.kept import read_prompt_scores
 from runtime.errors import UserError
 from training import checkpoint
 from training.tracking import read_metrics
 from underdrawing.cli import quieten
-from underdrawing.jobs import local, read_prompt_scores, run_evaluate, run_grpo
+from underdrawing.evaluations import run_evaluate
+from underdrawing.jobs import local, run_grpo
+from underdrawing.options import LARGEST_SEED, Number, Parser, Whole, expanded_path
 from underdrawing.recipe import Recipe, load_recipe
 
 # Overrides of the recipe. Parts that credit segments act through them too, so detection alone has one advantage for the
@@ -38,16 +45,16 @@ CONSTANT = "grpo.lr_scheduler_type=constant_with_warmup"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=Path("configs/shapes/quickstart.yaml"))
-    parser.add_argument("--warm-start", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/reward-parts"))
-    parser.add_argument("--tokens", type=float, default=0.8e6, help="sampled tokens of an arm")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=expanded_path, default=Path("configs/shapes/quickstart.yaml"))
+    parser.add_argument("--warm-start", type=expanded_path, required=True)
+    parser.add_argument("--out", type=expanded_path, default=Path("runs/reward-parts"))
+    parser.add_argument("--tokens", type=Number(), default=0.8e6, help="sampled tokens of an arm")
+    parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=0)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args()
     quieten()
     try:
+        options = parser.parse_args()
         results = compare_arms(options)
     except UserError as error:
         print(f"reward_parts: {error}", file=sys.stderr)
@@ -87,8 +94,8 @@ def run_arm(options: argparse.Namespace, arm: str, kind: str, tokens: float) -> 
         run_grpo(with_steps(recipe, (done[-1] if done else 0) + left), options.warm_start, resume=True)
     newest = checkpoint.latest(folder / "checkpoints")
     assert newest is not None
-    heldout = run_evaluate(local(recipe, threads=2), newest / "weights", f"equal_{kind}")
-    result = {"score": heldout.final_image, "first_sketch": heldout.first_sketch, **spent(folder)}
+    heldout = run_evaluate(local(recipe), newest / "weights", f"equal_{kind}", replace=True)
+    result = {"score": heldout.score, "first_sketch": heldout.means["first_sketch"], **spent(folder)}
     kept.write_text(json.dumps(result))
     return result
 

@@ -1,4 +1,4 @@
-"""Trains the shapes world's visual tokenizer: `python -m policy.chameleon.train_vq --out vq.safetensors`.
+"""Trains the shapes world's visual tokenizer: `python -m experiments.train_vq --out vq.safetensors`.
 
 The class is Chameleon's (vq.py), only smaller. Everything that the tiny policy sees and draws passes through these
 codes, so the recipe aims at two things: every patch of the world survives the round trip, and a patch has the same
@@ -16,14 +16,18 @@ Letters: B images, M latents of a batch (B x N), G distinct patches, K codes, D 
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, in a folder whose files bear our packages' names
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import json
 import math
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +41,7 @@ from runtime.errors import UserError
 from tasks.shapes.detector import detect
 from tasks.shapes.render import MASKS, render
 from tasks.shapes.world import CANVAS, COLORS, GROUND, MAX_OBJECTS, OBJECT, PATCH, Scene, sample_scene
+from underdrawing.options import LARGEST_SEED, Number, Parser, Whole, expanded_path
 
 SHAPES_VQ = {
     "embed_dim": 16,
@@ -377,15 +382,15 @@ def train(config: TrainVQConfig, out: Path, resume: bool = False, every: int = 1
 
 def main(arguments: Sequence[str] | None = None) -> None:
     defaults = TrainVQConfig()
-    parser = argparse.ArgumentParser(description="Train the shapes world's visual tokenizer.")
-    parser.add_argument("--out", type=Path, required=True, help="weights file to write (.safetensors)")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--minutes", type=float, default=defaults.minutes)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser = Parser(description="Train the shapes world's visual tokenizer.")
+    parser.add_argument("--out", type=expanded_path, required=True, help="weights file to write (.safetensors)")
+    parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=defaults.seed)
+    parser.add_argument("--minutes", type=Number(), default=defaults.minutes)
+    parser.add_argument("--steps", type=Whole(1), default=defaults.steps)
     parser.add_argument("--resume", action="store_true", help="go on from the state beside --out, if there is one")
-    parser.add_argument("--scenes", type=int, default=1000, help="scenes of the closing measurement")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--scenes", type=Whole(1), default=1000, help="scenes of the closing measurement")
     try:
+        given = parser.parse_args(arguments)
         config = TrainVQConfig(seed=given.seed, minutes=given.minutes, steps=given.steps)
         train(config, given.out, given.resume)
     except (UserError, ValidationError) as error:

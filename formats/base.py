@@ -172,6 +172,7 @@ class Format(Protocol):
         hold media have no ids yet, which the family gives (Policy.perceive). Without it the prompt is words alone.
     beside_prompt(vocabulary) -> list[Segment]: untrained user segments that stand after the prompt's and that only some
         guidance branches see (a negative prompt).
+    roles: the names of its roles, to which a recipe's maps by role are held.
     """
 
     name: str

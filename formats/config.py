@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from formats.base import Format
 from formats.registry import get_format
 from runtime.errors import UserError
+from runtime.paths import ObjectPath, Options
+from runtime.section import Section
 
 
-class FormatConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(
+class FormatConfig(Section):
+    name: ObjectPath = Field(
         "strokes",
         description="The way of thinking: strokes, subgoals, self_critique, a registered "
         "name, or the dotted path of a factory.",
@@ -27,9 +27,9 @@ class FormatConfig(BaseModel):
         description="images: an image is exactly its codes, words are free, so that well-formed tags are "
         "learned and can be rewarded. full: only well-formed thoughts can be sampled.",
     )
-    options: dict[str, Any] = Field(
+    options: Options = Field(
         default_factory=dict,
-        description="Handed to the format: max_tokens by role, "
+        description="Handed to the format: max_tokens by role (or one number), "
         "instruction, guidance, scales, negative_prompt, or what your own takes.",
     )
 

@@ -36,7 +36,7 @@ class DeclaredFormat:
     Args:
         grammar: roles and their order.
         max_images: at most so many images a turn; None: the declaration's.
-        max_tokens: by text role, the longest body under full constraint.
+        max_tokens: by text role, the longest body under full constraint; one number: of every text role.
         instruction: put before every prompt.
         guidance: the kind of the first image, the second, ...; the last one holds for all further images. Empty: none.
         scales: of the guidance's terms; those left out keep their defaults.
@@ -52,9 +52,9 @@ class DeclaredFormat:
         grammar: Grammar,
         *,
         max_images: int | None = None,
-        max_tokens: Mapping[str, int] | None = None,
+        max_tokens: Mapping[str, int] | int | None = None,
         instruction: str = "",
-        guidance: Sequence[str] = (),
+        guidance: Sequence[str] | str = (),
         scales: Mapping[str, float] | None = None,
         negative_prompt: str = "",
     ) -> None:
@@ -82,6 +82,11 @@ class DeclaredFormat:
                 "negative_prompt is empty; give a prompt or set the scale to 0"
             )
         self._lexicons: dict[int, tuple[Lexicon, Automaton]] = {}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The names of its roles, in the order of declaration."""
+        return tuple(role.name for role in self.grammar.roles)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lexicons": {}}  # rebuilt by whoever receives it

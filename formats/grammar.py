@@ -213,14 +213,14 @@ class Grammar:
                 words.append(f"{self.by_name[name].tags[0][0]} ({name})")
         return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
-    def with_limits(self, max_images: int | None, max_tokens: Mapping[str, int] | None) -> Grammar:
-        """The same grammar under a recipe's limits.
+    def with_limits(self, max_images: int | None, max_tokens: Mapping[str, int] | int | None) -> Grammar:
+        """The same grammar under a recipe's limits. One number of tokens is for every text role.
 
         Raises:
             UserError: a limit for a role that does not exist or holds no text, or below one.
         """
-        limits = dict(max_tokens or {})
         text = [role.name for role in self.written]
+        limits = dict.fromkeys(text, max_tokens) if isinstance(max_tokens, int) else dict(max_tokens or {})
         for name, limit in limits.items():
             if name not in text:
                 raise UserError(f"format '{self.name}': max_tokens: no text role '{name}'; {nearest(name, text)}")

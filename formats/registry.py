@@ -13,9 +13,11 @@ from formats.strokes import strokes
 from formats.subgoals import subgoals
 from runtime.errors import UserError, nearest
 from runtime.loading import load_object
+from runtime.options import checked, make
 
 Factory = Callable[..., Format]
 
+_BUILT_IN: tuple[Factory, ...] = (strokes, subgoals, self_critique)
 _FORMATS: dict[str, Factory] = {"strokes": strokes, "subgoals": subgoals, "self_critique": self_critique}
 
 
@@ -30,7 +32,7 @@ def names() -> list[str]:
     return list(_FORMATS)
 
 
-def get_format(name: str, **options: Any) -> Format:
+def get_format(name: str, /, **options: Any) -> Format:
     """A format by its registered name or by the dotted path of a factory.
 
     Raises:
@@ -43,7 +45,9 @@ def get_format(name: str, **options: Any) -> Format:
     for option in options:
         if known is not None and option not in known:
             raise UserError(f"format.options: '{name}' has no '{option}'; {nearest(option, known)}")
-    fmt = factory(**options)
+    if factory in _BUILT_IN:
+        options = checked(DeclaredFormat.__init__, options, "format.options")
+    fmt = make(factory, options, f"format.name: '{name}'")
     if not isinstance(fmt, Format):
         raise UserError(
             f"format.name: '{name}' gave a {type(fmt).__name__}, which is no Format "
@@ -68,7 +72,7 @@ def _options(factory: Factory) -> set[str] | None:
     named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         # Built-in factories hand their options on to DeclaredFormat.
-        if factory not in (strokes, subgoals, self_critique):
+        if factory not in _BUILT_IN:
             return None
         named |= {p.name for p in inspect.signature(DeclaredFormat).parameters.values() if p.kind is p.KEYWORD_ONLY}
     return named

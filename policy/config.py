@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from runtime.paths import ObjectPath, ReadPath, read_path
+from runtime.section import LARGEST_SEED, Section
+
+SHAPES_VQ = "shapes"  # of policy.tiny.vq: a name, and no path
 
 
-class LoraSection(BaseModel):
+class LoraSection(Section):
     """Low-rank adapters through peft (arXiv:2106.09685); the base weights stay frozen."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    r: int = Field(16, ge=1, description="Rank of the adapters.")
-    alpha: int = Field(32, ge=1, description="Scaling numerator: updates are scaled by alpha / r.")
+    r: int = Field(16, ge=1, le=65536, description="Rank of the adapters.")
+    alpha: int = Field(32, ge=1, le=2**31, description="Scaling numerator: updates are scaled by alpha / r.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input. Not 0: ratios are not 1.")
     target_modules: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
         description="Names of the linear layers that get adapters. The output head cannot be one of them.",
     )
 
@@ -30,21 +34,21 @@ class LoraSection(BaseModel):
         return self
 
 
-class TinySection(BaseModel):
+class TinySection(Section):
     """A small model of the full-size class, built offline with fresh weights."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    hidden_size: int = Field(128, ge=8, description="Width of the decoder.")
-    num_hidden_layers: int = Field(5, ge=1, description="Layers of the decoder.")
-    num_attention_heads: int = Field(4, ge=1, description="Query heads.")
-    num_key_value_heads: int = Field(1, ge=1, description="Key-value heads; fewer make decoding on a CPU faster.")
-    intermediate_size: int = Field(384, ge=8, description="Width of the feed-forward layers.")
-    max_position_embeddings: int = Field(512, ge=8, description="Ids that one row can hold.")
+    hidden_size: int = Field(128, ge=8, le=65536, description="Width of the decoder.")
+    num_hidden_layers: int = Field(5, ge=1, le=1024, description="Layers of the decoder.")
+    num_attention_heads: int = Field(4, ge=1, le=4096, description="Query heads.")
+    num_key_value_heads: int = Field(
+        1, ge=1, le=4096, description="Key-value heads; fewer make decoding on a CPU faster."
+    )
+    intermediate_size: int = Field(384, ge=8, le=2**20, description="Width of the feed-forward layers.")
+    max_position_embeddings: int = Field(512, ge=8, le=2**24, description="Ids that one row can hold.")
     rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary position embedding.")
     swin_norm: bool = Field(False, description="Normalise after attention and feed-forward (Chameleon-34B's way).")
     vq: str | dict[str, Any] = Field(
-        default="shapes",
+        default=SHAPES_VQ,
         description="Visual tokenizer: 'shapes' (the committed weights of the shapes world), a path to a .safetensors "
         "file with its .json, or a mapping of ChameleonVQVAEConfig's keys for random weights.",
     )
@@ -53,7 +57,12 @@ class TinySection(BaseModel):
         default=["<ins>", "</ins>", "<des>", "</des>", "<inspect>", "</inspect>", "<refine>", "</refine>"],
         description="Tags that are one token each.",
     )
-    seed: int = Field(0, description="Of the fresh weights.")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Of the fresh weights.")
+
+    @field_validator("vq")
+    @classmethod
+    def _found(cls, vq: str | dict[str, Any], info: ValidationInfo) -> str | dict[str, Any]:
+        return vq if isinstance(vq, dict) or vq == SHAPES_VQ else read_path(vq, info)
 
     @model_validator(mode="after")
     def _divisible(self) -> TinySection:
@@ -70,15 +79,13 @@ class TinySection(BaseModel):
         return self
 
 
-class PolicyConfig(BaseModel):
+class PolicyConfig(Section):
     """Which model thinks."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    family: str = Field(
+    family: ObjectPath = Field(
         "chameleon", description="A known family, or the dotted path of a function (PolicyConfig, words) -> Policy."
     )
-    path: str | None = Field(
+    path: ReadPath | None = Field(
         None,
         description="Folder with config.json, model.safetensors and tokenizer files. "
         "None: a tiny model with fresh weights.",
@@ -96,4 +103,4 @@ class PolicyConfig(BaseModel):
     )
     lora: LoraSection | None = Field(None, description="Train adapters only. None: all weights of the decoder.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    score_chunk: int = Field(256, ge=1, description="Decisions whose logits scoring holds at a time.")
+    score_chunk: int = Field(256, ge=1, le=2**31, description="Decisions whose logits scoring holds at a time.")

@@ -41,7 +41,7 @@ from record.trajectory import (
     StopReason,
     Trajectory,
 )
-from runtime.errors import UserError
+from runtime.errors import UserError, remedy
 from runtime.files import whole_folder
 
 VERSION = "2"
@@ -126,8 +126,8 @@ def save_trajectories(trajectories: Sequence[Trajectory], folder: str | Path) ->
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise StoreError(
-            f"{folder}: the trajectories cannot be written ({reason}); free some space or choose another "
-            "folder. Nothing was left half-written"
+            f"{folder}: the trajectories cannot be written ({reason}); "
+            f"{remedy(error, 'choose another folder')}. Nothing was left half-written"
         ) from error
 
 
@@ -165,6 +165,23 @@ def check_folder(folder: str | Path) -> None:
             f"{folder}: holds '{foreign}' beside stored trajectories, and saving would delete it; move it "
             "away, or choose another folder"
         )
+
+
+def check_beside(file: str | Path) -> None:
+    """Whether a file of somebody's may be written there without getting in the way of saving trajectories.
+
+    Raises:
+        StoreError: it would lie in stored trajectories, which are replaced whole and never with a foreign file in them.
+            A report.html is none.
+    """
+    file = Path(file)
+    place = file.resolve()
+    for folder in place.parents:
+        if _is_stored(folder) and place != folder / _PAGE:
+            raise StoreError(
+                f"{file}: would lie in stored trajectories ({folder}), and a run that is resumed refuses to save where "
+                f"it finds it; name a file outside, such as {folder.parent / f'{folder.name}-{file.name}'}"
+            )
 
 
 def _is_stored(folder: Path) -> bool:

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from record.trajectory import Trajectory
 from rewards.functions.tool_use import tool_calls
 from runtime.errors import UserError
+from runtime.section import Section
 
 Name = Literal["divergence", "tool_rate", "rubber_stamp", "zero_variance", "diversity", "unjudged"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -40,10 +41,8 @@ class AlarmRaised(UserError):
     """A fatal alarm: the step was finished and saved, and the run stops here."""
 
 
-class AlarmsConfig(BaseModel):
+class AlarmsConfig(Section):
     """Signs of reward hacking and collapse. A threshold of None turns its alarm off."""
-
-    model_config = ConfigDict(extra="forbid")
 
     window: int = Field(
         20,
@@ -60,7 +59,7 @@ class AlarmsConfig(BaseModel):
         description="Standard errors by which a watched metric must have "
         "fallen from its best window while the trained reward rose by as many.",
     )
-    watch: list[str] = Field(["heldout/final_image"], description="Metrics watched beside the parts that are not paid.")
+    watch: list[str] = Field(["heldout/score"], description="Metrics watched beside the parts that are not paid.")
     tool_rate: float | None = Field(
         0.5,
         gt=0,

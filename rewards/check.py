@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from record.trajectory import Author, Trajectory
+from record.trajectory import Author, Segment, Trajectory
 from rewards.contract import (
     RESERVED,
     Logs,
@@ -33,6 +33,8 @@ from rewards.contract import (
     call,
     check_options,
     is_broken,
+    policy_images,
+    resolved_view,
 )
 from rewards.judge.base import JudgeLike, StandIn
 from rewards.judge.client import JudgeClient
@@ -90,7 +92,7 @@ def check_reward(
 
     Args:
         function: as a recipe names it ("file.py:function", "package.module.function"), or the function itself.
-        options, factory, completions: as in a recipe's part.
+        options, factory, completions: as in a recipe's part; auto is strings where no thought holds an image.
         columns: further columns of every record, for a reward that asks for them.
         trajectories: in place of the built-in `sample_thoughts`; at least two groups of two.
         scope: what the recipe will say of it; None: it is only found out.
@@ -123,13 +125,20 @@ def check_reward(
         )
     else:
         worker = ProcessWorker(
-            ComponentSpec(name, spec, dict(options or {}), factory, completions, None, judge), timeout_s
+            ComponentSpec(
+                name, spec, dict(options or {}), factory, completions, None, judge, None, checker.conversational
+            ),
+            timeout_s,
         )
         try:
             checker.isolated(worker)
         finally:
             worker.close()
-    checker.run()
+    try:
+        checker.run()
+    finally:
+        if isinstance(client, JudgeClient):
+            client.close()
     return checker.report()
 
 
@@ -152,6 +161,7 @@ class _Checker:
     ) -> None:
         self.name, self.function, self.options, self.view = name, function, options, view
         self.trajectories, self.kinds, self.wanted, self.judge = trajectories, kinds, wanted, judge
+        self.conversational = any(policy_images(trajectory) for trajectory in trajectories)
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.scope: Scope | None = None
@@ -194,6 +204,7 @@ class _Checker:
         assert self.values is not None
         for look in (
             self._values,
+            self._blindness,
             self._lengths,
             self._determinism,
             self._scope,
@@ -226,6 +237,7 @@ class _Checker:
             options=self.options,
             state=TrainerState(),
             view=self.view,
+            conversational=self.conversational,
             judge=self.judge,
         )
 
@@ -284,9 +296,6 @@ class _Checker:
         for value, kind in zip(self.values, self.kinds, strict=True):
             if is_broken(value):
                 self.problems.append(f"it gives {value} for {kind}; where there is nothing to judge, return None")
-        raw = self._raw()
-        if any(isinstance(value, str) for value in raw):
-            self.problems.append("it returns text in place of numbers")
         judged = [value for value in self.values if value is not None]
         if not judged:
             self.notes.append(
@@ -296,23 +305,42 @@ class _Checker:
         elif len(judged) > 1 and all(value == judged[0] for value in judged):
             self.notes.append(
                 f"it gives {_shown(judged[0])} for every thought that it judges; a group like that trains nothing"
+                f"{self._of_messages()}"
             )
 
-    def _raw(self) -> list[Any]:
-        """What it returns before it is made numbers of."""
-        kept: list[Any] = []
+    def _of_messages(self) -> str:
+        """What to set where it may have been written for completions that are strings."""
+        try:
+            reads = "completions" in inspect.signature(self.function).parameters
+        except (TypeError, ValueError):
+            return ""
+        view = resolved_view(self.function, self.view, self.conversational)
+        if not reads or view == "strings":
+            return ""
+        return (
+            ". `completions` are message lists here, one a thought; a function that was written for strings, as TRL "
+            "gives them for prompts that are strings, wants completions: strings"
+        )
 
-        def spy(*arguments: Any, **named: Any) -> Any:
-            result = self.function(*arguments, **named)
-            if inspect.isawaitable(result):
-                return result
-            kept.extend(result)  # which may be a generator, and is used up
-            return list(kept)
-
-        spy.__signature__ = inspect.signature(self.function)  # type: ignore[attr-defined]
-        spy.__module__ = getattr(self.function, "__module__", "") or ""
-        self._call_with(spy, copy.deepcopy(self.trajectories))
-        return kept
+    def _blindness(self) -> None:
+        """Values must move when all that the policy wrote is other words and other pixels."""
+        assert self.values is not None
+        if isinstance(self.judge, StandIn):  # which sees no more of an image than its size
+            return
+        judged = [value for value in self.values if value is not None]
+        if len(judged) < 2 or all(value == judged[0] for value in judged):  # told by _values
+            return
+        for longer in (False, True):
+            try:
+                values, _ = self._call([_rewritten(trajectory, longer) for trajectory in self.trajectories])
+            except RAISED:
+                return
+            if not _equal(values, self.values):
+                return
+        self.notes.append(
+            "its values stay the same when every word and every image that the policy wrote is another: it pays for "
+            f"the record, or for how many segments there are{self._of_messages()}"
+        )
 
     def _lengths(self) -> None:
         for count in (1, 3, len(self.trajectories) - 1):
@@ -480,6 +508,21 @@ def _named(function: str | Callable[..., Any]) -> tuple[str, str | None]:
     if module == "__main__":
         return name, f"{file}:{name}" if file and file.endswith(".py") and Path(file).is_file() else None
     return name, f"{module}:{name}"
+
+
+def _rewritten(trajectory: Trajectory, longer: bool) -> Trajectory:
+    """With a letter in place of the policy's words, or with them twice and backwards; ids likewise; images inverted."""
+
+    def other(segment: Segment) -> Segment:
+        if segment.author is not Author.POLICY:
+            return segment
+        if segment.image is not None:
+            return replace(segment, image=255 - segment.image)
+        text = 2 * segment.text[::-1] if longer else "x" * bool(segment.text)
+        ids = np.tile(segment.ids, 2) if longer else segment.ids[:1]
+        return replace(segment, text=text, ids=ids, decisions=None, flow=None, latent=None)
+
+    return replace(trajectory, segments=[other(segment) for segment in trajectory.segments])
 
 
 def _equal(one: Sequence[Value] | None, other: Sequence[Value] | None) -> bool:

@@ -17,16 +17,19 @@ import keyword
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rewards.alarms import AlarmsConfig
-from rewards.detectors.registry import DetectorConfig
+from rewards.detectors.registry import BACKENDS, DetectorConfig
 from rewards.formula.expression import ALL_FUNCTIONS, Expression
 from rewards.formula.schedule import ScheduleConfig
 from rewards.judge.config import JudgeConfig
 from rewards.loader import check_exists, is_own
 from rewards.registry import REWARDS
 from runtime.errors import nearest
+from runtime.paths import ObjectPath, Options
+from runtime.ray_options import RayShare
+from runtime.section import Retries, Seconds, Section
 
 Scope = Literal["row", "group", "batch"]
 RunsOn = Literal["driver", "process", "ray"]
@@ -35,17 +38,15 @@ RENAMED = {"watch": "log_only"}  # keys of a component
 RENAMED_OPTIONS = {"picture": "image"}  # of the toolkit's own functions
 
 
-class WorkersConfig(BaseModel):
+class WorkersConfig(Section):
     """Who runs a part, or the detector: processes of this machine, or Ray actors."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["process", "ray"] = Field(
         "process", description="process: children of this process. ray: actors, on any machine of the cluster."
     )
-    count: int = Field(1, ge=1, description="How many, each with the function and its models loaded.")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs of each Ray actor; a fraction shares one.")
-    num_cpus: float = Field(1.0, ge=0, description="CPUs of each Ray actor, as Ray counts them.")
+    count: int = Field(1, ge=1, le=1024, description="How many, each with the function and its models loaded.")
+    num_gpus: RayShare = Field(0.0, description="GPUs of each Ray actor; a fraction shares one.")
+    num_cpus: RayShare = Field(1.0, description="CPUs of each Ray actor, as Ray counts them.")
     batch_size: int | None = Field(
         None,
         ge=1,
@@ -61,13 +62,13 @@ class WorkersConfig(BaseModel):
         return self
 
 
-class ComponentConfig(BaseModel):
+class ComponentConfig(Section):
     """One reward part."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    function: str = Field(description="A registered name, 'package.module.function', or 'path/to/file.py:function'.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Further keyword arguments of the function.")
+    function: ObjectPath = Field(
+        description="A registered name, 'package.module.function', or 'path/to/file.py:function'."
+    )
+    options: Options = Field(default_factory=dict, description="Further keyword arguments of the function.")
     factory: bool = Field(
         False,
         description="The function makes the reward when called with the options, as TRL's "
@@ -90,10 +91,12 @@ class ComponentConfig(BaseModel):
         "its group. batch: all trajectories of the step. The first two are scored while others "
         "are still being sampled. None: for the toolkit's own what is so, else batch.",
     )
-    completions: Literal["auto", "interleaved", "text"] = Field(
+    completions: Literal["auto", "interleaved", "text", "strings"] = Field(
         "auto",
-        description="What `completions` holds. interleaved: words and PIL images. text: the words as one "
-        "string, for rewards written for text. auto: text for TRL's own functions, else interleaved.",
+        description="What `completions` holds. interleaved: message lists of words and PIL images. text: message lists "
+        "with the words as one string, for rewards written for text. strings: the words, without messages; `prompts` "
+        "are strings then, too. auto: text for TRL's own functions; strings where the function declares `completions: "
+        "list[str]`, or where neither prompts nor thoughts hold images; else interleaved.",
     )
     isolate: bool | None = Field(
         None,
@@ -101,18 +104,18 @@ class ComponentConfig(BaseModel):
         "yes, except for those of this toolkit's own that are quick and call nobody.",
     )
     workers: WorkersConfig | None = Field(None, description="Who runs an isolated part. None: one process.")
-    timeout_s: float | None = Field(
+    timeout_s: Seconds | None = Field(
         None,
         gt=0,
         description="Seconds one call may take (isolated parts). After three "
         "in a row the part is not called again in that step. None: 60, and where it asks "
         "the judge, twice its client's patience more.",
     )
-    load_timeout_s: float = Field(300.0, gt=0, description="Seconds that importing the function may take.")
-    retries: int = Field(
-        1, ge=0, description="Further calls after one that raised, hung, crashed or gave NaN; then the rows are None."
+    load_timeout_s: Seconds = Field(300.0, gt=0, description="Seconds that importing the function may take.")
+    retries: Retries = Field(
+        1, description="Further calls after one that raised, hung, crashed or gave NaN; then the rows are None."
     )
-    retry_wait_s: float = Field(0.5, ge=0, description="Seconds before the first retry; doubled at each further one.")
+    retry_wait_s: Seconds = Field(0.5, ge=0, description="Seconds before the first retry; doubled at each further one.")
 
     @model_validator(mode="before")
     @classmethod
@@ -141,10 +144,8 @@ class ComponentConfig(BaseModel):
         return self.scope or (REWARDS[self.function].scope if is_own(self.function) else "batch")
 
 
-class RewardsConfig(BaseModel):
+class RewardsConfig(Section):
     """All parts, the formula over them, and how much failure the run bears."""
-
-    model_config = ConfigDict(extra="forbid")
 
     parts: dict[str, ComponentConfig] = Field(min_length=1, description="Reward parts by the names that `total` uses.")
     total: str | None = Field(
@@ -164,7 +165,7 @@ class RewardsConfig(BaseModel):
         description="The run stops when this many steps in a row had a part fail for "
         "over half of its rows, or had no trajectory with a reward.",
     )
-    detector: DetectorConfig | str | None = Field(
+    detector: DetectorConfig | ObjectPath | None = Field(
         None,
         description="One of the toolkit's (backend: mask2former, grounding_dino, owlv2, shapes; path ...), or "
         "the dotted path or file of a function or class that makes a Detector; None: the task's own.",
@@ -172,9 +173,18 @@ class RewardsConfig(BaseModel):
     detector_workers: WorkersConfig | None = Field(
         None, description="Who runs the detector for the parts that stand in the driver. None: the driver itself."
     )
-    detector_timeout_s: float = Field(120.0, gt=0, description="Seconds one call of detector_workers may take.")
+    detector_timeout_s: Seconds = Field(120.0, gt=0, description="Seconds one call of detector_workers may take.")
     judge: JudgeConfig | None = Field(None, description="The endpoint of the parts that ask a judge.")
     alarms: AlarmsConfig = Field(default_factory=AlarmsConfig, description="Signs of reward hacking and collapse.")
+
+    @field_validator("detector", mode="before")
+    @classmethod
+    def _backend_alone(cls, value: Any) -> Any:
+        if not isinstance(value, str) or "." in value or ":" in value:
+            return value
+        if value not in BACKENDS:
+            raise ValueError(f"no detector '{value}'; {nearest(value, BACKENDS)}, or the dotted path of your own")
+        return {"backend": value}
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardsConfig:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 from PIL import Image
@@ -25,10 +25,11 @@ from formats.base import Format
 from record.trajectory import Author, Segment, Trajectory
 from rewards.detectors.base import CachedDetector, Detector
 from rewards.judge.base import JudgeLike
+from rewards.limits import LARGEST, too_large
 from runtime.errors import UserError, nearest
 
 Value = float | dict[int, float] | None
-View = Literal["auto", "interleaved", "text"]
+View = Literal["auto", "interleaved", "text", "strings"]
 Reward = Callable[..., Any]  # sync or async; returns Sequence[float | Mapping[int, float] | None]
 
 # Keys that TRL keeps for itself: a record's own `prompt` is in trajectories[i].prompt.
@@ -45,9 +46,26 @@ RESERVED = (
     "context",
 )
 
+# What a reward is called with besides columns and options (`context` and `judge` for those that stand on them).
+ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trajectories",
+    "trainer_state",
+    "log_metric",
+    "log_extra",
+    "judge",
+)
+GIVEN = {*RESERVED, "columns"} - {"prompt", "completion"}  # and so no options
+
 NO_JUDGE = (
     "reward '{name}' asks a judge, and the recipe names none: give rewards.judge.base_url and rewards.judge.model"
 )
+
+
+_BOUND = f"at most {LARGEST:g} can be trained on (in float32), so scale it down"
+SHOWN = 80  # characters of a value in a message
 
 
 class RewardError(UserError):
@@ -109,13 +127,16 @@ class Logs:
 # ---- what the policy wrote -------------------------------------------------------------------------------------
 
 
-def completion(trajectory: Trajectory, view: View = "interleaved") -> list[dict[str, Any]]:
+def completion(trajectory: Trajectory, view: View = "interleaved") -> list[dict[str, Any]] | str:
     """The policy's own words and images as messages; what the environment or the user wrote is left out.
 
     interleaved: one assistant message for every stretch that no observation interrupts. Its content is a string when
     it holds no image, else a list of ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": PIL}``.
     text: one message whose content is all the words as one string, which is what text-only rewards read.
+    strings: all the words as one string, without a message around it, as TRL gives for prompts that are strings.
     """
+    if view == "strings":
+        return policy_text(trajectory)
     if view == "text":
         return [{"role": "assistant", "content": policy_text(trajectory)}]
     turns: list[list[dict[str, Any]]] = [[]]
@@ -167,9 +188,14 @@ def groups_of(trajectories: Sequence[Trajectory]) -> list[list[int]]:
     return list(rows.values())
 
 
-def columns(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
-    """Every key of any record as a list, None where a record lacks it."""
-    keys = dict.fromkeys(key for t in trajectories for key in t.record if key not in RESERVED)
+def columns_of(records: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Every key of any record that a reward can ask for, in the order in which they first come."""
+    return tuple(dict.fromkeys(key for record in records for key in record if key not in RESERVED))
+
+
+def columns(trajectories: Sequence[Trajectory], known: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """Every key of any record, and every known one, as a list: None where a record lacks it."""
+    keys = dict.fromkeys([*known, *columns_of(t.record for t in trajectories)])
     return {key: [t.record.get(key) for t in trajectories] for key in keys}
 
 
@@ -197,14 +223,18 @@ def call(
     options: Mapping[str, Any],
     state: TrainerState,
     view: View,
+    conversational: bool = True,
     context: RewardContext | None = None,
     judge: JudgeLike | None = None,
+    known_columns: Sequence[str] = (),
 ) -> tuple[list[Value], Logs]:
     """Call a reward once. Returns one value a trajectory (NaN left as it is) and what it logged.
 
     Args:
+        view: what `completions` holds; conversational: what the view `auto` goes by (resolved_view).
         setting: of one of the toolkit's own; None: it is somebody else's, called as TRL calls its own.
         judge: for somebody else's that has an argument of this name.
+        known_columns: of the whole prompt set, so that a call whose own records all lack one still hands it over.
 
     Raises:
         RewardError: wrong number of values, values that are no numbers, a missing or unknown argument.
@@ -219,12 +249,15 @@ def call(
     if context is not None:  # one of ours: it reads the trajectories, so no image is converted for it
         arguments["context"] = context
     else:
+        view = resolved_view(function, view, conversational)
         arguments |= {
-            "prompts": [[{"role": "user", "content": t.prompt}] for t in trajectories],
-            "completions": [completion(t, _view(function, view)) for t in trajectories],
+            "prompts": [
+                t.prompt if view == "strings" else [{"role": "user", "content": t.prompt}] for t in trajectories
+            ],
+            "completions": [completion(t, view) for t in trajectories],
             "completion_ids": [policy_ids(t) for t in trajectories],
             "trainer_state": state,
-            **columns(trajectories),
+            **columns(trajectories, known_columns),
         }
         if asks_judge(function) and "judge" not in options:
             if judge is None:
@@ -240,12 +273,28 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def _view(function: Reward, view: View) -> View:
-    """TRL's own functions read `completion[0]["content"]` as a string, so that is what they get."""
+def resolved_view(function: Reward, view: View, conversational: bool = True) -> View:
+    """What stands for `auto`, the same for a whole run.
+
+    TRL's own functions read `completion[0]["content"]` as a string: text. One that declares `completions: list[str]`
+    is given strings. All others are given what TRL gives: message lists where prompts are conversations, as they must
+    be in TRL where images are about (interleaved), and strings where they are not.
+    """
     if view != "auto":
         return view
     module = getattr(inspect.unwrap(function), "__module__", None) or type(function).__module__ or ""
-    return "text" if module.split(".")[0] == "trl" else "interleaved"
+    if module.split(".")[0] == "trl":
+        return "text"
+    return "interleaved" if conversational and not _declares_strings(function) else "strings"
+
+
+def _declares_strings(function: Reward) -> bool:
+    """Whether its argument `completions` is annotated as a list of strings."""
+    try:
+        hint = get_type_hints(function if inspect.isroutine(function) else type(function).__call__).get("completions")
+    except (TypeError, NameError, AttributeError):  # annotated with a name that only a type checker knows
+        return False
+    return get_args(hint)[:1] == (str,)
 
 
 def check_options(function: Reward, name: str, options: Mapping[str, Any], own: bool = False) -> None:
@@ -253,11 +302,30 @@ def check_options(function: Reward, name: str, options: Mapping[str, Any], own: 
     would swallow a misspelt option, so its options must be named ones; a user's **kwargs may want anything."""
     named, open_ended = _signature(function)
     for key in options:
+        if key in GIVEN:
+            raise RewardError(f"rewards.parts.{name}.options: '{key}' is what the toolkit calls a reward with")
         if key not in named and (own or not open_ended):
             raise RewardError(
                 f"rewards.parts.{name}.options: '{key}' is no argument of the function; "
                 f"{nearest(key, [p for p in named if p not in RESERVED])}"
             )
+
+
+def check_columns(function: Reward, name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises RewardError where somebody's function has an argument without a default that is neither of the contract's,
+    nor an option, nor a column of any record: a run would stop at its first call."""
+    given = dict.fromkeys([*ARGUMENTS, *options, *known])
+    missing = [
+        p for p, parameter in _signature(function)[0].items() if p not in given and parameter.default is parameter.empty
+    ]
+    if missing:
+        raise _no_column(name, missing[0], [*ARGUMENTS, *known])
+
+
+def _no_column(name: str, asked: str, known: Iterable[str]) -> RewardError:
+    return RewardError(
+        f"reward '{name}' asks for '{asked}', which is no column of the records; {nearest(asked, known)}"
+    )
 
 
 def _signature(function: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -282,10 +350,7 @@ def _accepted(function: Reward, name: str, arguments: dict[str, Any], options: M
     given = {**arguments, **options}
     missing = [p for p in named if p not in given and named[p].default is inspect.Parameter.empty]
     if missing:
-        raise RewardError(
-            f"reward '{name}' asks for '{missing[0]}', which is no column of the records; "
-            f"{nearest(missing[0], arguments)}"
-        )
+        raise _no_column(name, missing[0], arguments)
     return given if open_ended else {key: value for key, value in given.items() if key in named}
 
 
@@ -326,11 +391,22 @@ def _row(value: Any, name: str, trajectory: Trajectory) -> Value:
 
 def _number(value: Any, name: str) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        if isinstance(value, str | bytes | bytearray) or (isinstance(value, np.ndarray) and value.dtype.kind in "SU"):
+            raise TypeError  # float() reads "0.5", and "nan", "1_0" and " 7" too
+        number = float(value)
+    except OverflowError:  # of a whole number beyond every float
         raise RewardError(
-            f"reward '{name}' returned {value!r} for a completion; a value is a number, None, or {{segment: number}}"
+            f"reward '{name}' returned a number beyond every float ({type(value).__name__}) for a completion; {_BOUND}"
         ) from None
+    except (TypeError, ValueError, RuntimeError):  # the last is a tensor's, of several numbers
+        shown = repr(value)
+        raise RewardError(
+            f"reward '{name}' returned {shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + '...'} for a "
+            "completion; a value is a number, None, or {segment: number}"
+        ) from None
+    if too_large(number):
+        raise RewardError(f"reward '{name}' returned {number:.3g} for a completion; {_BOUND}")
+    return number
 
 
 def is_broken(value: Value) -> bool:

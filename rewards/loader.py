@@ -62,7 +62,7 @@ def make(factory: Any, spec: str, options: Mapping[str, Any] | None = None) -> A
         return factory(**(options or {}))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         given = f" with {dict(options)}" if options else ""
         raise RewardError(f"'{spec}' cannot be made{given}: {loading.raised(error)}") from error
 

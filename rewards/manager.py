@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
 from formats.base import Format
 from record.trajectory import Trajectory
 from rewards.config import ComponentConfig, RewardsConfig, WorkersConfig
-from rewards.contract import RewardContext, RewardFailed, TrainerState, Value
+from rewards.contract import RewardContext, RewardFailed, TrainerState, Value, columns_of
 from rewards.detectors.base import CachedDetector, Detector
 from rewards.pending import ComponentOutcome, Group, PendingRewards, RewardReport, report_of
 from rewards.registry import REWARDS
@@ -26,8 +26,10 @@ from rewards.runtime.served_detector import ServedDetector
 from rewards.runtime.serving import CallFailed, ComponentSpec, DetectorSpec, RewardContextSpec, check_prompts
 from rewards.runtime.workers import CallFailure, Component, Executor, Worker, workers_of
 from runtime.ray_cluster import Cluster, start_ray
+from tasks.base import Split
 
 __all__ = ["CallFailure", "RewardManager", "RewardReport", "detector_of"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 logger = logging.getLogger(__name__)
 
 
@@ -41,15 +43,22 @@ class RewardManager:
         fmt: Format | None = None,
         detector: Detector | None = None,
         max_steps: int = 0,
+        columns: Sequence[str] | None = None,
     ) -> None:
         """Load every part and start the workers of those that have some.
 
+        Args:
+            columns: of the records that will be judged; None: those of the task's prompts, where there is a task.
+
         Raises:
-            UserError: a part that cannot be loaded, a detector that is missing or lacks a class of the task's prompts,
-                a judge's endpoint that is down.
+            UserError: a part that cannot be loaded, or that asks for a column that no record has; a detector that is
+                missing or lacks a class of the task's prompts; a judge's endpoint that is down.
         """
         self.config, self.max_steps = config, max_steps
         self.expression = config.expression()
+        if columns is None and task is not None:
+            columns = columns_of(record for split in SPLITS for record in task.prompts(split))
+        self._columns = None if columns is None else tuple(columns)
         self._spec = RewardContextSpec(task, fmt, detector if detector is not None else config.detector, config.judge)
         self.parts: dict[str, Component] = {}
         self._served: ServedDetector | None = None
@@ -76,21 +85,28 @@ class RewardManager:
         self.close()
 
     def close(self) -> None:
-        """End the parts' workers. Idempotent."""
-        self._driver.close()
+        """End the parts' workers and threads. Idempotent."""
+        # What the driver's thread may be waiting for ends first: workers, detector, the judge's answers.
         for part in self.parts.values():
-            part.close()
+            part.stop()
         if self._served is not None:
             self._served.close()
-        client: Any = self.context.judge
-        if hasattr(client, "close"):
-            client.close()
+        self._close_judge()
+        for part in self.parts.values():
+            part.close()
+        self._driver.close()
+        self._close_judge()  # a call that was cut short may have asked it once more
         if self._cluster is not None:
             self._cluster.stop()
 
+    def _close_judge(self) -> None:
+        client: Any = self.context.judge
+        if hasattr(client, "close"):
+            client.close()
+
     # ---- judging ----
 
-    def score(self, groups: Sequence[Group], step: int = 0) -> RewardReport:
+    def score(self, groups: Sequence[Group], step: int = 0, counted: bool = True) -> RewardReport:
         """Fill `rewards`, `segment_rewards` and `reward` of every trajectory.
 
         A part's row of {segment: value} becomes `segment_rewards[part]`, and its mean stands in the formula; of a
@@ -101,22 +117,23 @@ class RewardManager:
             RewardFailed: a part failed, or nothing was judged, for `none_limit` steps in a row.
             UserError: a part breaks the contract, or the formula divides by zero.
         """
-        return self.begin(step, [len(group) for group in groups]).finish(groups)
+        return self.begin(step, [len(group) for group in groups], counted).finish(groups)
 
-    def begin(self, step: int, sizes: Sequence[int], round: int = 0) -> PendingRewards:
+    def begin(self, step: int, sizes: Sequence[int], counted: bool = True) -> PendingRewards:
         """Begin a step in which groups of these sizes are being sampled; they are judged as they come in.
 
-        `round`: of a step that rolls out more than once; none_limit counts steps, by their first round.
+        `counted`: whether it counts towards none_limit: a step's first rollout does, further ones and held-out prompts
+        do not.
         """
         if self.context.detector is not None:
             self.context.detector.clear()
-        complete = partial(self._complete, count=round == 0)
+        complete = partial(self._complete, counted=counted)
         return PendingRewards(
             list(self.parts.values()), TrainerState(step, self.max_steps), sizes, complete, self.close
         )
 
     def _complete(
-        self, groups: Sequence[Group], outcomes: dict[str, ComponentOutcome], step: int, count: bool = True
+        self, groups: Sequence[Group], outcomes: dict[str, ComponentOutcome], step: int, counted: bool = True
     ) -> RewardReport:
         trajectories = [trajectory for group in groups for trajectory in group]
         if not trajectories:
@@ -132,7 +149,7 @@ class RewardManager:
         for fault in report.failures:
             if fault.stack and fault.rows:
                 logger.warning("reward part '%s' stood at:\n%s", fault.part, fault.stack)
-        if count:
+        if counted:
             self._check_limits(trajectories, outcomes, step)
         return report
 
@@ -221,7 +238,7 @@ class RewardManager:
         if self.config.judge is not None and self.config.judge.check_at_start:
             check = getattr(self.context.judge, "check", None)
             if check is not None:
-                check()
+                check({need for part in self.config.parts.values() for need in _judge_needs(part)})
 
     def _part(self, name: str, part: ComponentConfig) -> Component:
         own = part.function in REWARDS
@@ -233,6 +250,8 @@ class RewardManager:
             part.completions,
             self._spec if own else None,
             self.config.judge,
+            self._columns,
+            _conversational(self._spec.task, self._spec.fmt),
         )
         if part.runs_on == "driver":
             return Component(name, part, self._driver, spec.load(self.context if own else None))
@@ -245,12 +264,35 @@ class RewardManager:
             return
         with ThreadPoolExecutor(len(workers)) as pool:
             starting = [(name, pool.submit(worker.start)) for name, worker in workers]
+            try:
+                wait([future for _, future in starting])
+            except BaseException:  # Ctrl-C: nobody waits until they have loaded
+                for _, worker in workers:
+                    worker.close()
+                raise
         for name, future in starting:
+            where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
             try:
                 future.result()
+            except OSError as error:  # no more processes, files or memory
+                raise RewardFailed(
+                    f"rewards.{where}: its worker cannot be started ({error.strerror or error}); ask for fewer workers"
+                ) from None
             except CallFailed as failure:
-                where = "detector" if name == "detector" and name not in self.config.parts else f"parts.{name}"
                 raise RewardFailed(f"rewards.{where}: {failure.message}\n{failure.stack}".rstrip()) from None
+
+
+def _judge_needs(part: ComponentConfig) -> tuple[str, ...]:
+    """What a part of the toolkit's own asks of the judge beside words."""
+    return REWARDS[part.function].judge_needs if part.function in REWARDS else ()
+
+
+def _conversational(task: Any, fmt: Format | None) -> bool:
+    """Whether TRL would call the run's prompts conversations: it must where a prompt or a thought holds images."""
+    if fmt is None or fmt.max_images > 0:
+        return True
+    records = task.prompts("train") if task is not None else ()
+    return any(not isinstance(r.get("prompt", ""), str) or r.get("image") or r.get("images") for r in records)
 
 
 def detector_of(config: RewardsConfig, task: Any) -> Detector | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from record.trajectory import Trajectory
 from rewards.contract import TrainerState, Value
+from rewards.limits import mean_or_nan
 from rewards.runtime.workers import CallFailure, Component, Outcome, RowSlice
 
 logger = logging.getLogger(__name__)
@@ -216,21 +217,17 @@ def report_of(trajectories: Sequence[Trajectory], outcomes: Mapping[str, Compone
 
 
 def _logged(calls: Sequence[Outcome]) -> dict[str, float]:
-    """The mean of each metric over a part's calls, each weighted by the rows that it judged."""
+    """The mean of each metric over a part's calls, each weighted by the rows that it judged; NaN where they cannot be
+    added up."""
     means: dict[str, list[tuple[int, float]]] = {}
     for call in calls:
         judged = sum(value is not None for value in call.values)
         for metric, values in call.logs.metrics.items():
-            means.setdefault(metric, []).append((judged, math.fsum(values) / len(values)))
-    logged = {}
-    for metric, weighted in means.items():
-        weight = sum(judged for judged, _ in weighted)
-        logged[metric] = (
-            math.fsum(judged * mean for judged, mean in weighted) / weight
-            if weight
-            else math.fsum(mean for _, mean in weighted) / len(weighted)
-        )
-    return logged
+            means.setdefault(metric, []).append((judged, mean_or_nan(values)))
+    return {
+        metric: mean_or_nan([mean for _, mean in weighted], [judged for judged, _ in weighted])
+        for metric, weighted in means.items()
+    }
 
 
 def _asked(outcomes: Mapping[str, ComponentOutcome]) -> dict[str, float]:

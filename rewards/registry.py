@@ -7,10 +7,29 @@ judge or a library with time limits of its own has the place "process".
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from runtime.errors import UserError, nearest
 from runtime.loading import load_object
+
+# Options of the toolkit's own rewards that name a column.
+COLUMN_OPTIONS = (
+    "gold",
+    "kind_column",
+    "size",
+    "policy_size",
+    "duration",
+    "fps",
+    "video",
+    "file",
+    "pages",
+    "without",
+    "with_tools",
+    "outputs",
+)
 
 
 @dataclass(frozen=True)
@@ -24,16 +43,38 @@ class Registered:
     needs_detector: bool = False
     by_geneval: bool = False  # judges records by GenEval's rule, which knows four relations and the detector's colors
     needs_judge: bool = False
+    judge_needs: tuple[Literal["images", "logprobs"], ...] = ()  # what its questions ask for beside words
     scope: Literal["row", "group", "batch"] = "row"  # what a value may depend on: its trajectory, its group, the step
     runs_on: Literal["driver", "process"] = "driver"
+    columns: tuple[str, ...] = ()  # without which it judges no row: a column, or the option that names one
 
     def load(self) -> Any:
         return load_object(self.function, f"reward '{self.name}'")
+
+    def check_columns(self, function: Any, part: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+        """Raises UserError where no record has a column that it needs, or one that an option of the recipe names."""
+        parameters = inspect.signature(function).parameters
+        given = {name: options[name] for name in COLUMN_OPTIONS if options.get(name) and name in parameters}
+        needed = {name: parameters[name].default if name in parameters else name for name in self.columns}
+        for name, column in (needed | given).items():
+            if column not in known:
+                option = f" (option {name})" if name in parameters else ""
+                raise UserError(
+                    f"rewards.parts.{part}: '{self.name}' reads the column '{column}'{option}, which no record has; "
+                    f"{nearest(str(column), known)}"
+                )
 
 
 def _by_name(*rewards: Registered) -> dict[str, Registered]:
     return {reward.name: reward for reward in rewards}
 
+
+_CHAIN_OF_FOCUS = (
+    "repaired (default) reads the policy's words alone without chat marks, takes a missing or blank answer as wrong "
+    "and badly formed and asks nothing about it, compares by math-verify, and leaves the unjudged None; release reads "
+    "the tools' replies as well, asks about a missing or blank answer (math: does not), pays the format of a blank "
+    "one, and an unread judge as wrong. In both an answer of over 1,000 words is badly formed, right or not"
+)
 
 REWARDS: dict[str, Registered] = _by_name(
     Registered(
@@ -46,6 +87,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "graded_strict are bounded shares; flow_grpo is that reward server's graded score",
         needs_detector=True,
         by_geneval=True,
+        columns=("include",),
     ),
     Registered(
         "critique_consistency",
@@ -58,6 +100,7 @@ REWARDS: dict[str, Registered] = _by_name(
         needs_detector=True,
         by_geneval=True,
         scope="batch",
+        columns=("include",),
     ),
     Registered(
         "improvement",
@@ -67,6 +110,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="the record in GenEval's schema; the first and final image, or each",
         needs_detector=True,
         by_geneval=True,
+        columns=("include",),
     ),
     Registered(
         "steps",
@@ -94,6 +138,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "right one; geneval with mode graded or graded_strict has neither",
         needs_detector=True,
         by_geneval=True,
+        columns=("include",),
     ),
     Registered(
         "t2i_r1_detector",
@@ -114,6 +159,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="columns task, phrases, objects; the final image",
         differs="repaired (default) is None for prompts about places and counts; release pays them 0",
         needs_judge=True,
+        judge_needs=("images", "logprobs"),
         runs_on="process",
     ),
     Registered(
@@ -126,6 +172,7 @@ REWARDS: dict[str, Registered] = _by_name(
         differs="an image that was not scored is None, where the release's scorer in process leaves 0 and "
         "so pays for saying no",
         needs_judge=True,
+        judge_needs=("images", "logprobs"),
         runs_on="process",
     ),
     Registered(
@@ -136,6 +183,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="the record in GenEval's schema; first and final image, and the check between them",
         needs_detector=True,
         by_geneval=True,
+        columns=("include",),
     ),
     Registered(
         "got_r1",
@@ -177,7 +225,10 @@ REWARDS: dict[str, Registered] = _by_name(
         "how right the final answer is, in [0, 1], by kind: math, choice, exact, f1, anls or numeric; 0 without one",
         "math-verify; SQuAD, arXiv:1606.05250 (exact, f1); ANLS, arXiv:1905.13648; ChartQA, arXiv:2203.10244",
         inputs="column ground_truth (or a list of references); the policy's own words",
+        differs="signs, points and bars of numbers stay, which SQuAD's normal form drops; bold type, LaTeX around "
+        "words and other forms of a character cost nothing; of several options named none is taken",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "deepeyes",
@@ -186,12 +237,14 @@ REWARDS: dict[str, Registered] = _by_name(
         "only for a right answer with a returned image",
         "DeepEyes, arXiv:2505.14362; Visual-Agent/DeepEyes verl/utils/reward_score/vl_agent.py",
         inputs="columns ground_truth, question; the policy's words; images that tools returned",
-        differs="repaired (default) reads the policy's words alone, matches braces, asks nothing about a "
-        "missing answer and leaves the unjudged None; release reads the tools' replies as well, judges "
-        "whole text without an answer tag, cuts a box at its first brace, pays an unread judge as "
-        "wrong",
+        differs="repaired (default) reads the policy's words alone without chat marks (its answer: not before the "
+        "last observation), takes a missing or blank answer as wrong and badly formed and asks nothing about it, "
+        "matches braces of a box, compares by math-verify, and leaves the unjudged None; release reads the tools' "
+        "replies as well, judges whole text without an answer tag, cuts a box at its first brace, pays an unread "
+        "judge as wrong. In both an answer of 1,000 characters or more is wrong and badly formed",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "deepeyes_v2",
@@ -200,10 +253,13 @@ REWARDS: dict[str, Registered] = _by_name(
         "DeepEyesV2, arXiv:2511.05271; Visual-Agent/DeepEyesV2 "
         "reinforcement_learning/verl/utils/reward_score/deepeyesv2.py",
         inputs="columns ground_truth, question; the policy's words",
-        differs="repaired (default) reads the policy's words alone and asks nothing about a missing answer; "
-        "release asks all the same, and pays an unread judge as wrong",
+        differs="repaired (default) reads the policy's words alone without chat marks (its answer: not before the "
+        "last observation), asks nothing about a missing or blank answer, and leaves the unjudged None; release "
+        "reads the tools' replies as well, asks all the same, and pays an unread judge as wrong. In both an answer "
+        "of 300 characters or more is wrong and badly formed",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "thyme",
@@ -216,6 +272,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "wrong one and the sandbox's words count",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "chain_of_focus",
@@ -224,11 +281,12 @@ REWARDS: dict[str, Registered] = _by_name(
         "0, or 0.1 in good format",
         "Chain-of-Focus, arXiv:2505.15436; xtong-zhang/Chain-of-Focus verl/verl/trainer/ppo/core_algos.py",
         inputs="columns ground_truth, question; the policy's words and tool calls",
-        differs="repaired (default) leaves unjudged members out and applies the table to groups of one; "
-        "release keeps a lone member's base score and reads the tools' replies",
+        differs="repaired (default) leaves unjudged members out and applies the table to groups of one; release keeps "
+        "a lone member's base score. Of the base score: " + _CHAIN_OF_FOCUS,
         needs_judge=True,
         scope="group",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "chain_of_focus_base",
@@ -236,10 +294,10 @@ REWARDS: dict[str, Registered] = _by_name(
         "0.9 accuracy + 0.1 format, before the group is looked at",
         "Chain-of-Focus, arXiv:2505.15436; xtong-zhang/Chain-of-Focus verl/recipe/zoomin/zoomin_reward3.py",
         inputs="columns ground_truth, question; the policy's words",
-        differs="repaired (default) reads the policy's words alone; release the tools' replies as well, and it "
-        "asks the judge about an answer that is not there",
+        differs=_CHAIN_OF_FOCUS,
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "pixel_reasoner",
@@ -256,6 +314,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "paper's shaping, words compared as products of letters",
         scope="batch",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vtool_r1",
@@ -268,6 +327,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "that other lines follow; release_v2 takes the conversation's first, or the whole text",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vtool_r1_similarity",
@@ -276,6 +336,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "VTool-R1, arXiv:2505.19255; VTool-R1/VTool-R1 examples/reward_function/refocus.py",
         inputs="column ground_truth, parts parted by |||; the policy's words",
         differs="release_v1 adds up the answer's parts over the reference's, so that repeating one pays more than 1",
+        columns=("gold",),
     ),
     # ---- overlap and length
     Registered(
@@ -284,6 +345,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "IoU of the answered boxes with the true ones, matched one to one, over the larger number; in [0, 1]",
         "PASCAL VOC, IJCV 88(2), 2010 (IoU); the matching is this project's",
         inputs="columns ground_truth (a box or a list), image_size where frames differ; the policy's answer",
+        columns=("gold",),
     ),
     Registered(
         "temporal_iou",
@@ -292,6 +354,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "TALL, arXiv:1705.02101 (temporal IoU)",
         inputs="columns ground_truth ([start, end] or a list), duration or fps where frames differ; the "
         "policy's answer",
+        columns=("gold",),
     ),
     Registered(
         "repetition_penalty",
@@ -324,11 +387,12 @@ REWARDS: dict[str, Registered] = _by_name(
         "VRAG-RL, arXiv:2505.22019; Alibaba-NLP/VRAG VRAG-RL/verl/workers/reward_manager/rm.py",
         inputs="columns ground_truth, question, file_name, reference_pages; the policy's words; the pages that "
         "the search tool returned (info['retrieved'])",
-        differs="repaired (default) reads the policy's words alone, counts each page once and leaves the "
-        "unjudged None; release reads tags in user turns too, pays a page again each time it is "
-        "retrieved (NDCG above 1), and pays a failed judge as wrong",
+        differs="repaired (default) reads the policy's words alone, counts each page once, asks nothing about a blank "
+        "answer (it is wrong) and leaves the unjudged None; release reads tags in user turns too, pays a page again "
+        "each time it is retrieved (NDCG above 1), and pays a failed judge as wrong",
         needs_judge=True,
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "visual_arft",
@@ -339,10 +403,12 @@ REWARDS: dict[str, Registered] = _by_name(
         "Visual-ARFT/src/visual_arft/src/open_r1/grpo_agent_{code,search}.py",
         inputs="column ground_truth with its tag; the policy's step; whether its code ran",
         differs="repaired (default) pays code only if the environment ran it without an error (None if nobody "
-        "ran it), counts repeated words in F1, needs the tags, and pays either of two rotations for "
-        "half; release pays 0.9 for any text, counts shared words once, compares whole texts without "
-        "tags, and in search tries math-verify over them first",
+        "ran it), counts repeated words in F1, needs the tags, also around several lines, overlooks white space at "
+        "the ends, wants the form of the reference's step, and pays either of two rotations for half; release pays "
+        "0.9 for any text, counts shared words once, compares whole texts without tags, and in search tries "
+        "math-verify over them first and takes the form of either step",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "openthinkimg",
@@ -352,9 +418,10 @@ REWARDS: dict[str, Registered] = _by_name(
         "OpenThinkIMG, arXiv:2505.08617; OpenThinkIMG/OpenThinkIMG r1_v/open_r1/tool_grpo.py",
         inputs="column ground_truth; the policy's turns",
         differs="repaired (default) reads the answer of the Terminate action wherever it is in the last turn "
-        "and nothing else; release gives the whole turn to math-verify first, reads the first action "
-        "only, and stops where there is no list of turns",
+        "and nothing else, and compares words but for case and white space; release gives the whole turn to "
+        "math-verify first, reads the first action only, and stops where there is no list of turns",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vista",
@@ -363,11 +430,14 @@ REWARDS: dict[str, Registered] = _by_name(
         "VisTA, arXiv:2505.20289; OoDBag/VisTA vista/src/r1-v/src/open_r1/grpo.py",
         inputs="columns ground_truth, question, and answer_without_tools and answers_with_tools, or "
         "tool_outputs and a judge's endpoint that serves the frozen model; the policy's words",
-        differs="repaired (default) leaves a row None where the frozen model did not answer and compares "
-        "numbers as numbers; release pays that 0, stops on a question not found exactly once, drops "
-        "signs, and has a format part that is always 0",
+        differs="repaired (default) leaves a row None where the frozen model did not answer, reads the last answer "
+        "block of either, takes a pick of no tool as the same question twice, and compares numbers as numbers and "
+        "words but for articles and marks; release pays an unanswered one 0, reads the first block after the word "
+        "assistant, stops on a question not found exactly once, drops signs, and has a format part that is always 0",
         needs_judge=True,
+        judge_needs=("images",),
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vital",
@@ -377,6 +447,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "VITAL, arXiv:2508.04416; no code was available, so the paper's formula",
         inputs="columns ground_truth ([start, end] or an answer), task; the policy's words; its calls",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vital_weight",
@@ -387,6 +458,7 @@ REWARDS: dict[str, Registered] = _by_name(
         inputs="as vital, for the whole group",
         scope="group",
         runs_on="process",
+        columns=("gold",),
     ),
     Registered(
         "vr_thinker",
@@ -397,6 +469,7 @@ REWARDS: dict[str, Registered] = _by_name(
         "paper's formula",
         inputs="column ground_truth {OA, and a dimension's two letters: 0, 1 or 2}; the policy's turns and calls",
         scope="group",
+        columns=("gold",),
     ),
     Registered(
         "vprl",

@@ -45,6 +45,8 @@ def compute_advantages(groups: Sequence[Group], config: GrpoConfig, failed: int 
             ledger.trained.append(group)
         else:
             ledger.drop(ZERO_VARIANCE if index in centred else UNJUDGED)
+    members = [trajectory for group in groups for trajectory in group]
+    ledger.cut_off = sum(trajectory.stop.cut_off for trajectory in members) / len(members) if members else 0.0
     ledger.check()
     return ledger
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from policy.base import Pass, Policy
 from record.trajectory import Modality, Trajectory
 from rl.config import GrpoConfig
-from rl.ledger import Group
+from rl.ledger import CUT_OFF, GREEDY, Group, Ledger
 from rl.losses import Layout, decision_weights
 
 MODALITIES = list(Modality)
@@ -58,6 +58,23 @@ def trainable(groups: Sequence[Group], config: GrpoConfig) -> list[Trajectory]:
         and scored_decisions(t).any()
         and not (config.mask_truncated_completions and t.stop.cut_off)
     ]
+
+
+def drop_untrainable(ledger: Ledger, config: GrpoConfig) -> None:
+    """Move credited groups of which no member has a decision to train to the dropped ones; their advantages are zeros.
+
+    What is left as trained takes part in the update, so that the ledger says no more than was done.
+    """
+    credited, ledger.trained = ledger.trained, []
+    for group in credited:
+        if trainable([group], config):
+            ledger.trained.append(group)
+            continue
+        sampled = any(scored_decisions(t).any() for t in group if t.reward is not None)
+        ledger.drop(CUT_OFF if sampled else GREEDY)
+        for trajectory in group:
+            trajectory.advantage_S = np.zeros(len(trajectory.segments), np.float32)
+    ledger.check()
 
 
 def plan(

@@ -6,19 +6,20 @@ learning rate holds constant after its warmup, and clip ranges may differ by kin
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from formats.roles import RECORDED
+from runtime.section import Section
+from training.schedules import Schedule, check_schedule
 
 Kind = Literal["word", "code", "flow"]
-Schedule = Literal["constant_with_warmup", "constant", "linear", "cosine", "polynomial", "inverse_sqrt"]
 LossType = Literal["segment", "modality", "token", "grpo", "dr_grpo", "dapo", "bnpo"]
 
 
-class ClipConfig(BaseModel):
+class ClipConfig(Section):
     """A clip range for one kind of decision."""
-
-    model_config = ConfigDict(extra="forbid")
 
     epsilon: float = Field(0.2, ge=0, description="Lower clip range: ratios below 1 - epsilon are clipped.")
     epsilon_high: float | None = Field(None, ge=0, description="Upper clip range; None: the same as epsilon.")
@@ -28,15 +29,18 @@ class ClipConfig(BaseModel):
         description="Two-sided clipping: the largest ratio that an unclipped term may have. None: no such bound.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _range_alone(cls, data: Any) -> Any:
+        return {"epsilon": data} if isinstance(data, int | float) and not isinstance(data, bool) else data
 
-class GrpoConfig(BaseModel):
+
+class GrpoConfig(Section):
     """The section `grpo` of a recipe."""
-
-    model_config = ConfigDict(extra="forbid")
 
     # The loop
     steps: int = Field(100, ge=1, description="Steps of the loop: each rolls out, judges and updates once.")
-    prompts_per_step: int = Field(16, ge=1, description="Prompts rolled out a step; each makes one group.")
+    prompts_per_step: int = Field(16, ge=1, le=2**20, description="Prompts rolled out a step; each makes one group.")
     shuffle_dataset: bool = Field(
         True, description="Draw prompts in a seeded permutation an epoch; false: in the task's own order."
     )
@@ -47,7 +51,7 @@ class GrpoConfig(BaseModel):
         "failed) is replaced by a group of the next prompt, until prompts_per_step groups can be trained on or the "
         "rounds are used up (dynamic sampling, DAPO, arXiv:2503.14476, section 3.2).",
     )
-    num_generations: int = Field(8, ge=2, description="Trajectories of one prompt: the members of a group.")
+    num_generations: int = Field(8, ge=2, le=65536, description="Trajectories of one prompt: the members of a group.")
     num_iterations: int = Field(1, ge=1, description="Passes over one step's groups (mu in the GRPO paper).")
     num_minibatches: int = Field(1, ge=1, description="Optimiser steps a pass: the groups are divided among them.")
     tokens_per_micro_batch: int = Field(
@@ -55,6 +59,12 @@ class GrpoConfig(BaseModel):
         ge=1,
         description="Rows times longest row of one forward pass; a longer "
         "trajectory gets a pass of its own. What fits a CPU's cache is quickest there.",
+    )
+    idle_limit: int | None = Field(
+        None,
+        ge=1,
+        description="Steps in a row without an optimiser step, because no group could be trained on, after which the "
+        "run is saved and stops with exit code 2; None: it warns and goes on.",
     )
     save_every: int = Field(10, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
@@ -80,7 +90,7 @@ class GrpoConfig(BaseModel):
         "modality of a trajectory, then the same. token: mean over all decisions of the batch. "
         "grpo, dr_grpo, dapo, bnpo: as in TRL (dapo is token).",
     )
-    role_weights: dict[str, float] = Field(
+    role_weights: Annotated[dict[str, float], RECORDED] = Field(
         {}, description="Factor on the loss of a role's decisions; 1 if not named. 0 leaves the role out."
     )
     max_completion_length: int = Field(512, ge=1, description="The constant that dr_grpo divides by; nothing is cut.")
@@ -92,7 +102,9 @@ class GrpoConfig(BaseModel):
         description="Two-sided clipping: the largest ratio that an unclipped term may have. None: no such bound.",
     )
     clip_by_kind: dict[Kind, ClipConfig] = Field(
-        {}, description="Clip ranges of a kind of decision, in place of the three keys above."
+        {},
+        description="Clip ranges of a kind of decision, in place of the three keys above; a number "
+        "alone is its epsilon.",
     )
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the reference; 0: none is computed.")
     use_bias_correction_kl: bool = Field(
@@ -139,6 +151,7 @@ class GrpoConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> GrpoConfig:
+        check_schedule(self.lr_scheduler_type, self.learning_rate)
         if self.num_minibatches > self.prompts_per_step:
             raise ValueError(
                 f"num_minibatches is {self.num_minibatches}, but a step has only {self.prompts_per_step} "

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from rewards.alarms import AlarmRaised
 from rl.rounds import rollout_and_score
-from rl.run import Run, log
+from rl.run import Run, Stop, log
 from rl.state import RunState
 from rl.trainer import Trainer
 from rl.weight_sync import WeightSynchronizer
-from runtime.interrupt import Interrupted, interruptible
-from training.ranks import run_on_main
+from runtime.interrupt import Interrupted, interruptible, name_of
+from runtime.ray_cluster import ClusterError
+from training.ranks import ElsewhereError, run_on_main, signal_anywhere
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
     A run that was killed and resumed does what it would have done: the same prompts, noise, rewards and weights.
 
     Raises:
-        Interrupted: after Ctrl-C, at the next step boundary, once all is saved.
-        AlarmRaised: a fatal alarm, likewise.
+        Interrupted: after a signal, once the step is finished and saved. Where rollouts outlast the grace time they are
+            broken off: what was trained before is saved, and a resumed run makes them again.
+        AlarmRaised: a fatal alarm, or too many steps that trained nothing, likewise.
         UserError: as the parts do.
     """
     config, accelerator = run.config, run.accelerator
@@ -38,11 +40,12 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
     if not state.pending:
         weight_sync.sync_weights(trainer.version, state.probe)
 
-    with interruptible(logger.warning) as interruption:
+    with interruptible(logger.warning) as interruption, interruption.blamed_for(ClusterError, ElsewhereError):
         for step in state.steps():
             if not state.pending:
                 with state.training(step):
-                    ledger, state.metrics = state.on_main(lambda cursor: rollout_and_score(run, cursor, step))  # noqa: B023
+                    work = interruption.breakable(lambda: rollout_and_score(run, state.cursor, step))  # noqa: B023
+                    ledger, state.metrics = state.on_main(work)
                     trajectories = [trajectory for group in ledger.trained for trajectory in group]
                     trainer.check_on_policy(trajectories)  # once, on the first that can be scored
                     state.metrics |= trainer.update(ledger.trained)
@@ -51,14 +54,15 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
             with state.finishing(step):
                 state.metrics |= weight_sync.sync_weights(trainer.version, state.probe).metrics()
                 if config.evaluate_every and (step == config.steps or step % config.evaluate_every == 0):
-                    state.metrics |= run_on_main(accelerator, lambda: evaluate(run, step))  # noqa: B023
-                alarm = run_on_main(accelerator, lambda: log(run, step, state.timed()))  # noqa: B023
+                    state.metrics |= run_on_main(accelerator, interruption.breakable(lambda: evaluate(run, step)))  # noqa: B023
+                halt = run_on_main(accelerator, lambda: log(run, step, state.timed()))  # noqa: B023
 
-            stop = run_on_main(accelerator, lambda: interruption.pressed) or alarm is not None
+            number = signal_anywhere(accelerator, interruption.signal)
+            stop = number or halt is not None
             if stop or step == config.steps or step % config.save_every == 0:
                 saved = state.save()
             if stop and step < config.steps:
-                raise stopped(run, step, saved, alarm)
+                raise stopped(run, step, saved, halt, number)
     return trainer
 
 
@@ -66,12 +70,11 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     return run.evaluate(step) if run.evaluate else {}
 
 
-def stopped(run: Run, step: int, saved: Path | None, alarm: str | None) -> AlarmRaised | Interrupted:
-    """What ends a run before its last step, once that step is saved."""
+def stopped(run: Run, step: int, saved: Path | None, halt: Stop | None, number: int) -> AlarmRaised | Interrupted:
+    """What ends a run before its last step, once that step is saved. number: of the signal; 0: there was none."""
     after = f"stopped after step {step} of {run.config.steps}"
-    if alarm is not None:
+    if halt is not None:
         return AlarmRaised(
-            f"{after} by {alarm}. Saved in {saved}; to go on regardless, set rewards.alarms.fatal: false and "
-            f"{run.resume_command}"
+            f"{after} by {halt.reason}. Saved in {saved}; to go on regardless, {halt.change} and {run.resume_command}"
         )
-    return Interrupted(f"{after}; saved in {saved}. To go on, {run.resume_command}")
+    return Interrupted(f"{name_of(number)}: {after}; saved in {saved}. To go on, {run.resume_command}", number)

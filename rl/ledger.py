@@ -15,6 +15,8 @@ Group = Sequence[Trajectory]
 UNJUDGED = "unjudged"  # fewer than two members have a reward
 ZERO_VARIANCE = "zero_variance"  # every member deserves the same, so nothing can be learned
 FAILED = "failed"  # the rollouts never came back whole
+CUT_OFF = "cut_off"  # every member hit a limit, and mask_truncated_completions leaves those out of the loss
+GREEDY = "greedy"  # no decision was sampled, as at temperature 0
 
 
 class LedgerError(RuntimeError):
@@ -27,6 +29,7 @@ class Ledger:
     trained: list[Group] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
     replaced: dict[str, int] = field(default_factory=dict)  # those of the dropped in whose place others were rolled out
+    cut_off: float = 0.0  # share of the members that hit a limit
 
     def drop(self, reason: str, count: int = 1) -> None:
         if count:
@@ -45,11 +48,12 @@ class Ledger:
                 )
 
     def metrics(self) -> dict[str, float]:
-        """groups/in, groups/trained, groups/dropped/<reason>. The usual reasons are always there."""
+        """groups/in, groups/trained, groups/cut_off, groups/dropped/<reason>. The usual reasons are always there."""
         dropped = {reason: 0 for reason in (FAILED, UNJUDGED, ZERO_VARIANCE)} | self.dropped
         return {
             "groups/in": float(self.groups_in),
             "groups/trained": float(len(self.trained)),
+            "groups/cut_off": self.cut_off,
             **{f"groups/dropped/{reason}": float(count) for reason, count in dropped.items()},
             **{f"groups/replaced/{reason}": float(count) for reason, count in self.replaced.items()},
         }

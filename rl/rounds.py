@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from record.trajectory import Trajectory
 from rl.advantages import compute_advantages
+from rl.batches import drop_untrainable
 from rl.ledger import Ledger
 from rl.prompts import PromptCursor
 from rl.run import Run
@@ -35,13 +36,14 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     failed, replaced, wanted = 0, dict[str, int](), config.prompts_per_step
     for number in range(config.max_rollout_rounds):
         requests = next_requests(run, cursor, wanted)
-        pending = run.reward_manager.begin(step, [len(request.members) for request in requests], number)
+        pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=number == 0)
         rolled_out = run.rollouts.generate(requests, each=pending.add)
         report = pending.finish(rolled_out.groups)
         groups += rolled_out.groups
         failed += len(rolled_out.failed)
         rounds.append((sum(map(len, rolled_out.groups)), {**rolled_out.metrics, **report.metrics}))
         ledger = compute_advantages(groups, config, failed)
+        drop_untrainable(ledger, config)
         wanted = config.prompts_per_step - len(ledger.trained)
         if not wanted:
             break

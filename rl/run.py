@@ -14,6 +14,7 @@ from policy.base import Policy
 from rewards.alarms import Alarms
 from rewards.manager import RewardManager
 from rl.config import GrpoConfig
+from rl.idle import IdleSteps
 from rollout.pool.contract import Rollouts
 from training.tracking import Tracker
 
@@ -39,15 +40,28 @@ class Run:
     alarms: Alarms | None = None
     show_every: int = 10  # steps between trajectories for people to look at
     changed_prompts: bool = False  # resume with other prompts than the checkpoint's
+    read_recipe: Callable[[dict[str, Any]], dict[str, Any]] = dict  # a checkpoint's, by today's names and defaults
     resume_command: str = "give the same command with --resume"
+    idle: IdleSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.idle = IdleSteps(self.config.idle_limit)
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
 
-def log(run: Run, step: int, metrics: dict[str, float]) -> str | None:
-    """Write the step's line, alarms included. Returns what a fatal alarm says; None: the run goes on."""
+@dataclass(frozen=True)
+class Stop:
+    """Why a run is to end before its last step, and what a person changes who wants it to go on regardless."""
+
+    reason: str
+    change: str
+
+
+def log(run: Run, step: int, metrics: dict[str, float]) -> Stop | None:
+    """Write the step's line, alarms included. Returns why the run is to stop here; None: it goes on."""
     fatal = None
     if run.alarms is not None:
         alarms, new_alarms, fatal = run.alarms.check(metrics)
@@ -56,4 +70,7 @@ def log(run: Run, step: int, metrics: dict[str, float]) -> str | None:
             logger.warning("step %d: %s", step, sentence)
     if run.tracker is not None:
         run.tracker.log(step, metrics)
-    return fatal
+    idle = run.idle.after(step, metrics, last=step == run.config.steps)
+    if fatal is not None:
+        return Stop(fatal, "set rewards.alarms.fatal: false")
+    return Stop(f"grpo.idle_limit: {idle}", "raise grpo.idle_limit") if idle is not None else None

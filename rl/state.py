@@ -22,6 +22,7 @@ from rl.run import Run
 from rl.trainer import Trainer
 from rl.weight_sync import smallest
 from runtime.errors import UserError
+from runtime.interrupt import Interrupted
 from training import checkpoint
 from training.ranks import BrokenOffError, run_on_main
 from training.tracking import read_metrics
@@ -42,6 +43,7 @@ RESUME_SAFE_KEYS = (
     "grpo.save_every",
     "grpo.keep_checkpoints",
     "grpo.evaluate_every",
+    "grpo.idle_limit",
 )
 
 
@@ -90,9 +92,10 @@ class RunState:
             yield
         self.pending = False
 
-    def on_main(self, work: Callable[[PromptCursor], T]) -> T:
-        """What `work` returns on the first process, on every process; they all draw on from where it left off."""
-        found, self.cursor.taken = run_on_main(self.run.accelerator, lambda: (work(self.cursor), self.cursor.taken))
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first process, on every process. All of them draw prompts on from where it left
+        off."""
+        found, self.cursor.taken = run_on_main(self.run.accelerator, lambda: (work(), self.cursor.taken))
         return found
 
     def keep_probe(self, trajectories: Sequence[Trajectory]) -> None:
@@ -136,7 +139,7 @@ class RunState:
         self.cursor.load(loaded.cursor, self.run.changed_prompts)
         self.trainer.load(loaded.trainer)
         self.step = loaded.step
-        differing = changes(loaded.recipe, json.loads(json.dumps(self.run.recipe)))
+        differing = changes(self.run.read_recipe(loaded.recipe), json.loads(json.dumps(self.run.recipe)))
         if differing and self.run.accelerator.is_main_process:
             logger.warning(
                 "the recipe is not that of %s, and the run goes on with what it says now: %s",
@@ -159,9 +162,11 @@ class RunState:
             )
         checkpoint.rewind(run.checkpoints, self.step)
         if run.tracker is not None:
-            run.tracker.rewind(logged + 1)
+            run.tracker.rewind(logged + 1, sampled=self.step + 1)
+        done = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["step"] <= logged]
+        run.idle.recall(done)
         if run.alarms is not None:
-            run.alarms.recall(row for row in read_metrics(run.folder / "metrics.jsonl") if row["step"] <= logged)
+            run.alarms.recall(done)
 
     @contextmanager
     def _saved_on_error(self, step: int) -> Iterator[None]:
@@ -179,17 +184,20 @@ class RunState:
                 last = f"it goes on from {newest.name}" if newest else "there is no checkpoint yet"
                 error.args = (f"{error}. Step {step + 1} was half trained, so nothing was saved: {last}",)
             elif step:
-                error.args = (f"{error}. {self._save_after_fault(step, newest)}",)
+                then = ". To go on" if isinstance(error, Interrupted) else "; once it is mended"
+                error.args = (f"{error}. {self._save_after_fault(step, newest, then)}",)
+            elif isinstance(error, Interrupted):
+                error.args = (f"{error}. Nothing was saved: no step was finished",)
             raise
 
-    def _save_after_fault(self, step: int, newest: Path | None) -> str:
+    def _save_after_fault(self, step: int, newest: Path | None, then: str) -> str:
         """What became of the finished steps, as a sentence."""
         try:
             if newest is None or newest.name != f"step-{step:06d}":
                 self.save()
         except UserError as error:  # the disk is full, say: what ended the run comes first
             return f"The {step} finished step(s) could not be saved: {error}"
-        return f"The {step} finished step(s) are saved; once it is mended, {self.run.resume_command}"
+        return f"The {step} finished step(s) are saved{then}, {self.run.resume_command}"
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], section: str = "") -> list[str]:

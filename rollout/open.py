@@ -19,7 +19,7 @@ def open_rollouts(
     """The pool that the recipe asks for: actors that load a policy of their own, or, with `workers: 0`, an engine in
     this process that samples with `policy` itself."""
     if config.workers == 0:
-        return LocalRollouts(Engine(policy, format_config.build(), config, format_config.constrain))
+        return LocalRollouts(Engine(policy, format_config.build(), config, format_config.constrain), config.threads)
     from rollout.pool.ray_rollouts import RayRollouts
 
     return RayRollouts(engine_spec(policy_config, format_config, config, words), config)

@@ -1,7 +1,7 @@
 """The process behind a worker: where it stands when it is stuck, and its end.
 
-A stuck interpreter answers nobody, so its stack is written by a handler in C on SIGUSR1, and it is ended by SIGKILL.
-Imports none of our packages; Ray only when it is there.
+A stuck interpreter answers nobody, so its stack is written by a handler in C on SIGUSR1, and it is ended by SIGKILL,
+with all that it started. Imports Ray only when it is there.
 """
 
 from __future__ import annotations
@@ -10,28 +10,56 @@ import contextlib
 import faulthandler
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.processes import MARK, end_tree, new_mark
+
 LOOKS, LOOK_S = 40, 0.05  # how long a stack is waited for
+REMOTE_END_S = 10.0  # how long another node may take to end a process
 
 
 class TraceableActor:
     """A Ray actor that writes its stack down when it is signalled. Call `__init__` in the actor's process."""
 
     def __init__(self) -> None:
-        handle, self._stack_file = tempfile.mkstemp(prefix="ud-stack-")
-        faulthandler.register(signal.SIGUSR1, handle, all_threads=True)
+        # A file without a name is read through the process that holds it, and is gone with it, however it ends.
+        self._stack = os.memfd_create("stack")
+        faulthandler.register(signal.SIGUSR1, self._stack, all_threads=True)
+        _leave_signals_to_driver()
+        inherited = os.environ.get(MARK)  # a local Ray's, which ends what bears it or a mark below it
+        os.environ[MARK] = self._mark = f"{inherited}.{os.getpid()}" if inherited else new_mark()
 
-    def about(self) -> tuple[str, int, str]:
-        """(node, pid, file that SIGUSR1 writes the stack to): what ActorProcess is made of."""
+    def about(self) -> tuple[str, int, int, str]:
+        """(node, pid, descriptor of the stack, mark): what ActorProcess is made of."""
         import ray
 
-        return ray.get_runtime_context().get_node_id(), os.getpid(), self._stack_file
+        return ray.get_runtime_context().get_node_id(), os.getpid(), self._stack, self._mark
+
+
+def _leave_signals_to_driver() -> None:
+    """What a batch system sends to all processes of a job is the driver's to obey. start_ray blocks it in all that it
+    starts, but what this process starts hears it as any program does."""
+    deaf = {signal.SIGTERM, signal.SIGHUP}
+
+    def block() -> None:  # one that comes before a fork has its own handlers waits for them
+        signal.pthread_sigmask(signal.SIG_BLOCK, deaf)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf)
+
+    def hear() -> None:
+        for number in deaf:
+            signal.signal(number, signal.SIG_DFL)
+        unblock()
+
+    for number in deaf:
+        signal.signal(number, lambda *_: None)  # unlike SIG_IGN, a program that is executed does not inherit it
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=hear)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, *deaf})
 
 
 @dataclass(frozen=True)
@@ -40,7 +68,8 @@ class ActorProcess:
 
     node: str
     pid: int
-    stack_file: str
+    stack_descriptor: int  # of the file, in that process, that SIGUSR1 writes the stack to
+    mark: str  # in the environment of what it starts
 
     def is_local(self) -> bool:
         import ray
@@ -53,15 +82,24 @@ class ActorProcess:
             return f"it is on another node: `py-spy dump --pid {self.pid}` there says where it stands"
         with contextlib.suppress(OSError):
             os.kill(self.pid, signal.SIGUSR1)
-            return read_until_stable(Path(self.stack_file).read_bytes)
+            return read_until_stable(Path(f"/proc/{self.pid}/fd/{self.stack_descriptor}").read_bytes)
         return ""
 
-    def kill(self) -> None:
-        """End it if it is on this node. `ray.kill` alone asks the process, which may be past answering."""
+    def end(self) -> None:
+        """End it with all that it started. `ray.kill` alone asks the process, which may be past answering, and leaves
+        its children.
+
+        A process on another node is ended by a task there; one that does not come to its turn is given up.
+        """
         if self.is_local():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            Path(self.stack_file).unlink(missing_ok=True)
+            end_tree(self.pid, self.mark)
+            return
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(self.node, soft=False)
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(end_tree).options(scheduling_strategy=there)
+        ray.wait([task.remote(self.pid, self.mark)], timeout=REMOTE_END_S)
 
 
 def end_actor(actor: Any, process: ActorProcess | None) -> None:
@@ -70,7 +108,7 @@ def end_actor(actor: Any, process: ActorProcess | None) -> None:
 
     if actor is not None and ray.is_initialized():
         if process is not None:
-            process.kill()
+            process.end()
         ray.kill(actor)
 
 

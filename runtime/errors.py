@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# The disk is full, the user's share of it is, or a file is as long as it may be; None: a library kept the number.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
 
 
 class UserError(Exception):
@@ -22,10 +26,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint}Known: {', '.join(known) if known else 'none'}"
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def remedy(error: BaseException, otherwise: str, full: str | None = None) -> str:
+    """What the user may do where writing failed: `full`, or else to free space, where the disk may be full; `otherwise`
+    for every other reason. An error without the system's number may be of a full disk."""
+    if getattr(error, "errno", None) in _NO_ROOM:
+        return full or f"free some space, or {otherwise}"
+    return otherwise
+
+
 @contextmanager
-def writing(path: Path, advice: str = "free some space, or choose another folder") -> Iterator[None]:
-    """Within it a disk that is full or not writable is a UserError that names `path`."""
+def writing(path: Path, otherwise: str = "choose another folder", full: str | None = None) -> Iterator[None]:
+    """Within it a disk that is full or not writable is a UserError that names `path`, and what to do (`remedy`)."""
     try:
         yield
     except OSError as error:
+        advice = remedy(error, otherwise, full)
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error

@@ -38,6 +38,8 @@ def load_object(spec: str, where: str) -> Any:
     if ":" not in spec and "." not in spec:
         raise LoadError(f"{where} is neither a dotted path nor 'path/to/file.py:name'")
     module, _, name = spec.rpartition(":" if ":" in spec else ".")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise LoadError(f"{where} is neither a dotted path nor 'path/to/file.py:name'")
     return _attribute(_module(module, where), name, where)
 
 
@@ -75,7 +77,7 @@ def _module_from_file(path: Path, where: str) -> ModuleType:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
         raise LoadError(f"{where}: {path}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LoadError(f"{where}: {path} does not import: {raised(error)}") from error
     return module
 
@@ -85,11 +87,11 @@ def _module(name: str, where: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise LoadError(f"{where}: no module '{error.name}' on the path") from None
+            raise LoadError(f"{where}: no module '{error.name}' on the path{_hidden(name)}") from None
         raise LoadError(f"{where}: module '{name}' does not import: {raised(error)}") from error
     except SyntaxError as error:
         raise LoadError(f"{where}: {error.filename}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise LoadError(f"{where}: module '{name}' does not import: {raised(error)}") from error
 
 
@@ -101,6 +103,34 @@ def _attribute(module: ModuleType, name: str, where: str) -> Any:
             n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__
         ]
         origin = getattr(module, "__file__", module.__name__)
-        raise LoadError(f"{where}: {origin} has no function '{name}'; {nearest(name, functions)}") from None
-    except ImportError as error:  # lazy packages import at the first look
-        raise LoadError(f"{where}: {error}") from error
+        hidden = _hidden(module.__name__)
+        hint = hidden or f"; {nearest(name, functions)}"
+        raise LoadError(f"{where}: {origin} has no function '{name}'{hint}") from None
+    except (Exception, SystemExit) as error:  # lazy packages import at the first look
+        raise LoadError(f"{where}: {raised(error)}") from error
+
+
+def _hidden(name: str) -> str:
+    """A hint where a file of that dotted name lies on the search path behind another package of its first name, which
+    Python takes in its place; empty where none does."""
+    first, *inner = name.split(".")
+    taken = getattr(sys.modules.get(first), "__file__", None)
+    if taken is None:
+        return ""
+    for folder in sys.path:
+        stem = Path(folder or ".", first, *inner)
+        for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
+            if file.is_file() and not _same_top(file, len(inner), Path(taken)):
+                return (
+                    f"; {file} is not seen, for the package '{first}' in {Path(taken).parent} hides it: name it as a "
+                    f"file, '{file}:...', or rename it"
+                )
+    return ""
+
+
+def _same_top(file: Path, depth: int, taken: Path) -> bool:
+    """Whether a file, `depth` folders deep, belongs to the package whose __init__.py is `taken`."""
+    top = file.resolve()
+    for _ in range(depth + (file.name == "__init__.py")):
+        top = top.parent
+    return top in (taken.resolve(), taken.resolve().parent)

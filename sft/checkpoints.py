@@ -16,8 +16,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from runtime.errors import UserError
 from runtime.files import flush_one, measure, write_whole
+from training.checkpoint import CheckpointError
 
 WHOLE = "whole.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -25,7 +25,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _TORCH_WRITE = re.compile(r"PytorchStreamWriter|unexpected pos|iostream|No space left")
 
 
-class WarmStartCheckpointError(UserError):
+class WarmStartCheckpointError(CheckpointError):
     """A warm start's checkpoint that cannot be written, or not be trusted."""
 
 
@@ -50,35 +50,84 @@ def finished_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def newest(output_dir: Path) -> Path | None:
     """The checkpoint to go on from; None: there is none.
 
     Raises:
-        WarmStartCheckpointError: a file of it is missing, cut short or altered, by name.
+        WarmStartCheckpointError: as `verify`.
     """
     finished = finished_checkpoints(output_dir)
-    if not finished:
-        return None
-    folder = finished[-1]
-    advice = (
-        f"; delete {folder} to go on from {finished[-2].name}"
-        if len(finished) > 1
-        else f"; delete {folder} to start anew"
-    )
+    return verify(finished[-1]) if finished else None
+
+
+def chosen(output_dir: Path, which: str) -> Path:
+    """The finished checkpoint that a person names: by its step, or by its folder.
+
+    Raises:
+        WarmStartCheckpointError: there is none of that step or in that folder, it is another run's and this one has
+            its own, or as `verify`.
+    """
+    finished = finished_checkpoints(output_dir)
+    steps = ", ".join(str(step_of(folder)) for folder in finished) or "none"
+    if which.isascii() and which.isdigit() and len(which) < 19:
+        found = [folder for folder in finished if step_of(folder) == int(which)]
+        if not found:
+            raise WarmStartCheckpointError(f"{output_dir}: no checkpoint of step {which}; there are: {steps}")
+        return verify(found[0])
+    folder = Path(which)
+    if _NAME.fullmatch(folder.name) is None or not (folder / WHOLE).is_file():
+        raise WarmStartCheckpointError(
+            f"{folder}: no finished checkpoint of a warm start; name a step ({steps}) or a folder, such as "
+            f"{output_dir / 'checkpoint-200'}"
+        )
+    if finished and folder.resolve().parent != output_dir.resolve():
+        raise WarmStartCheckpointError(
+            f"{folder}: belongs to another run, and {output_dir} holds checkpoints of this one; choose another run_dir "
+            f"to go on from it there"
+        )
+    return verify(folder)
+
+
+def verify(folder: Path) -> Path:
+    """The checkpoint itself, every file of it as it was written.
+
+    Raises:
+        WarmStartCheckpointError: a file of it is missing, cut short or altered, by name.
+    """
     try:
         files = json.loads((folder / WHOLE).read_text())
     except ValueError:
-        raise WarmStartCheckpointError(f"{folder / WHOLE}: not JSON, the checkpoint was altered{advice}") from None
+        raise _broken(folder, f"{folder / WHOLE}: not JSON, the checkpoint was altered") from None
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
-            raise WarmStartCheckpointError(f"{path}: missing from the checkpoint{advice}")
+            raise _broken(folder, f"{path}: missing from the checkpoint")
         if measure(path) != expected:
-            raise WarmStartCheckpointError(
-                f"{path}: not what was written ({path.stat().st_size} bytes, {expected['bytes']} were "
-                f"written); the file was cut or altered{advice}"
+            raise _broken(
+                folder,
+                f"{path}: not what was written ({path.stat().st_size} bytes, {expected['bytes']} were written); the "
+                f"file was cut or altered",
             )
     return folder
+
+
+def _broken(folder: Path, message: str) -> WarmStartCheckpointError:
+    before = [earlier for earlier in finished_checkpoints(folder.parent) if step_of(earlier) < step_of(folder)]
+    if not before:
+        return WarmStartCheckpointError(message, folder)
+    return WarmStartCheckpointError(f"{message}. The one before is {before[-1]}", folder, before[-1])
+
+
+def rewind(output_dir: Path, step: int) -> None:
+    """Forget the checkpoints after `step`, from which a warm start goes on: it will do otherwise than they did."""
+    for folder in finished_checkpoints(output_dir):
+        if step_of(folder) > step:
+            _discard(folder)
 
 
 def prune(output_dir: Path, keep: int) -> None:
@@ -87,8 +136,12 @@ def prune(output_dir: Path, keep: int) -> None:
     stay = set(finished[-keep:])
     for path in output_dir.iterdir():
         if _NAME.fullmatch(path.name) and path not in stay:
-            (path / WHOLE).unlink(missing_ok=True)  # first: half deleted, it must not pass for a finished one
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path)
+
+
+def _discard(folder: Path) -> None:
+    (folder / WHOLE).unlink(missing_ok=True)  # first: half deleted, it must not pass for a finished one
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

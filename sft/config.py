@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from formats.roles import RECORDED
+from runtime.paths import ReadPath
+from runtime.section import Section
+from training.schedules import Schedule, check_schedule
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class SftConfig(BaseModel):
+class SftConfig(Section):
     """The warm start."""
 
-    model_config = ConfigDict(extra="forbid")
-
     demonstrations: int = Field(6000, ge=1, description="how many the task writes; ignored when `data` is given")
-    data: str | None = Field(
+    data: ReadPath | None = Field(
         None,
         description="demonstrations to train on: a file or a Hugging Face data set of messages with images "
         "(docs/tasks.md has the layout), or a folder of stored trajectories or of several such; None: the task's own",
@@ -26,7 +33,7 @@ class SftConfig(BaseModel):
     batch_size: int = Field(48, ge=1, description="rows a step on each process")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches a step")
     learning_rate: float = Field(2e-3, gt=0, description="peak")
-    lr_scheduler_type: str = Field("cosine", description="as in TrainingArguments")
+    lr_scheduler_type: Schedule = Field("cosine", description="as in TrainingArguments")
     warmup_steps: int = Field(40, ge=0, description="linear warm-up")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's")
     adam_beta2: float = Field(0.98, gt=0, lt=1, description="AdamW's")
@@ -38,7 +45,7 @@ class SftConfig(BaseModel):
         "end, never part of an image. None: the policy's own",
     )
     image_weight: float = Field(1.0, ge=0, description="of visual codes in the cross-entropy; words weigh 1")
-    role_weights: dict[str, float] = Field(
+    role_weights: Annotated[dict[str, Weight], RECORDED] = Field(
         {},
         description="of a role's ids in the cross-entropy, times image_weight "
         "on codes; a role that is left out weighs 1",
@@ -53,3 +60,8 @@ class SftConfig(BaseModel):
     )
     save_steps: int = Field(200, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(20, ge=1, description="steps between logged metrics")
+
+    @model_validator(mode="after")
+    def _rate_falls(self) -> SftConfig:
+        check_schedule(self.lr_scheduler_type, self.learning_rate)
+        return self

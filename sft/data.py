@@ -23,6 +23,7 @@ class Row(TypedDict):
     input_ids: list[int]
     labels: list[int]  # the id itself where it is learned, -100 elsewhere; not shifted
     weights: list[float]  # of each id in the cross-entropy
+    roles: list[int]  # of each id, into role_names
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Cut:
     rows: int
     shortened: int  # rows that lost segments from their end
     dropped: int  # rows in which nothing learnable was left
+
+
+def role_names(trajectories: Sequence[Trajectory]) -> list[str]:
+    """The roles of all segments, sorted: on every process the same."""
+    return sorted({segment.role for trajectory in trajectories for segment in trajectory.segments})
 
 
 def training_rows(
@@ -46,11 +52,13 @@ def training_rows(
         UserError: nothing is left to learn from.
     """
     rows: list[Row] = []
+    number_of = {role: number for number, role in enumerate(role_names(trajectories))}
     shortened = dropped = 0
     for trajectory in trajectories:
         input_ids: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
+        roles: list[int] = []
         for segment in trajectory.segments:
             if len(input_ids) + len(segment.ids) > max_length:
                 shortened += 1
@@ -58,6 +66,7 @@ def training_rows(
             ids = [int(i) for i in segment.ids]
             input_ids += ids
             weights += [(role_weights or {}).get(segment.role, 1.0)] * len(ids)
+            roles += [number_of[segment.role]] * len(ids)
             if not segment.trained:
                 labels += [IGNORE] * len(ids)
             elif segment.modality is Modality.IMAGE_TOKENS:
@@ -65,7 +74,7 @@ def training_rows(
             else:
                 labels += ids
         if any(label != IGNORE for label in labels):
-            rows.append(Row(input_ids=input_ids, labels=labels, weights=weights))
+            rows.append(Row(input_ids=input_ids, labels=labels, weights=weights, roles=roles))
         else:
             dropped += 1
     if not rows:
@@ -105,13 +114,14 @@ class Collator:
     pack: bool = True  # False: one row a line, for attention that takes no mask of pairs (eager, flash)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """input_ids, labels, weights, position_ids [L, T]; attention_mask bool [L, 1, T, T], unpacked [L, T]."""
+        """input_ids, labels, weights, roles, position_ids [L, T]; attention_mask bool [L, 1, T, T], unpacked [L, T]."""
         length_B = [len(row["input_ids"]) for row in rows]
         length = max(length_B)
         lines = lines_of(length_B, length) if self.pack else [[b] for b in range(len(rows))]
         input_ids_LT = np.full((len(lines), length), self.pad, np.int64)
         labels_LT = np.full((len(lines), length), IGNORE, np.int64)
         weight_LT = np.zeros((len(lines), length), np.float32)
+        role_LT = np.zeros((len(lines), length), np.int64)
         position_LT = np.zeros((len(lines), length), np.int64)
         row_LT = np.full((len(lines), length), -1, np.int64)  # padding is a row of its own: it sees something
         for line, members in enumerate(lines):
@@ -122,6 +132,7 @@ class Collator:
                 labels_LT[line, start:stop] = rows[b]["labels"]
                 labels_LT[line, start] = IGNORE  # nothing before it predicts it, least of all its neighbour
                 weight_LT[line, start:stop] = rows[b]["weights"]
+                role_LT[line, start:stop] = rows[b]["roles"]
                 position_LT[line, start:stop] = np.arange(length_B[b])
                 row_LT[line, start:stop] = b
                 start = stop
@@ -134,6 +145,7 @@ class Collator:
             "input_ids": torch.from_numpy(input_ids_LT),
             "labels": torch.from_numpy(labels_LT),
             "weights": torch.from_numpy(weight_LT),
+            "roles": torch.from_numpy(role_LT),
             "position_ids": torch.from_numpy(position_LT),
             "attention_mask": attention_mask,
         }

@@ -13,9 +13,10 @@ sampling.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,13 @@ SHOWN = 3  # what was skipped, in a message
 STORED = "trajectories.parquet"
 
 
-def load_demonstrations(config: SftConfig, fmt: Format, policy: Policy) -> list[Trajectory]:
+def load_demonstrations(
+    config: SftConfig, fmt: Format, policy: Policy, heldout: Sequence[Mapping[str, Any]] = ()
+) -> list[Trajectory]:
     """The demonstrations at config.data.
+
+    Args:
+        heldout: the task's held-out records; stored trajectories of these are left out and counted.
 
     Raises:
         UserError: nothing there that can be learned from; a row that is no demonstration, by file, line and part.
@@ -44,11 +50,24 @@ def load_demonstrations(config: SftConfig, fmt: Format, policy: Policy) -> list[
     assert config.data is not None
     folders = stored_folders(Path(config.data))
     if folders:
-        return _selected([(f, t) for f in folders for t in load_trajectories(f)], config, fmt)
+        stored = [(f, t) for f in folders for t in load_trajectories(f)]
+        return _selected(stored, config, fmt, {_identity(record) for record in heldout})
+    _refuse_choosing(config)
+    return _rendered(read_rows(config.data, KEY), fmt, policy)
+
+
+def check_data(config: SftConfig, tags: Sequence[str]) -> None:
+    """Read what is at config.data, without a policy to see its images. Raises as load_demonstrations."""
+    assert config.data is not None
+    if not stored_folders(Path(config.data)):
+        _refuse_choosing(config)
+    words_of(config.data, tags)
+
+
+def _refuse_choosing(config: SftConfig) -> None:
     for key in ("min_reward", "best"):
         if getattr(config, key) is not None:
             raise UserError(f"sft.{key}: {config.data} holds demonstrations, which have no reward; leave it out")
-    return _rendered(read_rows(config.data, KEY), fmt, policy)
 
 
 def stored_folders(folder: Path) -> list[Path]:
@@ -78,12 +97,15 @@ def words_of(path: str, tags: Sequence[str]) -> set[str]:
 # ---- stored trajectories ----
 
 
-def _selected(stored: Sequence[tuple[Path, Trajectory]], config: SftConfig, fmt: Format) -> list[Trajectory]:
+def _selected(
+    stored: Sequence[tuple[Path, Trajectory]], config: SftConfig, fmt: Format, heldout: set[str]
+) -> list[Trajectory]:
     """Those that can be learned from: well-formed, not cut off, and with enough reward; the best of each prompt."""
     skipped: list[tuple[str, str]] = []  # reason, which
     kept: list[tuple[Path, Trajectory]] = []
     for folder, trajectory in stored:
-        reason = _unfit(trajectory, config, fmt)
+        held_out = _identity(trajectory.record) in heldout
+        reason = "of a held-out prompt" if held_out else _unfit(trajectory, config, fmt)
         if reason:
             skipped.append((reason, f"{folder.name}/{trajectory.key} ({trajectory.prompt!r})"))
         else:
@@ -107,6 +129,11 @@ def _selected(stored: Sequence[tuple[Path, Trajectory]], config: SftConfig, fmt:
             f"{', '.join(f'{count} {reason}' for reason, count in counts.most_common())}"
         )
     return chosen
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    """A record as JSON has it, which is how it comes back from the disk."""
+    return json.dumps(record, sort_keys=True, default=str)
 
 
 def _unfit(trajectory: Trajectory, config: SftConfig, fmt: Format) -> str:

@@ -20,12 +20,12 @@ from policy.chameleon.family import ChameleonPolicy
 from record.trajectory import Trajectory
 from runtime.errors import UserError
 from runtime.files import write_whole
-from runtime.interrupt import Interrupted, interruptible
-from sft.checkpoints import finished_checkpoints, newest, prune, writing
+from runtime.interrupt import Interrupted, interruptible, name_of
+from sft.checkpoints import chosen, finished_checkpoints, newest, prune, rewind, step_of, writing
 from sft.config import SftConfig
-from sft.data import Collator, Row, training_rows
+from sft.data import Collator, Row, role_names, training_rows
 from sft.sources import load_demonstrations
-from sft.trainer import InterleavedSftTrainer, Mirror, Stop
+from sft.trainer import InterleavedSftTrainer, Mirror, StopAtSignal
 from tasks.base import Demonstration, Task
 from training.precision import half_precision
 from training.tracking import Tracker
@@ -37,7 +37,7 @@ SEE_BATCH = 256
 def demonstrate(task: Task, fmt: Format, policy: ChameleonPolicy, config: SftConfig, seed: int) -> list[Trajectory]:
     """The trajectories to learn from: the task's demonstrations rendered in the format, or the stored ones."""
     if config.data is not None:
-        return load_demonstrations(config, fmt, policy)
+        return load_demonstrations(config, fmt, policy, task.prompts("heldout"))
     demonstrations = task.demonstrations(fmt.name, config.demonstrations, seed)
     return render_all(demonstrations, fmt, policy, config.learn_mistakes)
 
@@ -91,19 +91,20 @@ def warm_start(
     *,
     seed: int = 0,
     tracker: Tracker | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     resume_command: str = "give the same command with --resume",
 ) -> dict[str, float]:
     """Train and save to run_dir/sft/model (the released layout). Returns the last logged metrics.
 
     Args:
         tracker: metrics go here as sft/*; rank 0 only.
-        resume: go on from the newest checkpoint under run_dir/sft, if there is one. On a CPU a run that was stopped
-            and resumed is the run that was never stopped.
-        resume_command: what a person is told to do after Ctrl-C.
+        resume: go on from the newest checkpoint under run_dir/sft, if there is one; text: from the one of that step or
+            in that folder, and what came after it is forgotten. On a CPU a run that was stopped and resumed is the run
+            that was never stopped.
+        resume_command: what a person is told to do after a signal.
 
     Raises:
-        Interrupted: after Ctrl-C, at the end of a step, once all is saved.
+        Interrupted: after a signal, at the end of a step, once all is saved.
         UserError: 16-bit weights are to be trained; nothing to learn from; ids that the policy's vocabulary lacks; a
             checkpoint that is corrupt, or there where none is to be resumed; a disk that is full or not writable.
     """
@@ -113,7 +114,7 @@ def warm_start(
     output_dir = Path(run_dir) / "sft"
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = newest(output_dir) if resume else None
+    checkpoint = chosen(output_dir, resume) if isinstance(resume, str) else newest(output_dir) if resume else None
     if not resume and finished_checkpoints(output_dir):
         raise UserError(
             f"{output_dir} already holds a warm start ({finished_checkpoints(output_dir)[-1].name}). Resume it "
@@ -122,6 +123,7 @@ def warm_start(
     trainer = InterleavedSftTrainer(
         policy=policy,
         section=config,
+        roles=role_names(trajectories),
         model=policy.model,
         train_dataset=Dataset.from_list(list(rows)),
         data_collator=Collator(policy.vocabulary.pad, pack=policy.core.config._attn_implementation == "sdpa"),
@@ -134,14 +136,16 @@ def warm_start(
         done = 0
         if checkpoint is not None:
             trainer.resume(checkpoint)
-            done = int(checkpoint.name.rpartition("-")[2])
+            done = step_of(checkpoint)
             logger.info("going on after step %d (%s)", done, checkpoint)
         if tracker is not None:
             tracker.rewind(done + 1)
         if trainer.accelerator.is_main_process:
+            if checkpoint is not None:
+                rewind(output_dir, done)
             prune(output_dir, 2)
         with interruptible(logger.warning) as interruption:
-            stop = Stop(trainer.accelerator, interruption)
+            stop = StopAtSignal(trainer.accelerator, interruption)
             trainer.add_callback(stop)
             if checkpoint is not None and done >= config.max_steps:
                 trainer.load_finished(checkpoint)  # transformers would take one more step
@@ -151,8 +155,9 @@ def warm_start(
         trainer.detach()
     if stop.stopped:
         raise Interrupted(
-            f"stopped after step {trainer.state.global_step} of {config.max_steps}; saved in "
-            f"{finished_checkpoints(output_dir)[-1]}. To go on, {resume_command}"
+            f"{name_of(stop.stopped)}: stopped after step {trainer.state.global_step} of {config.max_steps}; saved in "
+            f"{finished_checkpoints(output_dir)[-1]}. To go on, {resume_command}",
+            stop.stopped,
         )
     if trainer.accelerator.is_main_process:
         with writing(output_dir / "model"):

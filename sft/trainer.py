@@ -1,6 +1,6 @@
 """TRL's SFTTrainer with a loss that sees visual codes, whole checkpoints, and a log that people and files share.
 
-Letters: L lines of a batch, T ids, N learned ids, M learned visual codes, D width of the model, V vocabulary.
+Letters: L lines of a batch, T ids, N learned ids, M learned visual codes, R roles, D width of the model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from runtime.interrupt import Interruption
 from sft.checkpoints import WarmStartCheckpointError, prune, write_manifest, writing
 from sft.config import SftConfig
 from sft.losses import Targets, VisualReconstruction, targets, weighted_cross_entropy
+from training.ranks import signal_anywhere
 from training.tracking import Tracker
 
 PROGRESS = "progress.pt"
@@ -32,9 +33,12 @@ KEEP_CHECKPOINTS = 2
 
 
 class InterleavedSftTrainer(SFTTrainer):
-    """SFTTrainer whose loss sees visual codes: unmasked image logits, at learned positions only."""
+    """SFTTrainer whose loss sees visual codes: unmasked image logits, at learned positions only.
 
-    def __init__(self, policy: ChameleonPolicy, section: SftConfig, **kwargs: Any) -> None:
+    `roles`: names of the rows' role numbers, by which the loss is logged too.
+    """
+
+    def __init__(self, policy: ChameleonPolicy, section: SftConfig, roles: Sequence[str] = (), **kwargs: Any) -> None:
         vocabulary = policy.vocabulary
         self.section = section
         self.score_chunk = policy.score_chunk
@@ -42,7 +46,7 @@ class InterleavedSftTrainer(SFTTrainer):
         self.code_of_V = torch.full((vocabulary.size,), -1, dtype=torch.int64)  # -1: no visual code
         self.code_of_V[torch.as_tensor(vocabulary.code_ids, dtype=torch.int64)] = torch.arange(len(vocabulary.code_ids))
         self.last: dict[str, float] = {}
-        self.means = Means()
+        self.means = Means(roles)
         self.core: Any = policy.core
         self._learned: Targets | None = None
         self._visual: Tensor | None = None
@@ -100,6 +104,7 @@ class InterleavedSftTrainer(SFTTrainer):
         nll_N = -logprob_N.detach()
         self.means.add("loss_text", nll_N[~learned.image_N])
         self.means.add("loss_image", nll_N[learned.image_N])
+        self.means.add_by_role(nll_N, inputs["roles"].flatten()[learned.before_N + 1])
         if self._visual is not None:
             loss = loss + self.section.visual_loss * self._visual
             self.means.add("loss_visual", self._visual.detach()[None])
@@ -178,22 +183,40 @@ class InterleavedSftTrainer(SFTTrainer):
 
 
 class Means:
-    """Losses since the last line of metrics: over ids where they are ids', over batches where they are batches'."""
+    """Losses since the last line of metrics: over ids where they are ids', over batches where they are batches'.
+
+    `loss/<role>` is over the role's learned ids, each counted once whatever it weighs in the total.
+    """
 
     NAMES = ("loss", "loss_text", "loss_image", "loss_visual")
 
-    def __init__(self) -> None:
-        self.sums = {name: [0.0, 0.0] for name in self.NAMES}  # sum, count
+    def __init__(self, roles: Sequence[str] = ()) -> None:
+        self.by_role = [f"loss/{role}" for role in roles]
+        self.sums = self._empty()  # sum, count
         self.tokens = 0  # of this process, since it was last asked
+
+    def _empty(self) -> dict[str, list[float]]:
+        return {name: [0.0, 0.0] for name in (*self.NAMES, *self.by_role)}
 
     def add(self, name: str, values: Tensor) -> None:
         self.sums[name][0] += float(values.double().sum())
         self.sums[name][1] += len(values)
 
+    def add_by_role(self, values_N: Tensor, role_N: Tensor) -> None:
+        if not self.by_role:
+            return
+        number_R = torch.arange(len(self.by_role), device=role_N.device)
+        member_RN = (role_N == number_R[:, None]).double()
+        # One product and one copy to the host, however many roles there are; the same in every run, on a GPU too.
+        sums_R2 = member_RN @ torch.stack([values_N.double(), torch.ones_like(values_N, dtype=torch.float64)], 1)
+        for name, (total, count) in zip(self.by_role, sums_R2.tolist(), strict=True):
+            self.sums[name][0] += total
+            self.sums[name][1] += count
+
     def take(self, accelerator: Any) -> dict[str, float]:
         """The means over all processes of what was added; starts anew."""
         means = {name: total / count for name, (total, count) in self.state(accelerator).items() if count}
-        self.sums = Means().sums
+        self.sums = self._empty()
         return means
 
     def state(self, accelerator: Any) -> dict[str, list[float]]:
@@ -201,11 +224,12 @@ class Means:
         if accelerator.num_processes == 1:
             return {name: list(pair) for name, pair in self.sums.items()}
         # float32: not every backend adds doubles
-        sums_K2 = torch.tensor([self.sums[name] for name in self.NAMES], device=accelerator.device)
-        return dict(zip(self.NAMES, accelerator.reduce(sums_K2, "sum").tolist(), strict=True))
+        sums_K2 = torch.tensor(list(self.sums.values()), device=accelerator.device)
+        return dict(zip(self.sums, accelerator.reduce(sums_K2, "sum").tolist(), strict=True))
 
     def load(self, state: Mapping[str, Sequence[float]]) -> None:
-        self.sums = {name: list(state[name]) for name in self.NAMES}
+        """Take up a state() again; what it does not know of, as a release without roles wrote it, begins at nothing."""
+        self.sums = {name: list(state.get(name, pair)) for name, pair in self._empty().items()}
 
 
 class Mirror(TrainerCallback):
@@ -244,17 +268,15 @@ class Mirror(TrainerCallback):
         return {"sft/tokens_per_s": self._tokens / self._seconds} if self._seconds else {}
 
 
-class Stop(TrainerCallback):
-    """Ctrl-C: the step is finished and saved, on every process at the same one."""
+class StopAtSignal(TrainerCallback):
+    """After a signal the step is finished and saved, on every process at the same one."""
 
     def __init__(self, accelerator: Any, interruption: Interruption) -> None:
         self.accelerator, self.interruption = accelerator, interruption
-        self.stopped = False
+        self.stopped = 0  # by which signal; 0: by none
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pressed = self.interruption.pressed
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([float(pressed)], device=self.accelerator.device)
-            pressed = bool(self.accelerator.reduce(flag, "sum").item())
-        if pressed and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
+        number = signal_anywhere(self.accelerator, self.interruption.signal)
+        if number and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+            self.stopped = number

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from formats.base import Part
+from record.trajectory import Trajectory
 
 Split = Literal["train", "heldout"]
 Record = dict[str, Any]  # GenEval's schema: tag, prompt, include, exclude; JSON values
@@ -39,9 +40,37 @@ class Detection:
     cls: str = ""  # its class, where it does not stand in a mapping by class
 
 
+class Evaluation(Protocol):
+    """How held-out thoughts are scored. `geneval` and `reward` are the toolkit's (evals/measures.py)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def score(self) -> str:
+        """The measure that stands for the whole."""
+        ...
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Raises UserError for a prompt that cannot be scored, before anything is sampled."""
+        ...
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float | None]]:
+        """A value for each trajectory by measure; None: it could not be judged.
+
+        What it leaves in a trajectory's `rewards` is shown in reports.
+        """
+        ...
+
+
 @runtime_checkable
 class Task(Protocol):
-    """A task that can be seen offers two members more: `classes` and `detect` (see SeenTask)."""
+    """A task that can be seen offers two members more: `classes` and `detect` (see SeenTask).
+
+    A task with measures of its own offers `evaluations()`: a sequence of Evaluations, or of the names of the toolkit's,
+    the first of which gives the score. Without it, prompts with GenEval's ground truth are scored by GenEval's rule
+    where something can detect, all others by the recipe's reward.
+    """
 
     name: str
     words: list[str]  # every word of its prompts and demonstrations, tags excluded: what a small tokenizer must know

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from runtime.paths import ObjectPath, Options, ReadPath
+from runtime.section import Section
 
 Range = tuple[float | None, float | None]
+TASK_BY_NAME = ("name", "options")  # what a data set takes the place of
 
 
-class DatasetConfig(BaseModel):
+class DatasetConfig(Section):
     """Prompts from a file, a folder or the hub: a task without code."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    path: str = Field(
+    path: ReadPath = Field(
         description="A .jsonl, .json, .csv, .tsv or .parquet file, a folder of them or of a saved Hugging Face data "
         "set, or a data set's name on the hub."
     )
@@ -22,7 +24,7 @@ class DatasetConfig(BaseModel):
     split: str | None = Field(
         None, description="Split of the training prompts: of a Hugging Face data set, or how a folder's files begin."
     )
-    heldout_path: str | None = Field(None, description="As `path`, for the held-out prompts. None: `path`.")
+    heldout_path: ReadPath | None = Field(None, description="As `path`, for the held-out prompts. None: `path`.")
     heldout_split: str | None = Field(None, description="Split of the held-out prompts.")
     heldout_share: float = Field(
         0.1,
@@ -49,17 +51,15 @@ class DatasetConfig(BaseModel):
     limit: int | None = Field(None, ge=1, description="Take only so many training prompts, the first ones.")
 
 
-class TaskConfig(BaseModel):
+class TaskConfig(Section):
     """Prompts, demonstrations, ground truth. Give `dataset` for prompts of your own; no code is needed."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(
+    name: ObjectPath = Field(
         "shapes",
         description="A task's name, or the dotted path or file of a class of your own (package.module.Class, "
         "file.py:Class) that is built with the options.",
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the task.")
+    options: Options = Field(default_factory=dict, description="Keyword arguments of the task.")
     dataset: DatasetConfig | None = Field(None, description="Prompts from a data set, in place of a task by name.")
     max_prompt_length: int | None = Field(
         None, ge=1, description="Longest prompt, in ids as the policy sees it. None: what the policy's context holds."
@@ -73,7 +73,13 @@ class TaskConfig(BaseModel):
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
         if self.dataset is not None:
-            for key in ("name", "options"):
+            for key in TASK_BY_NAME:
                 if key in self.model_fields_set:
                     raise ValueError(f"{key}: `dataset` is a task by itself; leave out `{key}`, or `dataset`")
         return self
+
+    @model_serializer(mode="wrap")
+    def _readable(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A resolved recipe is a recipe: a data set has no name and options beside it there either."""
+        data = serialise(self)
+        return data if self.dataset is None else {key: data[key] for key in data if key not in TASK_BY_NAME}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line, remedy
 
 
 class ImageColumnError(UserError):
@@ -75,8 +75,16 @@ def _check(content: bytes, where: str) -> None:
     try:
         with Image.open(BytesIO(content)) as image:
             image.load()
+    except UnidentifiedImageError:  # its words hold no more than the address of the buffer
+        reason = "empty" if not content else f"{len(content)} bytes, cut, altered or of no known kind"
+        raise ImageColumnError(
+            f"{where}: not an image that can be read ({reason}); PNG, JPEG, WebP, GIF, BMP, TIFF and the other kinds "
+            "that Pillow opens are"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
-        raise ImageColumnError(f"{where}: not an image that can be read ({error})") from None
+        raise ImageColumnError(
+            f"{where}: not an image that can be read ({first_line(error)}); it may be cut or altered"
+        ) from None
 
 
 def _cached(content: bytes) -> Path:
@@ -92,7 +100,7 @@ def _cached(content: bytes) -> Path:
             os.replace(temporary, file)
         except OSError as error:
             raise ImageColumnError(
-                f"{folder}: images of the data set cannot be kept there ({error.strerror or error}); free some "
-                "space, or set XDG_CACHE_HOME to another folder"
+                f"{folder}: images of the data set cannot be kept there ({error.strerror or error}); "
+                + remedy(error, "set XDG_CACHE_HOME to another folder")
             ) from error
     return file

@@ -32,14 +32,17 @@ def fitting(
     longest = max_length - 1 if config.max_prompt_length is None else min(config.max_prompt_length, max_length - 1)
     kept: list[Record] = []
     refused: list[tuple[str, str]] = []  # prompt, why
+    mends: set[str] = set()
     for record in records:
+        encoded = True
         try:
             length = len(fmt.prompt_ids(record["prompt"], vocabulary))
             reason = f"has {length} ids, and at most {longest} fit" if length > longest else ""
         except UserError as error:
-            reason = f"cannot be encoded ({error})"
+            reason, encoded = f"cannot be encoded ({error})", False
         if reason:
             refused.append((record["prompt"], reason))
+            mends.add("shorten" if encoded else "reword")
         else:
             kept.append(record)
     if refused:
@@ -47,7 +50,8 @@ def fitting(
         shown = prompt if len(prompt) <= SHOWN else prompt[: SHOWN - 3] + "..."
         what = f"{len(refused)} of {len(records)} prompts ({split}) cannot be asked; the first, '{shown}', {reason}"
         if config.overlong_prompts == "refuse" or not kept:
-            mend = "shorten them, or leave them out with task.overlong_prompts: drop"
-            raise PromptError(f"{what}; {mend if kept else 'shorten them'}")
+            mend = " or ".join(sorted(mends, reverse=True)) + " them"
+            out = ", or leave them out with task.overlong_prompts: drop" if kept else ""
+            raise PromptError(f"{what}; {mend}{out}")
         logger.warning("%s; they are left out", what)
     return kept if refused else records

@@ -1,20 +1,15 @@
-"""Conversations, a judge that says what it is told to, and the reference records, for the tests of the shelf."""
+"""Conversations, and a judge that says what it is told to, for the tests of published rewards."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
 from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.judge.base import Reply
 
-ROOT = Path(__file__).resolve().parents[1]
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
@@ -34,7 +29,7 @@ class ScriptedJudge:
 
 
 def judged_by(judge):
-    """A RewardContext's stand-in, as far as the shelf reads it."""
+    """A RewardContext's stand-in, as far as published rewards read it."""
 
     def judge_for(reward):
         assert judge is not None, f"{reward} asked for a judge"
@@ -79,17 +74,6 @@ def environment(text):
     """Segments of the environment: a stretch of image marks is an image, the rest are words."""
     parts = re.split(r"(<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>)", text)
     return [tool(part, IMAGE if part.startswith("<|vision_start|>") else None) for part in parts if part]
-
-
-def records(system):
-    """All records of a system. Skips the test where the folder of reference records is absent."""
-    folder = Path(os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures"))
-    path = (folder if folder.is_absolute() else ROOT / folder) / "rewards" / f"{system}.jsonl"
-    if not path.exists():
-        pytest.skip(f"the reference records {path} are not here (UNDERDRAWING_FIXTURES names their folder)")
-    found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    assert found, f"{path} holds no record"
-    return found
 
 
 def verdict(value):

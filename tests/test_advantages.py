@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from record.trajectory import Author, Modality, Segment, Trajectory
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from rl.advantages import compute_advantages
 from rl.config import GrpoConfig
 from rl.ledger import Ledger, LedgerError
@@ -114,6 +114,47 @@ def test_by_segment_scaled_over_the_same_place():
     assert sketch == pytest.approx(1.0 / (2**0.5 + 1e-4))  # scores +-1
 
 
+def test_by_segment_scaled_over_the_batch_dropped_groups_included():
+    one = [thought(1.0, boxes={2: 1.0}), thought(0.0, boxes={2: 0.0})]
+    flat = group_of(0.5, 0.5)
+    ledger = compute_advantages([one, flat], GrpoConfig(scale_rewards="batch", advantage_level="segment"))
+    # plans +-.5, sketches +-1, and four zeros: squares .25 + .25 + 1 + 1 over 7
+    scale = (2.5 / 7) ** 0.5 + 1e-4
+    assert advantages(one)[0] == pytest.approx([0.5 / scale, 1.0 / scale])
+    assert advantages(one)[1] == pytest.approx([-0.5 / scale, -1.0 / scale])
+    assert ledger.trained == [one] and ledger.dropped == {"zero_variance": 1}
+
+
+def test_by_trajectory_every_segment_has_the_groups_baseline_and_scale():
+    # The last writes a second sketch, which nobody else has.
+    group = [thought(1.0), thought(0.0), thought(0.5), thought(1.5, roles=("plan", "sketch", "sketch"))]
+    compute_advantages([group], NONE)  # mean .75
+    assert advantages(group) == [[0.25] * 2, [-0.75] * 2, [-0.25] * 2, [0.75] * 3]
+    compute_advantages([group], GrpoConfig())  # squares .0625 + .5625 + .0625 + .5625 over 3
+    scale = (1.25 / 3) ** 0.5 + 1e-4
+    assert advantages(group)[3] == pytest.approx([0.75 / scale] * 3)
+    assert advantages(group)[0] == pytest.approx([0.25 / scale] * 2)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_segment_that_nobody_else_has_gets_zero_under_any_scale(scale):
+    group = [thought(1.0), thought(0.0), thought(0.5, roles=("plan", "sketch", "sketch"))]
+    compute_advantages([group], GrpoConfig(scale_rewards=scale, advantage_level="segment"))
+    assert advantages(group)[2] == [0.0, 0.0, 0.0] and advantages(group)[0][0] > 0
+
+
+def test_an_unjudged_member_leaves_the_baseline_of_every_part_too():
+    group = [thought(1.0, boxes={2: 1.0}), thought(0.0, boxes={2: 0.0}), thought(None, boxes={2: 5.0})]
+    compute_advantages([group], SEGMENT)
+    assert advantages(group) == [[0.5, 1.0], [-0.5, -1.0], [0.0, 0.0]]
+
+
+def test_groups_that_never_came_back_are_in_the_ledger():
+    ledger = compute_advantages([group_of(1.0, 0.0), group_of(0.5, 0.5)], NONE, failed=3)
+    assert (ledger.groups_in, len(ledger.trained)) == (5, 1)
+    assert ledger.dropped == {"failed": 3, "zero_variance": 1}
+
+
 rewards = st.one_of(st.none(), st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3)))
 
 
@@ -142,7 +183,15 @@ def test_the_ledger_does_not_let_a_group_vanish():
     assert ledger.metrics() == {
         "groups/in": 3,
         "groups/trained": 1,
+        "groups/cut_off": 0,
         "groups/dropped/failed": 1,
         "groups/dropped/unjudged": 1,
         "groups/dropped/zero_variance": 0,
     }
+
+
+def test_the_ledger_says_what_share_of_the_members_hit_a_limit():
+    groups = [group_of(1.0, 0.0), group_of(0.5, None)]
+    groups[0][1].stop, groups[1][0].stop = StopReason.MAX_TOKENS, StopReason.END
+    groups[1][1].stop = StopReason.MAX_IMAGES
+    assert compute_advantages(groups, NONE).metrics()["groups/cut_off"] == 0.5  # two of four, the unjudged one too

@@ -94,10 +94,10 @@ def test_noise_beside_a_reward_that_rises_raises_nothing():
 def test_an_evaluation_every_few_steps_is_watched_too():
     rows = history(
         reward__mean=[0.1] * 4 + UP[:1] * 12 + [0.9] * 16,
-        heldout__final_image=[v for x in [0.8] * 4 + [0.2] * 4 for v in (None, None, None, x)],
+        heldout__score=[v for x in [0.8] * 4 + [0.2] * 4 for v in (None, None, None, x)],
     )
     logged, new_alarms, _ = after(rows)
-    assert logged["alarm/divergence"] == 1 and "heldout/final_image" in new_alarms[0]
+    assert logged["alarm/divergence"] == 1 and "heldout/score" in new_alarms[0]
 
 
 def test_paid_parts_are_not_watched():
@@ -368,7 +368,7 @@ def test_what_a_recipe_watches_is_what_moves_no_advantage():
     }
     alarms = build_alarms(check_recipe(data, "here"))
     assert alarms.config.window == 7
-    assert alarms.log_only == ("reward/logged", "reward/credited", "reward/seen", "heldout/final_image")
+    assert alarms.log_only == ("reward/logged", "reward/credited", "reward/seen", "heldout/score")
     # By segment, parts outside the formula are credited, unless their weight is 0.
     data["grpo"] = {"advantage_level": "segment", "segment_reward_weights": {"logged": 0.0}}
-    assert build_alarms(check_recipe(data, "here")).log_only == ("reward/logged", "reward/seen", "heldout/final_image")
+    assert build_alarms(check_recipe(data, "here")).log_only == ("reward/logged", "reward/seen", "heldout/score")

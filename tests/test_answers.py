@@ -6,26 +6,15 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from published_helpers import IMAGE, conversation, say, tool
 
 from rewards.contract import RewardError
-from rewards.functions.answers import (
-    anls,
-    answer,
-    answer_of,
-    best,
-    choice,
-    choice_letter,
-    edit_distance,
-    exact,
-    math_agrees,
-    normalised,
-    number,
-    relaxed,
-    token_f1,
-)
+from rewards.functions.answers import answer, answer_of, best, math_agrees
+from rewards.functions.comparisons import anls, choice, edit_distance, exact, normalised, number, relaxed, token_f1
+from rewards.functions.options import choice_letter
 from rewards.functions.text import balanced, blocks, boxed, last_opened, policy_turns, transcript, unwrapped
 from rewards.functions.tool_use import ToolCall, returned_images, tool_calls
 from runtime.errors import UserError
@@ -180,7 +169,7 @@ def test_numbers_and_relaxed_match():
     assert relaxed("-96", "-100") == 1 and relaxed("Red", "red") == 1 and relaxed("red", "100") == 0
 
 
-@settings(max_examples=40, deadline=None)
+@examples(0.4)
 @given(st.text(max_size=12), st.text(max_size=12))
 def test_what_holds_of_any_two_texts(a, b):
     assert edit_distance(a, b) == edit_distance(b, a) <= max(len(a), len(b))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from policy.chameleon.grammar import ImageGrammar, ImageLogitsProcessor
 from policy.chameleon.vocabulary import BOI, EOI, code_table
 
-FIXTURE = Path(os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")) / "chameleon_tiny.pt"
 # Ids 0..9: words 0-3, codes 4-7, EOI 8, BOI 9; two codes an image; rows of 12 ids.
 GRAMMAR = ImageGrammar(boi=9, eoi=8, code_ids=torch.tensor([4, 5, 6, 7]), codes_per_image=2, size=10, max_length=12)
 
@@ -34,7 +31,7 @@ def test_by_hand():
     assert allowed([1] * 9) == words
 
 
-@settings(max_examples=50, deadline=None)
+@examples(0.5)
 @given(st.lists(st.lists(st.integers(0, 9), min_size=6, max_size=6), min_size=1, max_size=5), st.integers(1, 6))
 def test_batched_rule_is_the_rule(rows, length):
     ids = torch.tensor(rows)[:, :length]
@@ -73,9 +70,8 @@ def test_transformers_generate_draws_whole_images():
 
 
 @pytest.mark.parity
-@pytest.mark.skipif(not FIXTURE.exists(), reason=f"no reference numbers at {FIXTURE}")
-def test_reference_allowed_after_every_prefix():
-    fixture = torch.load(FIXTURE, weights_only=True)
+def test_reference_allowed_after_every_prefix(reference_tensors):
+    fixture = reference_tensors("chameleon_tiny.pt")
     expected, script, table = fixture["allowed_after_prefix"], fixture["script"], fixture["vocab_map"]
     grammar = ImageGrammar(
         table[BOI],
@@ -93,9 +89,8 @@ def test_reference_allowed_after_every_prefix():
 
 
 @pytest.mark.parity
-@pytest.mark.skipif(not FIXTURE.exists(), reason=f"no reference numbers at {FIXTURE}")
-def test_reference_codes_and_ids():
-    fixture = torch.load(FIXTURE, weights_only=True)
+def test_reference_codes_and_ids(reference_tensors):
+    fixture = reference_tensors("chameleon_tiny.pt")
     table = code_table(fixture["vocab_map"])
     assert np.array_equal(table[fixture["indices"].numpy()], fixture["bpe"].numpy())
     assert not np.array_equal(table, np.arange(len(table)) + 4)  # the order of the ids is not that of the codes

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -84,7 +85,7 @@ def test_each_tag_is_one_token_and_text_returns():
     assert "".join(map(vocabulary.piece, ids)) == "<ins> red circle , top-left of 2 .</ins>"
 
 
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 @given(st.lists(st.sampled_from(WORDS + TAGS), max_size=12))
 def test_decoded_ids_encode_to_themselves(tokens):
     vocabulary = tiny()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import textwrap
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -193,7 +194,7 @@ class Tires:
         (too_few, "it returned 7 values for 8 completions"),
         (not_a_list, "it returned float; it must return a list with one value a completion"),
         (no_numbers, "it returned 'I d' for a completion; a value is a number, None"),
-        (numbers_as_text, "it returns text in place of numbers"),
+        (numbers_as_text, "for a completion; a value is a number, None, or {segment: number}"),
         (not_a_number, "it gives nan for an image alone; where there is nothing to judge, return None"),
         (
             wants_words,
@@ -407,6 +408,70 @@ def always_one(completions, **columns):
 def test_what_is_worth_a_thought_is_a_note(function, words):
     check = check_reward(partial(function))
     assert check.ok and any(words in note for note in check.notes), check.sentences()
+
+
+def length_of_strings(completions, **kwargs):
+    """TRL's documented example for prompts that are strings."""
+    return [float(len(c)) for c in completions]
+
+
+def length_of_declared_strings(completions: list[str], **kwargs):
+    return [float(len(c)) for c in completions]
+
+
+def images_counted(trajectories, **columns):
+    return [float(sum(s.image is not None for s in t.segments[1:])) for t in trajectories]
+
+
+def blind_to_words(trajectories, **columns):
+    return [float(t.images()[-1].mean()) if t.images() else None for t in trajectories]
+
+
+BLIND = "stay the same when every word and every image that the policy wrote is another"
+
+
+def test_a_reward_that_counts_messages_is_told_of_strings():
+    """The words around an observation are two messages, so that its values are no constant."""
+    check = check_reward(length_of_strings)
+    assert set(check.values) == {1.0, 2.0}
+    told = [note for note in check.notes if BLIND in note]
+    assert len(told) == 1 and told[0].endswith("wants completions: strings")
+    one_message_each = [t for t in sample_thoughts() if "observation" not in t.info["kind"]]
+    (told,) = [
+        note for note in check_reward(length_of_strings, trajectories=one_message_each).notes if "gives 1" in note
+    ]
+    assert told.endswith("wants completions: strings")
+
+
+def test_with_strings_it_reads_the_words():
+    lengths = [float(len(policy_text(t))) for t in sample_thoughts()]
+    for check in (
+        check_reward(length_of_strings, completions="strings"),
+        check_reward(length_of_declared_strings),
+        check_reward(length_of_strings, trajectories=[without_images(t) for t in sample_thoughts()]),
+    ):
+        assert check.ok and list(check.values) == lengths and not any(BLIND in note for note in check.notes)
+
+
+def without_images(trajectory):
+    return replace(trajectory, segments=[s for s in trajectory.segments if s.image is None or s.author != "policy"])
+
+
+def shown_to_a_judge(trajectories, judge):
+    asked = [Question.of("Is it fine?", [image]) for t in trajectories for image in t.images()[-1:]]
+    said = iter(judge.yes_probability(asked))
+    return [next(said) if t.images() else None for t in trajectories]
+
+
+def test_what_a_made_up_judge_says_of_images_is_not_held_against_a_reward():
+    assert not any(BLIND in note for note in check_reward(shown_to_a_judge).notes)
+
+
+def test_what_reads_only_the_shape_of_a_thought_is_told_so():
+    (told,) = [note for note in check_reward(images_counted).notes if BLIND in note]
+    assert "strings" not in told  # it reads no completions
+    for function in (blind_to_words, brevity, reads_everything):  # pixels alone; words alone; through an annotation
+        assert not any(BLIND in note for note in check_reward(function).notes)
 
 
 def test_a_text_reward_of_trl_passes():

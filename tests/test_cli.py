@@ -23,7 +23,7 @@ from rollout.pool.local import LocalRollouts
 from tests.test_recipe import ROOT, SHIPPED
 from training import checkpoint
 from underdrawing.cli import main
-from underdrawing.jobs import run_evaluate
+from underdrawing.evaluations import run_evaluate
 from underdrawing.recipe import load_recipe
 
 QUICKSTART = str(ROOT / "configs/shapes/quickstart.yaml")
@@ -285,6 +285,16 @@ def test_a_run_is_not_resumed_from_other_weights_than_it_started_from(capsys, wa
     assert main([*command, "grpo.steps=2", "--resume", "--weights", str(warm / "sft/model")]) == 0
 
 
+def test_a_run_that_trains_nothing_stops_at_its_limit(capsys, warm, tmp_path):
+    command = ["grpo", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "grpo.prompts_per_step=2", "grpo.num_generations=2"]
+    command += ["--weights", warm / "sft/model", "grpo.steps=9", "grpo.idle_limit=2", "grpo.evaluate_every=null"]
+    # Five tokens are no image: nothing earns anything.
+    said = refused(capsys, *command, "rollout.max_tokens=5", "rewards.total=detect")
+    assert "stopped after step 2 of 9 by grpo.idle_limit: 2 steps in a row trained nothing: of 4 groups 4 zero" in said
+    assert "100% of the members hit a limit" in said and f"Saved in {tmp_path}/checkpoints/step-000002" in said
+    assert (tmp_path / "checkpoints/step-000002/weights").is_dir()
+
+
 @pytest.mark.parametrize(
     "command, steps, saved",
     [("sft", "sft.max_steps", "sft/checkpoint-*"), ("grpo", "grpo.steps", "checkpoints/step-*")],
@@ -356,7 +366,7 @@ def test_the_help_lists_every_command(capsys):
         main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for command in ("sft", "grpo", "rollout", "evaluate", "view", "doctor"):
+    for command in ("sft", "grpo", "rollout", "evaluate", "compare", "view", "doctor"):
         assert f"\n    {command} " in printed
 
 
@@ -373,5 +383,6 @@ def test_the_installed_command(tmp_path):
     done = subprocess.run([script, "view", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert done.stderr == (
-        "underdrawing: nowhere: no run here: metrics.jsonl, evaluations/ and trajectories/ are all missing\n"
+        "underdrawing: nowhere: no run here: metrics.jsonl, sft/metrics.jsonl, evaluations/ and trajectories/ are all "
+        "missing\n"
     )

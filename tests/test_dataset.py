@@ -201,14 +201,20 @@ def test_transparent_ground_is_white(tmp_path):
     ("value", "words"),
     [
         ("nowhere.png", "the image .*nowhere.png cannot be read"),
-        ("broken.png", "broken.png: not an image that can be read"),
+        ("broken.png", r"broken.png: not an image that can be read \(40 bytes, cut"),
+        ("half.png", r"half.png: not an image that can be read \([^<>]+\); it may be cut or altered$"),
         ("data:image/png;base64,@@", "a data URL that is not base64"),
-        (b"GIF", "not an image that can be read"),
+        (
+            b"GIF",
+            r"not an image that can be read \(3 bytes, cut, .*kind\); PNG, .*that Pillow opens are$",
+        ),
+        (b"", r"not an image that can be read \(empty\); PNG, JPEG"),
         (7, "int is no image; give a path, a data URL or bytes"),
     ],
 )
 def test_a_broken_image_is_named(tmp_path, cache, value, words):
     (tmp_path / "broken.png").write_bytes(png()[:40])
+    (tmp_path / "half.png").write_bytes(png()[:50])
     with pytest.raises(UserError, match=f"^x.jsonl line 3, column 'pic': {words}|^x.jsonl.*{words}"):
         image_file(value, tmp_path, "x.jsonl line 3, column 'pic'")
     assert not cache.exists()

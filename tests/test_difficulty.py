@@ -77,7 +77,7 @@ def test_the_command_counts_and_a_recipe_selects_by_it(warm, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
     assert main(options(warm, tmp_path / "x.jsonl", "--part", "od")) == 2
     assert main(options(warm, tmp_path / "x.jsonl", "--samples", "1")) == 2
-    assert "give at least 2" in capsys.readouterr().err
+    assert "--samples: 1 is too small; at least 2" in capsys.readouterr().err
 
 
 def test_what_was_counted_before_an_interruption_is_kept(warm, tmp_path, monkeypatch, capsys):

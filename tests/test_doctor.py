@@ -19,7 +19,7 @@ def printed(findings) -> tuple[str, int]:
 def test_this_machine_is_examined(capsys):
     findings = doctor.examine(ray=False)
     names = [f.name for f in findings]
-    assert names == ["packages", "torch", "GPU", "bf16", "torchvision", "W&B", "memory", "disk", "loopback"]
+    assert names == ["packages", "lock", "torch", "GPU", "bf16", "torchvision", "W&B", "memory", "disk", "loopback"]
     assert all(f.what for f in findings)
     assert all(f.advice for f in findings if f.state != "ok")
     by_name = {f.name: f for f in findings}
@@ -32,7 +32,7 @@ def test_the_exit_code_says_whether_something_is_broken(monkeypatch, capsys):
         raise RuntimeError("operator torchvision::nms does not exist")
 
     fine = doctor.Finding("disk", "ok", "9 GiB free here")
-    for name in ("_packages", "_torch", "_gpu", "_bf16", "_wandb", "_memory", "_disk", "_loopback"):
+    for name in ("_packages", "_lock", "_torch", "_gpu", "_bf16", "_wandb", "_memory", "_disk", "_loopback"):
         monkeypatch.setattr(doctor, name, lambda: fine)
     monkeypatch.setattr(doctor, "_torchvision", broken)
     assert main(["doctor", "--no-ray"]) == 1

@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from formats.base import Part, Span
 from formats.grammar import END, START
@@ -69,7 +70,7 @@ def assert_tiled(spans, ids, vocabulary):
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
 @pytest.mark.parametrize("name", names())
-@settings(max_examples=40, deadline=None)
+@examples(0.4)
 @given(data=st.data(), images=st.integers(2, 4), tokens=st.integers(1, 6))
 def test_what_the_full_constraint_emits_is_well_formed(name, vocabulary, data, images, tokens):
     texts = {role.name: tokens for role in get_format(name).grammar.roles if not role.is_image}
@@ -84,7 +85,7 @@ def test_what_the_full_constraint_emits_is_well_formed(name, vocabulary, data, i
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
 @pytest.mark.parametrize("name", names())
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 @given(data=st.data(), limit=st.integers(0, 90))
 def test_random_walks_never_crash_and_their_spans_tile_the_ids(name, vocabulary, data, limit):
     fmt = get_format(name, max_images=2)
@@ -104,7 +105,7 @@ def test_random_walks_never_crash_and_their_spans_tile_the_ids(name, vocabulary,
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
-@settings(max_examples=80, deadline=None)
+@examples(0.8)
 @given(data=st.data())
 def test_one_wrong_token_in_a_well_formed_thought_is_named_or_harmless(vocabulary, data):
     """Drop, double or replace one word of a well-formed thought: it is accepted only if it still reads as one."""
@@ -354,6 +355,33 @@ BROKEN = {
 }
 
 
+# The end-of-turn token is a segment of its own, whose text may be empty.
+ENDED = ("end", "</s>")
+
+
+@pytest.mark.parametrize(
+    ("parts", "at"),
+    [
+        ([*GOOD, ENDED, ("refine", "<refine>red</refine>"), ("redraw", None), GOOD[2]], 4),  # words follow
+        ([*GOOD[:2], ENDED, GOOD[2]], 3),  # the end and words in one stretch
+        ([GOOD[0], ENDED, *GOOD[1:]], 2),  # an image follows
+        ([*GOOD, ENDED, ENDED], 4),  # the end twice
+        ([ENDED, *GOOD], 1),  # before anything was written
+    ],
+)
+@pytest.mark.parametrize("text", ["", "</s>"])
+def test_a_turn_that_goes_on_after_its_end_is_none(parts, at, text):
+    parts = [(role, text if role == "end" else words) for role, words in parts]
+    found = FORMATS["strokes"].violations(thought(parts))
+    assert (at, "the turn ended here, but more follows; expected nothing") in [(v.segment, v.message) for v in found]
+    whole = [part for number, part in enumerate(parts, 1) if part[0] != "end" or number == len(parts)]
+    assert all("ended here" not in v.message for v in FORMATS["strokes"].violations(thought(whole)))
+
+
+def test_an_end_at_the_end_is_no_violation_and_no_role():
+    assert FORMATS["strokes"].violations(thought([*GOOD, ("end", "")])) == []
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_rejected_is_named(case):
     parts, segment, message = BROKEN[case]
@@ -382,6 +410,63 @@ def test_a_limit_is_told_from_a_fault():
     whole = fmt.violations(thought(GOOD, StopReason.MAX_IMAGES))
     assert "stopped by max_images after inspect" in whole[0].message
     assert "before anything" in fmt.violations(thought([], StopReason.MAX_TOKENS))[0].message
+
+
+def test_a_limit_after_an_earlier_fault_tells_both():
+    fmt = FORMATS["strokes"]
+    parts = [("plan", "<ins>add red</ins>"), *GOOD[1:2]]  # no description
+    found = fmt.violations(thought(parts, StopReason.MAX_CONTEXT))
+    assert [(v.segment, v.message) for v in found] == [
+        (1, "'plan' lacks <des>, which is expected after </ins>"),
+        (2, "stopped by max_context after sketch; expected <inspect> (inspect)"),
+    ]
+    at_the_end = fmt.violations(thought(parts))
+    assert [v.segment for v in at_the_end] == [1, 2] and "the turn ends after 'sketch'" in at_the_end[1].message
+
+
+def test_an_image_needs_ids_pixels_or_a_latent():
+    for kept in ("ids", "image", "latent", None):
+        trajectory = thought([GOOD[0], GOOD[1], GOOD[2]])
+        sketch = trajectory.segments[2]
+        sketch.ids = sketch.ids if kept == "ids" else sketch.ids[:0]
+        sketch.image = np.zeros((2, 2, 3), np.uint8) if kept == "image" else None
+        sketch.latent = np.zeros((1, 2, 2), np.float32) if kept == "latent" else None
+        found = [(v.segment, v.message) for v in FORMATS["strokes"].violations(trajectory)]
+        assert found == ([(2, "'sketch' holds no image")] if kept is None else [])
+
+
+def test_an_empty_text_segment_is_named():
+    found = FORMATS["strokes"].violations(thought([*GOOD[:2], ("inspect", ""), GOOD[2]]))
+    assert [(v.segment, v.message) for v in found][0] == (
+        3,
+        "'inspect' is empty; expected <refine> (refine), <ins> (plan) or the end",
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "at"),
+    [
+        ([("inspect", "<refine"), ("refine", ">red</refine>")], 4),  # where the tag is whole
+        ([("inspect", "<refine>"), ("refine", "red</refine>")], 3),
+        ([("inspect", "<refine>red</refine>")], 3),
+    ],
+)
+def test_a_tag_out_of_order_is_named_where_it_ends(parts, at):
+    found = FORMATS["strokes"].violations(thought([*GOOD[:2], *parts]))
+    assert (found[0].segment, "<refine> (refine) follows 'sketch'" in found[0].message) == (at, True)
+
+
+@pytest.mark.parametrize(("length", "shown"), [(40, "x" * 40), (41, "x" * 37 + "...")])
+def test_words_outside_of_any_role_are_shown_in_part(length, shown):
+    found = FORMATS["strokes"].violations(thought([*GOOD, ("other", "x" * length)]))
+    assert found[0].message.startswith(f"'{shown}' stands outside any role")
+
+
+def test_stray_words_reach_to_the_next_tag_that_opens():
+    """A closing tag among them is a part of the same fault, and no second one."""
+    found = FORMATS["strokes"].violations(thought([*GOOD, ("other", "so </inspect> then <refine>red</refine>")]))
+    told = [v.message for v in found if "outside any role" in v.message]
+    assert len(told) == 1 and told[0].startswith("'so </inspect> then' stands outside any role")
 
 
 def test_a_cut_image_is_a_violation():

@@ -4,8 +4,6 @@ its own, with the part in a process, and in Ray actors."""
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +11,6 @@ from rewards_helpers import image_segment, trajectory_of
 
 from rewards.config import RewardsConfig
 from rewards.manager import RewardManager
-
-FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 
 RECORDED = '''
 """Sees what is written in cases.jsonl; an image's first pixel says which line."""
@@ -34,14 +30,6 @@ class Recorded:
         return [{name: [Detection(tuple(o["box"]), o["score"], o.get("color")) for o in items]
                  for name, items in self.cases[int(p[0, 0, 0]) * 256 + int(p[0, 0, 1])].items()} for p in images]
 '''
-
-
-@pytest.fixture(scope="module")
-def cases():
-    path = FIXTURES / "geneval_cases.jsonl"
-    if not path.exists():
-        pytest.skip(f"no reference cases at {path}; set UNDERDRAWING_FIXTURES")
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def numbered(number):
@@ -65,7 +53,8 @@ def numbered(number):
     ],
     ids=["driver", "process", "detector-process", "two-processes", "ray"],
 )
-def test_every_case_of_the_released_scorer(cases, tmp_path, part, more):
+def test_every_case_of_the_released_scorer(reference_records, tmp_path, part, more):
+    cases = reference_records("geneval_cases.jsonl")
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases))
     (tmp_path / "recorded.py").write_text(RECORDED)
     groups = [

@@ -22,6 +22,7 @@ from rl.run import Run
 from rl.state import RunState
 from rl.trainer import Trainer, TrainingError
 from rollout.pool.contract import FailedGroup, GenerateResult
+from runtime import interrupt
 from runtime.errors import UserError
 from runtime.interrupt import Interrupted
 from tests.bigram import BigramPolicy, reward
@@ -95,7 +96,7 @@ class AtOnce:
 class CodeJudge:
     """Pays for code 5; `at` maps a step to something that happens while it judges."""
 
-    def begin(self, step, sizes, round=0):
+    def begin(self, step, sizes, counted=True):
         return AtOnce(self, step)
 
     def __init__(self, **at):
@@ -227,13 +228,40 @@ def test_a_resumed_run_says_which_keys_changed_and_goes_on_with_the_new_ones(tmp
     assert [row["learning_rate"] for row in lines(tmp_path)] == [0.02, 0.02, 1e-5]
 
 
-def test_ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on(tmp_path, undisturbed):
-    run = make(tmp_path, CodeJudge(s4=lambda: os.kill(os.getpid(), signal.SIGINT)))
-    before = signal.getsignal(signal.SIGINT)  # a job in the background inherits one that ignores it
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
+def test_a_signal_lets_the_step_be_finished_and_saved_and_says_how_to_go_on(tmp_path, undisturbed, number, code):
+    run = make(tmp_path, CodeJudge(s4=lambda: os.kill(os.getpid(), number)))
+    before = signal.getsignal(number)  # a job in the background inherits one that ignores it
     with pytest.raises(Interrupted, match="stopped after step 4 of 8; saved in .*step-000004. To go on") as raised:
         rl.grpo.train(run)
-    assert raised.value.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    assert raised.value.exit_code == code
+    assert signal.getsignal(number) is before
+    rl.grpo.train(make(tmp_path), checkpoint.latest(tmp_path / "checkpoints"))
+    assert lines(tmp_path) == undisturbed[1]
+
+
+def terminated_and_slow(seconds: float = 30.0):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(seconds)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5])
+def test_a_step_that_outlasts_the_grace_time_is_broken_off_and_made_again(tmp_path, undisturbed, monkeypatch, step):
+    """Step 4 is broken off in its evaluation: it is trained, and logged by the run that goes on."""
+    monkeypatch.setattr(interrupt, "GRACE_S", 0.3)
+    run = make(tmp_path, None if step == 4 else CodeJudge(**{f"s{step}": terminated_and_slow}))
+    if step == 4:
+        run.evaluate = lambda step: terminated_and_slow()
+    finished = step if step == 4 else step - 1
+    told = f"The {finished} finished step.s. are saved. To go on, give" if finished else "Nothing was saved: no step"
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match=f"SIGTERM: broken off 0.3 s after it. {told}") as raised:
+        rl.grpo.train(run)
+    assert raised.value.exit_code == 143 and time.monotonic() - began < 20
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1:] == [finished] * bool(finished)
+    assert [row["step"] for row in lines(tmp_path)] == list(range(1, step))
     rl.grpo.train(make(tmp_path), checkpoint.latest(tmp_path / "checkpoints"))
     assert lines(tmp_path) == undisturbed[1]
 
@@ -388,6 +416,21 @@ def test_a_fault_after_the_update_loses_neither_the_step_nor_its_line(tmp_path, 
     assert lines(tmp_path) == rows
     assert all(torch.equal(p, weights[name]) for name, p in trainer.policy.model.named_parameters())
     assert not list((tmp_path / "checkpoints").rglob("*_metrics.json"))  # whatever was owed has been made good
+
+
+def test_trajectories_of_a_step_that_is_yet_to_be_logged_are_not_forgotten(tmp_path):
+    def shown(run):
+        run.show_every = 2
+        return run
+
+    with pytest.raises(UserError, match="can be mended"):
+        rl.grpo.train(faulty(shown(make(tmp_path, save_every=100)), "evaluate"))
+    folder = tmp_path / "trajectories"
+    assert sorted(path.name for path in folder.iterdir()) == ["000001", "000002", "000004"]
+    with pytest.raises(UserError, match="can be mended"):  # step 4 is not sampled again
+        run = shown(make(tmp_path, save_every=100))
+        rl.grpo.train(faulty(run, "evaluate"), checkpoint.latest(tmp_path / "checkpoints"))
+    assert sorted(path.name for path in folder.iterdir()) == ["000001", "000002", "000004"]
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         assert row["time/step"] >= row["time/update"] > 0
 

@@ -32,7 +32,7 @@ PROMPTS = [{"prompt": f"a {color} {shape}"} for color in ("red", "blue") for sha
 class CodeJudge:
     """Pays for visual codes with odd ids: learnable from random weights."""
 
-    def begin(self, step, sizes, round=0):
+    def begin(self, step, sizes, counted=True):
         return AtOnce(self, step)
 
     def score(self, groups, step=0):

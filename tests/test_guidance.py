@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +9,6 @@ import torch
 from formats.registry import get_format
 from policy.guidance import GuidanceError, branch_weights, combine
 from record.trajectory import Author, Guidance, Modality, Segment, Trajectory
-
-FIXTURE = Path(os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")) / "chameleon_tiny.pt"
 
 
 def test_weights_by_hand():
@@ -47,7 +42,6 @@ def test_unknown_kind_and_scale_are_named():
 
 
 @pytest.mark.parity
-@pytest.mark.skipif(not FIXTURE.exists(), reason=f"no reference numbers at {FIXTURE}")
 @pytest.mark.parametrize(
     ("kind", "branches"),
     [
@@ -56,8 +50,8 @@ def test_unknown_kind_and_scale_are_named():
         ("full", ["full", "image", "unconditional", "negative", "original"]),
     ],
 )
-def test_reference_combinations(kind, branches):
-    fixture = torch.load(FIXTURE, weights_only=True)
+def test_reference_combinations(reference_tensors, kind, branches):
+    fixture = reference_tensors("chameleon_tiny.pt")
     scales = dict(fixture["cfg_scales"])
     scales["original"] = scales.pop("original_prompt")
     rows = dict(zip(branches, fixture["cfg_logits"], strict=False))  # the rows in the reference's order for each kind

@@ -11,6 +11,7 @@ import pytest
 from evals.bootstrap import compare, paired_bootstrap, refinement
 from evals.heldout import EvaluationError, PromptScore, evaluate, mean_of_tags, spread_over_tags
 from record.trajectory import Author, Modality, Segment, Trajectory
+from rewards.contract import policy_images
 from rollout.pool.contract import FailedGroup, GenerateResult
 
 RECORDS = [
@@ -36,39 +37,66 @@ class Answers:
     def __init__(self, shades, failed=()):
         self.shades, self.failed, self.requests = shades, list(failed), []
 
-    def generate(self, requests):
+    def generate(self, requests, each=None):
         self.requests = requests
-        groups = [[answer(r, m, self.shades[r.prompt][m]) for m in r.members] for r in requests]
+        lost = {failed.index for failed in self.failed}
+        groups = [
+            [answer(r, m, self.shades[r.prompt][m]) for m in r.members]
+            for index, r in enumerate(requests)
+            if index not in lost
+        ]
         return GenerateResult(groups, self.failed, {"time/rollout": 1.0})
 
 
-def score(images, records):
-    return [float(image[0, 0, 0]) / 255 for image in images]
+class Shades:
+    """The shade of the last image and of the first; 0 where there is none."""
+
+    name, score = "shades", "final_image"
+
+    def check(self, records):
+        pass
+
+    def __call__(self, trajectories):
+        shades = [[float(image[0, 0, 0]) / 255 for _, image in policy_images(t)] or [0.0] for t in trajectories]
+        for trajectory, drawn in zip(trajectories, shades, strict=True):
+            trajectory.rewards = {"final image": drawn[-1]}
+        images = [float(len(policy_images(t))) for t in trajectories]
+        return {"final_image": [s[-1] for s in shades], "first_sketch": [s[0] for s in shades], "images": images}
+
+
+score = [Shades()]
+
+
+def scores(prompt, tag, final, first, images=1.0):
+    return PromptScore(prompt, tag, {"final_image": final, "first_sketch": first, "images": images})
 
 
 def test_tags_weigh_the_same_and_no_image_scores_nothing():
     # color: final 1 and 0 (nothing drawn) -> 0.5; counting: 1 -> overall 0.75. First: color (0 + 0) / 2, counting 1.
     rollouts = Answers({"a": [[0, 0, 255]], "b": [[]], "c": [[255]]})
     heldout = evaluate(rollouts, score, RECORDS, seed=7)
-    assert heldout.final_image == 0.75 and heldout.first_sketch == 0.5
+    assert heldout.score == 0.75 and heldout.means["first_sketch"] == 0.5
     assert heldout.tags == {"color": 0.5, "counting": 1.0}
-    assert heldout.as_metrics()["heldout/images"] == pytest.approx(4 / 3)
+    assert heldout.as_metrics()["heldout/images"] == 1.25  # color (3 + 0) / 2, counting 1
     assert [(r.group, r.seed, r.members) for r in rollouts.requests] == [(0, 7, (0,)), (1, 7, (0,)), (2, 7, (0,))]
 
 
 def test_samples_of_a_prompt_are_averaged(tmp_path):
     heldout = evaluate(Answers({"a": [[255], [0]], "b": [[255], [255]], "c": [[0], [0]]}), score, RECORDS, 0, samples=2)
-    assert [p.final_image for p in heldout.prompts] == [0.5, 1.0, 0.0]
+    assert [p.measures["final_image"] for p in heldout.prompts] == [0.5, 1.0, 0.0]
     assert [t.rewards["final image"] for t in heldout.trajectories[0]] == [1.0, 0.0]  # each answer's own
     heldout.save(tmp_path / "scores.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert [PromptScore(**row) for row in rows] == heldout.prompts
+    assert [PromptScore.of_json(row) for row in rows] == heldout.prompts
 
 
 def test_unanswered_prompts_are_not_scored_as_wrong():
     rollouts = Answers({"a": [[0]], "b": [[0]], "c": [[0]]}, [FailedGroup(1, 1, "timeout", "600 s")])
     with pytest.raises(EvaluationError, match="1 of 3 held-out prompts got no answer; the first is 'b' \\(timeout"):
         evaluate(rollouts, score, RECORDS, seed=0)
+    rollouts = Answers({"a": [[0]] * 4, "c": [[0]] * 4}, [FailedGroup(1, 1, "timeout", "600 s")])
+    with pytest.raises(EvaluationError, match="1 of 3 held-out prompts got no answer; the first is 'b'"):
+        evaluate(rollouts, score, RECORDS, seed=0, samples=4)
     with pytest.raises(EvaluationError, match="no held-out prompts"):
         evaluate(rollouts, score, [], seed=0)
 
@@ -111,24 +139,24 @@ def test_small_tags_weigh_as_much_as_large_ones():
 
 
 def test_only_the_same_prompts_compare():
-    one, two = PromptScore("x", "a", 0, 0, 1), PromptScore("y", "a", 1, 0, 1)
+    one, two = scores("x", "a", 0, 0), scores("y", "a", 1, 0)
     assert compare([one], [one]).difference == 0
     with pytest.raises(EvaluationError, match="'x' stands where the other evaluation has 'y'"):
         compare([one], [two])
-    with pytest.raises(EvaluationError, match="not 1 and 0 scores"):
+    with pytest.raises(EvaluationError, match="not 1 and 0 of them"):
         compare([one], [])
 
 
 def test_the_shapes_world_scores_its_own_demonstrations():
     """The scorer that evaluations use, on rendered scenes: a demonstration ends right, by GenEval's own rules."""
     pytest.importorskip("tasks.shapes")
-    from evals.heldout import geneval_scorer
+    from evals.measures import GenevalScores
     from rewards.contract import RewardContext
     from rewards.detectors.shapes import TaskDetector
     from tasks.registry import get_task
 
     task = get_task("shapes")
-    scorer = geneval_scorer(RewardContext.of(task, None, TaskDetector.of(task)))
+    scorer = GenevalScores(RewardContext.of(task, None, TaskDetector.of(task))).of_images
     demonstrations = task.demonstrations("strokes", 60, 0)
     final = [[p.image for p in d.parts if p.image is not None][-1] for d in demonstrations]
     assert np.mean(scorer(final, [d.record for d in demonstrations])) > 0.95
@@ -137,9 +165,9 @@ def test_the_shapes_world_scores_its_own_demonstrations():
 
 
 def test_refinement_is_the_final_images_gain_over_the_first_sketches():
-    scores = [
-        PromptScore(str(n), tag, final, first, 2)
+    found = [
+        scores(str(n), tag, final, first, 2)
         for n, (tag, final, first) in enumerate([("a", 1.0, 0.5), ("a", 0.5, 0.5), ("b", 0.25, 0.75)])
     ]
-    interval = refinement(scores)  # tags: a (0.5 + 0) / 2 = 0.25, b -0.5
+    interval = refinement(found)  # tags: a (0.5 + 0) / 2 = 0.25, b -0.5
     assert interval.difference == pytest.approx(-0.125) and (interval.low, interval.high) == (-0.25, 0.0)

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -662,6 +663,160 @@ def test_an_endpoint_that_neither_lists_nor_answers_is_down():
         pytest.raises(JudgeDown, match="status 404"),
     ):
         judge.check()
+
+
+# ---- endpoints that refuse a part of every question ----------------------------------------------------------------
+
+
+def refused(message, status=400):
+    return Answer(status=status, body=json.dumps({"error": {"message": message}}).encode())
+
+
+def reasoning(body, _):
+    """As OpenAI's reasoning models answer."""
+    if "max_tokens" in body:
+        return refused("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+    if body.get("temperature", 1) != 1:
+        return refused("Unsupported value: temperature does not support 0.0. Only the default (1) value is supported.")
+    if body.get("max_completion_tokens", 1000) < 1000:  # it has not done thinking
+        return Answer("", finish="length")
+    return "yes"
+
+
+def test_a_reasoning_endpoint_is_found_out_at_the_start_and_asked_as_it_wants():
+    """All refusals are told at once, with the keys that change them; what then passes the check, is answered."""
+    with JudgeServer(reasoning) as server:
+        with client(server) as judge, pytest.raises(JudgeDown) as told:
+            judge.check()
+        for words in (
+            f"the endpoint {server.url} refuses max_tokens 64 (status 400: Unsupported parameter: 'max_tokens'.",
+            "set rewards.judge.token_limit: max_completion_tokens",
+            "; temperature 0 (status 400: Unsupported value",
+            "set rewards.judge.temperature: null, which sends none",
+        ):
+            assert words in str(told.value)
+        form = dict(token_limit="max_completion_tokens", temperature=None)
+        with client(server, **form) as judge, pytest.raises(JudgeDown, match="set rewards.judge.reasoning_tokens"):
+            judge.check()
+        with client(server, **form, reasoning_tokens=2000) as judge:
+            judge.check()
+            before = len(server.requests)
+            assert judge.agrees([AnswerCheck("Is it red?", "red", "red")]) == [True]
+            assert judge.ask([Question.of("Is it red?", temperature=0.0)])[0].text == "yes"
+        sent = server.requests[before:]
+        assert [body["max_completion_tokens"] for body in sent] == [2064, 2512]
+        assert not any("temperature" in body or "max_tokens" in body for body in sent)
+        with client(server, token_limit=None, temperature=None) as judge:
+            judge.check()
+            assert not {"max_tokens", "max_completion_tokens"} & set(server.requests[-1])
+
+
+def holds_image(body):
+    content = body["messages"][-1]["content"]
+    return isinstance(content, list) and any(part["type"] == "image_url" for part in content)
+
+
+REFUSALS = {
+    "system": (
+        lambda body: body["messages"][0]["role"] == "system",
+        {},
+        "refuses the role system (status 400: not this): set rewards.judge.system_role: user",
+        {"system_role": "user"},
+    ),
+    "images": (
+        holds_image,
+        {"check_with": ["images"]},
+        "refuses images (status 400: not this): name a model that sees them in rewards.judge.model",
+        {"check_with": []},
+    ),
+    "logprobs": (
+        lambda body: "logprobs" in body,
+        {"check_with": ["logprobs"]},
+        "refuses log-probs (status 400: not this): name an endpoint that gives them",
+        {"check_with": []},
+    ),
+    "many logprobs": (
+        lambda body: body.get("top_logprobs", 0) > 5,
+        {"check_with": ["logprobs"]},
+        "refuses top_logprobs 20 (status 400: not this): lower rewards.judge.top_logprobs",
+        {"top_logprobs": 5},
+    ),
+    "long replies": (
+        lambda body: body.get("max_tokens", 0) > 256,
+        {},
+        "refuses max_tokens 512 (status 400: not this): .* or lower rewards.judge.max_tokens",
+        {"max_tokens": 256},
+    ),
+    "a key of one's own": (
+        lambda body: "top_k" in body,
+        {"extra_body": {"top_k": 1}},
+        "refuses top_k 1 (status 400: not this): take top_k out of rewards.judge.extra_body",
+        {"extra_body": {}},
+    ),
+    "max_completion_tokens": (
+        lambda body: "max_completion_tokens" in body,
+        {"token_limit": "max_completion_tokens"},
+        "refuses max_completion_tokens 64 (status 400: not this): set rewards.judge.token_limit: max_tokens",
+        {"token_limit": "max_tokens"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_an_endpoint_refuses_is_named_with_the_key_that_changes_it(name):
+    refuses, options, words, mended = REFUSALS[name]
+
+    def answer(body, _):
+        if refuses(body):
+            return refused("not this")
+        return Answer("Yes", logprobs=candidates(Yes=-0.1) if "logprobs" in body else None)
+
+    with JudgeServer(answer) as server:
+        with client(server, **options) as judge, pytest.raises(JudgeDown) as told:
+            judge.check()
+        assert re.search(words.replace("(", r"\(").replace(")", r"\)"), str(told.value)), str(told.value)
+        assert str(told.value).count("status 400") == 1  # nothing is blamed that it takes
+        with client(server, **{**options, **mended}) as judge:
+            judge.check()
+
+
+def test_replies_without_the_logprobs_asked_for_are_found_at_the_start():
+    with (
+        JudgeServer(lambda *_: "yes") as server,
+        client(server, check_with=["logprobs"]) as judge,
+        pytest.raises(JudgeDown, match="refuses log-probs .*the reply has no log-probs"),
+    ):
+        judge.check()
+
+
+def test_what_refuses_everything_is_told_in_its_own_words():
+    with (
+        JudgeServer(lambda *_: refused("the model is not loaded")) as server,
+        client(server) as judge,
+        pytest.raises(JudgeDown, match="does not answer: status 400: the model is not loaded"),
+    ):
+        judge.check()
+
+
+def test_a_fault_that_passes_does_not_stop_the_start():
+    with JudgeServer(lambda _, number: Answer(status=503) if number < 2 else "yes") as server, client(server) as judge:
+        judge.check()
+        assert judge.counts() == {}  # the run's own questions are counted, not these
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user"])
+def test_instructions_stand_under_the_role_that_is_named(role):
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    with JudgeServer(lambda *_: "yes") as server, client(server, system_role=role, concurrency=1) as judge:
+        judge.ask([Question.of("Red?", system="Be brief."), Question.of("Red?", [pixels], system="Be brief.")])
+    words, shown = (body["messages"] for body in sorted(server.requests, key=holds_image))
+    if role == "user":
+        assert words == [{"role": "user", "content": "Be brief.\n\nRed?"}]
+        assert [part["type"] for part in shown[0]["content"]] == ["text", "image_url", "text"]
+        assert shown[0]["content"][0]["text"] == "Be brief." and len(shown) == 1
+    else:
+        for messages in (words, shown):
+            assert messages[0] == {"role": role, "content": "Be brief."} and messages[1]["role"] == "user"
 
 
 def test_an_address_is_a_url():

@@ -50,8 +50,16 @@ def test_they_are_dropped_and_counted_where_the_recipe_says_so(caplog):
 
 
 def test_a_marker_in_a_prompt_is_found_too():
-    with pytest.raises(UserError, match="1 of 1 prompts .* cannot be encoded .*marker"):
+    with pytest.raises(UserError, match="1 of 1 prompts .* cannot be encoded .*marker.*; reword them$"):
         fit(RECORDS[2:3])
+
+
+def test_the_sentence_ends_with_what_mends_them():
+    """A prompt of 8 words over a limit of 4, and one with a marker, which no shortening mends."""
+    limit = 4 + MORE
+    for chosen, words in [((0, 1), "shorten them"), ((0, 2), "reword them"), ((0, 1, 2), "shorten or reword them")]:
+        with pytest.raises(UserError, match=f"; {words}, or leave them out with task.overlong_prompts: drop$"):
+            fit([RECORDS[n] for n in chosen], max_prompt_length=limit)
 
 
 def test_where_none_is_left_dropping_is_no_help():

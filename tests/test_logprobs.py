@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from policy.scoring.logprobs import token_logprobs
 from record.trajectory import mask_of, ranges_of
@@ -43,7 +44,7 @@ def test_by_hand():
     torch.testing.assert_close(entropy[1], torch.tensor(-(1 / 3) * math.log(1 / 3) - (2 / 3) * math.log(2 / 3)))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(0.4)
 @given(st.integers(1, 13), st.integers(1, 6), st.integers(0, 2**31))
 def test_values_and_gradients_are_the_plain_ones(count, chunk, seed):
     generator = torch.Generator().manual_seed(seed)

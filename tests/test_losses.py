@@ -90,6 +90,38 @@ def test_an_older_behaviour_policy_is_weighted_in_and_the_weight_is_capped():
     assert column(loss, WORD, "importance") == pytest.approx(2.5) and column(loss, WORD, "importance_capped") == 1
 
 
+def test_an_importance_is_read_only_with_both_a_behaviour_policy_and_a_cap():
+    """Without a cap nothing is weighted; without another policy there is nothing to weigh by."""
+    for settings, behaviour in ((LossSettings(), [0.5, 5.0]), (LossSettings(importance_sampling_cap=2.0), None)):
+        loss = policy_loss(scored([1.0, 1.0], [1.0, 1.0], behaviour=behaviour), settings)
+        assert loss.loss.item() == pytest.approx(-2.0) and column(loss, WORD, "importance") == 0
+
+
+def test_an_importance_at_the_cap_is_not_cut():
+    loss = policy_loss(scored([1.0], [1.0], behaviour=[2.0]), LossSettings(importance_sampling_cap=2.0))
+    assert loss.loss.item() == pytest.approx(-2.0) and column(loss, WORD, "importance_capped") == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "low", "high"),
+    [
+        (0.5, -0.5, 1, 0),
+        (0.5, 0.5, 0, 0),  # going back is free
+        (0.5, 0.0, 0, 0),
+        (1.5, 0.5, 0, 1),
+        (1.5, -0.5, 0, 0),
+        (1.5, 0.0, 0, 0),
+        (1.0, 0.5, 0, 0),
+    ],
+)
+def test_clipped_are_those_whose_gradient_stopped(ratio, advantage, low, high):
+    given_scored = scored([ratio], [advantage])
+    loss = policy_loss(given_scored, LossSettings())
+    assert (column(loss, WORD, "clip_low"), column(loss, WORD, "clip_high")) == (low, high)
+    loss.loss.backward()
+    assert (given_scored.log_ratio_N.grad.item() == 0) == bool(low or high or advantage == 0)
+
+
 def test_ratio_by_sequence_is_the_geometric_mean_over_what_counts():
     # trajectory 0: sqrt(4 * 1) = 2, clipped to 1.2; its third decision has weight 0. trajectory 1: 0.9.
     loss = policy_loss(
@@ -122,7 +154,7 @@ def test_summary_is_by_kind_and_over_all():
     assert metrics["clip/high/word"] == 1 and metrics["clip/high/code"] == 0
     assert metrics["entropy/word"] == 1 and metrics["entropy/code"] == 3 and metrics["kl"] == pytest.approx(0.3)
     assert metrics["trained/code_decisions"] == 2 and "importance/mean" not in metrics
-    assert not any(name.endswith("/flow") for name in metrics)
+    assert not any("flow" in name for name in metrics)  # no decision of this kind occurs
 
 
 # Two trajectories. 0: plan of 2 words, sketch of 4 codes, inspect of 6 words. 1: plan of 3 words.

@@ -189,8 +189,7 @@ def test_frames_and_forms():
     unsized = {"ground_truth": [20, 10, 40, 20]}
     shown = boxed("[100, 100, 200, 200]", unsized, image_segment("prompt", wide, Author.USER))
     assert box_iou_reward([shown], frame="thousand", gold_frame="pixels") == [1]
-    with pytest.raises(RewardError, match="'image_size'"):
-        box_iou_reward([boxed("[1, 1, 2, 2]", unsized)], frame="unit", gold_frame="pixels")
+    assert box_iou_reward([boxed("[1, 1, 2, 2]", unsized)], frame="unit", gold_frame="pixels") == [None]
     resized = {**record, "seen": [100, 50]}
     assert box_iou_reward([boxed("[10, 5, 20, 10]", resized)], policy_size="seen") == [1]
     assert box_iou_reward([boxed("[20, 10, 20, 10]", record)], form="corner_size") == [1]
@@ -208,8 +207,9 @@ def test_time_frames():
     ]
     assert temporal_iou_reward([boxed("0 to 5", {}), boxed("no time", record)]) == [None, 0]
     assert temporal_iou_reward([boxed("10 to 20", record)], threshold=0.5) == [1]
-    with pytest.raises(RewardError, match="no 'duration'"):
-        temporal_iou_reward([boxed("0.1 to 0.3", {"ground_truth": [1, 2]})], frame="unit", gold_frame="seconds")
+    undated = boxed("0.1 to 0.3", {"ground_truth": [1, 2]})
+    assert temporal_iou_reward([undated, boxed("0.1 to 0.3", record)], frame="unit", gold_frame="seconds") == [None, 1]
+    assert temporal_iou_reward([undated], frame="frames", gold_frame="seconds") == [None]
 
 
 @pytest.mark.parametrize("value", ["[0, 1]", [1, 2, 3], [[0, 1], [2]], {"start": 1}, 3])

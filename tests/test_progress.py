@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
+import sys
 
 import pytest
 from rich.console import Console
 
+from evals.bootstrap import compare_scores
+from evals.heldout import PromptScore
+from evals.kept import KeptEvaluation
 from underdrawing import progress
-from underdrawing.progress import StepProgress
+from underdrawing.cli import StderrHandler
+from underdrawing.progress import StepProgress, fitting
+from underdrawing.tables import print_comparison, print_evaluation
 
 
 @pytest.fixture
@@ -52,7 +60,7 @@ def test_a_resumed_run_times_its_own_steps_only(clock, capsys):
     for step in (51, 52):  # 20 s a step, 48 steps are left
         clock.now += 20.0
         shown.on_metrics(step, {})
-    assert capsys.readouterr().err.splitlines()[-1] == "GRPO 52/100    16.0 min left"
+    assert capsys.readouterr().err.splitlines()[-1] == "GRPO 52/100  16.0 min left"
 
 
 def test_a_terminal_gets_a_bar():
@@ -62,3 +70,77 @@ def test_a_terminal_gets_a_bar():
     shown.close()
     printed = console.file.getvalue()
     assert "warm start" in printed and "4/4" in printed and "loss 0.500" in printed
+
+
+FIVE = {
+    "reward/mean": 0.875,
+    "heldout/score": 0.75,
+    "kl": 0.003,
+    "groups/trained": 16.0,
+    "rollout/tokens_per_s": 3920.0,
+}
+
+
+def last_line(printed: str) -> str:
+    """What stands on the terminal's line in the end, without colors."""
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", printed).replace("\r", "\n")
+    return [line.rstrip() for line in plain.split("\n") if line.strip()][-1]
+
+
+@pytest.mark.parametrize(
+    "width, numbers",
+    [
+        (30, ""),
+        (50, "reward 0.875"),
+        (80, "reward 0.875  held-out 0.750  kl 0.003"),
+        (140, "reward 0.875  held-out 0.750  kl 0.003  groups 16  tok/s 3,920"),
+    ],
+)
+def test_a_narrow_terminal_loses_numbers_and_never_the_step_or_the_time(width, numbers):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    shown = StepProgress("GRPO", 1000, console)
+    shown.on_metrics(120, FIVE)
+    shown.close()
+    line = last_line(console.file.getvalue())
+    assert line.startswith("GRPO ") and " 120/1000" in line and "\u2026" not in line and len(line) <= width
+    assert re.search(r"120/1000 +" + re.escape(numbers) + r" +(-|\d)[-:\d]*$", line), line
+
+
+def test_the_first_numbers_that_fit():
+    assert fitting(["ab 1", "cd 2"], 10) == "ab 1  cd 2" and fitting(["ab 1", "cd 2"], 9) == "ab 1"
+    assert fitting(["ab 1", "c"], 3) == fitting([], 80) == ""
+
+
+def test_a_message_goes_above_the_bar_and_not_into_it(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    logger, handler = logging.getLogger("rl.test"), StderrHandler()
+    logger.addHandler(handler)
+    try:
+        shown = StepProgress("GRPO", 9, Console(stderr=True, force_terminal=True, width=80))
+        shown.on_metrics(3, {})
+        logger.warning("step 3: three steps in a row trained nothing")
+        shown.on_metrics(4, {})
+        shown.close()
+    finally:
+        logger.removeHandler(handler)
+    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue().replace("\r", "\n")).split("\n")
+    assert "step 3: three steps in a row trained nothing" in [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("width", [50, 80, 140])
+def test_tables_are_whole_on_narrow_terminals(width, tmp_path):
+    folder = tmp_path / "a-run-with-a-long-name" / "evaluations" / "step-000040-temperature-0.5"
+    scores = [
+        PromptScore(str(n), tag, {"final_image": n / 4, "first_sketch": 0.5})
+        for n, tag in enumerate(("color_attr", "single_object"))
+    ]
+    kept = KeptEvaluation(folder, scores, {"by_tag": {"color_attr": 0.0, "single_object": 0.25}})
+    console = Console(file=io.StringIO(), width=width)
+    print_evaluation(console, kept)
+    print_comparison(console, kept, kept, compare_scores(scores, scores), ["seed is 1 and 2"])
+    printed = console.file.getvalue()
+    assert "\u2026" not in printed
+    assert f"kept in {folder}\n" in printed and f"A: {folder}\n" in printed  # one line each: a terminal folds them
+    for words in ("color_attr", "single_object", "what refining adds", "first image alone", "0.125", "+0.000"):
+        assert words in printed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from published_helpers import IMAGE, ScriptedJudge, conversation, from_record, judged_by, records, say, tool, verdict
+from published_helpers import IMAGE, ScriptedJudge, conversation, judged_by, say, tool
 
 from rewards.contract import RewardContext, RewardError
 from rewards.published.deepeyes import MATH_WEIGHTS, Reading, Weights, deepeyes, read_release, score
@@ -120,8 +120,8 @@ def test_rows_without_a_reference_and_mixed_kinds():
     values = deepeyes(rows[1:], judged_by(judge), logged.__setitem__, extra.__setitem__, kind_column="kind")
     assert values == pytest.approx([0.8, 1.2])
     assert extra["parts"][0]["accuracy"] == 1 and logged["accuracy"] == 1 and logged["total"] == pytest.approx(1.0)
-    with pytest.raises(UserError, match="trajectory 0-0 has None in column 'kind'; Known: general_reasoning"):
-        deepeyes(rows, judged_by(judge), kind_column="kind")
+    rows[0].record["ground_truth"] = "7"  # and still no kind
+    assert deepeyes(rows, judged_by(judge), kind_column="kind") == [None, *values]
 
 
 def test_bad_options_and_a_missing_judge_are_named():
@@ -158,20 +158,3 @@ def test_v2_by_hand(segments, options, judge, value, asked):
 
 def test_v2_release_asks_about_nothing():
     assert paid(deepeyes_v2, say(THINK + "red"), variant="release") == (pytest.approx(0.8), [""])
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize(
-    ("system", "reward", "option"), [("deepeyes", deepeyes, "kind"), ("deepeyes_v2", deepeyes_v2, "kind")]
-)
-def test_where_nothing_is_wrong_the_repaired_form_agrees_with_the_release(system, reward, option):
-    """On every record without a known bug, but for blank answers, about which the release asks a judge all the same."""
-    compared = 0
-    for record in records(system):
-        if record["known_bug"] or record["outputs"]["answer_text"] == "":
-            continue
-        judge = ScriptedJudge(verdict(record["inputs"]["judge_verdict"]))
-        value = reward([from_record(record["inputs"])], judged_by(judge), **{option: record["function"]})[0]
-        assert value == pytest.approx(record["outputs"]["total"], abs=1e-4), record
-        compared += 1
-    assert compared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from published_helpers import ScriptedJudge, differences, from_record, judged_by, records, say, tool, verdict
+from published_helpers import ScriptedJudge, differences, from_record, judged_by, say, tool, verdict
 
 from rewards.functions.answers import same_reading
 from rewards.functions.text import transcript
@@ -13,10 +13,10 @@ from runtime.errors import UserError
 pytestmark = pytest.mark.parity
 
 
-def every(system, run):
+def every(records, run):
     """Run every record; none may be of an unknown kind, and none may differ."""
     failures = []
-    for index, record in enumerate(records(system)):
+    for index, record in enumerate(records):
         wrong = run(record)
         if wrong:
             failures.append((index, record["function"], record["note"], wrong))
@@ -48,8 +48,8 @@ def by_trajectory(reward, record, **options):
 
 
 @pytest.mark.parametrize("run", [deepeyes_by_formula, deepeyes_by_trajectory])
-def test_deepeyes(run):
-    every("deepeyes", run)
+def test_deepeyes(run, reference_records):
+    every(reference_records("rewards/deepeyes.jsonl"), run)
 
 
 # ---- DeepEyesV2 -----------------------------------------------------------------------------------------------------
@@ -67,8 +67,8 @@ def deepeyes_v2_by_trajectory(record):
 
 
 @pytest.mark.parametrize("run", [deepeyes_v2_by_formula, deepeyes_v2_by_trajectory])
-def test_deepeyes_v2(run):
-    every("deepeyes_v2", run)
+def test_deepeyes_v2(run, reference_records):
+    every(reference_records("rewards/deepeyes_v2.jsonl"), run)
 
 
 # ---- Thyme ----------------------------------------------------------------------------------------------------------
@@ -100,8 +100,8 @@ def thyme_by_trajectory(record):
 
 
 @pytest.mark.parametrize("run", [thyme_by_formula, thyme_by_trajectory])
-def test_thyme(run):
-    every("thyme", run)
+def test_thyme(run, reference_records):
+    every(reference_records("rewards/thyme.jsonl"), run)
 
 
 # ---- Chain-of-Focus -------------------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def chain_of_focus_by_trajectory(record):
 
 
 @pytest.mark.parametrize("run", [chain_of_focus_by_formula, chain_of_focus_by_trajectory])
-def test_chain_of_focus(run):
-    every("chain_of_focus", run)
+def test_chain_of_focus(run, reference_records):
+    every(reference_records("rewards/chain_of_focus.jsonl"), run)
 
 
 # ---- Pixel Reasoner -------------------------------------------------------------------------------------------------
@@ -262,8 +262,8 @@ def _shaped(correct, calls, group, sample):
 
 
 @pytest.mark.parametrize("run", [pixel_reasoner_by_formula, pixel_reasoner_by_trajectory])
-def test_pixel_reasoner(run):
-    every("pixel_reasoner", run)
+def test_pixel_reasoner(run, reference_records):
+    every(reference_records("rewards/pixel_reasoner.jsonl"), run)
 
 
 # ---- VTool-R1 -------------------------------------------------------------------------------------------------------
@@ -304,5 +304,5 @@ def vtool_r1_by_trajectory(record):
 
 
 @pytest.mark.parametrize("run", [vtool_r1_by_formula, vtool_r1_by_trajectory])
-def test_vtool_r1(run):
-    every("vtool_r1", run)
+def test_vtool_r1(run, reference_records):
+    every(reference_records("rewards/vtool_r1.jsonl"), run)

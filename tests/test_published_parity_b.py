@@ -1,14 +1,9 @@
 """Every record that the releases of VRAG-RL, Visual-ARFT, OpenThinkIMG and VisTA computed, through our release form.
 
-The folder of records is UNDERDRAWING_FIXTURES (default ../shared/fixtures); records with a known bug are run like the
-others, and those on which a release stops must stop ours with the same error.
+Records with a known bug are run like the others, and those on which a release stops must stop ours with the same error.
 """
 
 from __future__ import annotations
-
-import json
-import os
-from pathlib import Path
 
 import pytest
 from rewards_helpers import text, trajectory_of
@@ -20,18 +15,9 @@ from rewards.functions.text import transcript
 from rewards.judge.base import Reply
 from rewards.published import openthinkimg, vista, visual_arft, vrag
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = (ROOT / os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")).resolve() / "rewards"
 SYSTEMS = ("vrag", "visual_arft", "openthinkimg", "vista")
 
 pytestmark = pytest.mark.parity
-
-
-def records(system):
-    path = FOLDER / f"{system}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no records of the release at {path}; set UNDERDRAWING_FIXTURES")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def vrag_outputs(function, inputs):
@@ -122,8 +108,8 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_every_record_of_the_release(system):
-    rows = records(system)
+def test_every_record_of_the_release(system, reference_records):
+    rows = reference_records(f"rewards/{system}.jsonl")
     wrong = []
     for number, record in enumerate(rows):
         found = outputs(record)
@@ -131,7 +117,7 @@ def test_every_record_of_the_release(system):
         bad = [key for key, value in record["outputs"].items() if key not in found or not close(found[key], value)]
         if bad or ("raises" in record["outputs"]) != ("raises" in found):
             wrong.append((number, record["function"], bad, record["outputs"], found))
-    assert rows and not wrong, f"{len(wrong)} of {len(rows)}: {wrong[:3]}"
+    assert not wrong, f"{len(wrong)} of {len(rows)}: {wrong[:3]}"
 
 
 # ---- the same records as thoughts, through the reward functions -----------------------------------------------------
@@ -211,9 +197,9 @@ def rewarded(record):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_every_record_through_the_reward_over_thoughts(system, monkeypatch):
+def test_every_record_through_the_reward_over_thoughts(system, monkeypatch, reference_records):
     compared = wrong = 0
-    for record in records(system):
+    for record in reference_records(f"rewards/{system}.jsonl"):
         cosine = record["inputs"].get("similarity")
         monkeypatch.setattr(visual_arft, "sentence_encoder", lambda *_, c=cosine: FixedCosine(c))
         pair = rewarded(record)
@@ -230,19 +216,17 @@ class FixedCosine:
         return [self.cosine for _ in pairs]
 
 
-def test_the_repaired_forms_differ_where_the_releases_are_wrong():
+def test_the_repaired_forms_differ_where_the_releases_are_wrong(reference_records):
     """A guard against a repaired form that is the release under another name: on records with a known bug they part."""
-    bugs = [record["inputs"] for record in records("vrag") if record["known_bug"] and record["function"] == "ndcg"]
+
+    def wrong(system, function):
+        rows = reference_records(f"rewards/{system}.jsonl")
+        return [record["inputs"] for record in rows if record["known_bug"] and record["function"] == function]
+
+    bugs = wrong("vrag", "ndcg")
     assert all(ndcg(i["retrieved"], i["relevant"]) < ndcg(i["retrieved"], i["relevant"], repeats=True) for i in bugs)
-    bugs = [
-        record["inputs"] for record in records("visual_arft") if record["known_bug"] and record["function"] == "code"
-    ]
+    bugs = wrong("visual_arft", "code")
     assert all(visual_arft.accuracy(i["response_text"], i["ground_truth"], "code") in (None, 0) for i in bugs)
-    bugs = [
-        record["inputs"]
-        for record in records("openthinkimg")
-        if record["known_bug"] and record["function"] == "trajectory"
-    ]
-    for i in bugs:
+    for i in wrong("openthinkimg", "trajectory"):
         said = openthinkimg.answer_in(i["turns"][-1])
         assert said is not None and f'"ans": "{said}"' in i["turns"][-1]

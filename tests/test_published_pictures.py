@@ -1,12 +1,9 @@
-"""Rewards on drawn images from the shelf: parity with the releases, hand-computed tables, and every relation on
+"""Published rewards on drawn images: parity with the releases, hand-computed tables, and every relation on
 rendered scenes."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,18 +23,6 @@ from tasks.registry import get_task
 from tasks.shapes.render import render
 from tasks.shapes.world import PLACES, Object, Scene
 
-FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
-
-
-def records(name):
-    path = FIXTURES / "rewards" / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"no reference records at {path}; set UNDERDRAWING_FIXTURES")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows
-    return rows
-
-
 # ---- parity -----------------------------------------------------------------------------------------------------
 
 
@@ -54,8 +39,8 @@ def t2i_score(record, variant):
 
 
 @pytest.mark.parity
-def test_t2i_r1_equals_the_release_and_its_repair():
-    for number, record in enumerate(records("t2i_r1")):
+def test_t2i_r1_equals_the_release_and_its_repair(reference_records):
+    for number, record in enumerate(reference_records("rewards/t2i_r1.jsonl")):
         assert t2i_score(record, "release") == pytest.approx(record["outputs"]["total"], abs=1e-4), number
         if "total_repaired" in record["outputs"]:
             repaired = t2i_score(record, "repaired")
@@ -88,8 +73,8 @@ class Placed:
 
 
 @pytest.mark.parity
-def test_t2i_r1_gives_the_same_through_a_detector_and_a_trajectory():
-    for number, record in enumerate(records("t2i_r1")):
+def test_t2i_r1_gives_the_same_through_a_detector_and_a_trajectory(reference_records):
+    for number, record in enumerate(reference_records("rewards/t2i_r1.jsonl")):
         if record["function"] == "yes_share":
             continue
         given = record["inputs"]
@@ -106,8 +91,8 @@ def test_t2i_r1_gives_the_same_through_a_detector_and_a_trajectory():
 
 
 @pytest.mark.parity
-def test_janus_pro_r1_equals_the_release():
-    for number, record in enumerate(records("janus_pro_r1")):
+def test_janus_pro_r1_equals_the_release(reference_records):
+    for number, record in enumerate(reference_records("rewards/janus_pro_r1.jsonl")):
         given, expected = record["inputs"], record["outputs"]
         rows = [
             janus.segments(*row)
@@ -144,8 +129,8 @@ def marked(probability):
 
 
 @pytest.mark.parity
-def test_janus_pro_r1_gives_the_same_through_trajectories():
-    for number, record in enumerate(records("janus_pro_r1")):
+def test_janus_pro_r1_gives_the_same_through_trajectories(reference_records):
+    for number, record in enumerate(reference_records("rewards/janus_pro_r1.jsonl")):
         given = record["inputs"]
         rows = []
         for first, final, yes in zip(given["first_score"], given["final_score"], given["self_check_yes"], strict=True):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from published_helpers import IMAGE, ScriptedJudge, conversation, judged_by, say, tool
 
 from rewards.published.vtool_r1 import (
@@ -113,7 +114,7 @@ def test_similarity_by_hand(answer, gold, release, repaired):
     assert similarity(answer, gold) == pytest.approx(repaired)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(0.4)
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=4), st.lists(st.integers(-9, 9), min_size=1, max_size=4))
 def test_the_repaired_similarity_is_a_share(mine, theirs):
     value = similarity("||".join(map(str, mine)), "|||".join(map(str, theirs)))

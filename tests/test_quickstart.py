@@ -46,6 +46,7 @@ def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pyte
         *SMALL,
         f"rewards.parts={{length: {{function: '{own}:length'}}}}",
         "rewards.total=length",
+        "grpo.segment_reward_weights={}",
     ]
     assert quickstart.main(arguments) == 0
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
@@ -76,6 +77,19 @@ def test_every_stage_runs_and_the_last_line_is_json(tmp_path: Path, capsys: pyte
     assert {k: again[k] for k in ("warm_start", "grpo", "first_sketch")} == {
         k: said[k] for k in ("warm_start", "grpo", "first_sketch")
     }
+
+    # All stages again in the same folder: its labels are evaluated anew where they are of other weights, and else kept.
+    evaluations = tmp_path / "run" / "evaluations"
+    (tmp_path / "run" / "quickstart.json").unlink()
+    kept = json.loads((evaluations / "warm_start" / "summary.json").read_text())
+    other = json.loads((evaluations / "grpo" / "summary.json").read_text())
+    (evaluations / "grpo" / "summary.json").write_text(json.dumps({**other, "fingerprint": "another's", "score": 2.0}))
+    assert quickstart.main(arguments) == 0
+    third = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {k: third[k] for k in ("warm_start", "grpo")} == {k: said[k] for k in ("warm_start", "grpo")}
+    assert json.loads((evaluations / "warm_start" / "summary.json").read_text())["time"] == kept["time"]
+    replaced = json.loads((evaluations / "grpo" / "summary.json").read_text())
+    assert replaced["fingerprint"] == other["fingerprint"] and replaced["time"] > other["time"]
 
     # Another recipe in the same folder is refused: the old figures are not its own.
     assert quickstart.main([*arguments, "grpo.steps=3"]) == 2

@@ -81,6 +81,13 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
         ("policy.tiny.hidden_size=30", ["policy.tiny", "hidden_size 30", "num_attention_heads"]),
         ("format.constrain=everything", ["format.constrain", "'images'", "'everything'"]),
         ("name=null", ["name", "string"]),
+        ("rewards.detector.backend=owl2", ["rewards.detector: backend: no 'owl2'; did you mean 'owlv2'?"]),
+        ("rewards.detector={backend: owlv2, pth: x}", ["rewards.detector.pth: unknown key; did you mean 'path'?"]),
+        ("rewards.detector=3", ["rewards.detector: Input should be a mapping of keys to values or Input should be a "]),
+        ("rewards.parts.r.weight=[1]", ["rewards.parts.r.weight: Input should be a valid number or Input should"]),
+        ("rewards.alarms.fatal=[tool_rat]", ["rewards.alarms.fatal.0: ", "did you mean 'tool_rate'?"]),
+        ("rewards.schedules.w={at: {x: 1}}", ["rewards.schedules.w.at.x: Input should be a valid integer"]),
+        ("grpo.clip_by_kind.wrd.epsilon=1", ["grpo.clip_by_kind.wrd: ", "did you mean 'word'?"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, override: str, words: list[str]):
@@ -89,6 +96,7 @@ def test_what_is_wrong_is_named(tmp_path, override: str, words: list[str]):
         load_recipe(path, [override])
     for word in words:
         assert word in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 and "function-" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 
 from evals.heldout import Heldout, PromptScore
+from evals.kept import Evaluated, keep
 from record.store import save_trajectories
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from runtime.errors import UserError
-from underdrawing.jobs import compare_evaluations, keep_evaluation
-from underdrawing.report.page import ReportData, _pairs, _tagged, render, report_data, write_report
+from runtime.files import write_whole
+from underdrawing.evaluations import compare_evaluations
+from underdrawing.report.page import ReportData, _pairs, _tagged, render, report_data, write_page, write_report
+
+
+def measured(prompt: str, final: float, first: float) -> PromptScore:
+    return PromptScore(prompt, "colors", {"final_image": final, "first_sketch": first})
 
 
 def thought(member: int, tag: str, word: str) -> Trajectory:
@@ -95,6 +101,16 @@ def test_alarms_that_were_raised_are_told(tmp_path: Path) -> None:
     assert "was first raised at step 3" in render(data) and "<h2>Alarms</h2>" in render(data)
 
 
+def test_a_warm_start_alone_shows_its_loss(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    rows = [{"step": step, "sft/loss_text": 4.0 / step, "sft/loss_image": 2.0} for step in (5, 10)]
+    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = report_data(tmp_path)
+    assert data.subtitle == "a warm start of 10 steps, and no GRPO yet" and list(data.metrics) == rows
+    page = render(data)
+    assert "Warm-start loss, nats" in page and "sft/loss_text" in page and data.subtitle in page
+
+
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run here"):
         report_data(tmp_path)
@@ -148,8 +164,9 @@ def test_the_report_says_how_many_answers_a_score_is_of(tmp_path: Path, samples:
 def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "evaluations"
     for label, score in (("warm_start", 0.0), ("grpo", 1.0)):
-        scores = [PromptScore(f"prompt {i}", "colors", score, score, 1.0) for i in range(3)]
-        keep_evaluation(Heldout(scores, [[thought(i, "colors", "well")] * 2 for i in range(3)], {}), folder / label)
+        scores = [measured(f"prompt {i}", score, score) for i in range(3)]
+        heldout = Heldout(scores, [[thought(i, "colors", "well")] * 2 for i in range(3)], {}, "final_image")
+        keep(heldout, folder / label, Evaluated({"samples": 2}))
     compare_evaluations(tmp_path, "warm_start", "grpo")
     data = report_data(tmp_path)
     assert data.after is not None and (data.after.score, data.after.samples) == (1.0, 2)
@@ -163,14 +180,62 @@ def test_an_evaluation_is_kept_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("runtime.files.flush", lambda folder: None)
     monkeypatch.setattr("runtime.files.flush_one", lambda path: None)
     monkeypatch.setattr(os, "fsync", breaks)
-    nothing = Heldout([PromptScore("a prompt", "colors", 0.0, 0.0, 0.0)], [[thought(0, "colors", "well")]], {})
-    for keep in (
-        lambda: keep_evaluation(nothing, folder / "grpo"),
+    nothing = Heldout([measured("a prompt", 0.0, 0.0)], [[thought(0, "colors", "well")]], {}, "final_image")
+    for write in (
+        lambda: keep(nothing, folder / "grpo", Evaluated({})),
         lambda: compare_evaluations(tmp_path, "grpo", "grpo"),
     ):
-        with pytest.raises(UserError, match="No space left on device"):
-            keep()
+        with pytest.raises(UserError, match=r"\(No space left on device\); free some space, or choose another folder$"):
+            write()
     assert [file.read_text() for file in files] == before
+
+
+def test_a_page_that_cannot_be_written_says_what_mends_it(tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    page.mkdir()
+    with pytest.raises(UserError, match=f"^{page}: a folder; give the page's file, such as {page}/report.html$"):
+        write_page("<html>", page)
+    with pytest.raises(UserError, match=r"^/proc/x.html: cannot be written \([\w ]+\); choose another folder$"):
+        write_page("<html>", Path("/proc/x.html"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"page.html: cannot be written \(File exists\); choose another folder$"):
+        write_page("<html>", tmp_path / "file/page.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "page"]
+
+
+def test_text_that_cannot_take_its_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "page").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "page", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]
+
+
+def test_the_report_lists_all_evaluations_and_compares_those_that_compare(tmp_path: Path) -> None:
+    heldout = Heldout([measured("a prompt", 0.5, 0.25)], [[thought(0, "colors", "well")]], {}, "final_image")
+    sampled = {"samples": 1, "temperature": 1.0, "prompts": "abc"}
+    for label, step, settings in (
+        ("warm_start", 0, sampled),
+        ("warm_start-temperature-0", 0, {**sampled, "temperature": 0.0}),
+        ("training-000020", 20, sampled),
+        ("step-000040", 40, sampled),
+        ("step-000040-temperature-0", 40, {**sampled, "temperature": 0.0}),
+    ):
+        keep(heldout, tmp_path / "evaluations" / label, Evaluated(settings, step=step), answers=1)
+    compare_evaluations(tmp_path, "warm_start", "step-000040")
+    data = report_data(tmp_path)
+    assert [e.label for e in data.evaluations] == [
+        "warm_start",
+        "warm_start-temperature-0",
+        "training-000020",
+        "step-000040",
+        "step-000040-temperature-0",
+    ]
+    # The last one and the first that was sampled as it was; the interval that is there is that of two others.
+    assert data.before is not None and data.after is not None
+    assert (data.before.label, data.after.label) == ("warm_start-temperature-0", "step-000040-temperature-0")
+    assert data.interval is None
+    page = render(data)
+    assert page.count("<tr>") == 6 and "<td>step-000040-temperature-0</td><td>40</td><td>0.500</td>" in page
 
 
 def write_run(folder: Path, tags: list[str]) -> None:

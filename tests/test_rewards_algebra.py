@@ -6,8 +6,9 @@ import math
 import statistics
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from pydantic import ValidationError
 from rewards_helpers import text, trajectory_of
 
@@ -21,7 +22,7 @@ from rewards.tree import lines
 PARTS = ("a", "b")
 GROUPS = [[0, 1, 2], [3, 4]]
 ROWS = [{"a": a, "b": b} for a, b in [(1.0, 1.0), (3.0, None), (None, 0.0), (10.0, 0.0), (10.0, 5.0)]]
-relaxed = settings(deadline=None, max_examples=60)  # a busy machine is not a slow test
+relaxed = examples(0.6)
 
 
 def rows(formula, parts=ROWS, groups=GROUPS):

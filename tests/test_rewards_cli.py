@@ -15,10 +15,11 @@ from judge_server import Answer, JudgeServer
 from PIL import Image
 from rewards_helpers import from_parts, text, trajectory_of
 
-from record.store import save_trajectories
+from record.store import load_trajectories, save_trajectories
 from rewards.manager import RewardManager
 from rewards.registry import REWARDS
 from tasks.registry import get_task
+from training.tracking import Tracker
 from underdrawing import build
 from underdrawing.cli import main
 from underdrawing.recipe import load_recipe
@@ -169,11 +170,11 @@ def test_try_on_thoughts_gives_the_judges_numbers_and_a_page(capsys, tmp_path, s
         assert re.search(rf"{name}( \(log-only\))? {metrics[f'reward/{name}']:.3f} ", out)
     assert f"reward {metrics['reward/mean']:.3f} {metrics['reward/std']:.3f}" in out
     assert "reward = right + 0.5 * share" in out
-    page = (stored / "rewards.html").read_text()
+    page = (tmp_path / "stored-rewards.html").read_text()
     images = sum(len(t.images()) for t in demonstrations)
     assert page.count('<div class="pic">') == images and page.count('class="verdict ') == images
     assert page.count('class="box"') >= 12 and "log-only" in page and "http" not in page.split("</style>")[1]
-    rows = [json.loads(line) for line in (stored / "rewards.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "stored-rewards.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [t.reward for t in demonstrations]
     assert rows[0]["rewards"] == demonstrations[0].rewards and rows[0]["key"] == "0-0"
     assert rows[0]["said"]["right"]["reason"] == demonstrations[0].info["rewards"]["right"]["reason"]
@@ -427,8 +428,9 @@ def test_an_endpoint_without_the_model(capsys, tmp_path, stored):
     assert "has no model 'judge'; did you mean 'judge-7b'" in out
 
 
-def rows_in(folder):
-    return [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
+def rows_of(stored):
+    """What `rewards try` wrote beside stored thoughts."""
+    return [json.loads(line) for line in (stored.parent / f"{stored.name}-rewards.jsonl").read_text().splitlines()]
 
 
 def test_answers_that_were_paid_for_outlive_a_division_by_zero(capsys, tmp_path):
@@ -445,9 +447,54 @@ def test_answers_that_were_paid_for_outlive_a_division_by_zero(capsys, tmp_path)
         path = recipe(tmp_path, "1 / (answer - answer)", JUDGED, judge={"base_url": server.url, "model": "judge"})
         assert main(["rewards", "try", path, "--trajectories", str(tmp_path / "stored")]) == 2
     out, err = capsys.readouterr()
-    assert out.strip() == f"rows: {tmp_path / 'stored' / 'rewards.jsonl'}" and "divides by zero" in err
-    assert [(row["rewards"], row["reward"]) for row in rows_in(tmp_path / "stored")] == [({"answer": 1.0}, None)] * 4
-    assert len(server.requests) == 4 and not (tmp_path / "stored" / "rewards.html").exists()
+    assert out.strip() == f"rows: {tmp_path / 'stored-rewards.jsonl'}" and "divides by zero" in err
+    assert [(row["rewards"], row["reward"]) for row in rows_of(tmp_path / "stored")] == [({"answer": 1.0}, None)] * 4
+    assert sum("How many is" in json.dumps(body) for body in server.requests) == 4
+    assert not (tmp_path / "stored-rewards.html").exists()
+
+
+def test_a_resumed_run_saves_where_its_thoughts_were_tried_and_viewed(capsys, tmp_path, demonstrations):
+    """It writes trajectories/000003 again: no page is in the way, and the one of `try` stays."""
+    run = tmp_path / "run"
+    tracker = Tracker(run)
+    step = tracker.trajectories(3, demonstrations)
+    stored = len(load_trajectories(step))
+    out = said(capsys, "rewards", "try", recipe(tmp_path), "--trajectories", step)
+    assert f"report: {run / 'trajectories' / '000003-rewards.html'}" in out
+    said(capsys, "view", step)
+    said(capsys, "view", run)
+    assert tracker.trajectories(3, demonstrations[:2]) == step and len(load_trajectories(step)) == 2
+    assert len(rows_of(step)) == stored and (run / "trajectories" / "000003-rewards.html").is_file()
+    said(capsys, "view", run)  # a page beside the steps is no step
+    tracker.close()
+
+
+def test_try_in_the_stored_folder_itself_writes_beside_it(capsys, tmp_path, stored, monkeypatch):
+    path = recipe(tmp_path)
+    monkeypatch.chdir(stored)
+    said(capsys, "rewards", "try", path, "--trajectories", ".")
+    assert len(rows_of(stored)) == 12 and not (stored / "rewards.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("try", "mine.html"),
+        ("try", "images/mine.html"),
+        ("try", "report.html"),  # its rows would be report.jsonl
+        ("view", "mine.html"),
+        ("view", "images/report.html"),
+    ],
+)
+def test_a_page_in_stored_trajectories_is_refused_before_anything_is_judged(capsys, tmp_path, stored, command, name):
+    before = sorted(path.name for path in stored.rglob("*"))
+    out = stored / name
+    given = ["view", stored]
+    if command == "try":
+        given = ["rewards", "try", recipe(tmp_path), "--trajectories", stored]
+    words = said(capsys, *given, "--out", out, code=2)
+    assert "would lie in stored trajectories" in words and f"such as {tmp_path}/stored-" in words
+    assert sorted(path.name for path in stored.rglob("*")) == before
 
 
 def test_earlier_rewards_are_not_taken_for_what_the_parts_gave(capsys, tmp_path):
@@ -460,11 +507,11 @@ def test_earlier_rewards_are_not_taken_for_what_the_parts_gave(capsys, tmp_path)
     )
     path = recipe(tmp_path, "mine", {"mine": {"function": f"{tmp_path}/mine.py:wrong"}})
     said(capsys, "rewards", "try", path, "--trajectories", tmp_path / "stored", code=2)
-    assert not (tmp_path / "stored" / "rewards.jsonl").exists()  # no part has judged
+    assert not (tmp_path / "stored-rewards.jsonl").exists()  # no part has judged
     path = recipe(tmp_path, "mine", {"mine": {"function": f"{tmp_path}/mine.py:none"}}, none_limit=1)
     out = said(capsys, "rewards", "try", path, "--trajectories", tmp_path / "stored", code=2)
     assert "no trajectory had a reward" in out
-    (row,) = rows_in(tmp_path / "stored")
+    (row,) = rows_of(tmp_path / "stored")
     assert (row["rewards"], row["reward"]) == ({"mine": None}, None)
 
 
@@ -482,7 +529,8 @@ def test_a_judge_that_fails_now_and_then_is_counted_and_its_thoughts_go_unjudged
     save_trajectories(thoughts, tmp_path / "stored")
 
     def answer(body, _):
-        number = int(re.search(r"How many is (\d)", json.dumps(body))[1])
+        asked = re.search(r"How many is (\d)", json.dumps(body))
+        number = 0 if asked is None else int(asked[1])  # none: the question at the start
         return (
             Answer(status=400)
             if number == 3
@@ -496,7 +544,7 @@ def test_a_judge_that_fails_now_and_then_is_counted_and_its_thoughts_go_unjudged
     with JudgeServer(answer) as server:
         path = recipe(tmp_path, None, JUDGED, judge={"base_url": server.url, "model": "judge", "backoff_s": 0.01})
         out = said(capsys, "rewards", "try", path, "--trajectories", tmp_path / "stored")
-    rows = [json.loads(line) for line in (tmp_path / "stored" / "rewards.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "stored-rewards.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [1, 0, 1, None, 1, None, 1, 0]
     assert "answer 0.667 0.471 0.000 1.000 25% 0%" in out
 

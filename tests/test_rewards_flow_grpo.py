@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +12,6 @@ from rewards.contract import RewardContext
 from rewards.detectors.base import Detection
 from rewards.functions.geneval import evaluate, geneval
 from rewards.published.flow_grpo import flow_grpo_geneval
-
-FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 
 
 def seen(*boxes, color="red"):
@@ -31,13 +26,8 @@ POSITION = {
 
 
 @pytest.mark.parity
-def test_equals_the_released_reward_server():
-    path = FIXTURES / "rewards/flow_grpo_geneval.jsonl"
-    if not path.exists():
-        pytest.skip(f"no reference records at {path}; set UNDERDRAWING_FIXTURES")
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert records
-    for number, record in enumerate(records):
+def test_equals_the_released_reward_server(reference_records):
+    for number, record in enumerate(reference_records("rewards/flow_grpo_geneval.jsonl")):
         metadata, found = record["inputs"]["metadata"], record["inputs"]["detections"]
         for mode, key in (("flow_grpo", "total"), ("standard", "standard"), ("strict", "strict")):
             got = float(evaluate(metadata, found, mode)[0])

@@ -7,14 +7,19 @@ import time
 
 import numpy as np
 import pytest
+from judge_server import Answer, JudgeServer
 from pydantic import ValidationError
 from rewards_helpers import image_segment, text, trajectory_of
 
 from formats.config import FormatConfig
+from formats.declared import DeclaredFormat
+from formats.grammar import END, START, Grammar, Role
+from formats.registry import get_format
 from rewards.config import RewardsConfig
 from rewards.contract import RewardError, RewardFailed
 from rewards.detectors.base import UnknownClass
 from rewards.formula.expression import ExpressionError
+from rewards.judge.client import JudgeDown
 from rewards.loader import load_reward
 from rewards.manager import RewardManager
 from rewards.runtime.isolate import ProcessWorker
@@ -125,6 +130,64 @@ def test_group_members_stand_next_to_each_other(own):
             return [t.group * 10 + t.member for t in trajectories]
         """)
     assert judged(config(mine=path), words("a", "b"), words("c", group=1))[0] == [[0, 1], [10]]
+
+
+def test_completions_are_strings_where_neither_prompts_nor_thoughts_hold_images(own):
+    """TRL gives strings for prompts that are strings, and message lists for conversations."""
+    path = own("""
+        def score(prompts, completions, **kw):
+            return [float(len(p) + 100 * len(c)) for p, c in zip(prompts, completions)]
+        def messages(completions): return [float(c[0]["content"] == "a dog") for c in completions]
+        """)
+    records = [{"prompt": "a photo of a dog"}]
+    follow = {START: ("answer",), "answer": (END,)}
+    words_only = DeclaredFormat(Grammar("words", (Role("answer"),), follow, max_images=0))
+    drawing = get_format("strokes")
+
+    def paid(fmt, records=records, name="score", **part):
+        group = words("a dog", "two cats")
+        section = config("coalesce(mine, -1)", mine={"function": path.replace(":score", f":{name}"), **part})
+        rewards, report = judged(section, group, task=Prompts(records), fmt=fmt)
+        return rewards[0], report
+
+    strings, messages = [16 + 500, 16 + 800], [101, 101]  # letters of prompt and completion, or a message of each
+    assert paid(words_only)[0] == strings and paid(words_only, isolate=False)[0] == strings
+    assert paid(drawing)[0] == messages and paid(None)[0] == messages
+    assert paid(words_only, [*records, {"prompt": "what is it?", "images": ["dog.png"]}])[0] == messages
+    assert paid(drawing, completions="strings")[0] == strings
+    assert paid(words_only, completions="interleaved")[0] == messages
+    nothing, report = paid(words_only, name="messages")
+    assert nothing == [-1, -1] and "set completions: text or interleaved" in report.failures[0].message
+    assert paid(words_only, name="messages", completions="text")[0] == [1.0, 0.0]
+    assert paid(words_only, name="messages", function="trl.rewards.think_format_reward")[0] == [0.0, 0.0]
+
+
+class Prompts:
+    """A task of these records alone, as far as rewards read one."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def prompts(self, split):
+        return self.records
+
+
+def test_the_start_asks_as_the_parts_will():
+    """t2i_r1_yes shows images and reads log-probs; an endpoint without these is found out before the run."""
+
+    def answer(body, _):
+        kinds = {part["type"] for m in body["messages"] if isinstance(m["content"], list) for part in m["content"]}
+        refused = "image_url" in kinds or "logprobs" in body
+        return Answer(status=400, body=b'{"error": {"message": "words only"}}') if refused else "yes"
+
+    def manager(server, function):
+        judge = {"base_url": server.url, "model": "judge", "retries": 0}
+        return RewardManager(RewardsConfig.model_validate({"parts": {"a": {"function": function}}, "judge": judge}))
+
+    with JudgeServer(answer) as server:
+        with pytest.raises(JudgeDown, match="refuses images .*rewards.judge.model"):
+            manager(server, "t2i_r1_yes")
+        manager(server, "deepeyes").close()  # which compares words
 
 
 # ---- composition --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rewards_helpers import image_segment, text, trajectory_of
 
@@ -109,7 +109,6 @@ def test_plans_by_hand(scope, sizes, batch_size, expected):
     assert plan(scope, sizes, batch_size) == [tuple(RowSlice(*s) for s in call) for call in expected]
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(["row", "group", "batch"]),
     st.lists(st.integers(1, 9), max_size=6),

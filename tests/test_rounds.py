@@ -22,9 +22,9 @@ class FlatFor(CodeJudge):
         super().__init__(**at)
         self.flat, self.rounds = flat, []
 
-    def begin(self, step, sizes, round=0):
-        self.rounds.append((step, round, len(sizes)))
-        return super().begin(step, sizes, round)
+    def begin(self, step, sizes, counted=True):
+        self.rounds.append((step, counted, len(sizes)))
+        return super().begin(step, sizes, counted)
 
     def score(self, groups, step=0):
         if step in self.at:
@@ -45,7 +45,7 @@ def rolled(tmp_path, flat, fail=(), **config):
 def test_groups_without_variance_are_replaced_until_enough_can_be_trained_on(tmp_path):
     # Round 0 asks for groups 0 to 3, of which 1 and 2 are flat; round 1 for 4 and 5, of which 4 is; round 2 for 6.
     run, cursor, ledger, metrics = rolled(tmp_path, {1, 2, 4}, max_rollout_rounds=5)
-    assert run.reward_manager.rounds == [(1, 0, 4), (1, 1, 2), (1, 2, 1)]
+    assert run.reward_manager.rounds == [(1, True, 4), (1, False, 2), (1, False, 1)]
     assert [group[0].group for group in ledger.trained] == [0, 3, 5, 6]
     assert (ledger.groups_in, ledger.dropped, ledger.replaced) == (7, {"zero_variance": 3}, {"zero_variance": 3})
     assert cursor.taken == 7
@@ -55,7 +55,7 @@ def test_groups_without_variance_are_replaced_until_enough_can_be_trained_on(tmp
 
 def test_the_bound_holds_and_what_is_left_is_dropped(tmp_path):
     run, cursor, ledger, metrics = rolled(tmp_path, set(range(100)), max_rollout_rounds=3)
-    assert run.reward_manager.rounds == [(1, 0, 4), (1, 1, 4), (1, 2, 4)]
+    assert run.reward_manager.rounds == [(1, True, 4), (1, False, 4), (1, False, 4)]
     assert ledger.trained == [] and ledger.dropped == {"zero_variance": 12}
     assert ledger.replaced == {"zero_variance": 8}  # the last four in vain: nothing came in their place
     assert cursor.taken == 12

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from formats.base import AllowedSet
 from record.trajectory import ranges_of
@@ -23,7 +24,7 @@ def tensors(seed: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return logits_BV, allowed_BV
 
 
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 @given(
     seed=st.integers(0, 10_000),
     temperature=st.sampled_from([0.25, 1.0, 2.0]),
@@ -99,7 +100,7 @@ def test_hash_is_splitmix64():
     assert hash64(np.zeros(3, np.uint64), np.arange(3)).tolist() == expected
 
 
-@settings(max_examples=20, deadline=None)
+@examples(0.2)
 @given(seed=st.integers(-(2**40), 2**40), group=st.integers(0, 2**40))
 def test_uniforms_are_uniform_over_decisions_and_over_members(seed, group):
     over_decisions = uniforms(np.full(4096, noise_key(seed, group, 0), np.uint64), np.arange(4096))

@@ -20,7 +20,9 @@ from sft.sources import load_demonstrations, words_of
 from sft.train import demonstrate, render_all
 from tasks.registry import get_task
 from training.tracking import read_metrics
+from underdrawing.build import build_task
 from underdrawing.cli import main
+from underdrawing.recipe import load_recipe
 
 FMT = get_format("strokes", max_images=4)
 TASK = get_task("shapes")
@@ -211,7 +213,7 @@ def says(completions, wanted, trajectories, **columns):
 '''
 
 
-def test_prompts_of_ones_own_train_a_policy_without_code(tmp_path, capsys):
+def test_prompts_of_ones_own_train_a_policy_without_code(tmp_path, caplog):
     demonstrations = export(tmp_path / "demos", 8)
     questions = [d.prompt for d in TASK.demonstrations("strokes", 8, seed=0)]
     rows = [{"question": q, "answer": q.split()[-1]} for q in dict.fromkeys(questions)]
@@ -233,16 +235,27 @@ def test_prompts_of_ones_own_train_a_policy_without_code(tmp_path, capsys):
     metrics = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2]
     assert all(0 <= row["reward/wanted"] <= 1 and row["groups/in"] == 2 for row in metrics)
-    assert main(["rollout", str(recipe), "--prompts", "2", "--split", "train", "--out", str(tmp_path / "out")]) == 0
-    written = load_trajectories(tmp_path / "out")
+    out = tmp_path / "out"
+    asked = ["--prompts", "2", "--samples", "3", "--split", "train", "--out", str(out)]
+    assert main(["rollout", str(recipe), *asked]) == 0
+    written = load_trajectories(out)
+    assert [(t.group, t.member) for t in written] == [(g, m) for g in (0, 1) for m in range(3)]
     assert {t.record["wanted"] for t in written} <= {row["answer"] for row in rows}
     assert all(t.rewards["wanted"] is not None for t in written)
-    # The best of what it wrote are demonstrations again.
-    again = [str(recipe), f"sft.data={tmp_path / 'out'}", "sft.best=1", f"run_dir={tmp_path / 'again'}"]
-    capsys.readouterr()
-    code = main(["sft", *again])
-    said = capsys.readouterr().err
-    assert code == 0 or "can be learned from" in said  # two steps teach no format
+
+    # The best of them are demonstrations again, once it writes well: two steps teach no format.
+    policy = load_policy(PolicyConfig(path=str(tmp_path / "run/sft/model")))
+    good = load_demonstrations(SftConfig(data=demonstrations), get_format("strokes", max_images=4), policy)
+    for trajectory, well in zip(written, good, strict=False):
+        trajectory.segments[1:], trajectory.stop, trajectory.reward = well.segments[1:], StopReason.END, 1.0
+    written[1].reward = None
+    written[2].record = build_task(load_recipe(recipe)).prompts("heldout")[0]
+    save_trajectories(written, out)
+    caplog.clear()
+    again = [f"sft.data={out}", "sft.best=2", f"run_dir={tmp_path / 'again'}", f"policy.path={tmp_path}/run/sft/model"]
+    assert main(["sft", str(recipe), *again]) == 0
+    assert "2 of 6 stored trajectories are not learned from: 1 without a reward, 1 of a held-out prompt" in caplog.text
+    assert (tmp_path / "again/sft/model/config.json").is_file()
 
 
 def test_resuming_with_mended_prompts_wants_the_flag(tmp_path, capsys):

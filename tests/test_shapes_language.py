@@ -3,6 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rewards.functions.geneval import evaluate
+from tasks.base import Detection
 from tasks.shapes.demonstrations import slip
 from tasks.shapes.detector import detect
 from tasks.shapes.language import (
@@ -222,6 +224,19 @@ def test_a_partial_plan_owes_its_part():
     assert part["include"] == [{"class": "cross", "count": 2}] and part["exclude"] == [{"class": "cross", "count": 3}]
 
 
+def test_a_partial_plan_owes_its_part_of_a_class_that_several_clauses_name():
+    record = {
+        "include": [{"class": "cross", "count": 1}, {"class": "cross", "count": 3}],
+        "exclude": [{"class": "cross", "count": 4}],
+    }
+    for turned in (record, {**record, "include": record["include"][::-1]}):
+        part = requirement(turned, "<des> red cross top-left , red cross right </des>")
+        assert sorted(clause["count"] for clause in part["include"]) == [1, 2]
+        assert part["exclude"] == [{"class": "cross", "count": 3}]  # two are right, though one clause wants one
+        two = {"cross": [Detection((0.0, 0.0, 9.0, 9.0), 0.99, "red"), Detection((20.0, 0.0, 29.0, 9.0), 0.99, "red")]}
+        assert evaluate(part, two) == (True, "")
+
+
 def test_a_relation_is_owed_where_both_ends_are_planned():
     record = {
         "tag": "position",
@@ -267,6 +282,22 @@ def test_missing_and_shape():
     assert holds(Mistake("shape", clause_of(cross)), record, look(BLUE_CIRCLE, cross))
     assert not holds(Mistake("shape", clause_of(BLUE_CIRCLE)), record, look(BLUE_CIRCLE, cross))
     assert not holds(Mistake("shape", clause_of(cross)), record, look(BLUE_CIRCLE, RED_SQUARE, cross)[:0])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_mistake_holds_for_any_clause_of_its_class(turned):
+    include = [{"class": "cross", "count": 1, "color": "red"}, {"class": "cross", "count": 3}]
+    record = {"include": include[::-1] if turned else include}
+    red, blue, green = (Object("cross", color, place) for color, place in (("red", 0), ("blue", 2), ("green", 6)))
+    assert holds(Mistake("missing", Clause("cross")), record, look(red, blue))  # the second wants three
+    assert not holds(Mistake("missing", Clause("cross")), record, look(red, blue, green))
+    assert holds(Mistake("color", Clause("cross", "blue")), record, look(red, blue, green))  # the first wants red
+    assert not holds(Mistake("color", Clause("cross", "red")), record, look(red, blue, green))
+    # A cross in a circle's place: crosses are too many only where every clause of theirs has more than it wants.
+    lacking = {"include": [*record["include"], {"class": "circle", "count": 1}]}
+    fourth = Object("cross", "red", 8)
+    assert not holds(Mistake("shape", Clause("cross", "blue")), lacking, look(red, blue, green))
+    assert holds(Mistake("shape", Clause("cross", "blue")), lacking, look(red, blue, green, fourth))
 
 
 def test_extra_is_a_fault_in_counting_only():

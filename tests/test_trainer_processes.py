@@ -40,11 +40,15 @@ accelerator.end_training()
 """
 
 
-def launch(processes: int, script: str, *args: str) -> None:
-    """Run a script in as many processes as a launcher would start, and wait for them all."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def launch(processes: int, script: str, *args: str) -> None:
+    """Run a script in as many processes as a launcher would start, and wait for them all."""
+    port = free_port()
     root = Path(__file__).parent.parent
     environment = {
         **os.environ,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +22,6 @@ from policy.chameleon.vq import (
     vq_config,
 )
 
-FIXTURES = Path(os.environ.get("UNDERDRAWING_FIXTURES", Path(__file__).parent.parent / "../shared/fixtures"))
 SMALL = {
     "embed_dim": 8,
     "num_embeddings": 32,
@@ -36,21 +33,14 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def reference() -> dict:
-    path = FIXTURES / "chameleon_tiny.pt"
-    if not path.exists():
-        pytest.skip(f"no fixture {path.name}: set UNDERDRAWING_FIXTURES to the folder that has it")
-    return torch.load(path, weights_only=True)
-
-
 def small(seed: int = 0) -> ChameleonVQ:
     torch.manual_seed(seed)
     return ChameleonVQ(vq_config(SMALL))
 
 
 @pytest.mark.parity
-def test_parity_with_the_reference_tokenizer(reference):
+def test_parity_with_the_reference_tokenizer(reference_tensors):
+    reference = reference_tensors("chameleon_tiny.pt")
     vq = ChameleonVQ(vq_config(reference["vq_config"]))
     load_checkpoint_entries(vq, reference["state_dict"])
     with torch.no_grad():

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from rl.weight_sync import WeightSynchronizer, smallest
 from rollout.pool.local import LocalRollouts
@@ -52,7 +53,7 @@ class Mixed(torch.nn.Module):
 
 
 @given(chunk_bytes=st.integers(1, 700), seed=st.integers(1, 5))
-@settings(max_examples=25, deadline=None)
+@examples(0.25)
 def test_any_chunking_carries_any_tensor(chunk_bytes, seed):
     sent, received = Mixed(seed), Mixed(0)
     update = pack(sent.state_dict(), 0, chunk_bytes=chunk_bytes)

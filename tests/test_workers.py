@@ -9,15 +9,18 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rl.weight_sync import WeightSynchronizer
 from rollout.config import RolloutConfig
+from rollout.engine.engine import Engine
 from rollout.open import open_rollouts
 from rollout.pool.assignment import Assignment, Call
 from rollout.pool.contract import FailedGroup, FinishedGroup, WorkersError
@@ -88,7 +91,6 @@ def test_free_slots_take_what_fills_their_rows_and_less_towards_the_end():
     assert sizes == [10, 8, 6, 4, 3, 3, 3, 3]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 12), st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.booleans(), st.randoms())
 def test_every_group_is_finished_or_dropped_once(groups, slots, fill, retries, reproducible, random):
     assignment = Assignment(groups, slots, fill, retries, reproducible)
@@ -139,6 +141,72 @@ def test_without_workers_the_trainers_policy_samples():
     assert isinstance(rollouts, LocalRollouts) and rollouts.shares_weights(policy)
 
 
+def threads_while_writing(
+    rollouts: LocalRollouts, asked: list[RolloutRequest], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int], int]:
+    """CPU threads of torch while its engine writes, and those between groups and afterwards, which must be the same."""
+    seen: list[int] = []
+    between: set[int] = set()
+    stream = Engine.stream
+
+    def watched(self, requests):
+        for trajectory in stream(self, requests):
+            seen.append(torch.get_num_threads())
+            yield trajectory
+
+    monkeypatch.setattr(Engine, "stream", watched)
+    for _ in rollouts.stream(asked):
+        between.add(torch.get_num_threads())
+    (outside,) = between | {torch.get_num_threads()}
+    return seen, outside
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("asked, inside", [(None, 3), (1, 1), (2, 2), (3, 3)])
+def test_rollouts_in_this_process_have_their_own_threads_and_the_trainer_has_its_own_after(monkeypatch, asked, inside):
+    rollouts = LocalRollouts(engine(ROLLOUT), asked)
+    seen, outside = threads_while_writing(rollouts, requests(3), monkeypatch)
+    assert seen == [inside] * 9 and outside == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_are_the_trainers_again_when_rollouts_fail_or_their_reader_leaves():
+    rollouts = LocalRollouts(engine(ROLLOUT), 1)
+    assert isinstance(next(reading := rollouts.stream(requests(2))), FinishedGroup)
+    assert torch.get_num_threads() == 3
+    reading.close()
+    with pytest.raises(ValueError, match="poison"):
+        list(rollouts.stream(requests(1, records={0: {"trouble": "raise"}})))
+    assert torch.get_num_threads() == 3
+    trajectories = rollouts.generate(requests(1)).groups[0]
+    rollouts.probe(trajectories)
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_the_recipes_threads_reach_the_pool(monkeypatch):
+    from formats.config import FormatConfig
+    from tests.chameleon_helpers import WORDS, small_config
+
+    config = RolloutConfig(workers=0, threads=2, rows=4, max_tokens=20)
+    policy_config = small_config()
+    policy = engine_spec(policy_config, FormatConfig(max_images=2), config, WORDS).build().policy
+    rollouts = open_rollouts(policy, policy_config, FormatConfig(max_images=2), config, WORDS)
+    assert isinstance(rollouts, LocalRollouts)
+    asked = [RolloutRequest(0, "a red circle", {"tag": "single_object"}, (0, 1), 7)]
+    seen, outside = threads_while_writing(rollouts, asked, monkeypatch)
+    assert set(seen) == {2} and outside == 3
+    assert RolloutConfig().actor_threads == 1 and RolloutConfig(threads=2).actor_threads == 2
+
+
 def test_a_start_sweeps_the_folders_of_killed_runs(monkeypatch):
     with tempfile.TemporaryDirectory(prefix="u", dir="/tmp") as parent:  # short, for Ray's sockets
         monkeypatch.setattr(tempfile, "tempdir", parent)
@@ -147,8 +215,15 @@ def test_a_start_sweeps_the_folders_of_killed_runs(monkeypatch):
         orphan, alive = Path(parent, f"ud-ray-{dead.pid}-abcdefgh"), Path(parent, f"ud-ray-{os.getpid()}-abcdefgh")
         orphan.mkdir()
         alive.mkdir()
+        stack, recent, other = (Path(parent, name) for name in ("ud-stack-old", "ud-stack-new", "mine"))
+        for file in (stack, recent, other):
+            file.touch()
+        two_days_ago = time.time() - 2 * 86_400
+        os.utime(stack, (two_days_ago, two_days_ago))
+        os.utime(other, (two_days_ago, two_days_ago))
         made = ray_cluster._folder()
-        assert set(Path(parent).iterdir()) == {alive, made} and made.name.startswith(f"ud-ray-{os.getpid()}-")
+        assert set(Path(parent).iterdir()) == {alive, recent, other, made}
+        assert made.name.startswith(f"ud-ray-{os.getpid()}-")
 
 
 def test_no_free_port_is_said_at_once(monkeypatch):
@@ -297,7 +372,8 @@ def test_if_all_die_the_first_crash_is_quoted(cluster):
     try:
         with pytest.raises(WorkersError, match=r"not one of 2 groups.* worker 0 \(process \d+\) died"):
             pool.generate(requests(2, records={0: {"trouble": "die"}, 1: {"trouble": "die"}}))
-        mixed = list(pool.stream(requests(2, members=1, records={1: {"trouble": "die"}})))
+        late = {"trouble": "die", "slow": 0.5}  # when the other group is on its way
+        mixed = list(pool.stream(requests(2, members=1, records={1: late})))
         assert [type(done) for done in mixed] == [FinishedGroup, FailedGroup] and mixed[1].reason == "crash"
     finally:
         pool.close()

@@ -37,7 +37,15 @@ _OWN = "crc32"  # of the rest of state.json; those written before had none
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, or not be trusted."""
+    """A checkpoint that cannot be written, or not be trusted.
+
+    `broken`: the folder of one that is not as it was written. `earlier`: the finished one before it, where there is
+    one; whoever knows the command says how to take that.
+    """
+
+    def __init__(self, message: str, broken: Path | None = None, earlier: Path | None = None) -> None:
+        super().__init__(message)
+        self.broken, self.earlier = broken, earlier
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,35 @@ def latest(root: Path) -> Path | None:
     return Path(root) / f"step-{finished[-1]:06d}" if finished else None
 
 
+def chosen(root: Path, which: str) -> Path:
+    """The finished checkpoint that a person names: by its step, or by its folder.
+
+    Args:
+        root: the run's folder `checkpoints`.
+
+    Raises:
+        CheckpointError: there is none of that step or in that folder, or it is another run's and this one has its own.
+    """
+    finished = ", ".join(map(str, steps(root))) or "none"
+    if which.isascii() and which.isdigit() and len(which) < 19:
+        folder = Path(root) / f"step-{int(which):06d}"
+        if not is_checkpoint(folder):
+            raise CheckpointError(f"{root}: no checkpoint of step {which}; there are: {finished}")
+        return folder
+    folder = Path(which)
+    if not is_checkpoint(folder):
+        raise CheckpointError(
+            f"{folder}: no finished checkpoint; name a step ({finished}) or a folder, such as "
+            f"{Path(root) / 'step-000040'}"
+        )
+    if steps(root) and folder.resolve().parent != Path(root).resolve():
+        raise CheckpointError(
+            f"{folder}: belongs to another run, and {root} holds checkpoints of this one; choose another run_dir to go "
+            f"on from it there"
+        )
+    return folder
+
+
 def rewind(root: Path, step: int) -> None:
     """Forget the checkpoints after `step`, from which a run goes on: they belong to what it will do otherwise."""
     for later in steps(root):
@@ -142,8 +179,18 @@ def load(folder: Path) -> Checkpoint:
     try:
         trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise CheckpointError(f"{folder / 'trainer.pt'}: cannot be read ({error}){_other(folder)}") from None
+        raise _broken(folder, f"{folder / 'trainer.pt'}: cannot be read ({error})") from None
     return Checkpoint(folder, state["step"], state["cursor"], trainer, state["recipe"])
+
+
+def started_from(folder: Path) -> str | None:
+    """Where the weights came from that the checkpoint's run started from; None where that is not known. Nothing is
+    checked, and no tensor is read."""
+    try:
+        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+        return trainer["start"]["source"]
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError):
+        return None
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -156,15 +203,14 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, expected in state["files"].items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete{_other(folder)}")
+            raise _broken(folder, f"{path}: missing; the checkpoint is incomplete")
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{path}: {size} bytes where {expected['bytes']} were written; the file was cut or "
-                f"altered{_other(folder)}"
+            raise _broken(
+                folder, f"{path}: {size} bytes where {expected['bytes']} were written; the file was cut or altered"
             )
         if measure(path) != expected:
-            raise CheckpointError(f"{path}: its checksum is not the one written; the file is corrupt{_other(folder)}")
+            raise _broken(folder, f"{path}: its checksum is not the one written; the file is corrupt")
     return state
 
 
@@ -173,31 +219,30 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{folder}: no checkpoint: it has no state.json. A checkpoint is a folder checkpoints/step-* of a run"
+        raise _broken(
+            folder,
+            f"{folder}: no checkpoint: it has no state.json. A checkpoint is a folder checkpoints/step-* of a run",
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); the file was cut or altered{_other(folder)}") from None
+        raise _broken(folder, f"{path}: not JSON ({error}); the file was cut or altered") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}){_other(folder)}") from None
+        raise _broken(folder, f"{path}: cannot be read ({error.strerror or error})") from None
     missing = set(_KEYS) - set(state if isinstance(state, dict) else ())
     if missing:
-        raise CheckpointError(f"{path}: no key '{sorted(missing)[0]}'; the file was altered{_other(folder)}")
+        raise _broken(folder, f"{path}: no key '{sorted(missing)[0]}'; the file was altered")
     if state["format"] != FORMAT:
         raise CheckpointError(f"{path}: written in format {state['format']}; this version reads {FORMAT}")
     unknown = set(state) - set(_KEYS) - {_OWN}  # its own checksum under an altered name, say
     if unknown:
-        raise CheckpointError(f"{path}: unknown key '{sorted(unknown)[0]}'; the file was altered{_other(folder)}")
+        raise _broken(folder, f"{path}: unknown key '{sorted(unknown)[0]}'; the file was altered")
     if _OWN in state and state.pop(_OWN) != _checksum(state):
-        raise CheckpointError(f"{path}: its checksum is not the one written; the file is corrupt{_other(folder)}")
+        raise _broken(folder, f"{path}: its checksum is not the one written; the file is corrupt")
     for key, kind in _KEYS.items():
         if not isinstance(state[key], kind):
-            raise CheckpointError(f"{path}: '{key}' is no {kind.__name__}; the file was altered{_other(folder)}")
+            raise _broken(folder, f"{path}: '{key}' is no {kind.__name__}; the file was altered")
     for name, written in state["files"].items():
         if not (isinstance(written, dict) and all(isinstance(written.get(key), int) for key in ("bytes", "crc32"))):
-            raise CheckpointError(
-                f"{path}: 'files' tells no size and checksum of '{name}'; the file was altered{_other(folder)}"
-            )
+            raise _broken(folder, f"{path}: 'files' tells no size and checksum of '{name}'; the file was altered")
     return state
 
 
@@ -207,11 +252,14 @@ def _checksum(state: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _other(folder: Path) -> str:
-    """Where else to go: the newest earlier checkpoint."""
+def _broken(folder: Path, message: str) -> CheckpointError:
+    """The error of a checkpoint that is not as it was written, with the one before it."""
     match = _NAME.fullmatch(folder.name)
-    earlier = [number for number in steps(folder.parent) if match and number < int(match[1])]
-    return f". The one before is {folder.parent / f'step-{earlier[-1]:06d}'}" if earlier else ""
+    before = [number for number in steps(folder.parent) if match and number < int(match[1])]
+    if not before:
+        return CheckpointError(message, folder)
+    earlier = folder.parent / f"step-{before[-1]:06d}"
+    return CheckpointError(f"{message}. The one before is {earlier}", folder, earlier)
 
 
 def _write_tensors(state: dict[str, Any], path: Path) -> None:

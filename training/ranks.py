@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from runtime.errors import UserError
@@ -33,7 +34,7 @@ def rank_local(accelerator: Accelerator) -> Iterator[None]:
         raise BrokenOffError(f"{type(error).__name__} in process {accelerator.process_index}: {error}") from error
 
 
-def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def run_on_main(accelerator: Accelerator | PartialState, work: Callable[[], T]) -> T:
     """What `work` returns on the first process, on every process (pickled). Nothing else runs it.
 
     An error there is raised on all: the others would wait for ever. It is an ElsewhereError there after a UserError,
@@ -54,3 +55,14 @@ def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if box[1]:
         raise (ElsewhereError if box[2] else BrokenOffError)(box[1])
     return box[0]
+
+
+def signal_anywhere(accelerator: Accelerator, number: int) -> int:
+    """The signal that some process has received, the same on all; 0: none has. Collective.
+
+    A batch system may send it to one process alone, or to them all at different steps.
+    """
+    if accelerator.num_processes == 1:
+        return number
+    numbers = torch.tensor([number], device=accelerator.device)
+    return int(accelerator.gather(numbers).max())  # type: ignore[union-attr]

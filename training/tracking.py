@@ -1,4 +1,4 @@
-"""One writer of metrics: `metrics.jsonl` always, W&B as its mirror on its own step axis, trajectories as images.
+"""One writer of metrics: `metrics.jsonl` always, W&B as its mirror, trajectories as images.
 
 A line of metrics.jsonl is {"step": int, name: number, ...}, written whole and flushed. Rank 0 alone holds a Tracker.
 """
@@ -6,26 +6,29 @@ A line of metrics.jsonl is {"step": int, name: number, ...}, written whole and f
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import uuid
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, field_validator
 
 from record.trajectory import Trajectory
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
+from runtime.section import Section
+from training.wandb_mirror import WandbMirror, wandb_login
+
+logger = logging.getLogger(__name__)
 
 
-class TrackConfig(BaseModel):
+class TrackConfig(Section):
     """Where metrics go besides metrics.jsonl."""
-
-    model_config = ConfigDict(extra="forbid")
 
     wandb: Literal["online", "offline", "disabled", "auto"] = Field(
         "auto", description="auto: online with a login, else offline"
@@ -35,9 +38,22 @@ class TrackConfig(BaseModel):
     trajectories_every: int = Field(10, ge=1, description="steps between stored sets of trajectories")
     trajectories: int = Field(8, ge=0, description="trajectories in a stored set; 0: none")
 
+    @field_validator("wandb_project")
+    @classmethod
+    def _project_is_one(cls, value: str) -> str:
+        if not 1 <= len(value) <= 128 or not value.isprintable() or set(value) & set("/\\#?%:"):
+            raise ValueError("W&B takes 1 to 128 characters, and none of / \\ # ? % :")
+        return value
 
-RESUME = "free some space and resume"
-STRIP_HEIGHT, STRIP_GAP = 128, 4  # px
+    @field_validator("wandb_entity")
+    @classmethod
+    def _entity_is_one(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", value):
+            raise ValueError("the name of a W&B user or team has letters, digits, _, - and . alone")
+        return value
+
+
+RESUME = "mend that and resume", "free some space and resume"  # advice: for any reason, for a full disk
 
 
 # Metrics by the names that they had in release 0.1: written beside the present ones until release 0.3.
@@ -85,17 +101,19 @@ class Tracker:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             _drop_half_line(self.path)
             self._file = self.path.open("a")
-        self._wandb = _start_wandb(self.config, self.run_dir, name, recipe)
-        self._table: Any = None
+        self._mirror = self._open_mirror(name, recipe or {})
+        self._sampled: dict[int, Sequence[Trajectory]] = {}  # what trajectories() stored, until its step's line
         self.listeners: list[Any] = []  # each with heard(step, metrics): a progress display, say
 
     def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Write one line. NaN and infinity are written as null: JSON has no such numbers."""
         named = {**metrics, **{old_name(name): value for name, value in metrics.items()}}
         row = {"step": step, **{k: _finite(v) for k, v in named.items()}}
+        mirror = self._started_mirror()  # with the lines before this one
         self._write(json.dumps(row) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **{k: v for k, v in row.items() if v is not None}})
+        sample = self._sampled.pop(step, None)
+        if mirror is not None:
+            mirror.log(row, self._stored(step) if sample is None else sample)
         self.show(step, metrics)
 
     def show(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
@@ -104,70 +122,92 @@ class Tracker:
             listener.on_metrics(step, metrics)
 
     def trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> Path | None:
-        """Store a sample of trajectories under run_dir/trajectories/<step> and mirror them as a W&B table."""
+        """Store a sample of trajectories under run_dir/trajectories/<step>; the step's line brings them to W&B."""
         sample = list(trajectories)[: self.config.trajectories]
         if not sample:
             return None
         from record.store import save_trajectories
 
-        folder = self.run_dir / "trajectories" / f"{step:06d}"
+        folder = self._folder(step)
         save_trajectories(sample, folder)
-        if self._wandb is not None:
-            self._log_table(step, sample)
+        self._sampled[step] = sample
         return folder
 
-    def rewind(self, step: int) -> None:
-        """Forget every line of a step >= `step`: a resumed run writes them again."""
-        kept = [row for row in read_metrics(self.path) if row["step"] < step]
-        with writing(self.path, RESUME):
+    def rewind(self, step: int, sampled: int | None = None) -> None:
+        """Forget every line of a step >= `step`: a resumed run writes them again. Begins or resumes the W&B run.
+
+        Args:
+            sampled: the first step whose stored trajectories are forgotten; None: `step`. It is a later one where a
+                step was sampled and trained, but not logged.
+
+        Raises:
+            UserError: metrics.jsonl cannot be read or written, or W&B cannot be used.
+        """
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if row["step"] < step]
+        with writing(self.path, *RESUME):
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file.close()
             self._file = self.path.open("a")
+            for later in self._stored_steps():
+                if later >= (step if sampled is None else sampled):
+                    _discard(self._folder(later))
+        if self._mirror is not None and len(kept) < len(rows):
+            self._mirror.close()
+        self._started_mirror()
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk has been reported where it was met; closing writes the rest once more
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._mirror is not None:
+            self._mirror.close()
 
     def _write(self, line: str) -> None:
-        with writing(self.path, RESUME):
+        with writing(self.path, *RESUME):
             self._file.write(line)
             self._file.flush()
 
-    def _log_table(self, step: int, sample: Sequence[Trajectory]) -> None:
-        import wandb
+    # ---- the mirror ----
 
-        # One table that grows: tables logged under one key replace each other (trl#2045).
-        columns: list[str | int] = ["step", "prompt", "thought", "images", "reward", "parts", "stop"]
-        if self._table is None:
-            self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
-        for t in sample:
-            # One image a cell, which every view of W&B shows.
-            shown = [(segment.role, segment.image) for segment in t.segments if segment.image is not None]
-            images = (
-                wandb.Image(filmstrip([image for _, image in shown]), caption=", ".join(role for role, _ in shown))
-                if shown
-                else None
-            )
-            trajectory = "\n".join(f"[{s.role}] {s.text}" for s in t.segments[1:])
-            self._table.add_data(step, t.prompt, trajectory, images, t.reward, json.dumps(t.rewards), str(t.stop))
-        self._wandb.log({"step": step, "trajectories": self._table})
-
-
-def filmstrip(images: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 [height, width, 3]: images side by side in their order, small ones enlarged by a whole factor."""
-    tall = max(image.shape[0] for image in images)
-    times = max(1, STRIP_HEIGHT // tall)
-    frames = [
-        np.pad(
-            image.repeat(times, 0).repeat(times, 1),
-            ((0, (tall - image.shape[0]) * times), (0, STRIP_GAP), (0, 0)),
-            constant_values=255,
+    def _open_mirror(self, name: str, recipe: Mapping[str, Any]) -> WandbMirror | None:
+        config = self.config
+        if config.wandb == "disabled":
+            return None
+        mode = config.wandb if config.wandb != "auto" else "online" if wandb_login() else "offline"
+        return WandbMirror(
+            self.run_dir,
+            mode=mode,
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            name=name,
+            recipe=recipe,
         )
-        for image in images
-    ]
-    return np.concatenate(frames, 1)[:, :-STRIP_GAP]
+
+    def _started_mirror(self) -> WandbMirror | None:
+        """The mirror, brought to where metrics.jsonl is."""
+        if self._mirror is not None and not self._mirror.started:
+            steps = self._stored_steps()
+            self._mirror.start(read_metrics(self.path), ((step, self._stored(step)) for step in steps))
+        return self._mirror
+
+    # ---- stored trajectories ----
+
+    def _folder(self, step: int) -> Path:
+        return self.run_dir / "trajectories" / f"{step:06d}"
+
+    def _stored_steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self.run_dir.glob("trajectories/*") if path.name.isdigit())
+
+    def _stored(self, step: int) -> Sequence[Trajectory]:
+        """The trajectories that a step stored; none where it stored none, or where they cannot be read."""
+        from record.store import load_trajectories
+
+        folder = self._folder(step)
+        try:
+            return load_trajectories(folder) if folder.is_dir() else ()
+        except UserError as error:  # they are for people to look at: no reason to end a run
+            logger.warning("W&B does without the trajectories of step %d: %s", step, error)
+            return ()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -208,38 +248,16 @@ def _finite(value: float | int | None) -> float | int | None:
     return value if math.isfinite(value) else None
 
 
-def _start_wandb(config: TrackConfig, run_dir: Path, name: str, recipe: Mapping[str, Any] | None) -> Any:
-    mode = config.wandb
-    if mode == "disabled":
-        return None
-    import wandb
+def _discard(folder: Path) -> None:
+    """Delete stored trajectories under another name: half deleted, they must not pass for whole. A folder that holds
+    anything else stays."""
+    from record.store import StoreError, check_folder
 
-    if mode == "auto":
-        mode = "online" if wandb_login() else "offline"
-    # The id is the run directory's, so that a resumed run goes on in the same W&B run.
-    marker = run_dir / "wandb_id"
-    with writing(marker):
-        identity = marker.read_text().strip() if marker.exists() else uuid.uuid4().hex[:12]
-        marker.write_text(identity)
-    run = wandb.init(
-        project=config.wandb_project,
-        entity=config.wandb_entity,
-        name=name,
-        dir=str(run_dir),
-        mode=mode,
-        id=identity,
-        resume="allow",
-        config=dict(recipe or {}),
-        settings=wandb.Settings(console="off", silent=True),
-    )
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
-
-
-def wandb_login() -> bool:
-    """Whether a W&B key is at hand: in the environment or in netrc. Opens no network."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return netrc.exists() and "wandb" in netrc.read_text(errors="ignore")
+    try:
+        check_folder(folder)
+    except StoreError:
+        return
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)

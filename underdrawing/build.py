@@ -5,6 +5,7 @@ Each function builds one thing from its section, so that a user's own script can
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 
 from formats.base import Format
+from formats.roles import check_names, check_roles
 from policy.base import Policy
-from policy.registry import FAMILIES, load_policy
+from policy.registry import FAMILIES, load_policy, load_vocabulary
 from rewards.alarms import Alarms
+from rewards.loader import is_own
 from rewards.manager import RewardManager
 from runtime.errors import UserError, writing
 from runtime.ray_cluster import Cluster, start_ray
@@ -44,7 +47,18 @@ def build_task(recipe: Recipe) -> Task:
 
 
 def build_format(recipe: Recipe) -> Format:
-    return recipe.format.build()
+    """The recipe's format, to which its maps by role, and its rewards' lists of roles, are held.
+
+    Raises:
+        UserError: no such format, an option that it does not take, or a map that names no role of it.
+    """
+    fmt = recipe.format.build()
+    check_roles(recipe, fmt)
+    for name, part in recipe.rewards.parts.items():
+        roles = part.options.get("roles", ())
+        if is_own(part.function) and isinstance(roles, list):
+            check_names(roles, fmt, f"rewards.parts.{name}.options.roles")
+    return fmt
 
 
 def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Policy:
@@ -80,8 +94,11 @@ def prompts(recipe: Recipe, task: Task, fmt: Format, policy: Policy, split: Spli
     return fitting(records, fmt, policy.vocabulary, policy.max_length, recipe.task, split) if records else records
 
 
-def build_reward_manager(recipe: Recipe, task: Task, fmt: Format) -> RewardManager:
-    return RewardManager(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps)
+def build_reward_manager(
+    recipe: Recipe, task: Task, fmt: Format, columns: Sequence[str] | None = None
+) -> RewardManager:
+    """`columns`: of the records that will be judged, where they are not the task's."""
+    return RewardManager(recipe.rewards, task, fmt, max_steps=recipe.grpo.steps, columns=columns)
 
 
 def build_alarms(recipe: Recipe) -> Alarms:
@@ -103,7 +120,7 @@ def start_cluster(recipe: Recipe) -> Cluster | None:
     starts it. Raises ClusterError where it cannot be had."""
     if recipe.rewards.ray_cpus is None:
         return None
-    return start_ray(recipe.rollout.workers * recipe.rollout.threads + recipe.rewards.ray_cpus)
+    return start_ray(recipe.rollout.workers * recipe.rollout.actor_threads + recipe.rewards.ray_cpus)
 
 
 def build_tracker(recipe: Recipe, folder: Path, job: str) -> Tracker:
@@ -120,7 +137,8 @@ def starting_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
     """The weights that a run starts from: those given, else the warm start's, else policy.path (None).
 
     Raises:
-        UserError: the folder given is none, or there is neither a warm start nor a policy.path.
+        UserError: the folder given is none, or there is neither a warm start nor a policy.path; of a run that has
+            checkpoints the sentence names the weights that it started from.
     """
     if given is not None:
         if not (given / "config.json").is_file():
@@ -130,11 +148,57 @@ def starting_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
     if (folder / "config.json").is_file():
         return folder
     if recipe.policy.path is None:
+        newest = checkpoint.latest(recipe.run_dir / "checkpoints")
+        if newest is not None:
+            source = checkpoint.started_from(newest)
+            raise UserError(
+                f"{recipe.run_dir}: its run started from weights that were given, and policy.path is not set; give "
+                f"them again: --weights {source or 'and the folder that it started from'}"
+            )
         raise UserError(
             f"{folder}: no warm start there, and policy.path is not set; run `underdrawing sft` with this "
             "recipe first, or give --weights"
         )
     return None
+
+
+def known_weights(recipe: Recipe, given: Path | None = None) -> Path | None:
+    """The weights that a job would begin with, where there are any by now: those given, the newest checkpoint's, the
+    warm start's, or policy.path.
+
+    Raises:
+        UserError: the folder given is none.
+    """
+    newest = checkpoint.latest(recipe.run_dir / "checkpoints")
+    if given is not None or newest is None:
+        if given is None and recipe.policy.path is None and not (warm_start_folder(recipe) / "config.json").is_file():
+            return None
+        return starting_weights(recipe, given) or Path(str(recipe.policy.path))
+    return newest / "weights"
+
+
+def check_prompts(recipe: Recipe, task: Task, fmt: Format, weights: Path | None, splits: Sequence[Split]) -> None:
+    """Raises PromptError as `prompts`, without loading weights: by the vocabulary in their folder, where the family
+    says how to read it."""
+    if weights is None:
+        return
+    known = load_vocabulary(recipe.policy.model_copy(update={"path": str(weights)}))
+    if known is None:
+        return
+    vocabulary, max_length = known
+    for split in splits:
+        records = task.prompts(split)
+        if records:
+            fitting(records, fmt, vocabulary, max_length, recipe.task, split)
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """Raises UserError where run_dir is a file, or cannot be made."""
+    there = next(path for path in (recipe.run_dir.absolute(), *recipe.run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"run_dir: {there} is a file; name a folder, or one that can be made")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir: {there} is not writable for you; choose another run_dir")
 
 
 def check_policy_path(recipe: Recipe) -> None:
@@ -151,7 +215,7 @@ def write_recipe(recipe: Recipe, refused: bool = False) -> None:
     so that run's recipe stays."""
     if refused:
         return
-    with writing(recipe.run_dir, "free some space, or choose another run_dir"):
+    with writing(recipe.run_dir, "choose another run_dir"):
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
 

@@ -6,59 +6,112 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
+import re
+import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from runtime.errors import UserError
+from underdrawing import search_path
 
-OUR_PACKAGES = (
-    "underdrawing",
-    "rl",
-    "sft",
-    "evals",
-    "training",
-    "rewards",
-    "rollout",
-    "tasks",
-    "policy",
-    "formats",
-    "record",
-    "runtime",
+search_path.settle()
+# isort: split
+from runtime.ending import leave  # noqa: E402
+from runtime.errors import UserError  # noqa: E402
+from runtime.interrupt import heed_signals, name_of, number_of, uninterrupted  # noqa: E402
+from runtime.ray_cluster import stop_ray  # noqa: E402
+from underdrawing.options import (  # noqa: E402
+    NEWEST,
+    Number,
+    Parser,
+    Whole,
+    checkpoint_name,
+    expanded_path,
+    join_resume,
 )
+
+if TYPE_CHECKING:
+    from tasks.base import Split
+
 RECIPE_HELP = "a YAML recipe; shipped ones are under configs/"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn a UserError into its sentence and exit code."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words = join_resume(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options, rest = parser.parse_known_args(words)
+    except UserError as error:
+        print(f"underdrawing: {error}", file=sys.stderr)
+        return error.exit_code
     # argparse ends a list of positionals at the first option; overrides may stand on both sides of one.
     if rest and (not hasattr(options, "overrides") or any(a.startswith("-") or "=" not in a for a in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
     quieten()
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a recipe may name functions of modules in the folder one stands in
-    try:
-        return options.run(options)
-    except UserError as error:
-        print(f"underdrawing: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        again = "; --resume goes on from there" if hasattr(options, "resume") else ""
-        print(f"underdrawing: interrupted; what was saved stays{again}", file=sys.stderr)
-        return 130
+    search_path.working_folder_last()
+    with heed_signals():
+        try:
+            return options.run(options)
+        except UserError as error:
+            print(f"underdrawing: {error}{_way_back(error, options, words)}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            number = number_of(error)
+            print(f"underdrawing: stopped by {name_of(number)}", file=sys.stderr)
+            return 128 + number
+
+
+def command() -> NoReturn:
+    """The command as a program: whatever happens, what it started ends before it does."""
+    leave_clean(main)
+
+
+def leave_clean(run: Callable[[], int]) -> NoReturn:
+    """Run, end the Ray that may be left, and exit with the code that `run` returns."""
+    with uninterrupted() as closing:
+        closing.callback(stop_ray)
+        code = run()
+    leave(code)
+
+
+class StderrHandler(logging.Handler):
+    """Writes to what sys.stderr is at the moment: while a progress line stands, rich puts itself there, and what is
+    written goes above the line instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def _way_back(error: UserError, options: argparse.Namespace, words: Sequence[str]) -> str:
+    """How to take the checkpoint before one that is not as it was written, where there is one."""
+    broken, earlier = getattr(error, "broken", None), getattr(error, "earlier", None)
+    resuming = bool(getattr(options, "resume", None))
+    if earlier is None:
+        return f". There is none before it; remove {broken} to start anew" if broken is not None and resuming else ""
+    if resuming:
+        others = [word for word in words if not word.startswith("--resume=")]
+        command = shlex.join(["underdrawing", *others, "--resume", str(int(re.sub(r"\D", "", earlier.name)))])
+        return f". To go on from that, and forget what came after it: {command}"
+    return f". To take its weights: --weights {earlier / 'weights'}"
 
 
 def quieten() -> None:
     """Our own messages at INFO, the libraries' at WARNING; their bars and banners off."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", stream=sys.stderr)
-    for name in OUR_PACKAGES:
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s", handlers=[StderrHandler()]
+    )
+    for name in search_path.PACKAGES:
         logging.getLogger(name).setLevel(logging.INFO)
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
@@ -81,7 +134,7 @@ def _has_gpu() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="underdrawing",
         description="Reinforcement-learning post-training for models that think in images and words.",
     )
@@ -91,49 +144,82 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         if recipe:
-            sub.add_argument("recipe", type=Path, help=RECIPE_HELP)
+            sub.add_argument("recipe", type=expanded_path, help=RECIPE_HELP)
             sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
-            sub.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe, stop")
+            sub.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="check what can be known without weights, print the resolved recipe",
+            )
         return sub
 
+    def resumable(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--resume",
+            nargs="?",
+            const=NEWEST,
+            type=checkpoint_name,
+            metavar="STEP|FOLDER",
+            help="go on from the newest checkpoint, or from the one of that step or in that folder; later checkpoints "
+            "and lines of metrics are then forgotten",
+        )
+
     sub = command("sft", _sft, "warm start: learn from demonstrations")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    resumable(sub)
 
     sub = command("grpo", _grpo, "improve the warm-started policy by its rewards")
-    sub.add_argument("--weights", type=Path, help="folder to start from; default: the recipe's warm start")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    sub.add_argument("--weights", type=expanded_path, help="folder to start from; default: the recipe's warm start")
+    resumable(sub)
     sub.add_argument(
         "--changed-prompts", action="store_true", help="with --resume: the task's prompts are others than they were"
     )
 
     sub = command("rollout", _rollout, "sample trajectories, judge and store them")
-    sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
-    sub.add_argument("--prompts", type=int, default=16, help="how many (default 16)")
-    sub.add_argument("--split", choices=("train", "heldout"), default="heldout")
-    sub.add_argument("--out", type=Path, help="folder to write (default run_dir/rollout)")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument("--prompts", type=Whole(1), default=16, help="how many (default 16)")
+    sub.add_argument("--samples", type=Whole(1), default=1, help="trajectories of each prompt (default 1)")
+    sub.add_argument(
+        "--split", choices=("train", "heldout"), default="heldout", help="default heldout; to learn from: train"
+    )
+    sub.add_argument("--out", type=expanded_path, help="folder to write (default run_dir/rollout)")
 
     sub = command("difficulty", _difficulty, "how often the policy passes each prompt, to select prompts by")
-    sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
-    sub.add_argument("--samples", type=int, default=8, help="answers to each prompt (default 8)")
-    sub.add_argument("--pass-at", type=float, default=1.0, help="reward from which on an answer passes (default 1)")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument("--samples", type=Whole(2), default=8, help="answers to each prompt, two or more (default 8)")
+    sub.add_argument(
+        "--pass-at", type=Number(above=-math.inf), default=1.0, help="reward from which on an answer passes (default 1)"
+    )
     sub.add_argument("--part", help="component of the reward to pass by; default: the total")
     sub.add_argument("--split", choices=("train", "heldout"), default="train")
-    sub.add_argument("--out", type=Path, help="file to write (default run_dir/difficulty.jsonl)")
+    sub.add_argument("--out", type=expanded_path, help="file to write (default run_dir/difficulty.jsonl)")
 
     from underdrawing import geneval
 
     sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of images in a folder")
-    sub.add_argument("--weights", type=Path, help="folder of the weights; default: the newest of the run")
-    sub.add_argument("--label", help="name under run_dir/evaluations (default: from the weights' place)")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument(
+        "--label",
+        help="name under run_dir/evaluations (default: from the weights' place, and what is not as in the run)",
+    )
     geneval.add_options(sub)
+
+    sub = command(
+        "compare", _compare, "two evaluations, or two runs' evaluations, by the paired bootstrap", recipe=False
+    )
+    place = "a run's folder (the evaluation of its latest step counts), or an evaluation's: RUN/evaluations/LABEL"
+    sub.add_argument("a", type=Path, metavar="RUN_A", help=place)
+    sub.add_argument("b", type=Path, metavar="RUN_B", help="the same; differences are B less A")
+    chosen = sub.add_mutually_exclusive_group()
+    chosen.add_argument("--label", help="of two runs: the evaluations of this label")
+    chosen.add_argument("--all", action="store_true", help="of two runs: every label that both have")
 
     from underdrawing import rewards_cli
 
     rewards_cli.add_parser(commands)
 
     sub = command("view", _view, "write the HTML report of a run, or of stored trajectories", recipe=False)
-    sub.add_argument("folder", type=Path, help="a run's folder, or a folder of stored trajectories")
-    sub.add_argument("--out", type=Path, help="file to write (default report.html in the folder)")
+    sub.add_argument("folder", type=expanded_path, help="a run's folder, or a folder of stored trajectories")
+    sub.add_argument("--out", type=expanded_path, help="file to write (default report.html in the folder)")
 
     sub = command("doctor", _doctor, "what works on this machine, and what to do about what doesn't", recipe=False)
     sub.add_argument("--no-ray", action="store_true", help="leave out the check that starts Ray")
@@ -146,16 +232,41 @@ def _recipe(options: argparse.Namespace) -> Any:
     return load_recipe(options.recipe, options.overrides)
 
 
-def _dry_run(recipe: Any) -> int:
-    """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights."""
+def _dry_run(
+    recipe: Any,
+    rolls_out: bool = True,
+    trains: bool = False,
+    evaluates: bool = False,
+    weights: Path | None = None,
+    splits: Sequence[Split] = (),
+) -> int:
+    """Print the resolved recipe and how the reward is made. Loads rewards and task, no weights.
+
+    Args:
+        rolls_out: the command writes thoughts and judges them; a warm start does neither.
+        trains: it makes optimiser steps, for which the recipe must be fit.
+        evaluates: it asks the held-out prompts, which must be there and can be judged.
+        weights: as given.
+        splits: whose prompts it asks; held to the vocabulary of the weights, where there are any by now.
+    """
     from rewards.tree import lines
+    from sft.sources import check_data
     from underdrawing import build
+    from underdrawing.evaluations import check_evaluation, check_named
+    from underdrawing.preflight import preflight
     from underdrawing.recipe import dump_recipe
 
-    build.check_policy_path(recipe)
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
+    task, fmt = preflight(recipe, rolls_out, trains)
+    if not rolls_out and recipe.sft.data is not None:
+        check_data(recipe.sft, recipe.policy.tiny.tags)
     with build.build_reward_manager(recipe, task, fmt):
         pass
+    build.check_run_dir(recipe)
+    check_named(recipe, task)
+    if rolls_out:
+        build.check_prompts(recipe, task, fmt, build.known_weights(recipe, weights), splits)
+    if evaluates:
+        check_evaluation(recipe, task, fmt)
     print(dump_recipe(recipe), end="")
     print(f"# reward = {recipe.rewards.formula()}")
     print("\n".join(f"# {line}" for line in lines(recipe.rewards)))
@@ -163,47 +274,50 @@ def _dry_run(recipe: Any) -> int:
     return 0
 
 
+def _resume(options: argparse.Namespace) -> bool | str:
+    return options.resume == NEWEST or (options.resume or False)
+
+
 def _sft(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, rolls_out=False, trains=True)
     from underdrawing.jobs import run_sft
 
-    print(f"warm-started weights: {run_sft(recipe, options.resume)}")
+    print(f"warm-started weights: {run_sft(recipe, _resume(options))}")
     return 0
 
 
 def _grpo(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        evaluates = recipe.grpo.evaluate_every is not None
+        splits: list[Split] = ["train", "heldout"] if evaluates else ["train"]
+        return _dry_run(recipe, trains=True, evaluates=evaluates, weights=options.weights, splits=splits)
     from underdrawing.jobs import run_grpo
 
-    weights = run_grpo(recipe, options.weights, options.resume, changed_prompts=options.changed_prompts)
+    weights = run_grpo(recipe, options.weights, _resume(options), changed_prompts=options.changed_prompts)
     print(f"trained weights: {weights}")
     return 0
 
 
 def _newest_weights(recipe: Any, given: Path | None) -> Path:
-    from training import checkpoint
     from underdrawing import build
 
-    newest = checkpoint.latest(recipe.run_dir / "checkpoints") if given is None else None
-    if newest is not None:
-        return newest / "weights"
-    found = build.starting_weights(recipe, given)
-    return found if found is not None else Path(recipe.policy.path)
+    found = build.known_weights(recipe, given) or build.starting_weights(recipe)  # which says what is missing
+    assert found is not None
+    return found
 
 
 def _rollout(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, weights=options.weights, splits=[options.split])
     from underdrawing.jobs import run_rollout
 
     folder = options.out or recipe.run_dir / "rollout"
     weights = _newest_weights(recipe, options.weights)
-    trajectories = run_rollout(recipe, weights, options.prompts, options.split, folder)
+    trajectories = run_rollout(recipe, weights, options.prompts, options.split, folder, options.samples)
     rewards = [t.reward for t in trajectories if t.reward is not None]
     mean = f"{sum(rewards) / len(rewards):.3f}" if rewards else "none judged"
     print(f"{len(trajectories)} trajectories of {weights} in {folder}; mean reward {mean}")
@@ -212,10 +326,8 @@ def _rollout(options: argparse.Namespace) -> int:
 
 def _difficulty(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
-    if options.samples < 2:
-        raise UserError(f"--samples: {options.samples} answers tell no rate; give at least 2")
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, weights=options.weights, splits=[options.split])
     from underdrawing.difficulty import run_difficulty, summary
 
     out = options.out or recipe.run_dir / "difficulty.jsonl"
@@ -236,49 +348,49 @@ def _evaluate(options: argparse.Namespace) -> int:
     geneval.refuse_options(options)
     recipe = _recipe(options)
     if options.dry_run:
-        return _dry_run(recipe)
+        return _dry_run(recipe, evaluates=True, weights=options.weights, splits=["heldout"])
     from rich.console import Console
-    from rich.table import Table
 
-    from underdrawing.jobs import run_evaluate
+    from underdrawing.evaluations import run_evaluate
+    from underdrawing.tables import print_evaluation
 
-    weights = _newest_weights(recipe, options.weights)
-    label = options.label or ("warm_start" if weights.parent.name == "sft" else weights.parent.name)
-    heldout = run_evaluate(recipe, weights, label)
-    table = Table(title=f"{weights}: {len(heldout.prompts)} held-out prompts", title_justify="left")
-    table.add_column("tag")
-    table.add_column("score", justify="right")
-    for tag, score in heldout.tags.items():
-        table.add_row(tag, f"{score:.3f}")
-    table.add_section()
-    table.add_row("[bold]mean of tags", f"[bold]{heldout.final_image:.3f}")
-    table.add_row("first sketch alone", f"{heldout.first_sketch:.3f}")
-    Console().print(table)
+    kept = run_evaluate(recipe, _newest_weights(recipe, options.weights), options.label)
+    print_evaluation(Console(), kept)
     print(
         json.dumps(
             {
-                "score": heldout.final_image,
-                "first_sketch": heldout.first_sketch,
-                "by_tag": heldout.tags,
-                "prompts": len(heldout.prompts),
-                "weights": str(weights),
+                "score": kept.score,
+                "score_of": kept.score_name,
+                **kept.means,
+                "by_tag": kept.by_tag,
+                "prompts": len(kept.prompts),
+                "weights": kept.summary["weights"],
+                "evaluation": str(kept.folder),
             }
         )
     )
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from underdrawing.compare import run_compare
+
+    return run_compare(options.a, options.b, options.label, options.all)
+
+
 def _view(options: argparse.Namespace) -> int:
-    from record.store import load_trajectories
+    from record.store import check_beside, load_trajectories
     from underdrawing.report.page import ReportData, report_data, write_report
 
     folder: Path = options.folder
+    page = options.out or folder / "report.html"
+    check_beside(page)
     if (folder / "trajectories.parquet").is_file():
         trajectories = load_trajectories(folder)
         data = ReportData(folder.name, f"{len(trajectories)} stored trajectories", sampled=[(0, trajectories)])
     else:
         data = report_data(folder)
-    print(f"report: {write_report(data, options.out or folder / 'report.html')}")
+    print(f"report: {write_report(data, page)}")
     return 0
 
 
@@ -289,4 +401,4 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

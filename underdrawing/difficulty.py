@@ -9,7 +9,6 @@ A prompt that is always or never passed gives a group without variance, which te
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,14 @@ from rollout.pool.contract import Rollouts
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
+from runtime.interrupt import stopping, uninterrupted
+from runtime.locks import beside, only_writer
 from tasks.base import Record, Split
 from underdrawing import build
+from underdrawing.preflight import preflight
+from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe
 
-logger = logging.getLogger(__name__)
 CHUNK = 64  # prompts between two writes: what an interruption loses at most
 COUNTS = ("pass_rate", "passes", "samples", "mean_reward")
 
@@ -44,34 +46,43 @@ def run_difficulty(
         part: a component of the reward by which to pass, in place of the total.
 
     Raises:
+        Busy: another process counts into `out`.
+        Interrupted: a signal stopped it.
         UserError: `out` is there already, an unknown part, or a `.part` file of other prompts or other settings.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it, or name another file with --out")
     if part is not None and part not in recipe.rewards.parts:
         raise UserError(f"--part: no '{part}'; the recipe has {', '.join(recipe.rewards.parts)}")
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
-    policy = build.build_policy(recipe, task, weights)
-    records = build.prompts(recipe, task, fmt, policy, split)
-    settings = {"weights": str(weights), "samples": samples, "pass_at": pass_at, "part": part, "seed": recipe.seed}
     partial = out.with_name(out.name + ".part")
-    done = _finished(partial, settings, records)
-    config = recipe.policy.model_copy(update={"path": str(weights)})
-    with build.build_reward_manager(recipe, task, fmt) as manager:
+
+    def told() -> str:
+        if not partial.exists():
+            return "stopped before anything was counted"
+        return f"stopped; what was counted stands in {partial}. Give the same command again to go on from there"
+
+    with stopping(told), only_writer(beside(out), out, "name another file with --out"), uninterrupted() as closing:
+        task, fmt = preflight(recipe)
+        policy = build.build_policy(recipe, task, weights)
+        records = build.prompts(recipe, task, fmt, policy, split)
+        settings = {"weights": str(weights), "samples": samples, "pass_at": pass_at, "part": part, "seed": recipe.seed}
+        done = _finished(partial, settings, records)
+        config = recipe.policy.model_copy(update={"path": str(weights)})
+        manager = build.build_reward_manager(recipe, task, fmt)
+        closing.callback(manager.close)
         rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, build.words(recipe, task, weights))
-        try:
-            for start in range(len(done), len(records), CHUNK):
-                chunk = records[start : start + CHUNK]
-                counted = _counted(rollouts, manager, chunk, start, samples, pass_at, part, recipe.seed)
-                _append(partial, settings if not done else None, counted)
-                done += counted
-                logger.info("%d of %d prompts", len(done), len(records))
-        finally:
-            rollouts.close()
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, "".join(json.dumps(record) + "\n" for record in done))
-        partial.unlink(missing_ok=True)
+        closing.callback(rollouts.close)
+        progress = StepProgress("prompts", len(records))
+        closing.callback(progress.close)
+        for start in range(len(done), len(records), CHUNK):
+            chunk = records[start : start + CHUNK]
+            counted = _counted(rollouts, manager, chunk, start, samples, pass_at, part, recipe.seed)
+            _append(partial, settings if not done else None, counted)
+            done += counted
+            progress.on_metrics(len(done), {})
+        with writing(out):
+            write_whole(out, "".join(json.dumps(record) + "\n" for record in done))
+            partial.unlink(missing_ok=True)
     return done
 
 

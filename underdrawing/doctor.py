@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import socket
 import time
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.ray_cluster import ClusterError, start_ray
+from underdrawing.lock import differing, find_lock, locked_versions
 
 State = Literal["ok", "warning", "broken"]
 PACKAGES = (
@@ -58,6 +60,7 @@ def examine(ray: bool = True) -> list[Finding]:
     """Run every check. ray=False leaves out the one that starts processes (some seconds)."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("packages", _packages),
+        ("lock", _lock),
         ("torch", _torch),
         ("GPU", _gpu),
         ("bf16", _bf16),
@@ -109,6 +112,32 @@ def _packages() -> Finding:
     if missing:
         return Finding("packages", "broken", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
     return Finding("packages", "ok", ", ".join(found))
+
+
+def _lock() -> Finding:
+    """Which packages are other than those that the project is tested with."""
+    lock = find_lock()
+    if lock is None:
+        return Finding(
+            "lock",
+            "ok",
+            "there is none: this is an installed package, whose versions are those that its installer chose; a "
+            "checkout has requirements.lock, with those that are tested",
+        )
+    locked = locked_versions(lock)
+    here = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    if not locked:
+        return Finding("lock", "warning", f"{lock} has no versions for {here}", "use `make install-newest`")
+    others = differing(locked)
+    if not others:
+        return Finding("lock", "ok", f"all {len(locked)} packages of {lock} are as locked")
+    listed = "\n".join(map(str, others))
+    return Finding(
+        "lock",
+        "warning",
+        f"{len(others)} of {len(locked)} packages are not as in {lock}:\n{listed}",
+        "`make install` installs what is locked",
+    )
 
 
 def _torch() -> Finding:
@@ -170,7 +199,7 @@ def _torchvision() -> Finding:
 
 
 def _wandb() -> Finding:
-    from training.tracking import wandb_login
+    from training.wandb_mirror import wandb_login
 
     if wandb_login():
         return Finding("W&B", "ok", "a login was found; runs are mirrored online")

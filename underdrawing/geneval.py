@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from pathlib import Path
+import math
 from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import write_whole
+from runtime.interrupt import stopping, uninterrupted
+from runtime.locks import beside, only_writer
+from underdrawing.options import Number, Whole, expanded_path
 
 NAME = "geneval"
 OPTIONS = ("images", "detections", "prompts", "detector", "mode", "thresholds", "batch_size")
@@ -24,16 +27,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         f"evaluate {NAME}", "GenEval on a folder of images: DIR/00000/metadata.jsonl and DIR/00000/samples/0000.png"
     )
-    group.add_argument("--images", "--pictures", type=Path, metavar="DIR", help="images in GenEval's layout")
+    group.add_argument("--images", "--pictures", type=expanded_path, metavar="DIR", help="images in GenEval's layout")
     group.add_argument(
         "--out",
-        type=Path,
+        type=expanded_path,
         metavar="FILE",
         help="result rows; a file that is there is gone on with (default DIR/results.jsonl)",
     )
     group.add_argument(
         "--prompts",
-        type=Path,
+        type=expanded_path,
         metavar="FILE",
         help="GenEval's evaluation_metadata.jsonl: every prompt of it must be there",
     )
@@ -46,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--detections",
-        type=Path,
+        type=expanded_path,
         metavar="FILE",
         help="judge detections made elsewhere, a JSON object "
         "a line: {filename, detections: {class: [{box, score, color}]}}; without --images also metadata",
@@ -54,12 +57,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mode", choices=("standard", "strict"), help="standard (default) or exact counts")
     group.add_argument(
         "--thresholds",
-        type=float,
+        type=Number(above=-math.inf),
         nargs=2,
         metavar=("SCORE", "COUNTING"),
         help="scores that an object, and one that is counted, must exceed (default 0.3 0.9)",
     )
-    group.add_argument("--batch-size", type=int, metavar="N", help="images looked at between two writes (default 32)")
+    group.add_argument(
+        "--batch-size", type=Whole(1), metavar="N", help="images looked at between two writes (default 32)"
+    )
 
 
 def refuse_options(options: argparse.Namespace) -> None:
@@ -76,9 +81,11 @@ def run(options: argparse.Namespace) -> int:
     """Judge all images and print the score; the last line is one JSON object."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from evals import geneval
     from evals.geneval_folder import read_folder
+    from evals.geneval_summary import summarise
     from rewards.functions.geneval import THRESHOLDS
     from underdrawing.progress import StepProgress
 
@@ -94,8 +101,6 @@ def run(options: argparse.Namespace) -> int:
             if options.out is None
             else "--prompts says what --images must hold: give both"
         )
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch-size: {options.batch_size}; at least 1")
     thresholds = geneval.check_thresholds(options.thresholds or THRESHOLDS)
     mode: geneval.Mode = options.mode if options.mode is not None else "standard"
     samples = read_folder(options.images, options.prompts) if options.images is not None else None
@@ -116,9 +121,14 @@ def run(options: argparse.Namespace) -> int:
             expected,
         )
     out = options.out or options.images / "results.jsonl"
-    results = geneval.Results(out, said)
-    bar = StepProgress(f"GenEval, {len(samples)} images", len(samples))
-    try:
+    with (
+        stopping(lambda: f"stopped; the rows that are judged stay in {out}, and the same command goes on"),
+        only_writer(beside(out), out, "choose another --out"),
+        uninterrupted() as closing,
+    ):
+        results = geneval.Results(out, said)
+        bar = StepProgress(f"GenEval, {len(samples)} images", len(samples))
+        closing.callback(bar.close)
         rows = geneval.judge(
             samples,
             sees,
@@ -129,10 +139,8 @@ def run(options: argparse.Namespace) -> int:
             options.images,
             lambda done: bar.on_metrics(done, {}),
         )
-    finally:
-        bar.close()
-    summary = geneval.summarise(rows, expected)
-    table = Table(title=f"GenEval, {mode}: {out}", title_justify="left")
+    summary = summarise(rows, expected)
+    table = Table()
     for name in ("", "score", "correct"):
         table.add_column(name, justify="right" if name else "left")
     for tag, score in summary.tags.items():
@@ -145,7 +153,9 @@ def run(options: argparse.Namespace) -> int:
     )
     table.add_row("images correct", f"{summary.images:.4f}", f"{summary.num_images} images")
     table.add_row("prompts with a correct image", f"{summary.prompts:.4f}", f"{summary.num_prompts} prompts")
-    Console().print(table)
+    console = Console()
+    console.print(Text(f"GenEval, {mode}: {out}", style="italic"), soft_wrap=True)
+    console.print(table)
     told = {**summary.as_json(), **said, "rows": str(out)}
     write_whole(out.with_name(out.name + ".summary.json"), json.dumps(told, indent=1) + "\n")
     print(json.dumps(told))

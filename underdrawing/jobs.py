@@ -2,65 +2,78 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
 
-from evals.bootstrap import Interval, compare
-from evals.heldout import Heldout, PromptScore, geneval_scorer, spread_over_tags
-from evals.heldout import evaluate as evaluate_heldout
 from record.store import check_folder, save_trajectories
 from record.trajectory import Trajectory
-from rewards.contract import RewardContext
-from rewards.manager import detector_of
-from rewards.runtime.serving import check_prompts
 from rl.grpo import train
 from rl.run import Run
 from rollout.config import RolloutConfig
 from rollout.open import open_rollouts
 from rollout.requests import RolloutRequest
-from runtime.errors import UserError, writing
-from runtime.files import write_whole
-from runtime.interrupt import Interrupted
-from tasks.base import Task
+from runtime.errors import UserError
+from runtime.interrupt import stopping, uninterrupted
+from runtime.locks import beside, only_writer
+from tasks.base import Split
 from training import checkpoint
+from training.ranks import run_on_main
 from underdrawing import build
+from underdrawing.evaluations import check_named, during_training
+from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
-from underdrawing.recipe import Recipe
+from underdrawing.recipe import Recipe, as_now
 
 logger = logging.getLogger(__name__)
 RESUME = "give the same command with --resume"
-STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look at, small on disk
 
 
-def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) -> Path:
-    """The warm start. Returns the folder of its weights."""
+def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RESUME) -> Path:
+    """The warm start. Returns the folder of its weights.
+
+    Args:
+        resume: from the newest checkpoint; text: from the one of that step, or in that folder.
+
+    Raises:
+        Busy: another process trains in the run's folder.
+        Interrupted: a signal stopped it; says what is saved.
+    """
     from policy.chameleon.family import ChameleonPolicy
     from sft.checkpoints import finished_checkpoints
     from sft.train import check_demonstrations, demonstrate, warm_start
 
+    def saved() -> Path | None:
+        return next(reversed(finished_checkpoints(recipe.run_dir / "sft")), None)
+
     build.seed_everything(recipe.seed)
-    first = PartialState(cpu=recipe.policy.device == "cpu").is_main_process
-    if first:
-        build.write_recipe(recipe, refused=not resume and bool(finished_checkpoints(recipe.run_dir / "sft")))
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
-    policy = build.build_policy(recipe, task)
-    if not isinstance(policy, ChameleonPolicy):
-        raise UserError(
-            f"policy.family: '{recipe.policy.family}' has no warm start; `underdrawing sft` serves the "
-            "family 'chameleon'"
-        )
-    demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
-    check_demonstrations(demonstrations, fmt)
-    tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft") if first else None
-    progress = StepProgress("warm start", recipe.sft.max_steps) if first else None
-    if tracker is not None:
-        tracker.listeners.append(progress)
-    try:
+    state = PartialState(cpu=recipe.policy.device == "cpu")
+    with stopping(lambda: _saved_at(saved(), resume_command)), uninterrupted() as closing:
+        run_on_main(state, lambda: closing.enter_context(training_lock(recipe.run_dir)))
+        task, fmt = preflight(recipe, rolls_out=False, trains=True)
+        first = state.is_main_process
+        if first:
+            # A GRPO run's recipe stays: its evaluations are labelled by what differs from it.
+            trained = checkpoint.latest(recipe.run_dir / "checkpoints") is not None
+            build.write_recipe(recipe, refused=trained or (not resume and saved() is not None))
+        policy = build.build_policy(recipe, task)
+        if not isinstance(policy, ChameleonPolicy):
+            raise UserError(
+                f"policy.family: '{recipe.policy.family}' has no warm start; `underdrawing sft` serves the "
+                "family 'chameleon'"
+            )
+        demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
+        check_demonstrations(demonstrations, fmt)
+        tracker = None
+        if first:
+            tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft")
+            closing.callback(tracker.close)
+            progress = StepProgress("warm start", recipe.sft.max_steps)
+            closing.callback(progress.close)
+            tracker.listeners.append(progress)
         warm_start(
             policy,
             demonstrations,
@@ -71,45 +84,62 @@ def run_sft(recipe: Recipe, resume: bool = False, resume_command: str = RESUME) 
             resume=resume,
             resume_command=resume_command,
         )
-    finally:
-        for part in (progress, tracker):
-            if part is not None:
-                part.close()
     return build.warm_start_folder(recipe)
 
 
 def run_grpo(
     recipe: Recipe,
     weights: Path | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     resume_command: str = RESUME,
     changed_prompts: bool = False,
 ) -> Path:
     """GRPO from the warm start (or `weights`) to recipe.grpo.steps. Returns the folder of the final weights.
 
-    `changed_prompts`: resume although the task's prompts are not those of the checkpoint.
+    Args:
+        resume: from the newest checkpoint, if there is one; text: from the one of that step, or in that folder, and
+            what came after it is forgotten.
+        changed_prompts: resume although the task's prompts are not those of the checkpoint.
+
+    Raises:
+        Busy: another process trains in the run's folder.
+        Interrupted: a signal stopped it; says what is saved.
     """
+
+    def saved() -> Path | None:
+        return checkpoint.latest(recipe.run_dir / "checkpoints")
+
     build.seed_everything(recipe.seed)
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
-    start = build.starting_weights(recipe, weights)
-    policy = build.build_policy(recipe, task, start)
-    accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
-    newest = checkpoint.latest(recipe.run_dir / "checkpoints")
-    if resume and newest is None:
-        logger.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
-    first = accelerator.is_main_process
-    rollouts = manager = tracker = cluster = None
-    progress = StepProgress("GRPO", recipe.grpo.steps) if first else None
-    try:
+    with stopping(lambda: _saved_at(saved(), resume_command)), uninterrupted() as closing:
+        accelerator = Accelerator(cpu=recipe.policy.device == "cpu", mixed_precision="no")
+        run_on_main(accelerator, lambda: closing.enter_context(training_lock(recipe.run_dir)))
+        task, fmt = preflight(recipe, trains=True)
+        check_named(recipe, task)
+        start = build.starting_weights(recipe, weights)
+        policy = build.build_policy(recipe, task, start)
+        newest = saved()
+        if isinstance(resume, str):
+            newest = checkpoint.chosen(recipe.run_dir / "checkpoints", resume)
+        elif resume and newest is None:
+            logger.warning("%s: no checkpoint to resume from; starting anew", recipe.run_dir)
+        first = accelerator.is_main_process
+        rollouts = manager = tracker = None
         if first:
+            progress = StepProgress("GRPO", recipe.grpo.steps)
+            closing.callback(progress.close)
             build.write_recipe(recipe, refused=not resume and newest is not None)
             cluster = build.start_cluster(recipe)
+            if cluster is not None:
+                closing.callback(cluster.stop)
             manager = build.build_reward_manager(recipe, task, fmt)
+            closing.callback(manager.close)
             config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy
             rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, build.words(recipe, task, start))
+            closing.callback(rollouts.close)
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
+            closing.callback(tracker.close)
             tracker.listeners.append(progress)
-        heldout = _heldout_metrics(recipe, task, rollouts, manager.context) if manager else None
+        heldout = during_training(recipe, task, fmt, policy, rollouts, manager) if manager else None
         run = Run(
             policy=policy,
             config=recipe.grpo,
@@ -126,49 +156,53 @@ def run_grpo(
             alarms=build.build_alarms(recipe) if first else None,
             show_every=recipe.track.trajectories_every,
             changed_prompts=changed_prompts,
+            read_recipe=as_now,
             resume_command=resume_command,
         )
         train(run, newest if resume else None)
-    finally:
-        for part in (progress, manager, rollouts, tracker):
-            if part is not None:
-                part.close()
-        if cluster is not None:
-            cluster.stop()
-    final = checkpoint.latest(recipe.run_dir / "checkpoints")
+    final = saved()
     assert final is not None
     return final / "weights"
 
 
-def run_evaluate(recipe: Recipe, weights: Path, label: str) -> Heldout:
-    """Held-out scores of some weights, kept under run_dir/evaluations/<label>."""
-    check_folder(recipe.run_dir / "evaluations" / label / "trajectories")
-    task = build.build_task(recipe)
-    policy = build.build_policy(recipe, task, weights)
-    config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
-    policy_config = recipe.policy.model_copy(update={"path": str(weights)})
-    rollouts = open_rollouts(policy, policy_config, recipe.format, config, build.words(recipe, task, weights))
-    try:
-        heldout = _evaluate(recipe, task, rollouts, _setting(recipe, task))
-    finally:
-        rollouts.close()
-    keep_evaluation(heldout, recipe.run_dir / "evaluations" / label)
-    return heldout
-
-
-def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: Path) -> list[Any]:
-    """Roll out `count` prompts once each, judge them, and store the trajectories.
+def run_rollout(
+    recipe: Recipe, weights: Path, count: int, split: str, folder: Path, samples: int = 1
+) -> list[Trajectory]:
+    """Roll out `count` prompts, `samples` times each, judge them, and store the trajectories.
 
     Raises:
         StoreError: `folder` holds what saving would delete; nothing was sampled.
-        Interrupted: after Ctrl-C. It and every other UserError say what is stored: all that was finished, judged or
+        UserError: the split has fewer prompts.
+        Busy: another process writes to `folder`.
+        Interrupted: after a signal. It and every other UserError say what is stored: all that was finished, judged or
             not.
     """
+    groups: dict[int, list[Trajectory]] = {}  # by request, as they finish
+    records: list[dict[str, Any]] = []
+
+    def told() -> str:
+        stored = _in_order(groups)
+        if not stored:
+            return f"no trajectory was finished, and {folder} is as it was"
+        judged = sum(t.reward is not None for t in stored)
+        return f"{len(stored)} trajectories are saved in {folder}, {judged} of them judged"
+
     check_folder(folder)
-    task, fmt = build.build_task(recipe), build.build_format(recipe)
-    policy = build.build_policy(recipe, task, weights)
-    records = build.prompts(recipe, task, fmt, policy, "heldout" if split == "heldout" else "train")[:count]
-    with build.build_reward_manager(recipe, task, fmt) as manager:
+    with (
+        stopping(lambda: f"stopped after {len(groups)} of {len(records)} prompts; {told()}"),
+        only_writer(beside(folder), folder),
+        uninterrupted() as closing,
+    ):
+        task, fmt = preflight(recipe)
+        side: Split = "heldout" if split == "heldout" else "train"
+        there = len(task.prompts(side))
+        if not 1 <= count <= there:
+            has = f"has {there} prompts; ask for 1 to {there}" if there > 1 else f"has {there or 'no'} prompt"
+            raise UserError(f"--prompts {count}: the split '{side}' {has}, or give another --split")
+        policy = build.build_policy(recipe, task, weights)
+        records += build.prompts(recipe, task, fmt, policy, side)[:count]
+        manager = build.build_reward_manager(recipe, task, fmt)
+        closing.callback(manager.close)
         rollouts = open_rollouts(
             policy,
             recipe.policy.model_copy(update={"path": str(weights)}),
@@ -176,18 +210,13 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
             recipe.rollout,
             build.words(recipe, task, weights),
         )
-        groups: dict[int, list[Trajectory]] = {}  # by request, as they finish
+        closing.callback(rollouts.close)
+        requests = [
+            RolloutRequest(group, record["prompt"], record, tuple(range(samples)), recipe.seed)
+            for group, record in enumerate(records)
+        ]
         try:
-            try:
-                result = rollouts.generate(
-                    [
-                        RolloutRequest(group, record["prompt"], record, (0,), recipe.seed)
-                        for group, record in enumerate(records)
-                    ],
-                    each=groups.__setitem__,
-                )
-            finally:
-                rollouts.close()
+            result = rollouts.generate(requests, each=groups.__setitem__)
             if result.failed:
                 logger.warning(
                     "%d of %d prompts got no answer; the first is group %d: %s",
@@ -197,129 +226,41 @@ def run_rollout(recipe: Recipe, weights: Path, count: int, split: str, folder: P
                     f"{result.failed[0].reason}: {result.failed[0].detail}",
                 )
             manager.score(result.groups)
-        except BaseException as error:  # neither Ctrl-C nor a formula that fails loses a thought
-            stored = _store(groups, folder) if groups else []
-            judged = sum(t.reward is not None for t in stored)
-            told = (
-                f"{len(stored)} trajectories are saved in {folder}, {judged} of them judged"
-                if stored
-                else f"no trajectory was finished, and {folder} is as it was"
-            )
-            if isinstance(error, KeyboardInterrupt):
-                raise Interrupted(f"stopped after {len(groups)} of {len(records)} prompts; {told}") from None
+        except BaseException as error:  # neither a signal nor a formula that fails loses a thought
+            if groups:
+                _store(groups, folder)
             if isinstance(error, UserError):
-                error.args = (f"{error}. {told[0].upper()}{told[1:]}",)
+                error.args = (f"{error}. {told()[0].upper()}{told()[1:]}",)
             raise
         return _store(groups, folder)
 
 
+def _in_order(groups: dict[int, list[Trajectory]]) -> list[Trajectory]:
+    return [trajectory for index in sorted(groups) for trajectory in groups[index]]
+
+
 def _store(groups: dict[int, list[Trajectory]], folder: Path) -> list[Trajectory]:
-    trajectories = [trajectory for index in sorted(groups) for trajectory in groups[index]]
-    save_trajectories(trajectories, folder)
+    """Save them; a signal waits so long."""
+    trajectories = _in_order(groups)
+    with uninterrupted() as storing:
+        storing.callback(save_trajectories, trajectories, folder)
     return trajectories
 
 
-def keep_evaluation(heldout: Heldout, folder: Path) -> None:
-    """summary.json, prompts.jsonl and some trajectories, at most one a prompt."""
-    answers = [group[0] for group in heldout.trajectories]
-    stride = max(1, len(answers) // STORED_ANSWERS)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        heldout.save(folder / "prompts.jsonl")
-        save_trajectories(answers[::stride], folder / "trajectories")
-        write_whole(
-            folder / "summary.json",
-            json.dumps(
-                {
-                    "score": heldout.final_image,
-                    "by_tag": heldout.tags,
-                    "first_sketch": heldout.first_sketch,
-                    "final_image": heldout.final_image,
-                    "prompts": len(heldout.prompts),
-                    "samples": len(heldout.trajectories[0]),
-                    "metrics": heldout.as_metrics(),
-                },
-                indent=1,
-            ),
-        )
+def _saved_at(newest: Path | None, resume_command: str) -> str:
+    """What there is of a run that was stopped at once."""
+    if newest is None:
+        return "stopped at once; nothing was saved"
+    return f"stopped at once; {newest} was the last to be saved. To go on, {resume_command}"
 
 
-def compare_evaluations(run_dir: Path, before: str, after: str) -> Interval:
-    """The gain between two kept evaluations with its paired bootstrap interval, kept as comparison.json."""
-    folder = run_dir / "evaluations"
-    interval = compare(*(read_prompt_scores(folder / label / "prompts.jsonl") for label in (before, after)))
-    with writing(folder):
-        write_whole(
-            folder / "comparison.json",
-            json.dumps(
-                {
-                    "before": before,
-                    "after": after,
-                    "gain": interval.difference,
-                    "interval": [interval.low, interval.high],
-                }
-            ),
-        )
-    return interval
+def training_lock(run_dir: Path) -> AbstractContextManager[None]:
+    """Within it no other process trains in the folder, be it a warm start, GRPO or the quickstart. Others may evaluate
+    and roll out beside it: these have folders of their own."""
+    return only_writer(run_dir / ".lock", run_dir, "choose another run_dir")
 
 
-def read_prompt_scores(path: Path) -> list[PromptScore]:
-    """The scores that Heldout.save wrote.
-
-    Raises:
-        UserError: the file is missing or a line is none of its rows.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no evaluation there; run `underdrawing evaluate` first") from None
-    scores = []
-    for number, line in enumerate(lines, 1):
-        try:
-            scores.append(PromptScore(**json.loads(line)))
-        except (TypeError, json.JSONDecodeError):
-            raise UserError(f"{path} line {number}: not a row of scores by prompt") from None
-    return scores
-
-
-def _setting(recipe: Recipe, task: Task) -> RewardContext:
-    return RewardContext.of(task, build.build_format(recipe), detector_of(recipe.rewards, task))
-
-
-def _evaluate(recipe: Recipe, task: Task, rollouts: Any, context: RewardContext) -> Heldout:
-    records = spread_over_tags(task.prompts("heldout"), recipe.evaluate.prompts)
-    return evaluate_heldout(rollouts, geneval_scorer(context), records, recipe.evaluate.seed, recipe.evaluate.samples)
-
-
-@dataclass(frozen=True)
-class _HeldoutMetrics:
-    """Evaluations during training, with the rollout workers and the detector of the training itself."""
-
-    recipe: Recipe
-    task: Task
-    rollouts: Any
-    context: RewardContext
-
-    def __call__(self, step: int) -> dict[str, float]:
-        return _evaluate(self.recipe, self.task, self.rollouts, self.context).as_metrics()
-
-
-def _heldout_metrics(recipe: Recipe, task: Task, rollouts: Any, context: RewardContext) -> _HeldoutMetrics | None:
-    """`setting`: the judge's, whose detector is taken where it has one, so that no weights are loaded twice.
-
-    Raises UserError for a held-out prompt that cannot be judged, before the first step.
-    """
-    if not recipe.grpo.evaluate_every:
-        return None
-    context = context if context.detector else _setting(recipe, task)
-    check_prompts(context.detector_for("grpo.evaluate_every"), task, splits=("heldout",))
-    return _HeldoutMetrics(recipe, task, rollouts, context)
-
-
-def local(recipe: Recipe, threads: int | None = None) -> Recipe:
-    """The recipe with rollouts in this process."""
-    update: dict[str, Any] = {"workers": 0}
-    if threads is not None:
-        update["threads"] = threads
-    rollout: RolloutConfig = recipe.rollout.model_copy(update=update)
+def local(recipe: Recipe) -> Recipe:
+    """The recipe with rollouts in this process, on as many CPU threads as torch has there."""
+    rollout: RolloutConfig = recipe.rollout.model_copy(update={"workers": 0, "threads": None})
     return recipe.model_copy(update={"rollout": rollout})

@@ -7,7 +7,6 @@ command after an interruption goes on where it stopped; minutes are those of all
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -15,13 +14,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from runtime.errors import UserError, writing
-from runtime.files import write_whole
-from runtime.ray_cluster import ClusterError
-from underdrawing.cli import quieten
+from underdrawing import search_path
+
+search_path.settle()
+# isort: split
+from runtime.errors import UserError, writing  # noqa: E402
+from runtime.files import write_whole  # noqa: E402
+from runtime.interrupt import heed_signals, name_of, number_of, raise_late  # noqa: E402
+from runtime.ray_cluster import ClusterError  # noqa: E402
+from underdrawing.cli import leave_clean, quieten  # noqa: E402
+from underdrawing.options import LARGEST_SEED, Parser, Whole, expanded_path  # noqa: E402
+
+if TYPE_CHECKING:
+    from underdrawing.recipe import Recipe
 
 STATE = "quickstart.json"
 AGAIN = "give the same command again"
@@ -29,33 +38,48 @@ AGAIN = "give the same command again"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that are not done yet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", type=Path, default=Path("configs/shapes/quickstart.yaml"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run-dir", type=Path, help="default: the recipe's, with the seed")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--recipe", type=expanded_path, default=Path("configs/shapes/quickstart.yaml"))
+    parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=0)
+    parser.add_argument("--run-dir", type=expanded_path, help="default: the recipe's, with the seed")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args(arguments)
-    quieten()
-    try:
-        return run(options.recipe, options.seed, options.run_dir, options.overrides)
-    except UserError as error:
-        print(f"underdrawing: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
-        return 130
+    with heed_signals():
+        try:
+            options = parser.parse_args(arguments)
+            quieten()
+            return run(options.recipe, options.seed, options.run_dir, options.overrides)
+        except UserError as error:
+            broken = getattr(error, "broken", None)
+            way_back = "" if broken is None else f". Remove {broken} and {AGAIN}"
+            print(f"underdrawing: {error}{way_back}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            number = number_of(error)
+            print(f"stopped by {name_of(number)}; the same command goes on from what was saved", file=sys.stderr)
+            return 128 + number
 
 
 def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = ()) -> int:
     """All stages; prints the scores and the JSON line."""
-    from evals.bootstrap import refinement
-    from training.tracking import read_metrics
-    from underdrawing.jobs import compare_evaluations, local, read_prompt_scores, run_evaluate, run_grpo, run_sft
-    from underdrawing.recipe import dump_recipe, load_recipe
-    from underdrawing.report.page import report_data, write_report
+    from underdrawing.jobs import training_lock
+    from underdrawing.recipe import load_recipe
 
     recipe = load_recipe(path, [*overrides, f"seed={seed}", f"policy.tiny.seed={seed}"])
     recipe = recipe.model_copy(update={"run_dir": run_dir or Path(f"{recipe.run_dir}-seed{seed}")})
+    with training_lock(recipe.run_dir):  # over all stages
+        return _run_stages(recipe, seed)
+
+
+def _run_stages(recipe: Recipe, seed: int) -> int:
+    from evals.bootstrap import refinement
+    from evals.kept import read
+    from evals.measures import FINAL_IMAGE, FIRST_SKETCH
+    from training.tracking import read_metrics
+    from underdrawing.evaluations import compare_evaluations, run_evaluate
+    from underdrawing.jobs import local, run_grpo, run_sft
+    from underdrawing.recipe import dump_recipe
+    from underdrawing.report.page import report_data, write_report
+
     console = Console(stderr=True)
     clock = _Clock(recipe.run_dir / STATE, dump_recipe(recipe))
 
@@ -74,7 +98,7 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     if not clock.has("before"):
         say(f"2/5  Held-out score of the warm start ({recipe.evaluate.prompts} prompts)")
         with clock.stage("before"):
-            run_evaluate(local(recipe, threads=2), warm, "warm_start")
+            run_evaluate(local(recipe), warm, "warm_start", replace=True)
 
     if not clock.has("grpo"):
         say(
@@ -82,11 +106,14 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
             f"{recipe.grpo.num_generations}, reward = {recipe.rewards.formula()}"
         )
         with clock.stage("grpo"):
+            without_ray = False
             try:
                 run_grpo(recipe, warm, resume=True, resume_command=AGAIN)
             except ClusterError as error:
                 say(f"Ray cannot be had ({error}); rolling out in this process instead")
-                run_grpo(local(recipe, threads=2), warm, resume=True, resume_command=AGAIN)
+                without_ray = True
+            if without_ray:
+                run_grpo(local(recipe), warm, resume=True, resume_command=AGAIN)
     from training import checkpoint
 
     newest = checkpoint.latest(recipe.run_dir / "checkpoints")
@@ -98,34 +125,33 @@ def run(path: Path, seed: int, run_dir: Path | None, overrides: Sequence[str] = 
     if not clock.has("after"):
         say("4/5  Held-out score after GRPO")
         with clock.stage("after"):
-            run_evaluate(local(recipe, threads=2), newest / "weights", "grpo")
+            run_evaluate(local(recipe), newest / "weights", "grpo", replace=True)
 
     say("5/5  Report")
     with clock.stage("report"):
         gain = compare_evaluations(recipe.run_dir, "warm_start", "grpo")
-        refined = refinement(read_prompt_scores(recipe.run_dir / "evaluations" / "grpo" / "prompts.jsonl"))
+        trained = read(recipe.run_dir / "evaluations" / "grpo")
+        refined = refinement(trained.prompts)
         report = write_report(
             report_data(recipe.run_dir, title=f"{recipe.name}, seed {seed}"), recipe.run_dir / "report.html"
         )
-    before, after = (
-        json.loads((recipe.run_dir / "evaluations" / label / "summary.json").read_text())
-        for label in ("warm_start", "grpo")
-    )
+    before, after = read(recipe.run_dir / "evaluations" / "warm_start"), trained
+    first, final = after.means[FIRST_SKETCH], after.means[FINAL_IMAGE]
     gaps = [
         row["on_policy_gap"]
         for row in read_metrics(recipe.run_dir / "metrics.jsonl")
         if row.get("on_policy_gap") is not None
     ]
-    say(f"held-out score: {before['score']:.3f} after the warm start, {after['score']:.3f} after GRPO: {gain}")
-    say(f"its first sketches score {after['first_sketch']:.3f}, its final images {after['final_image']:.3f}: {refined}")
+    say(f"held-out score: {before.score:.3f} after the warm start, {after.score:.3f} after GRPO: {gain}")
+    say(f"its first sketches score {first:.3f}, its final images {final:.3f}: {refined}")
     say(f"report: {report}")
     print(
         json.dumps(
             {
-                "warm_start": round(before["score"], 4),
-                "grpo": round(after["score"], 4),
-                "first_sketch": round(after["first_sketch"], 4),
-                "final_image": round(after["final_image"], 4),
+                "warm_start": round(before.score, 4),
+                "grpo": round(after.score, 4),
+                "first_sketch": round(first, 4),
+                "final_image": round(final, 4),
                 "gain_interval": [round(gain.low, 4), round(gain.high, 4)],
                 "refinement_interval": [round(refined.low, 4), round(refined.high, 4)],
                 "on_policy_gap": gaps[0] if gaps else None,
@@ -171,7 +197,7 @@ class _Clock:
                 )
 
     def save(self) -> None:
-        with writing(self.path, "free some space and give the same command again"):
+        with writing(self.path, "choose another --run-dir", "free some space and give the same command again"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(
                 self.path,
@@ -198,6 +224,7 @@ class _Clock:
         try:
             yield
             finished = True
+            raise_late()  # a signal in its last step: the next stage is not begun
         finally:
             self.running = None
             seconds = self.begun.pop(name, 0.0) + time.monotonic() - started
@@ -212,4 +239,4 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_clean(main)

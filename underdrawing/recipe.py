@@ -6,6 +6,7 @@ failed check into a sentence that names the key and the nearest known one.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from formats.config import FormatConfig
 from policy.config import PolicyConfig
@@ -21,6 +22,9 @@ from rewards.config import RewardsConfig
 from rl.config import GrpoConfig
 from rollout.config import RolloutConfig
 from runtime.errors import UserError, nearest
+from runtime.paths import WritePath, reading
+from runtime.section import LARGEST_SEED, Section
+from runtime.yaml_core import dump_yaml, fault, load_yaml
 from sft.config import SftConfig
 from tasks.config import TaskConfig
 from training.tracking import TrackConfig
@@ -30,25 +34,32 @@ class RecipeError(UserError):
     """A recipe that does not say something runnable."""
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(Section):
     """What `underdrawing evaluate` (and the quickstart's before and after) measures."""
 
-    model_config = ConfigDict(extra="forbid")
-
     prompts: int = Field(300, ge=1, description="held-out prompts, spread evenly over the tags")
-    samples: int = Field(1, ge=1, description="answers to each prompt, whose scores are averaged; GenEval draws 4")
+    by: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="what scores them: geneval (its rule on the images), reward (the recipe's own), or a name that the "
+        "task offers; the first one's is the score. Default: the task's own, else geneval where the prompts have its "
+        "ground truth and something detects, else reward",
+    )
+    samples: int = Field(
+        1, ge=1, le=65536, description="answers to each prompt, whose scores are averaged; GenEval draws 4"
+    )
     temperature: float = Field(1.0, ge=0, description="of every role; top_p, top_k and guidance are the rollout's")
-    seed: int = Field(1234, description="of the sampling noise; the same for every evaluated policy")
+    seed: int = Field(
+        1234, ge=0, le=LARGEST_SEED, description="of the sampling noise; the same for every evaluated policy"
+    )
 
 
-class Recipe(BaseModel):
+class Recipe(Section):
     """A whole run. `underdrawing sft`, `grpo`, `rollout` and `evaluate` read the sections that they need."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str = Field(description="names the run in W&B and the report")
-    seed: int = Field(0, ge=0, description="of weights, demonstrations, prompts and sampling noise")
-    run_dir: Path = Field(Path("runs/run"), description="everything the run writes")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, demonstrations, prompts and sampling noise")
+    run_dir: WritePath = Field(Path("runs/run"), description="everything the run writes")
     policy: PolicyConfig
     task: TaskConfig
     format: FormatConfig
@@ -63,6 +74,19 @@ class Recipe(BaseModel):
     def _what_is_paid_counts(self) -> Recipe:
         self.rewards.refuse_constant_format(self.format)
         self.rewards.refuse_lost_weight(self.grpo.scale_rewards)
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_known(self) -> Recipe:
+        """What names a reward part names one that there is: else it would be of no effect."""
+        parts = self.rewards.parts
+        for name in self.grpo.segment_reward_weights:
+            if name not in parts:
+                raise ValueError(f"grpo.segment_reward_weights: no reward part '{name}'; {nearest(name, parts)}")
+        for metric in self.rewards.alarms.watch:
+            section, _, part = metric.partition("/")
+            if section == "reward" and part.split("/")[0] not in (*parts, "mean", "std", "none", "schedule"):
+                raise ValueError(f"rewards.alarms.watch: '{metric}': no reward part '{part}'; {nearest(part, parts)}")
         return self
 
     @model_validator(mode="after")
@@ -95,14 +119,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: no such file, not YAML, an unknown or missing key, or a value of the wrong type; the message
             names file, key and what would be right.
     """
-    return check_recipe(read_recipe(path, overrides), str(path))
+    return check_recipe(read_recipe(path, overrides), str(path), Path(path))
+
+
+def as_now(data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that was kept by an earlier release, by today's names and with today's defaults; as it is where it is
+    none any more."""
+    try:
+        return Recipe.model_validate(data).model_dump(mode="json")
+    except (ValidationError, UserError):
+        return data
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The recipe as plain data, unchecked."""
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text())
+        data = load_yaml(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(f"{path}: no such recipe; shipped ones are under configs/") from None
     except (IsADirectoryError, UnicodeDecodeError):
@@ -112,9 +145,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             f"{path}: cannot be read ({error.strerror or error}); give a recipe that you may read"
         ) from None
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}:" if where else ""
-        raise RecipeError(f"{path}:{line} not YAML: {getattr(error, 'problem', error)}") from None
+        raise RecipeError(f"{path}: {fault(error)}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(data).__name__}")
     for override in overrides:
@@ -122,17 +153,22 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return data
 
 
-def check_recipe(data: dict[str, Any], source: str) -> Recipe:
-    """Validate plain data into a Recipe."""
+def check_recipe(data: dict[str, Any], source: str, file: Path | None = None) -> Recipe:
+    """Validate plain data into a Recipe.
+
+    Args:
+        source: what messages begin with.
+        file: the recipe's own, beside which files are sought that it names; None: its paths stay as they are.
+    """
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(data, context=None if file is None else reading(file.parent))
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{source}: {_sentence(e)}" for e in error.errors())) from None
+        raise RecipeError("\n".join(f"{source}: {line}" for line in _sentences(error.errors(), data))) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -146,22 +182,66 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(at, dict):
             raise RecipeError(f"override '{override}': '{parent}' is a value, not a section")
     try:
-        at[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"override '{override}': the value is not YAML") from None
+        at[last] = load_yaml(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override '{override}': the value is {fault(error).removeprefix('line 1: ')}") from None
 
 
-def _sentence(error: Any) -> str:
-    loc = [str(part) for part in error["loc"]]
-    key = ".".join(loc)
+def _sentences(errors: Sequence[Any], data: dict[str, Any]) -> list[str]:
+    """What is wrong, a sentence for each key.
+
+    Where a value may be of several kinds, pydantic tells what is wrong with it as each of them. What is said of a key
+    inside the value, or of more than its type, is about the kind that was meant; else the kinds are put together.
+    """
+    faults: dict[tuple[str, ...], list[Any]] = {}
+    for error in errors:
+        faults.setdefault(_keys(error, data), []).append(error)
+    lines = []
+    for keys, told in faults.items():
+        kinds = any(len(error["loc"]) > len(keys) for error in told)
+        if kinds and any(len(other) > len(keys) and other[: len(keys)] == keys for other in faults):
+            continue
+        told = [error for error in told if not error["type"].endswith("_type")] or told
+        message = " or ".join(dict.fromkeys(_message(error, keys) for error in told))
+        given = told[0].get("input")
+        shown = f" (given: {given!r})" if keys and not isinstance(given, dict | list) and _shows(told[0]) else ""
+        lines.append(f"{'.'.join(keys)}: {message}{shown}" if keys else message)
+    return lines
+
+
+def _keys(error: Any, data: Any) -> tuple[str, ...]:
+    """The place of an error as the recipe's keys, without pydantic's names of the kinds that a value may be of."""
+    keys = []
+    missing = error["type"] == "missing"
+    for part in error["loc"][:-1] if missing else error["loc"]:
+        known = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        name = next((key for key in known if str(key) == str(part)), None)
+        if name is not None:
+            keys.append(str(part))
+            data = known[name]
+    return (*keys, str(error["loc"][-1])) if missing else tuple(keys)
+
+
+def _shows(error: Any) -> bool:
+    return error["type"] not in ("extra_forbidden", "missing")
+
+
+def _message(error: Any, keys: Sequence[str]) -> str:
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {nearest(loc[-1], _known_keys(loc[:-1]))}"
+        return f"unknown key; {nearest(keys[-1], _known_keys(keys[:-1]))}"
     if error["type"] == "missing":
-        return f"{key}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    shown = f" (given: {given!r})" if key and not isinstance(given, dict | list) else ""
-    return f"{key}: {message}{shown}" if key else message
+        return "missing"
+    if error["type"] == "literal_error":
+        known = [word.strip("'") for word in re.split(", | or ", error["ctx"]["expected"])]
+        return f"Input should be {error['ctx']['expected']}{_closest(error['input'], known)}"
+    if error["type"] in ("model_type", "dict_type"):
+        return "Input should be a mapping of keys to values"
+    return error["msg"].removeprefix("Value error, ")
+
+
+def _closest(name: Any, known: Sequence[str]) -> str:
+    hint = nearest(name, known).partition("Known: ")[0].strip() if isinstance(name, str) else ""
+    return f"; {hint}" if hint else ""
 
 
 def _known_keys(loc: Sequence[str]) -> list[str]:

@@ -13,6 +13,9 @@ from typing import Any, Literal
 import yaml
 
 from runtime.errors import UserError
+from runtime.paths import expand_options
+from runtime.yaml_core import fault, load_yaml
+from underdrawing.options import Number, Whole, expanded_path, object_path
 
 SCOPES = {"row": "its own thought", "group": "its group", "batch": "the step"}
 
@@ -31,10 +34,10 @@ def add_parser(commands: Any) -> None:
     command("list", list_rewards, "every reward that a recipe can name: what it pays, what it looks at, what it needs")
 
     sub = command("explain", explain, "one reward in full: formula, source, inputs, options, variants")
-    sub.add_argument("reward", help="a name from `rewards list`, or file.py:function")
+    sub.add_argument("reward", type=object_path, help="a name from `rewards list`, or file.py:function")
 
     sub = command("check", check, "hold a reward of one's own to the contract, and say what is wrong")
-    sub.add_argument("reward", help="file.py:function or package.module.function")
+    sub.add_argument("reward", type=object_path, help="file.py:function or package.module.function")
     sub.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="as in a part's options; YAML")
     sub.add_argument(
         "--column",
@@ -44,11 +47,14 @@ def add_parser(commands: Any) -> None:
         help="an example of a column that its records have; YAML",
     )
     sub.add_argument("--factory", action="store_true", help="the function makes the reward, from the options")
-    sub.add_argument("--completions", choices=("auto", "interleaved", "text"), default="auto")
+    sub.add_argument("--completions", choices=("auto", "interleaved", "text", "strings"), default="auto")
     sub.add_argument("--scope", choices=tuple(SCOPES), help="what the recipe says of it")
-    sub.add_argument("--timeout", type=float, default=20.0, metavar="S", help="seconds a call may take (default 20)")
+    sub.add_argument("--timeout", type=Number(), default=20.0, metavar="S", help="seconds a call may take (default 20)")
     sub.add_argument(
-        "--trajectories", type=Path, metavar="FOLDER", help="stored ones to try it on, in place of eight made-up ones"
+        "--trajectories",
+        type=expanded_path,
+        metavar="FOLDER",
+        help="stored ones to try it on, in place of eight made-up ones",
     )
 
     sub = command(
@@ -57,24 +63,25 @@ def add_parser(commands: Any) -> None:
         "judge images or stored thoughts by a recipe's reward: a table of its parts, "
         "and a page with what the detector sees",
     )
-    sub.add_argument("recipe", type=Path, help="a YAML recipe; shipped ones are under configs/")
+    sub.add_argument("recipe", type=expanded_path, help="a YAML recipe; shipped ones are under configs/")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--images",
         "--pictures",
-        type=Path,
+        type=expanded_path,
         metavar="FOLDER",
         help="images in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png",
     )
-    which.add_argument("--trajectories", type=Path, metavar="FOLDER", help="stored thoughts")
+    which.add_argument("--trajectories", type=expanded_path, metavar="FOLDER", help="stored thoughts")
     sub.add_argument(
         "--out",
-        type=Path,
+        type=expanded_path,
         metavar="FILE",
-        help="the page (default rewards.html in the folder); its rows stand beside it as .jsonl",
+        help="the page (default rewards.html in the folder of images, NAME-rewards.html beside stored thoughts); its "
+        "rows stand beside it as .jsonl",
     )
-    sub.add_argument("--most", type=int, default=60, help="images or thoughts on the page (default 60)")
+    sub.add_argument("--most", type=Whole(1), default=60, help="images or thoughts on the page (default 60)")
 
 
 # ---- list and explain -------------------------------------------------------------------------------------------
@@ -218,10 +225,10 @@ def _pairs(given: Sequence[str], flag: str) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"{flag} '{text}': write it as KEY=VALUE")
         try:
-            pairs[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"{flag} '{text}': the value is not YAML") from None
-    return pairs
+            pairs[key] = load_yaml(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{flag} '{text}': the value is {fault(error).removeprefix('line 1: ')}") from None
+    return expand_options(pairs)
 
 
 def _number(value: Any) -> str:
@@ -239,13 +246,12 @@ def try_recipe(options: argparse.Namespace) -> int:
     from underdrawing.trial import try_on_images, try_on_thoughts
 
     recipe = load_recipe(options.recipe, options.overrides)
+    page, rows = _page(options)
     if options.images is not None:
         trial, folder = try_on_images(recipe, options.images), options.images
     else:
         trial = try_on_thoughts(recipe, options.trajectories)
         folder = options.trajectories if options.trajectories.is_dir() else options.trajectories.parent
-    page = options.out or folder / "rewards.html"
-    rows = page.with_suffix(".jsonl")
     trial.write_rows(rows)
     if trial.fault is not None:
         print(f"rows: {rows}")
@@ -266,9 +272,29 @@ def try_recipe(options: argparse.Namespace) -> int:
     console.print(f"{_plain(str(options.recipe))} on {count} {what} of {_plain(str(folder))}", highlight=False)
     console.print(table)
     console.print(f"reward = {_plain(recipe.rewards.formula())}", highlight=False)
-    write_trial(trial.page(max(1, options.most)), page)
+    write_trial(trial.page(options.most), page)
     print(f"report: {page}\nrows: {rows}")
     return 0
+
+
+def _page(options: argparse.Namespace) -> tuple[Path, Path]:
+    """Page and rows: in a folder of images, but beside stored trajectories, which hold nothing foreign.
+
+    Raises StoreError for an --out that would lie in stored trajectories.
+    """
+    from record.store import check_beside
+
+    if options.out is not None:
+        page = options.out
+    elif options.images is not None:
+        page = options.images / "rewards.html"
+    else:
+        folder = options.trajectories if options.trajectories.name else options.trajectories.resolve()
+        page = folder.parent / f"{folder.name}-rewards.html"
+    rows = page.with_suffix(".jsonl")
+    check_beside(page)
+    check_beside(rows)
+    return page, rows
 
 
 def _table() -> Any:

@@ -1,7 +1,7 @@
 """A recipe's reward tried on what there is: stored thoughts, or a folder of images in GenEval's layout.
 
 Nothing is rolled out and no policy is loaded. `underdrawing rewards try` prints the numbers and writes the page
-(report/trial.py) and rewards.jsonl beside it.
+(report/trial.py) and its rows beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from evals.geneval import load_image
 from evals.geneval_folder import read_folder
 from record.store import load_trajectories
 from record.trajectory import Author, Modality, Segment, Trajectory
-from rewards.contract import policy_images
+from rewards.contract import columns_of, policy_images
 from rewards.detectors.base import CachedDetector
 from rewards.functions.geneval import THRESHOLDS, classes_of, colored_of, evaluate, kept
 from rewards.loader import is_own
@@ -178,7 +178,7 @@ def _judge(recipe: Recipe, trajectories: list[Trajectory], source: str, names: M
     groups: dict[int, list[Trajectory]] = {}
     for trajectory in trajectories:
         groups.setdefault(trajectory.group, []).append(trajectory)
-    with build.build_reward_manager(recipe, task, fmt) as manager:
+    with build.build_reward_manager(recipe, task, fmt, columns_of(t.record for t in trajectories)) as manager:
         trial = Trial(recipe, trajectories, RewardReport({}, [], 0, 0), source, names)
         try:
             trial.report = manager.score(list(groups.values()))

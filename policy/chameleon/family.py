@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from policy.base import Categorical, Extent, FlowStep, Pass, Scored, TokenStep
+from policy.chameleon.check import check_adapters
 from policy.chameleon.model import InterleavedChameleon, load_model, save_model
 from policy.chameleon.replay import divide, plan
 from policy.chameleon.tiny import tiny_model
@@ -329,14 +330,7 @@ def _check_same(count: int, scored: Scored | None, name: str) -> None:
 def _with_adapters(model: InterleavedChameleon, lora: LoraSection) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    known = {
-        name.rpartition(".")[2] for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)
-    }
-    for target in lora.target_modules:
-        if target not in known:
-            raise UserError(
-                f"policy.lora.target_modules: the model has no linear layer '{target}'; {nearest(target, known)}"
-            )
+    check_adapters(model, lora)
     return get_peft_model(
         model,
         LoraConfig(

@@ -138,7 +138,7 @@ def load_model(
     Raises ModelFileError naming the file and key that is missing, corrupt or of another shape.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     _check_weights(folder, config)
     try:
         return InterleavedChameleon.from_pretrained(
@@ -148,7 +148,8 @@ def load_model(
         raise ModelFileError(f"{folder}: the weights cannot be loaded ({error})") from error
 
 
-def _read_config(folder: Path) -> ChameleonConfig:
+def read_config(folder: Path) -> ChameleonConfig:
+    """The configuration of a folder in the released layout. Raises ModelFileError naming the file and its fault."""
     file = folder / "config.json"
     try:
         values = json.loads(file.read_text())

@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import ChameleonConfig, PreTrainedTokenizerFast
 
 from policy.chameleon.model import InterleavedChameleon
 from policy.chameleon.vocabulary import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP, UNK, VocabularyError, code_name
-from policy.chameleon.vq import ChameleonVQ, load_shapes_vq, load_vq, vq_config
-from policy.config import TinySection
+from policy.chameleon.vq import ChameleonVQ, TokenizerError, load_shapes_vq, load_vq, vq_config
+from policy.config import SHAPES_VQ, TinySection
+from runtime.errors import UserError, first_line
+
+# What torch and transformers raise for sizes and kinds that make no network.
+UNMAKEABLE = (RuntimeError, ValueError, TypeError, ArithmeticError, MemoryError, IndexError, AttributeError)
 
 
 def tiny_tokenizer(words: Sequence[str], tags: Sequence[str], codes: int) -> PreTrainedTokenizerFast:
@@ -41,35 +46,58 @@ def tiny_tokenizer(words: Sequence[str], tags: Sequence[str], codes: int) -> Pre
 
 
 def tiny_vq(section: TinySection) -> ChameleonVQ:
-    """The visual tokenizer that the section names."""
+    """The visual tokenizer that the section names.
+
+    Raises TokenizerError for a file that is none, and for keys of which no tokenizer can be made.
+    """
     if isinstance(section.vq, dict):
-        return ChameleonVQ(vq_config(section.vq, "policy.tiny.vq")).requires_grad_(False)
-    return load_shapes_vq() if section.vq == "shapes" else load_vq(Path(section.vq))
+        config = vq_config(section.vq, "policy.tiny.vq")
+        try:
+            with torch.device("meta"):  # shapes alone, to see how large it is
+                size = 4 * sum(p.numel() for p in ChameleonVQ(config).parameters())
+            if size > (there := psutil.virtual_memory().total):
+                raise MemoryError(f"{size / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}")
+            return ChameleonVQ(config).requires_grad_(False)
+        except UNMAKEABLE as error:
+            raise TokenizerError(
+                f"policy.tiny.vq: no tokenizer can be made of these keys ({first_line(error)})"
+            ) from None
+    return load_shapes_vq() if section.vq == SHAPES_VQ else load_vq(Path(section.vq))
+
+
+def tiny_config(section: TinySection, tokenizer: PreTrainedTokenizerFast, vq: ChameleonVQ) -> ChameleonConfig:
+    """The configuration of the whole model."""
+    vocabulary_map = tokenizer.get_vocab()
+    return ChameleonConfig(
+        vocab_size=len(vocabulary_map),
+        hidden_size=section.hidden_size,
+        intermediate_size=section.intermediate_size,
+        num_hidden_layers=section.num_hidden_layers,
+        num_attention_heads=section.num_attention_heads,
+        num_key_value_heads=section.num_key_value_heads,
+        max_position_embeddings=section.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
+        swin_norm=section.swin_norm,
+        bos_token_id=vocabulary_map[BOS],
+        pad_token_id=vocabulary_map[PAD],
+        eos_token_id=vocabulary_map[EOS],
+        vq_config=vq.config.to_dict(),
+        vocabulary_map=vocabulary_map,
+    )
 
 
 def tiny_model(section: TinySection, words: Sequence[str]) -> tuple[InterleavedChameleon, PreTrainedTokenizerFast]:
-    """The model with fresh weights, a function of `section.seed`, and its tokenizer."""
+    """The model with fresh weights, a function of `section.seed`, and its tokenizer.
+
+    Raises UserError where the machine's memory does not hold it.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.seed)
         vq = tiny_vq(section)
         tokenizer = tiny_tokenizer([*words, *section.words], section.tags, vq.config.num_embeddings)
-        vocabulary_map = tokenizer.get_vocab()
-        config = ChameleonConfig(
-            vocab_size=len(vocabulary_map),
-            hidden_size=section.hidden_size,
-            intermediate_size=section.intermediate_size,
-            num_hidden_layers=section.num_hidden_layers,
-            num_attention_heads=section.num_attention_heads,
-            num_key_value_heads=section.num_key_value_heads,
-            max_position_embeddings=section.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": section.rope_theta},
-            swin_norm=section.swin_norm,
-            bos_token_id=vocabulary_map[BOS],
-            pad_token_id=vocabulary_map[PAD],
-            eos_token_id=vocabulary_map[EOS],
-            vq_config=vq.config.to_dict(),
-            vocabulary_map=vocabulary_map,
-        )
-        model = InterleavedChameleon(config)
+        try:
+            model = InterleavedChameleon(tiny_config(section, tokenizer, vq))
+        except (RuntimeError, MemoryError) as error:
+            raise UserError(f"policy.tiny: the model cannot be made ({first_line(error)})") from None
         model.model.vqmodel.load_state_dict(vq.state_dict())
     return model, tokenizer

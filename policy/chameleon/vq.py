@@ -37,6 +37,11 @@ from transformers.models.chameleon.modeling_chameleon import (
 
 from runtime.errors import UserError, nearest
 
+WIDEST = 2**16
+SIZES = {  # of a configuration: the least and the most
+    **dict.fromkeys(("embed_dim", "latent_channels", "base_channels", "in_channels", "resolution"), (1, WIDEST)),
+    **{"num_embeddings": (1, 2**18), "num_res_blocks": (0, 64)},  # each code is a word of the text tokenizer too
+}
 CHECKPOINT_PREFIX = "model.vqmodel."  # where a released Chameleon checkpoint keeps the tokenizer
 SHAPES_WEIGHTS = Path(__file__).with_name("weights") / "shapes_vq.safetensors"
 
@@ -252,11 +257,14 @@ def vq_config(values: Mapping[str, Any], source: str = "vq_config") -> Chameleon
     for name in values:
         if name not in known:
             raise TokenizerError(f"{source}: no key '{name}'; {nearest(name, known)}")
+    for name, (least, most) in SIZES.items():
+        if isinstance(size := values.get(name), int) and not least <= size <= most:
+            raise TokenizerError(f"{source}.{name}: {size}; give {least} to {most}")
     try:
         config = ChameleonVQVAEConfig(**{name: value for name, value in values.items() if name != "model_type"})
         factor = 2 ** (len(config.channel_multiplier) - 1)
     except Exception as error:  # transformers validates with exceptions of huggingface_hub
-        raise TokenizerError(f"{source}: {error}") from error
+        raise TokenizerError(f"{source}: {' '.join(str(error).split())}") from error
     if config.resolution % factor:
         raise TokenizerError(
             f"{source}: resolution {config.resolution} is no multiple of {factor}, which the "

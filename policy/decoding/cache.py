@@ -9,11 +9,19 @@ Letters: R rows of the cache, B rows of a call, H key-value heads, P positions o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
+
+from runtime.errors import UserError, first_line
+
+
+class CacheError(UserError):
+    """More rows than memory holds."""
 
 
 class RowCache:
@@ -26,11 +34,18 @@ class RowCache:
     def __init__(
         self, rows: int, length: int, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
     ):
+        """Raises CacheError where the device's memory does not hold so many rows."""
         self.rows, self.length = rows, length
         shape = (rows, heads, length, width)
-        # Zeros, not empty: what lies beyond a row's length is masked, but NaN times 0 would still be NaN.
-        self.keys = [_keys(shape, dtype, device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        size = 2 * layers * math.prod(shape) * dtype.itemsize
+        if device.type == "cpu" and size > psutil.virtual_memory().total:  # Linux would promise it, and kill later
+            raise CacheError(_too_large(rows, length, size, "this machine has less"))
+        try:
+            # Zeros, not empty: what lies beyond a row's length is masked, but NaN times 0 would still be NaN.
+            self.keys = [_keys(shape, dtype, device) for _ in range(layers)]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        except (RuntimeError, MemoryError) as error:
+            raise CacheError(_too_large(rows, length, size, first_line(error))) from None
         self.used_R = np.zeros(rows, np.int64)
         self.position_R = np.zeros(rows, np.int64)
 
@@ -50,6 +65,13 @@ class RowCache:
             layer[target, :, :used] = layer[source, :, :used]
         self.used_R[list(row_B)] = used
         self.position_R[list(row_B)] = self.position_R[source]
+
+
+def _too_large(rows: int, length: int, size: int, why: str) -> str:
+    return (
+        f"rollout.rows: the cache of {rows} rows of {length} ids takes {size / 2**30:,.1f} GiB ({why}); ask for fewer "
+        f"rows, or a smaller rollout.max_tokens"
+    )
 
 
 def _keys(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,15 +16,14 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from rewards.detectors.weights import WeightsError, device_of, folder_of
+from runtime.section import Section
 
 
-class OpenClipConfig(BaseModel):
+class OpenClipConfig(Section):
     """Which open_clip model, and where its weights are."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str = Field("ViT-L-14-quickgelu", description="open_clip's name of the architecture (without `path`).")
     pretrained: str = Field("openai", description="open_clip's tag of the weights, or a file of weights for `model`.")

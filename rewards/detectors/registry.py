@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from runtime.errors import UserError, nearest
 from runtime.loading import load_object
+from runtime.paths import Options, ReadPath, expand, expand_object, reading
+from runtime.section import Section
+from runtime.yaml_core import fault, load_yaml
 
 # Where each backend is; its constructor's arguments are the keys that it takes.
 BACKENDS = {
@@ -34,13 +37,11 @@ RELEASED = {
 }
 
 
-class DetectorConfig(BaseModel):
+class DetectorConfig(Section):
     """A detector of the toolkit's own. Keys that are None keep the backend's default."""
 
-    model_config = ConfigDict(extra="forbid")
-
     backend: str = Field(description="mask2former, grounding_dino, owlv2 or shapes.")
-    path: str | None = Field(
+    path: ReadPath | None = Field(
         None,
         description="Folder in the released layout, or a hub id found in the hub cache. "
         "None: the backend's usual release.",
@@ -65,7 +66,7 @@ class DetectorConfig(BaseModel):
     )
     template: str | None = Field(None, description="owlv2: the sentence that a phrase is put into, with {}.")
     download: bool = Field(False, description="Fetch weights that the hub cache lacks.")
-    colors: dict[str, Any] | None = Field(
+    colors: Options | None = Field(
         default_factory=dict,
         description="The open_clip model that names colors (model, pretrained, path, device, "
         "batch_size ...); nothing: GenEval's, ViT-L-14-quickgelu of openai. null: no colors are named.",
@@ -87,19 +88,21 @@ def detector_spec(text: str, where: str = "--detector") -> DetectorConfig | str:
     """
     backend, colon, path = text.partition(":")
     if backend in BACKENDS:
-        return DetectorConfig(backend=backend, path=path if colon else None)
+        return DetectorConfig(backend=backend, path=expand(path) if colon else None)
     written = text.lstrip().startswith("{")
-    file = Path(text)
+    file = Path(text if written else expand(text))
     if not written and file.suffix not in (".yaml", ".yml"):
         if "." not in text:
             raise UserError(f"{where}: no detector '{text}'; {nearest(text, BACKENDS)}")
-        return text
+        return expand_object(text)
     try:
-        return DetectorConfig.model_validate(yaml.safe_load(text if written else file.read_text()))
+        return DetectorConfig.model_validate(
+            load_yaml(text if written else file.read_text()), context=reading(Path.cwd() if written else file.parent)
+        )
     except OSError as error:
         raise UserError(f"{where}: {file}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{where}: {fault(error)}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from policy.devices import check_device
 from runtime.errors import UserError
 
 
@@ -69,13 +70,10 @@ def file_of(path: str, download: bool = False, where: str = "path") -> Path:
 
 
 def device_of(name: str, where: str = "device") -> str:
-    """ "auto" is a CUDA device where there is one, else the CPU. Raises WeightsError for a device that is not there."""
+    """ "auto" is a CUDA device where there is one, else the CPU. Raises DeviceError for one that is not there."""
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise WeightsError(f"{where}: '{name}' cannot be used here ({str(error).splitlines()[0]})") from None
+    check_device(name, where)
     return name

@@ -19,6 +19,7 @@ from typing import Any
 from simpleeval import InvalidExpression, SimpleEval, safe_power
 
 from rewards.formula import groupwise
+from rewards.limits import LARGEST, too_large
 from runtime.errors import UserError, nearest
 
 
@@ -234,16 +235,37 @@ class Expression:
             groups: the rows of each group.
             names: of the trajectories, for the error.
 
-        Raises ExpressionError where it divides by zero or leaves the finite numbers; what stands in a groupwise
-        function is worked out for every row, also where a condition leaves its value unused.
+        Raises ExpressionError where it divides by zero, leaves the finite numbers or is beyond LARGEST; what stands in
+        a groupwise function is worked out for every row, also where a condition leaves its value unused.
         """
         names = names or [""] * len(parts)
         known = [dict(row) for row in parts]
         for text, (function, argument) in self._aggregates.items():
             values = [self._value(argument, row, name) for row, name in zip(known, names, strict=True)]
-            for row, value in zip(known, groupwise.over(function, values, groups), strict=True):
+            for row, value in zip(known, self._over(text, function, values, groups), strict=True):
                 row[text] = value
-        return [self._value(self._tree, row, name) for row, name in zip(known, names, strict=True)]
+        totals = [self._value(self._tree, row, name) for row, name in zip(known, names, strict=True)]
+        for total, row, name in zip(totals, known, names, strict=True):
+            if total is not None and too_large(total):
+                what = f"is {total:.3g}, beyond the {LARGEST:g} that can be trained on (in float32),"
+                raise ExpressionError(self._fault(what, row, name))
+        return totals
+
+    def _over(
+        self, text: str, function: str, values: Sequence[float | None], groups: Sequence[Sequence[int]]
+    ) -> list[float | None]:
+        """What a groupwise function makes of all rows."""
+        try:
+            results = groupwise.over(function, values, groups)
+        except (OverflowError, ValueError):
+            results = [math.inf]
+        if any(result is not None and not math.isfinite(result) for result in results):
+            there = [value for value in values if value is not None]
+            raise ExpressionError(
+                f"{self.where}: '{text}' leaves the finite numbers, over values from {min(there):.3g} to "
+                f"{max(there):.3g}"
+            )
+        return results
 
     def _value(self, tree: ast.expr, parts: Mapping[str, float | None], row: str) -> float | None:
         self._evaluator.names = parts

@@ -7,17 +7,22 @@ schedules:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from rewards.limits import LARGEST
+from runtime.section import Section
+
+Step = Annotated[int, Field(le=2**53)]  # as far as steps are whole in a float
+Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 
 
-class ScheduleConfig(BaseModel):
-    """Values at steps, and what holds between them. `{0: 1.0, 100: 0.2}` alone is `{at: {0: 1.0, 100: 0.2}}`."""
+class ScheduleConfig(Section):
+    """Values at steps, and what holds between them. `{0: 1.0, 100: 0.2}` alone is `{at: {0: 1.0, 100: 0.2}}`,
+    and a number alone holds throughout."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    at: dict[int, float] = Field(
+    at: dict[Step, Value] = Field(
         min_length=1, description="Value by step; before the first step its value, after the last one its."
     )
     kind: Literal["linear", "steps"] = Field(
@@ -27,7 +32,9 @@ class ScheduleConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _bare(cls, data: Any) -> Any:
-        """A mapping of steps alone."""
+        """A mapping of steps alone, or a number that holds throughout."""
+        if isinstance(data, int | float) and not isinstance(data, bool):
+            return {"at": {0: data}}
         if isinstance(data, dict) and data and all(_is_step(key) for key in data):
             return {"at": data}
         return data

@@ -1,28 +1,35 @@
 r"""Is this answer right? One comparison a kind of answer, and the reward `answer` that pays for it.
 
     math     mathematically equal (math-verify)                   exact    the same words (SQuAD's normal form)
-    choice   the same option letter                               f1       shared words (SQuAD)
+    choice   the same option letter (options.py)                  f1       shared words (SQuAD)
     numeric  within 5 % of a number, else the same words (ChartQA)  anls   1 - edit distance, 0 from one half (DocVQA)
 
-Each takes what the policy answered and one reference; `best` takes the best of several references. They are pure but
-for math-verify's time limits, which are signals and so hold only in the main thread of a process: `math_agrees` refuses
-to run elsewhere (a recipe's parts that use it run in processes of their own).
+Each takes what the policy answered and one reference (comparisons.py); `best` takes the best of several references.
+They are pure but for math-verify's time limits, which are signals and so hold only in the main thread of a process:
+`math_agrees` refuses to run elsewhere (a recipe's parts that use it run in processes of their own).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
-import string
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from record.trajectory import Author, Trajectory
 from rewards.contract import RewardError
-from rewards.functions.text import WRAPPER, blocks, boxed, last_turn, policy_turns, unwrapped, without_chat_marks
+from rewards.functions.comparisons import anls, choice, exact, relaxed, token_f1
+from rewards.functions.text import (
+    WRAPPER,
+    blocks,
+    boxed,
+    last_turn,
+    plain,
+    policy_turns,
+    unwrapped,
+    without_chat_marks,
+)
 from runtime.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -31,115 +38,13 @@ Kind = Literal["math", "choice", "exact", "f1", "anls", "numeric"]
 Comparison = Callable[[str, str], float | bool | None]
 Place = Literal["auto", "tag", "boxed", "label", "segment", "text"]
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_LABEL = re.compile(r"(?:final answer|answer)\s*(?:is\b|:)\s*", re.I)
+_LABEL = re.compile(r"(?:final answer|answer)[*_]*\s*(?:is\b\s*:?|:)[*_]*\s*", re.I)  # its own bold type goes with it
+# A whole number and a proper fraction: 11 5/6. Blanks between groups of three digits that are a whole text: 1 000.
+_MIXED = re.compile(r"(?<![\w./^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/^.])")
+_SPACED = re.compile(r"([-+]?\d{1,3})((?: \d{3})+)(\.\d+)?")
 
 
-# ---- comparisons ------------------------------------------------------------------------------------------------
-
-
-def normalised(text: str) -> str:
-    """SQuAD's normal form: lower case, no punctuation, no articles, single blanks."""
-    bare = "".join(c for c in str(text).lower() if c not in string.punctuation)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
-
-
-def exact(answer: str, gold: str) -> float:
-    """1 if the normal forms are the same. An answer that is punctuation or articles alone is compared as it stands."""
-    mine, theirs = normalised(answer), normalised(gold)
-    if not mine or not theirs:
-        return float(str(answer).strip().lower() == str(gold).strip().lower())
-    return float(mine == theirs)
-
-
-def token_f1(answer: str, gold: str) -> float:
-    """F1 over the words of the normal forms, each as often as it stands (SQuAD, arXiv:1606.05250)."""
-    mine, theirs = normalised(answer).split(), normalised(gold).split()
-    if not mine or not theirs:
-        return float(mine == theirs)
-    shared = (Counter(mine) & Counter(theirs)).total()
-    if not shared:
-        return 0.0
-    precision, recall = shared / len(mine), shared / len(theirs)
-    return 2 * precision * recall / (precision + recall)
-
-
-def edit_distance(first: str, second: str) -> int:
-    """Levenshtein's: insertions, deletions and substitutions of single characters."""
-    if len(first) < len(second):
-        first, second = second, first
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, 1):
-        diagonal, row[0] = row[0], i
-        for j, b in enumerate(second, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
-    return row[-1]
-
-
-def anls(answer: str, gold: str, threshold: float = 0.5) -> float:
-    """1 - d with d the edit distance over the longer length, 0 where d reaches the threshold (Biten et al.,
-    arXiv:1905.13648). Case and white space at the ends do not count."""
-    mine, theirs = " ".join(str(answer).lower().split()), " ".join(str(gold).lower().split())
-    longer = max(len(mine), len(theirs))
-    distance = edit_distance(mine, theirs) / longer if longer else 0.0
-    return 1 - distance if distance < threshold else 0.0
-
-
-def number(text: str) -> float | None:
-    """The text as one number (sign, thousands, decimals, exponent, a currency before it, % behind it), else None.
-    A per cent sign is dropped, not divided by: "41%" is 41."""
-    bare = str(text).strip().rstrip(".").strip("$€£ ").removesuffix("%").strip()
-    if not _NUMBER.fullmatch(bare):
-        return None
-    value = float(bare.replace(",", ""))
-    return value if math.isfinite(value) else None
-
-
-def relaxed(answer: str, gold: str, tolerance: float = 0.05) -> float:
-    """1 if a number is within `tolerance` of the reference, relative to the reference (exactly it where that is 0);
-    1 for the same words where the reference is no number (ChartQA, arXiv:2203.10244)."""
-    theirs, mine = number(gold), number(answer)
-    if theirs is None:
-        return exact(answer, gold)
-    if mine is None:
-        return 0.0
-    return float(mine == theirs if theirs == 0 else abs(mine - theirs) <= tolerance * abs(theirs) + 1e-12)
-
-
-def choice_letter(text: str, letters: str = "ABCDEFGH") -> str | None:
-    """The option that a text names, as an upper-case letter; None where it names none or more than one.
-
-    Read in this order: a letter alone, in brackets or not; a letter after "answer is", "option" and the like; a letter
-    at the start that punctuation follows ("B. red", "(b) red"); the only capital letter standing alone. The article
-    "A" before a word is no option.
-    """
-    bare, either = str(text).strip().strip("*` "), f"[{letters}{letters.lower()}]"
-    for pattern in (rf"[(\[]?({either})[)\].:,]*", rf"[(\[]({either})[)\]].*", rf"({either})[).:](?:\s.*|$)"):
-        if found := re.fullmatch(pattern, bare, re.DOTALL):
-            return found.group(1).upper()
-    named = {
-        found.upper()
-        for found in re.findall(
-            rf"(?:answer|option|choice)\s*(?:is|:)?\s*[(\[]?({either})(?:[)\].:,;!]|\s*$|\s+(?:because|since|as)\b)",
-            bare,
-            re.I,
-        )
-    }
-    if len(named) == 1:
-        return named.pop()
-    alone = {
-        found
-        for found in re.findall(rf"(?<![\w'])([{letters}])(?![\w'])", bare)
-        if found != "A" or not re.search(r"(?<![\w'])A\s+[a-z]", bare)
-    }
-    return alone.pop() if len(alone) == 1 and not named else None
-
-
-def choice(answer: str, gold: str) -> float:
-    """1 if the answer names the reference's letter. A reference that names no letter is compared word by word."""
-    theirs = choice_letter(gold)
-    return exact(answer, gold) if theirs is None else float(choice_letter(answer) == theirs)
+# ---- mathematics ------------------------------------------------------------------------------------------------
 
 
 def math_agrees(answer: str, gold: str, timeout_s: int = 5) -> bool | None:
@@ -152,7 +57,7 @@ def math_agrees(answer: str, gold: str, timeout_s: int = 5) -> bool | None:
     Raises:
         RewardError: called off the main thread, where math-verify would run without a time limit.
     """
-    answer, gold = _unboxed(answer), _unboxed(gold)
+    answer, gold = _tidied(answer), _tidied(gold)
     if _is_words(unwrapped(answer)) or _is_words(unwrapped(gold)):
         return bool(exact(unwrapped(answer), unwrapped(gold)))
     mine = parsed(rf"\boxed{{{answer}}}", timeout_s)
@@ -206,6 +111,16 @@ def _in_main_thread() -> None:
         )
 
 
+def _tidied(text: str) -> str:
+    """A formula as math-verify reads it: plain, without a box, mixed numbers as sums."""
+    bare = plain(_unboxed(plain(text))).removesuffix(".").strip()
+    bare = re.sub(r"(?<=[\w)}\]])\*\*(?=[\w({\\-])", "^", bare)
+    bare = re.sub(r"(?<=\d)\\[,;:! ](?=\d{3}(?!\d))", "", bare)
+    if _SPACED.fullmatch(bare):
+        bare = bare.replace(" ", "")
+    return _MIXED.sub(lambda m: f"({m[1]}+{m[2]}/{m[3]})" if int(m[2]) < int(m[3]) else m[0], bare)
+
+
 def _unboxed(text: str) -> str:
     found = boxed(text)
     bare = found[-1] if found else text.strip().strip("$")
@@ -216,18 +131,13 @@ def _is_words(bare: str) -> bool:
     return re.search(r"[^\W\d_]{2}", bare) is not None and re.search(r"[\d\\^=+*/<>]", bare) is None
 
 
-def plainly(compare: Comparison) -> Comparison:
-    r"""`compare` over the words alone: \text{red} is red."""
-    return lambda answer, gold: compare(unwrapped(answer), unwrapped(gold))
-
-
 COMPARISONS: dict[str, Comparison] = {
     "math": math_agrees,
-    "choice": plainly(choice),
-    "exact": plainly(exact),
-    "f1": plainly(token_f1),
-    "anls": plainly(anls),
-    "numeric": plainly(relaxed),
+    "choice": choice,
+    "exact": exact,
+    "f1": token_f1,
+    "anls": anls,
+    "numeric": relaxed,
 }
 
 
@@ -306,8 +216,8 @@ def answer(
             f"threshold a share, 0 to 1"
         )
     compare = {
-        "numeric": plainly(lambda a, g: relaxed(a, g, tolerance)),
-        "anls": plainly(lambda a, g: anls(a, g, threshold)),
+        "numeric": lambda a, g: relaxed(a, g, tolerance),
+        "anls": lambda a, g: anls(a, g, threshold),
     }.get(kind, COMPARISONS[kind])
     found = [answer_of(t, place) for t in trajectories]
     values: list[float | None] = []

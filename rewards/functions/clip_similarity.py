@@ -19,6 +19,7 @@ from rewards.contract import policy_images
 from rewards.detectors.encoders import ClipEncoder, OpenClipConfig, OpenClipEncoder
 from rewards.detectors.weights import WeightsError
 from runtime.errors import UserError, nearest
+from runtime.section import BatchSize
 
 Form = Literal["cosine", "clipscore"]
 Library = Literal["open_clip", "transformers"]
@@ -36,7 +37,7 @@ def clip_similarity(
     pretrained: str = "openai",
     quick_gelu: bool | None = None,
     device: str = "auto",
-    batch_size: int = 64,
+    batch_size: BatchSize = 64,
     download: bool = False,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:

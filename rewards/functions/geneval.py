@@ -99,7 +99,7 @@ def kept(
 def _judge(metadata: Mapping[str, Any], objects: Detections, strict: bool) -> tuple[bool, list[str]]:
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []  # by include clause; None: it was not satisfied
-    for clause in metadata.get("include", ()):
+    for clause in metadata.get("include") or ():
         name, count = clause["class"], clause["count"]
         every = objects.get(name, [])
         found = every[:count]
@@ -161,20 +161,23 @@ def _targets(clause: Mapping[str, Any], groups: Sequence[Any]) -> Any:
 
 
 def grade(metadata: Mapping[str, Any], objects: Detections, strict: bool = False) -> float:
-    """How much of the record the image meets, in [0, 1]: the mean over all that it asks for.
+    """How much of the record the image meets, in [0, 1]: the mean over all that its clauses ask for.
 
-    With n wanted, f found (best n of them looked at) and k the count from which `exclude` refuses the class:
+    An include clause, with n wanted, f found (best n of them looked at) and k the smallest count from which `exclude`
+    refuses the class, asks for
         count     f / n below n; 1 from n to k - 1; max(0, 1 - (f - k + 1) / n) from k on
         color    share of the n that have the color; what is missing counts as wrong
         position  share of the n x targets pairs in which the relation holds; 0 where either side is missing
-    A class that only `exclude` names asks for one thing more: 1 below k, else 0. With `strict` every included class is
-    refused from n + 1 on, and `exclude` is ignored. Nothing is negative, unlike in the
-    graded score of RL forks of GenEval, where five found for one wanted gives -3.
+    An exclude clause of a class that is not included asks for one thing: 1 below its count, else 0. With `strict` an
+    include clause refuses its class from n + 1 on, and `exclude` is ignored. Several clauses of one class ask each for
+    its own. Nothing is negative, unlike in the graded score of RL forks of GenEval, where five found for one wanted
+    gives -3.
     """
-    include, exclude = metadata.get("include", ()), metadata.get("exclude") or ()
-    if strict:
-        exclude = [{"class": clause["class"], "count": clause["count"] + 1} for clause in include]
-    refused = {clause["class"]: clause["count"] for clause in exclude}
+    include = metadata.get("include") or ()
+    exclude = () if strict else metadata.get("exclude") or ()
+    refused: dict[str, int] = {}
+    for clause in exclude:
+        refused[clause["class"]] = min(clause["count"], refused.get(clause["class"], clause["count"]))
     included = {clause["class"] for clause in include}
     parts: list[float] = []
     groups: list[list[Detection]] = []
@@ -182,7 +185,7 @@ def grade(metadata: Mapping[str, Any], objects: Detections, strict: bool = False
         name, count = clause["class"], clause["count"]
         every = objects.get(name, [])
         found = every[:count]
-        limit = refused.get(name)
+        limit = count + 1 if strict else refused.get(name)
         if limit is not None and len(every) >= limit:
             parts.append(max(0.0, 1 - (len(every) - limit + 1) / count))
         else:
@@ -195,7 +198,7 @@ def grade(metadata: Mapping[str, Any], objects: Detections, strict: bool = False
             held = sum(clause["position"][0] in relations(o.box, t.box) for o in found for t in targets)
             parts.append(held / (count * wanted_targets))
         groups.append(found)
-    parts += [float(len(objects.get(name, [])) < limit) for name, limit in refused.items() if name not in included]
+    parts += [float(len(objects.get(c["class"], [])) < c["count"]) for c in exclude if c["class"] not in included]
     return sum(parts) / len(parts) if parts else 1.0
 
 
@@ -211,7 +214,7 @@ def flow_grpo_score(metadata: Mapping[str, Any], objects: Detections) -> float:
     """
     entries: list[float] = []
     groups: list[list[Detection] | None] = []
-    for clause in metadata.get("include", ()):
+    for clause in metadata.get("include") or ():
         count, found = clause["count"], objects.get(clause["class"], [])
         color, place = clause.get("color"), clause.get("position")
         entries.append(1 - abs(count - len(found)) / count)
@@ -240,7 +243,7 @@ def classes_of(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def colored_of(record: Mapping[str, Any]) -> dict[str, int]:
-    """Of which classes how many of the best objects are judged by color."""
+    """Of which classes how many of the best objects are judged by color: as many as the clause that asks for most."""
     counts: dict[str, int] = {}
     for clause in record.get("include") or ():
         if clause.get("color") is not None:
@@ -249,17 +252,44 @@ def colored_of(record: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_record(detector: CachedDetector, record: Mapping[str, Any], where: str) -> None:
-    """Raises UnknownClass for a class that the detector cannot see, UserError where a color is asked for and nothing
-    can name it, RecordColumnError as `check_clauses`."""
+    """Raises RecordColumnError as `check_form`, UnknownClass for a class that the detector cannot see, UserError where
+    a color is asked for and nothing can name it, RecordColumnError as `check_clauses`."""
+    check_form(record, where)
     detector.require(classes_of(record), where)
     check_clauses(record, where, detector.colors or COLORS)
     if colored_of(record):
         detector.require_colors(where)
 
 
+def check_form(record: Mapping[str, Any], where: str) -> None:
+    """Raises RecordColumnError for an `include` or `exclude` that is no list of {class, count, color?, position?}, and
+    for more of a class than GenEval's rule looks at."""
+    for key in ("include", "exclude"):
+        clauses = record.get(key) or ()
+        for clause in clauses if isinstance(clauses, list | tuple) else (clauses,):
+            fields = clause if isinstance(clause, Mapping) else {}
+            name, count = fields.get("class"), fields.get("count")
+            if (
+                not isinstance(name, str)
+                or not isinstance(count, int)
+                or isinstance(count, bool)
+                or count < 1
+                or not isinstance(fields.get("color"), str | None)
+            ):
+                raise RecordColumnError(
+                    f"{where}: {key} has {clause!r}; it is a list of {{class, count from 1, color?, position?}}"
+                )
+            if key == "include" and count > MAX_OBJECTS:
+                raise RecordColumnError(
+                    f"{where} asks for {count} of '{name}'; GenEval's rule looks at {MAX_OBJECTS} of a class at most"
+                )
+
+
 def check_clauses(record: Mapping[str, Any], where: str, colors: Sequence[str] = COLORS) -> None:
-    """Raises RecordColumnError for a color or a place that no image can meet, and that would be paid 0 for ever: a
-    color that is none of `colors`, a relation that `relations` never gives, a place by no earlier clause."""
+    """Raises RecordColumnError for a clause that no image can meet, and that would be paid 0 for ever: a count that is
+    no number from 1 on, or more than are kept of a class; a color that is none of `colors`; a relation that `relations`
+    never gives; a place by no earlier clause."""
+    check_form(record, where)
     for index, clause in enumerate(record.get("include") or ()):
         color, position = clause.get("color"), clause.get("position")
         if color is not None and color not in colors:

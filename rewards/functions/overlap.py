@@ -180,7 +180,8 @@ def box_iou_reward(
     threshold: float | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """IoU of the answered boxes with the record's, in [0, 1]; None where the record has none.
+    """IoU of the answered boxes with the record's, in [0, 1]; None where the record has none, or not the size that its
+    pixels need.
 
     Boxes are read from the last answer block, or from all of the policy's words where there is none. Several are
     matched one to one, over the larger number (`matched_iou`).
@@ -215,6 +216,9 @@ def box_iou_reward(
         if not plain:
             true_size = t.record.get(size) or _prompt_size(t)
             seen_size = true_size if policy_size is None else t.record.get(policy_size)
+            if true_size is None and gold_frame == "pixels" or seen_size is None and frame == "pixels":
+                values.append(None)
+                continue
             true = [to_unit(box, gold_frame, true_size) for box in true]
             said = [to_unit(box, frame, seen_size) for box in said]
         values.append(matched_iou(said, true, threshold))
@@ -231,7 +235,8 @@ def temporal_iou_reward(
     threshold: float | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """IoU of the answered spans of time with the record's, in [0, 1]; None where the record has none.
+    """IoU of the answered spans of time with the record's, in [0, 1]; None where the record has none, or lacks what
+    turns it into seconds.
 
     Args:
         gold: column of the true [start, end], or list of them.
@@ -251,7 +256,11 @@ def temporal_iou_reward(
         true: Sequence[Sequence[float]] = _listed(t, gold, 2)
         said: Sequence[Sequence[float]] = spans_in(_answer(t))
         if frame != gold_frame:
-            true, said = _in_seconds(t, true, gold_frame, duration, fps), _in_seconds(t, said, frame, duration, fps)
+            scales = [_seconds_of(t, one, duration, fps) for one in (gold_frame, frame)]
+            if scales[0] is None or scales[1] is None:
+                values.append(None)
+                continue
+            true, said = _scaled(true, scales[0]), _scaled(said, scales[1])
         overlap = temporal_iou(said, true)
         values.append(overlap if threshold is None else float(overlap >= threshold))
     return values
@@ -264,18 +273,17 @@ def _answer(t: Trajectory) -> str:
     return found[-1] if found else own
 
 
-def _in_seconds(
-    t: Trajectory, spans: Sequence[Sequence[float]], frame: TimeFrame, duration: str, fps: str
-) -> list[Span]:
+def _seconds_of(t: Trajectory, frame: TimeFrame, duration: str, fps: str) -> float | None:
+    """Seconds of a unit of the frame; None where the record does not tell."""
     if frame == "seconds":
-        return [(start, end) for start, end in spans]
-    column = duration if frame == "unit" else fps
-    if not t.record.get(column):
-        raise RewardError(
-            f"temporal_iou: the record of '{t.prompt}' has no '{column}', which turns "
-            f"{'shares of the video' if frame == 'unit' else 'frame numbers'} into seconds"
-        )
-    scale = float(t.record[column]) if frame == "unit" else 1 / float(t.record[column])
+        return 1.0
+    told = t.record.get(duration if frame == "unit" else fps)
+    if not told:
+        return None
+    return float(told) if frame == "unit" else 1 / float(told)
+
+
+def _scaled(spans: Sequence[Sequence[float]], scale: float) -> list[Span]:
     return [(start * scale, end * scale) for start, end in spans]
 
 

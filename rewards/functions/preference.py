@@ -18,6 +18,7 @@ from rewards.detectors.encoders import OpenClipEncoder
 from rewards.detectors.weights import file_of
 from rewards.functions.clip_similarity import Which, check, clip_encoder, cosines, open_clip_encoder, scored
 from runtime.errors import UserError
+from runtime.section import BatchSize
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's repository has weights alone
@@ -31,7 +32,7 @@ def pickscore(
     processor: str | None = PICKSCORE_PROCESSOR,
     divisor: float = 1.0,
     device: str = "auto",
-    batch_size: int = 32,
+    batch_size: BatchSize = 32,
     download: bool = False,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
@@ -60,7 +61,7 @@ def hps(
     path: str | None = None,
     quick_gelu: bool = False,
     device: str = "auto",
-    batch_size: int = 32,
+    batch_size: BatchSize = 32,
     download: bool = False,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:

@@ -8,6 +8,7 @@ answered, which only a `release` variant whose release read it may use.
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from record.trajectory import Author, Trajectory
 
@@ -16,6 +17,23 @@ WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|md|normal|rm|sc|sf|sl|tt|up)?|math(?:bf|it|rm|sf|tt)|mbox|hbox|emph)"
     r"\s*\{([^{}]*)\}"
 )
+# What `plain` takes for the same. NFKC alone would read "1\u00bd" as 11/2, and "10\u00b2" as 102.
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
+_GROUPED = re.compile("(?<=\\d)[\u00a0\u2007\u2009\u202f'\u2019](?=\\d{3}(?!\\d))")  # between groups of three digits
+_RAISED = re.compile("(?<=[\\w)\\]}])[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+")
+_LOWERED = dict(
+    zip(map(ord, "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"), "0123456789-", strict=True)
+)
+_ALIKE = {
+    **dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63"), "-"),
+    **dict.fromkeys(map(ord, "\u2018\u2019\u201b\u02bc"), "'"),
+    **dict.fromkeys(map(ord, "\u201c\u201d\u201e"), '"'),
+    ord("\u2044"): "/",
+}
+# Emphasis stands between blanks, marks of punctuation or the ends; between letters and digits * is a product.
+_EMPHASIS = re.compile(r"(?<![\w*)\]}])(\*{1,3}|_{1,3}|`+|~~)(?=\S)(.{1,1000}?)(?<=\S)\1(?![\w*(\[{\\])", re.DOTALL)
+_LINE_MARKS = re.compile(r"^\s*(?:#{1,6}|[*\u2022])\s+(?=\S)")
+_STRAY = re.compile(r"^(?:\*+|_{2,}|`+)\s*|\s*(?:\*+|_{2,}|`+)$")  # of emphasis whose other end was cut off
 CHAT_MARKS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "</s>")
 
 
@@ -66,6 +84,26 @@ def unwrapped(text: str) -> str:
     while (bare := WRAPPER.sub(r"\1", text)) != text:
         text = bare
     return text
+
+
+def plain(text: str) -> str:
+    """The same text without typesetting: one form for characters that mean the same (full-width letters, minus signs,
+    quotes, composed and decomposed accents, blanks of other widths, vulgar fractions, raised digits), and without
+    Markdown's emphasis, headings and code marks, or white space at the ends."""
+    text = _GROUPED.sub("", _UNSEEN.sub("", unicodedata.normalize("NFC", text)))
+    text = _RAISED.sub(lambda found: "^" + found[0].translate(_LOWERED), text)
+    text = "".join(_fraction_of(c, text[at - 1 : at]) or c for at, c in enumerate(text))
+    text = unicodedata.normalize("NFKC", text).translate(_ALIKE).strip()
+    while (bare := _EMPHASIS.sub(r"\2", text)) != text:
+        text = bare
+    return _STRAY.sub("", _LINE_MARKS.sub("", text)).strip()
+
+
+def _fraction_of(character: str, before: str) -> str | None:
+    """A vulgar fraction written out, apart from the digits before it; None for any other character."""
+    if not unicodedata.decomposition(character).startswith("<fraction>"):
+        return None
+    return (" " if before.isdigit() else "") + unicodedata.normalize("NFKC", character).replace("\u2044", "/")
 
 
 def without_chat_marks(text: str, strip: bool = True) -> str:

@@ -15,11 +15,11 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from rewards.judge import verdicts
+from rewards.judge import start, verdicts
 from rewards.judge.base import CAUSES, TRIED_AGAIN, AnswerCheck, Comparison, Question, Reply
 from rewards.judge.cache import ReplyCache, request_key
 from rewards.judge.config import JudgeConfig
@@ -116,16 +116,24 @@ class JudgeClient:
 
     # ---- start, end, counts -------------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Ask the endpoint for its models. One that cannot list them is asked a word.
+    def check(self, needs: Collection[str] = ()) -> None:
+        """Ask the endpoint for its models, then questions with the parameters of the run's.
+
+        Args:
+            needs: images, logprobs: what the run's questions ask for, beside config.check_with.
 
         Raises:
-            JudgeDown: it cannot be reached, refuses the key, or does not know the model.
+            JudgeDown: it cannot be reached, refuses the key, does not know the model, or does not answer a question;
+                the sentence says what of it is refused, and which key changes that.
         """
         where = f"rewards.judge: the endpoint {self.config.base_url}"
         try:
             wire = self._connected()
             known = wire.run(wire.models())
+            if known and self.config.model not in known:
+                raise JudgeDown(f"{where} has no model '{self.config.model}'; {nearest(self.config.model, known)}")
+            for body in start.bodies(self.config, {*needs, *self.config.check_with}):
+                self._check_question(wire, body, where)
         except Failed as failure:
             if failure.cause in ("timeout", "connection"):
                 raise JudgeDown(
@@ -139,9 +147,20 @@ class JudgeClient:
                     f". The key is read from the environment variable {key}, which is "
                     f"{'set' if os.environ.get(key) else 'not set'}"
                 )
+            if failure.cause == "cut":
+                hint = ". If it reasons before it answers, set rewards.judge.reasoning_tokens to what that may take"
             raise JudgeDown(f"{where} does not answer: {failure.message}{hint}") from None
-        if known and self.config.model not in known:
-            raise JudgeDown(f"{where} has no model '{self.config.model}'; {nearest(self.config.model, known)}")
+
+    def _check_question(self, wire: Wire, body: Mapping[str, Any], where: str) -> None:
+        """Raises JudgeDown where a part of it is refused, Failed where it fails as a whole."""
+        try:
+            wire.run(start.ask(wire.complete, body, self._wait))
+        except Failed as failure:
+            refused = failure.cause in ("refused", "server", "no_logprobs") and failure.status not in (401, 403)
+            found = wire.run(start.refusals(wire.complete, self.config, body)) if refused else []
+            if not found:
+                raise
+            raise JudgeDown(f"{where} refuses {'; '.join(found)}") from None
 
     def counts(self) -> dict[str, int]:
         """Since the client was made: questions `asked`, of which `cached` and `unjudged`; `retried` attempts; and
@@ -179,7 +198,7 @@ class JudgeClient:
         names = keys
         if self.cache is None:
             names = [
-                key if body["temperature"] == 0 else f"{key} {index}"
+                key if body.get("temperature") == 0 else f"{key} {index}"
                 for index, (key, body) in enumerate(zip(keys, bodies, strict=True))
             ]
         distinct = dict(zip(names, zip(keys, bodies, readers, strict=True), strict=True))

@@ -6,56 +6,81 @@ rewards:
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
+
+from runtime.paths import WritePath
+from runtime.section import Retries, Seconds, Section
 
 
-class JudgeConfig(BaseModel):
+class JudgeConfig(Section):
     """An OpenAI-compatible endpoint that judges."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     base_url: str = Field(description="Where the API is, with its version: http://localhost:8000/v1.")
     model: str = Field(description="The model's name, as the endpoint knows it.")
     api_key_env: str = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the key; where it is not set, no key is sent."
     )
-    timeout_s: float = Field(60.0, gt=0, description="Seconds one attempt may take from first to last byte.")
-    retries: int = Field(
+    timeout_s: Seconds = Field(60.0, gt=0, description="Seconds one attempt may take from first to last byte.")
+    retries: Retries = Field(
         3,
-        ge=0,
         description="Further attempts after a timeout, a dropped connection, 429, 5xx or a "
         "reply that is no completion; then the question goes unjudged.",
     )
-    backoff_s: float = Field(
+    backoff_s: Seconds = Field(
         0.5,
         ge=0,
         description="Seconds before the first retry, doubled at each further one, "
         "with jitter of half to one and a half; Retry-After is honoured.",
     )
-    backoff_max_s: float = Field(
+    backoff_max_s: Seconds = Field(
         30.0, ge=0, description="The longest wait before a retry that the endpoint did not ask for."
     )
-    retry_after_max_s: float = Field(
+    retry_after_max_s: Seconds = Field(
         120.0,
         ge=0,
         description="The longest Retry-After that is waited for; after a longer one the question goes unjudged.",
     )
     concurrency: int = Field(16, ge=1, description="Requests in flight at once.")
-    cache_dir: Path | None = Field(
+    cache_dir: WritePath | None = Field(
         None, description="Folder that keeps replies, by the whole request; None: none are kept. Failures never are."
     )
     max_tokens: int = Field(512, ge=1, description="Tokens of a reply.")
-    temperature: float = Field(0.0, ge=0, description="The judge's sampling temperature.")
+    token_limit: Literal["max_tokens", "max_completion_tokens"] | None = Field(
+        "max_tokens",
+        description="The name under which a reply's limit is sent: max_completion_tokens for OpenAI's reasoning "
+        "models. None: no limit is sent.",
+    )
+    reasoning_tokens: int = Field(
+        0, ge=0, description="Tokens added to every limit, for a model that reasons before it answers."
+    )
+    temperature: float | None = Field(
+        0.0,
+        ge=0,
+        description="The judge's sampling temperature. None: none is sent, also where a reward names one, for "
+        "endpoints that refuse it.",
+    )
+    system_role: Literal["system", "developer", "user"] = Field(
+        "system",
+        description="The role of instructions, such as `agrees` gives. user: they stand before the question, for "
+        "endpoints that refuse the others.",
+    )
     top_logprobs: int = Field(
         20, ge=1, le=20, description="Candidates asked for where a probability is read from log-probs."
     )
     check_at_start: bool = Field(
         True,
-        description="Ask the endpoint for its models before the run, so that one that "
-        "is down or lacks the model stops it at once.",
+        description="Ask the endpoint for its models before the run, and questions as the run will, so that one that "
+        "is down, lacks the model or refuses the questions stops it at once.",
+    )
+    check_with: list[Literal["images", "logprobs"]] = Field(
+        default_factory=list,
+        description="What the questions at the start hold beside words, for rewards of your own. Of the toolkit's own "
+        "parts it is known.",
     )
     extra_body: dict[str, Any] = Field(
         default_factory=dict,
@@ -71,6 +96,12 @@ class JudgeConfig(BaseModel):
     @field_validator("base_url")
     @classmethod
     def _is_url(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://")):
+        try:
+            parts = urlsplit(value)
+            whole = parts.scheme in ("http", "https") and parts.hostname and value.isascii() and value.isprintable()
+            whole = whole and (parts.port is None or parts.port > 0) and " " not in value
+        except ValueError:  # brackets without an address in them, a port that is no number
+            whole = False
+        if not whole:
             raise ValueError(f"'{value}' is no address; write it as http://host:port/v1")
         return value.rstrip("/")

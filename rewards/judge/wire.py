@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -46,12 +47,21 @@ class Wire:
         self._not_before = 0.0  # monotonic: until then the endpoint asked to be left alone
         self._http: Any = None  # httpx2.AsyncClient
         self._loop = asyncio.new_event_loop()
+        self._entry = threading.Lock()  # what is sent to the loop before it closes is cancelled, nothing is sent after
+        self._closed = False
         self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """On the wire's loop, from any other thread. Ctrl-C cancels the requests."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """On the wire's loop, from any other thread. Ctrl-C cancels the requests, and so does closing.
+
+        Raises CancelledError once it is closed.
+        """
+        with self._entry:
+            if self._closed:
+                work.close()
+                raise CancelledError
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except BaseException:
@@ -61,7 +71,10 @@ class Wire:
     def close(self) -> None:
         if self.process != os.getpid():
             return
-        self.run(self._end())
+        with self._entry:
+            self._closed = True
+            ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -90,7 +103,7 @@ class Wire:
         return read_completion(content, bool(body.get("logprobs")))
 
     async def models(self) -> list[str]:
-        """Names of the models; empty where the endpoint lists none but answers a question. Raises Failed."""
+        """Names of the models; empty where the endpoint lists none. Raises Failed."""
         status, _, content = await self._send("GET", "/models")
         if status == 200:
             try:
@@ -99,7 +112,6 @@ class Wire:
                 pass
         elif status in (401, 403) or status >= 500:
             raise Failed("refused", f"status {status}: {_said(content)}", status)
-        await self.complete(body_of(Question.of("Say yes.", max_tokens=16), self.config))
         return []
 
     async def _send(
@@ -134,15 +146,36 @@ class Wire:
 
 def body_of(question: Question, config: JudgeConfig, logprobs: bool = False) -> dict[str, Any]:
     """The JSON of a request, images as data URLs."""
-    body: dict[str, Any] = {
-        "model": config.model,
-        "messages": [{**message, "content": _content(message["content"])} for message in question.messages],
-        "max_tokens": question.max_tokens or (4 if logprobs else config.max_tokens),
-        "temperature": config.temperature if question.temperature is None else question.temperature,
-    }
+    messages = [{**message, "content": _content(message["content"])} for message in question.messages]
+    body: dict[str, Any] = {"model": config.model, "messages": _addressed(messages, config.system_role)}
+    if config.token_limit is not None:
+        limit = question.max_tokens or (4 if logprobs else config.max_tokens)
+        body[config.token_limit] = limit + config.reasoning_tokens
+    if config.temperature is not None:
+        body["temperature"] = config.temperature if question.temperature is None else question.temperature
     if logprobs:
         body |= {"logprobs": True, "top_logprobs": config.top_logprobs}
     return {**body, **config.extra_body}
+
+
+def _addressed(messages: list[dict[str, Any]], role: str) -> list[dict[str, Any]]:
+    """With system messages under another role; as `user` they stand before the words of the message that follows."""
+    if role != "user":
+        return [{**message, "role": role} if message["role"] == "system" else message for message in messages]
+    others: list[dict[str, Any]] = []
+    before: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            before.append(message["content"])
+            continue
+        if before:
+            words, content = "\n\n".join(before), message["content"]
+            joined = (
+                f"{words}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": words}, *content]
+            )
+            message, before = {**message, "content": joined}, []
+        others.append(message)
+    return others
 
 
 def _content(content: Any) -> Any:

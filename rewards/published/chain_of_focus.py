@@ -137,7 +137,8 @@ def chain_of_focus_base(
 
     Args:
         data_kind: perception (a judge decides) or math (a rule, then a judge).
-        kind_column: the record's column that names the kind, where a data set mixes them.
+        kind_column: the record's column that names the kind, where a data set mixes them; a record that lacks it
+            is not judged.
         variant: repaired or release (at the top of this file).
         accuracy, format: weights.
     """
@@ -146,7 +147,7 @@ def chain_of_focus_base(
     kinds = column_or(trajectories, kind_column, data_kind, "chain_of_focus", get_args(DataKind))
     readings = [
         None
-        if gold_of(t, gold) is None
+        if of is None or gold_of(t, gold) is None
         else read(transcript(t) if release else without_chat_marks(policy_text(t)), of, release)  # type: ignore[arg-type]
         for t, of in zip(trajectories, kinds, strict=True)
     ]

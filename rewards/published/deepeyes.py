@@ -133,14 +133,15 @@ def deepeyes(
 
     Args:
         kind: vstar_chart (an answer tag), general_reasoning (after the last closing think tag only) or math (a box).
-        kind_column: the record's column that names the kind, where a data set mixes them.
+        kind_column: the record's column that names the kind, where a data set mixes them; a record that lacks it
+            is not judged.
         variant: repaired or release (at the top of this file).
         accuracy, format, tool: weights; None: those of the kind.
     """
     one_of("deepeyes", "variant", variant, get_args(Variant))
     kinds = column_or(trajectories, kind_column, kind, "deepeyes", get_args(Kind))
     readings = [
-        None if gold_of(t, gold) is None else _read(t, of, variant)  # type: ignore[arg-type]
+        None if of is None or gold_of(t, gold) is None else _read(t, of, variant)  # type: ignore[arg-type]
         for t, of in zip(trajectories, kinds, strict=True)
     ]
     known = [

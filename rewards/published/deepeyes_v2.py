@@ -87,14 +87,15 @@ def deepeyes_v2(
 
     Args:
         kind: perception or search.
-        kind_column: the record's column that names the kind, where a data set mixes them.
+        kind_column: the record's column that names the kind, where a data set mixes them; a record that lacks it
+            is not judged.
         variant: repaired or release (at the top of this file).
         accuracy, format: weights. searched: share of the accuracy that a thought with a call is paid.
     """
     one_of("deepeyes_v2", "variant", variant, get_args(Variant))
     kinds = column_or(trajectories, kind_column, kind, "deepeyes_v2", get_args(Kind))
     readings = [
-        None if gold_of(t, gold) is None else _read(t, of, variant)  # type: ignore[arg-type]
+        None if of is None or gold_of(t, gold) is None else _read(t, of, variant)  # type: ignore[arg-type]
         for t, of in zip(trajectories, kinds, strict=True)
     ]
     right = resolve_verdicts(

@@ -26,23 +26,23 @@ def one_of(reward: str, option: str, value: Any, known: Sequence[str]) -> None:
 
 def column_or(
     trajectories: Sequence[Trajectory], column: str | None, value: str, reward: str, known: Sequence[str]
-) -> list[str]:
-    """What each record says in `column`, or `value` where no column is named.
+) -> list[str | None]:
+    """What each record says in `column` (None where it lacks that), or `value` where no column is named.
 
     Raises:
-        UserError: a record without the column, or with something else than the known words in it.
+        UserError: a record with something else than the known words in it.
     """
     if column is None:
         one_of(reward, "kind of data", value, known)
         return [value] * len(trajectories)
     for trajectory in trajectories:
         said = trajectory.record.get(column)
-        if said not in known:
+        if said is not None and said not in known:
             raise UserError(
                 f"{reward}: the record of trajectory {trajectory.key} has {said!r} in column '{column}'; "
                 f"{nearest(str(said), known)}"
             )
-    return [trajectory.record[column] for trajectory in trajectories]
+    return [trajectory.record.get(column) for trajectory in trajectories]
 
 
 def question_of(trajectory: Trajectory) -> str:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from record.trajectory import Trajectory
-from rewards.functions.answers import best, exact, math_agrees, parsed, references, verified
+from rewards.functions.answers import best, math_agrees, parsed, references, verified
+from rewards.functions.comparisons import exact
 from rewards.functions.text import policy_turns, without_chat_marks
 from rewards.published.judge_helpers import log_parts, one_of, totals
 from runtime.errors import UserError

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 from record.trajectory import Modality, Trajectory
 from rewards.contract import RewardError, groups_of, policy_text
 from rewards.functions.answers import COMPARISONS, best, math_agrees, parsed, references, verified
-from rewards.functions.text import boxed, transcript, unwrapped
+from rewards.functions.text import boxed, plain, transcript, unwrapped
 from rewards.functions.tool_use import ToolCall, tool_calls
 from rewards.published.judge_helpers import log_parts, one_of, totals
 from runtime.errors import UserError
@@ -138,7 +138,7 @@ def accuracy(text: str, golds: Sequence[str]) -> float | None:
 
 def _agrees(answer: str, gold: str) -> float | None:
     gold = boxed(gold)[-1] if boxed(gold) else gold
-    if re.fullmatch(r"\s*[A-H]\s*", unwrapped(gold)):
+    if re.fullmatch(r"[(\[]?[A-H][)\].]*", plain(unwrapped(gold))):
         return COMPARISONS["choice"](answer, gold)
     theirs = _parts(gold)
     mine = _parts(answer)

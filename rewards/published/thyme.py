@@ -15,6 +15,7 @@ else.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from typing import Any, Literal, get_args
 
 from record.trajectory import Trajectory
 from rewards.contract import RewardContext, policy_text
-from rewards.functions.answers import choice_letter, math_agrees, number, same_reading
+from rewards.functions.answers import math_agrees, same_reading
+from rewards.functions.options import choice_letter
 from rewards.functions.text import blocks, count, transcript, without_chat_marks
 from rewards.judge.base import Question
 from rewards.published.judge_helpers import flags, gold_of, log_parts, one_of, resolve_verdicts, totals
@@ -42,6 +44,7 @@ _OPENINGS = (
     "Best answer:",
     "Best option:",
 )
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _UNITS = re.compile(
     r"\b(?:degree|centimeter|cm|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard|"
     r"liter)(?:es)?s?\b"
@@ -80,7 +83,7 @@ def by_rule(answer: str, gold: str) -> bool:
     mine, theirs = plain_answer(answer), gold.strip()
     if _bare(mine) == _bare(theirs) or _bare(_behind_last_verb(mine)) == _bare(theirs):
         return True
-    a, b = number(_bare(mine)), number(_bare(theirs))
+    a, b = _number(_bare(mine)), _number(_bare(theirs))
     return (a is not None and a == b) or same_reading(mine, theirs)
 
 
@@ -196,8 +199,17 @@ def _bare(text: str) -> str:
     text = re.sub(r"^\\text\{(.+)\}$", r"\1", text.strip())
     text = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", text.replace("\\", "").replace("$", "").replace("%", ""))
     text = _UNITS.sub("", text.lower()).strip()
-    value = number(text)
+    value = _number(text)
     return f"{value:g}" if value is not None and value == int(value) and abs(value) < 1e6 else text
+
+
+def _number(text: str) -> float | None:
+    bare = text.strip().rstrip(".").strip("$€£ ").removesuffix("%").strip()
+    return (
+        float(bare.replace(",", ""))
+        if _NUMBER.fullmatch(bare) and math.isfinite(float(bare.replace(",", "")))
+        else None
+    )
 
 
 def _behind_last_verb(text: str) -> str:

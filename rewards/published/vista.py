@@ -18,7 +18,8 @@ from typing import Any, Literal, get_args
 
 from record.trajectory import Author, Trajectory
 from rewards.contract import RewardContext, RewardError, policy_text
-from rewards.functions.answers import best, references, relaxed
+from rewards.functions.answers import best, references
+from rewards.functions.comparisons import normalised, relaxed
 from rewards.functions.text import blocks
 from rewards.judge.base import Question
 from rewards.published.judge_helpers import log_parts, one_of, question_of
@@ -215,7 +216,7 @@ def relaxed_or_listed(answer: str, gold: str) -> float:
     if not (gold.strip().startswith("[") and gold.strip().endswith("]")):
         return relaxed(answer, gold)
     wanted, said = (
-        sorted(item.strip().lower() for item in re.split(r"\s+and\s+|,", text.strip().strip("[]")) if item)
+        sorted(normalised(item) or item.strip() for item in re.split(r"\s+and\s+|,", text.strip().strip("[]")) if item)
         for text in (gold, answer)
     )
     return float(wanted == said)

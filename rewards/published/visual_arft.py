@@ -24,7 +24,8 @@ from typing import Any, Literal, get_args
 
 from record.trajectory import Author, Trajectory
 from rewards.contract import RewardError
-from rewards.functions.answers import normalised, parsed, token_f1, verified
+from rewards.functions.answers import parsed, verified
+from rewards.functions.comparisons import squad_normalised, token_f1
 from rewards.functions.sentences import MINILM, sentence_encoder
 from rewards.functions.text import CHAT_MARKS, blocks, policy_turns, without_chat_marks
 from rewards.functions.tool_use import tool_calls
@@ -118,7 +119,7 @@ def accuracy(
 
 def f1_release(prediction: str, gold: str) -> float:
     """F1 in which shared words count once and lengths with repeats."""
-    said, wanted = normalised(prediction).split(), normalised(gold).split()
+    said, wanted = squad_normalised(prediction).split(), squad_normalised(gold).split()
     shared = len(set(said) & set(wanted))
     if not shared:
         return 0.0

@@ -1,8 +1,9 @@
 """What scores in a process of its own, so that one that hangs or crashes costs a timeout and never the run.
 
-The driver's side is `ProcessWorker`; `serve` is the child's. They speak pickles over two pipes. On a timeout the
-child's stack is dumped (it says where it hung), the child and its children are killed, and the next call starts a
-fresh one. The child leaves when the driver does. ray_worker.py does the same with a Ray actor.
+The driver's side is `ProcessWorker`; `serve` is the child's. They speak pickles over two pipes, and a third carries
+what the child prints. On a timeout the child's stack is dumped (it says where it hung), the child and all that it
+started are killed, and the next call starts a fresh one. The child leaves when the driver does. ray_worker.py does the
+same with a Ray actor.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 
 from rewards.runtime.serving import CallFailed, Server, Worker, read
 from runtime.actor_process import read_until_stable
+from runtime.output import OutputRelay
+from runtime.processes import MARK, end_tree, new_mark
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,8 @@ _BOOT = (
 
 @dataclass
 class ProcessWorker(Worker):
-    """A spec loaded in a process of its own, which leads a session: whatever it starts ends with it."""
+    """A spec loaded in a process of its own, which leads a session: whatever it starts ends with it, and what it prints
+    is passed on up to a limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,12 +49,18 @@ class ProcessWorker(Worker):
         self._to: Connection | None = None
         self._from: Connection | None = None
         self._dump: Any = None
+        self._mark = ""
         self._timed_out = False
+        self._output = OutputRelay(f"reward '{self.spec.name}'")
+
+    def close(self) -> None:
+        super().close()
+        self._output.report()
 
     def _interrupt(self) -> None:
         process = self._process
         if process is not None:
-            _kill_session(process)
+            self._kill(process)
 
     def _running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -59,22 +69,29 @@ class ProcessWorker(Worker):
         self._timed_out = False
         inbound, to = os.pipe()
         from_, outbound = os.pipe()
-        self._dump = tempfile.TemporaryFile()
+        printed, prints = os.pipe()
+        self._dump, self._mark = tempfile.TemporaryFile(), new_mark()
         descriptors = (inbound, outbound, self._dump.fileno())
         self._process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, descriptors), str(os.getpid())],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
+            stdout=prints,
+            stderr=prints,
+            env={**os.environ, MARK: self._mark},
             start_new_session=True,
         )
-        os.close(inbound)
-        os.close(outbound)
+        for descriptor in (inbound, outbound, prints):
+            os.close(descriptor)
+        process = self._process
+        self._output.follow(printed, lambda: process.poll() is None)
         self._to, self._from = Connection(to, readable=False), Connection(from_, writable=False)
 
     def _drop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            _kill_session(process)
+            self._kill(process)
+            self._output.finish()
         for connection in (self._to, self._from):
             if connection is not None:
                 connection.close()
@@ -90,7 +107,7 @@ class ProcessWorker(Worker):
         def time_out() -> None:
             self._timed_out = True
             stack.append(_stack_of(process, self._dump))
-            _kill_session(process)  # sending and receiving below end with it
+            self._kill(process)  # sending and receiving below end with it
 
         watchdog = threading.Timer(timeout_s, time_out)
         watchdog.daemon = True
@@ -117,6 +134,11 @@ class ProcessWorker(Worker):
             watchdog.join()
         return read(answer)
 
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        """End it with all that it started, and when it ended by itself what it left behind."""
+        end_tree(process.pid if process.poll() is None else None, self._mark)
+        process.wait()
+
 
 def _stack_of(process: subprocess.Popen[bytes], dump: Any) -> str:
     """Where every thread of the child stands: faulthandler writes it on SIGUSR1, even if the child holds its lock."""
@@ -125,14 +147,6 @@ def _stack_of(process: subprocess.Popen[bytes], dump: Any) -> str:
         return read_until_stable(lambda: os.pread(dump.fileno(), 100_000, 0))
     except (OSError, ValueError, AttributeError):  # it ended in the meantime
         return ""
-
-
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        process.kill()
-    process.wait()
 
 
 # ---- the child --------------------------------------------------------------------------------------------------
@@ -164,7 +178,8 @@ def _read(connection: Connection, requests: queue.SimpleQueue[bytes], parent: in
         try:
             while not connection.poll(5):
                 if os.getppid() != parent:
-                    os._exit(0)
+                    raise EOFError
             requests.put(connection.recv_bytes())
         except (EOFError, OSError):
+            end_tree(None, os.environ.get(MARK))  # all but this process
             os._exit(0)

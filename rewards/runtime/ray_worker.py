@@ -6,6 +6,7 @@ signalled), and the next call starts a fresh one. Ray is imported when a worker 
 
 from __future__ import annotations
 
+import logging
 import pickle
 import time
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from typing import Any
 from rewards.contract import RewardError
 from rewards.runtime.serving import CallFailed, Server, Worker, read
 from runtime.actor_process import ActorProcess, TraceableActor, end_actor
+from runtime.output import LIMIT, cap_own_output, dropped_sentence, reached_sentence
+from runtime.ray_cluster import check_alive
 
+logger = logging.getLogger(__name__)
 LOOK_S = 0.5  # how often a waiting call looks whether it was closed
 
 
@@ -24,13 +28,16 @@ class RewardActor(TraceableActor):
 
     def __init__(self) -> None:
         super().__init__()
+        self._dropped = cap_own_output()
         self._server = Server()
 
-    def answer(self, message: bytes) -> bytes:
+    def answer(self, message: bytes) -> tuple[bytes, int]:
+        """The Server's answer, and how many bytes that were printed have been dropped so far."""
         try:
-            return pickle.dumps(self._server.answer(pickle.loads(message)), protocol=5)
+            answer = pickle.dumps(self._server.answer(pickle.loads(message)), protocol=5)
         except Exception as error:  # what it returned does not pickle
-            return pickle.dumps(("raised", (f"{type(error).__name__}: {error}", "")))
+            answer = pickle.dumps(("raised", (f"{type(error).__name__}: {error}", "")))
+        return answer, self._dropped()
 
 
 @dataclass
@@ -44,6 +51,14 @@ class RayWorker(Worker):
         super().__post_init__()
         self._actor: Any = None
         self._process: ActorProcess | None = None
+        self._dropped = 0  # bytes of output, by the actor that runs
+        self._dropped_before = 0  # by those before it
+
+    def close(self) -> None:
+        super().close()
+        if self._dropped_before:
+            logger.warning("%s", dropped_sentence(f"reward '{self.spec.name}'", LIMIT, self._dropped_before))
+            self._dropped_before = 0
 
     @property
     def pid(self) -> int:
@@ -55,6 +70,7 @@ class RayWorker(Worker):
     def _launch(self) -> None:
         import ray
 
+        check_alive()
         there = ray.cluster_resources()
         for name, asked in (("CPU", self.num_cpus), ("GPU", self.num_gpus)):
             if asked > there.get(name, 0.0):
@@ -73,7 +89,11 @@ class RayWorker(Worker):
 
     def _exchange(self, message: tuple[Any, ...], timeout_s: float, what: str) -> Any:
         packed = pickle.dumps(message, protocol=5)
-        return read(pickle.loads(self._wait(self._actor.answer.remote(packed), timeout_s, what)))
+        answer, dropped = self._wait(self._actor.answer.remote(packed), timeout_s, what)
+        if dropped and not self._dropped + self._dropped_before:
+            logger.warning("%s", reached_sentence(f"reward '{self.spec.name}'", LIMIT))
+        self._dropped = dropped
+        return read(pickle.loads(answer))
 
     def _wait(self, reference: Any, timeout_s: float, what: str) -> Any:
         import ray
@@ -88,6 +108,7 @@ class RayWorker(Worker):
                 stack = self._process.stack() if self._process is not None else ""
                 self._drop()
                 raise CallFailed("timeout", f"{what} took longer than {timeout_s:g} s and was stopped", stack)
+            check_alive()
             if ray.wait([reference], timeout=min(left, LOOK_S))[0]:
                 break
         try:
@@ -95,6 +116,7 @@ class RayWorker(Worker):
         except ray.exceptions.RayError as error:
             ended = next((line for line in str(error).splitlines() if "because" in line), str(error))
             self._drop()
+            check_alive(lost=True)
             raise CallFailed(
                 "crash", f"its Ray actor ended during {what}: {ended.split(' Some common causes')[0].strip()}"
             ) from None
@@ -102,4 +124,5 @@ class RayWorker(Worker):
     def _drop(self) -> None:
         actor, self._actor = self._actor, None
         process, self._process = self._process, None
+        self._dropped, self._dropped_before = 0, self._dropped_before + self._dropped
         end_actor(actor, process)

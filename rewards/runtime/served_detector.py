@@ -47,9 +47,10 @@ class ServedDetector:
         return self._spread("detect_phrases", images, phrases)
 
     def close(self) -> None:
-        self._lane.close()
-        for worker in self.workers:
+        self._lane.stop()
+        for worker in self.workers:  # a call that it is in ends with it
             worker.close()
+        self._lane.close()
 
     def _name_colors(self, images: Sequence[np.ndarray], objects: Sequence[Any]) -> list[Any]:
         return self._spread("name_colors", images, objects)

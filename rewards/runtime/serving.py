@@ -27,6 +27,7 @@ from rewards.contract import (
     View,
     asks_judge,
     call,
+    check_columns,
     check_options,
 )
 from rewards.detectors.base import CachedDetector, Detector
@@ -38,6 +39,7 @@ from rewards.judge.config import JudgeConfig
 from rewards.loader import load_object, load_reward, make
 from rewards.registry import REWARDS
 from runtime.errors import UserError
+from runtime.options import checked
 
 PATIENCE_S = 60.0  # for one call, where nothing else is said
 RAISED = (Exception, SystemExit)  # what a reward may raise and its run goes on: sys.exit in it ends nobody else
@@ -168,6 +170,8 @@ class ComponentSpec:
     view: View = "auto"
     context: RewardContextSpec | None = None  # of one of the toolkit's own; None: it is somebody else's
     judge: JudgeConfig | None = None  # for somebody else's that asks for it
+    columns: tuple[str, ...] | None = None  # of the whole prompt set; None: not known
+    conversational: bool = True  # what the view `auto` goes by
 
     @property
     def own(self) -> bool:
@@ -189,6 +193,13 @@ class ComponentSpec:
         function = load_reward(self.function, self.options, self.factory)
         options = {} if self.factory else dict(self.options)
         check_options(function, self.name, options, own=self.context is not None)
+        if self.own:
+            options = checked(function, options, f"rewards.parts.{self.name}.options")
+        if self.columns is not None:
+            if self.own:
+                REWARDS[self.function].check_columns(function, self.name, options, self.columns)
+            else:
+                check_columns(function, self.name, options, self.columns)
         if self.context is None:
             client = None
             if asks_judge(function) and "judge" not in options:
@@ -236,8 +247,10 @@ class LoadedComponent:
             options=self.options,
             state=state,
             view=self.spec.view,
+            conversational=self.spec.conversational,
             context=context,
             judge=self.judge,
+            known_columns=self.spec.columns or (),
         )
         if hasattr(client, "counts"):
             logs.judge = {name: count - before.get(name, 0) for name, count in client.counts().items()}
@@ -335,6 +348,10 @@ def describe(error: BaseException) -> tuple[str, str]:
     hint = ""
     if isinstance(error, TypeError) and "got 'list'" in str(error):
         hint = ". If it reads text alone, set completions: text for this part"
+    elif isinstance(error, TypeError) and str(error).startswith("string indices must be integers"):
+        hint = (
+            ". Completions are strings here; if it reads messages, set completions: text or interleaved for this part"
+        )
     return f"{type(error).__name__}: {error}{where}{hint}", "".join(traceback.format_exception(error))
 
 

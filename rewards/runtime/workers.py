@@ -21,8 +21,11 @@ from rewards.contract import Logs, TrainerState, Value, is_broken, lightened
 from rewards.runtime.isolate import ProcessWorker
 from rewards.runtime.ray_worker import RayWorker
 from rewards.runtime.serving import RAISED, CallFailed, LoadedComponent, Spec, describe
+from runtime.ending import leave_behind
 from runtime.errors import UserError
+from runtime.section import LONGEST_WAIT_S
 
+JOIN_S = 10.0  # how long a thread may be in its last job
 GIVE_UP_AFTER = 3  # calls of a part in a row that ran out of time, every attempt of them: no more in this step
 
 logger = logging.getLogger(__name__)
@@ -44,22 +47,26 @@ def workers_of(spec: Spec, config: WorkersConfig, timeout_s: float | None, load_
 
 
 class Executor:
-    """Runs jobs in the order in which they come, one thread a worker. Its threads do not outlive the program."""
+    """Runs jobs in the order in which they come, one thread a worker. Close it: its threads must not outlive the
+    program, whose arrays they could free while the interpreter ends, which aborts."""
 
     def __init__(self, name: str, workers: Sequence[Any] = (None,)) -> None:
         """Each job is called with the worker of the thread that runs it."""
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[Any], Any]] | None] = queue.SimpleQueue()
-        self._threads = len(workers)
-        for index, worker in enumerate(workers):
-            threading.Thread(target=self._run, args=(worker,), name=f"reward-{name}-{index}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._run, args=(worker,), name=f"reward-{name}-{index}", daemon=True)
+            for index, worker in enumerate(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, job: Callable[[Any], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         self._jobs.put((future, job))
         return future
 
-    def close(self) -> None:
-        """Cancel what has not begun, and let the threads end."""
+    def stop(self) -> None:
+        """Cancel what has not begun, and tell the threads to end."""
         while True:
             try:
                 waiting = self._jobs.get_nowait()
@@ -67,18 +74,37 @@ class Executor:
                 break
             if waiting is not None:
                 waiting[0].cancel()
-        for _ in range(self._threads):
+        for _ in self._threads:
             self._jobs.put(None)
 
+    def close(self) -> None:
+        """Stop, and wait for the threads. One that is still in a job after JOIN_S is given up: it ends with the
+        program (runtime.ending). Idempotent."""
+        self.stop()
+        until = time.monotonic() + JOIN_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                logger.warning("%s did not end within %g s, and ends with the program", thread.name, JOIN_S)
+                leave_behind(thread)
+        self._threads = []
+
     def _run(self, worker: Any) -> None:
-        while (waiting := self._jobs.get()) is not None:
-            future, job = waiting
-            if not future.set_running_or_notify_cancel():
-                continue
+        # Nothing of a job may stay in this frame while it waits for the next one.
+        while self._run_next(worker):
+            pass
+
+    def _run_next(self, worker: Any) -> bool:
+        waiting = self._jobs.get()
+        if waiting is None:
+            return False
+        future, job = waiting
+        if future.set_running_or_notify_cancel():
             try:
                 future.set_result(job(worker))
             except BaseException as error:  # whoever reads the future raises it
                 future.set_exception(error)
+        return True
 
 
 # ---- which trajectories make one call ----------------------------------------------------------------------------
@@ -160,7 +186,7 @@ class Component:
         self.name, self.config, self.executor, self.workers = name, config, executor, list(workers)
         self._loaded = loaded
         self._out_of_time = 0  # calls in a row, in this step
-        self._closed = False
+        self._ending = threading.Event()
 
     def plan(self, sizes: Sequence[int]) -> list[tuple[RowSlice, ...]]:
         return plan(self.config.sees, sizes, self.config.workers.batch_size if self.config.workers else None)
@@ -172,11 +198,21 @@ class Component:
     def submit(self, trajectories: Sequence[Trajectory], state: TrainerState) -> Future[Outcome]:
         return self.executor.submit(lambda worker: self._attempts(worker, trajectories, state))
 
-    def close(self) -> None:
-        self._closed = True
-        self.executor.close()
+    def stop(self) -> None:
+        """End its workers, and with them the calls that they are in."""
+        self._ending.set()
+        self.executor.stop()
         for worker in self.workers:
             worker.close()
+        judge: Any = self._loaded.judge if self._loaded is not None else None
+        if hasattr(judge, "close"):  # its own; the toolkit's parts share the manager's
+            judge.close()
+
+    def close(self) -> None:
+        """Stop, and wait for what it still does; its thread may be the driver's, which it shares."""
+        self.stop()
+        self.executor.close()
+        self.stop()  # a call that was cut short may have asked its judge once more
 
     def _attempts(self, worker: Worker | None, trajectories: Sequence[Trajectory], state: TrainerState) -> Outcome:
         """Call until it answers whole, at most 1 + retries times."""
@@ -206,8 +242,9 @@ class Component:
         values: list[Value] = [None] * len(trajectories)
         logs, broken = Logs(), len(trajectories)
         for attempt in range(1, self.config.retries + 2):
-            if attempt > 1:
-                time.sleep(self.config.retry_wait_s * 2 ** (attempt - 2))
+            wait_s = min(self.config.retry_wait_s * 2 ** (attempt - 2), LONGEST_WAIT_S)
+            if attempt > 1 and self._ending.wait(wait_s):
+                break
             try:
                 values, logs = self._call(worker, trajectories, state)
                 broken = sum(is_broken(value) for value in values)
@@ -221,8 +258,6 @@ class Component:
             except CallFailed as failure:
                 values, logs, broken = [None] * len(trajectories), Logs(), len(trajectories)
                 failures.append(CallFailure(self.name, failure.kind, failure.message, attempt, 0, failure.stack))
-                if self._closed:
-                    break
         return values, logs, failures, broken
 
     def _call(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 
 from policy.base import Policy
 from record.trajectory import Trajectory
@@ -30,10 +32,12 @@ class LocalRollouts:
 
     Args:
         engine: whose policy may be the trainer's own; then publishing only counts versions.
+        threads: CPU threads while it samples or scores a probe; the trainer has its own before and after. None: those.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, threads: int | None = None) -> None:
         self._worker = RolloutWorker("the worker in this process", engine)
+        self._threads = threads
 
     @property
     def version(self) -> int:
@@ -59,12 +63,18 @@ class LocalRollouts:
     def stream(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None) -> Iterator[FinishedGroup]:
         check_requests(requests)
         index = {request.group: i for i, request in enumerate(requests)}
-        for group, trajectories in self._worker.groups(requests) if requests else ():
-            yield FinishedGroup(index[group], trajectories)
+        groups = iter(self._worker.groups(requests) if requests else ())
+        while True:
+            with cpu_threads(self._threads):
+                finished = next(groups, None)
+            if finished is None:
+                return
+            yield FinishedGroup(index[finished[0]], finished[1])
 
     def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float:
         trajectories = probe.trajectories if probe is not None else ()
-        before_N, after_N = self._worker.receive(update.manifest, trajectories, *update.chunks)
+        with cpu_threads(self._threads):
+            before_N, after_N = self._worker.receive(update.manifest, trajectories, *update.chunks)
         return probe.check(self._worker.name, before_N, after_N) if probe is not None and after_N is not None else 0.0
 
     def shares_weights(self, policy: Policy) -> bool:
@@ -74,10 +84,25 @@ class LocalRollouts:
         self._worker.receiver.version = self._worker.engine.version = version
 
     def probe(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
-        return [self._worker.probe(trajectories)]
+        with cpu_threads(self._threads):
+            return [self._worker.probe(trajectories)]
 
     def health(self) -> list[WorkerHealth]:
         return [WorkerHealth(self._worker.name, "idle", self.version, os.getpid())]
 
     def close(self) -> None:
         """Nothing is held but memory."""
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Within it torch computes with `count` CPU threads, and afterwards with as many as before. None: no change."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -39,7 +39,7 @@ from rollout.weights.receive import UNPUBLISHED
 from rollout.weights.wire import WeightSyncError, WeightUpdate
 from runtime.actor_process import ActorProcess, end_actor
 from runtime.errors import UserError
-from runtime.ray_cluster import start_ray
+from runtime.ray_cluster import check_alive, start_ray
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,11 @@ class RayRollouts:
         self.spec, self.config, self.start_timeout_s = spec, config, start_timeout_s
         self.version = UNPUBLISHED
         self._published: list[tuple[WeightUpdate, Probe | None]] = []  # what a fresh worker must take up, in order
+        self._carried: dict[int, WeightUpdate] = {}  # by version: those in Ray's memory, while somebody starts
         self._crashes: list[str] = []  # since the last finished group or publication
         self._replaced: dict[str, int] = {}  # restarts by reason, since the last generation reported them
         self._counts: list[dict[str, float]] = []
-        self.cluster = start_ray(config.workers * config.threads, object_store_bytes)
+        self.cluster = start_ray(config.workers * config.actor_threads, object_store_bytes)
         self._slots = [_Slot(number) for number in range(config.workers)]
         try:
             self._check_size()
@@ -175,23 +176,21 @@ class RayRollouts:
                     self._kill(slot)
 
     def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float:
-        import ray
-
         if update.version <= self.version:
             raise WeightSyncError(f"version {update.version} comes after version {self.version}: versions only grow")
         if any(slot.call is not None for slot in self._slots):
             raise WeightSyncError(f"version {update.version} was published while groups are being written")
-        carried = WeightUpdate(update.manifest, tuple(ray.put(chunk) for chunk in update.chunks))
+        check_alive()
         if update.manifest.kind == "full":
             self._published = []
         else:
             self._published = [(p, None) for p, _ in self._published if p.manifest.kind == "full"]
-        self._published.append((carried, probe))
+        self._published.append((update, probe))
         self.version = update.version
         self._crashes.clear()
         for slot in self._slots:
             if slot.actor is not None:
-                self._send(slot, carried, probe)
+                self._send(slot, update, probe)
         gap = self._settle()
         self._crashes.clear()
         return gap
@@ -206,6 +205,7 @@ class RayRollouts:
         import ray
 
         self._settle()
+        check_alive()
         answers = [slot.actor.probe.remote(list(trajectories)) for slot in self._slots]
         return [np.array(answer) for answer in ray.get(answers, timeout=self.start_timeout_s)]
 
@@ -229,7 +229,7 @@ class RayRollouts:
     def close(self) -> None:
         for slot in self._slots:
             self._kill(slot)
-        self._published = []
+        self._published, self._carried = [], {}
         self.cluster.stop()
 
     # ---- places ----
@@ -239,7 +239,7 @@ class RayRollouts:
         import ray
 
         there = ray.cluster_resources()
-        for name, each in (("CPU", float(self.config.threads)), ("GPU", self.config.gpus)):
+        for name, each in (("CPU", float(self.config.actor_threads)), ("GPU", self.config.gpus)):
             if each and there.get(name, 0.0) < each:
                 raise WorkersError(
                     f"rollout.workers: each asks for {each:g} {name}, and the whole cluster has "
@@ -250,8 +250,9 @@ class RayRollouts:
         """Put a fresh actor into a vacant place; it is idle once `starting` is empty."""
         import ray
 
-        actor_class = ray.remote(num_cpus=self.config.threads, num_gpus=self.config.gpus, max_restarts=0)(ActorWorker)
-        slot.actor = actor_class.remote(slot.name, self.config.threads)
+        threads = self.config.actor_threads
+        actor_class = ray.remote(num_cpus=threads, num_gpus=self.config.gpus, max_restarts=0)(ActorWorker)
+        slot.actor = actor_class.remote(slot.name, threads)
         slot.starting = [slot.actor.about.remote(), slot.actor.build.remote(self.spec)]
         slot.probe, slot.version = None, UNPUBLISHED
         slot.process = None
@@ -261,8 +262,15 @@ class RayRollouts:
             self._send(slot, update, probe)
 
     def _send(self, slot: _Slot, update: WeightUpdate, probe: Probe | None) -> None:
+        import ray
+
+        # Not for longer than it is taken up: where a node ends, Ray ends a program whose objects lay there.
+        if update.version not in self._carried:
+            chunks = tuple(ray.put(chunk) for chunk in update.chunks)
+            self._carried[update.version] = WeightUpdate(update.manifest, chunks)
+        carried = self._carried[update.version]
         trajectories = probe.trajectories if probe is not None else ()
-        slot.starting.append(slot.actor.take.remote((update.manifest, trajectories), *update.chunks))
+        slot.starting.append(slot.actor.take.remote((carried.manifest, trajectories), *carried.chunks))
         slot.probe, slot.last_seen = probe, time.monotonic()
 
     def _settle(self) -> float:
@@ -294,6 +302,8 @@ class RayRollouts:
             slot.process = ActorProcess(*answer)
         if slot.starting:
             return 0.0
+        if not any(each.starting for each in self._slots):
+            self._carried.clear()
         slot.version = self.version
         return slot.probe.check(slot.name, *answer) if slot.probe is not None else 0.0
 
@@ -301,11 +311,12 @@ class RayRollouts:
         """Note a crash and vacate the place.
 
         Raises WorkersError if it never began to run, or once more workers died in a row than a few bad groups could
-        explain.
+        explain, or ClusterError where it is Ray that is gone.
         """
+        check_alive(lost=True)
         if reason == "timeout" and slot.process is None:
             raise WorkersError(
-                f"{crash}: Ray gave it no process. It asks for {self.config.threads} CPU and "
+                f"{crash}: Ray gave it no process. It asks for {self.config.actor_threads} CPU and "
                 f"{self.config.gpus:g} GPU; free them, ask for fewer rollout.workers, or set it to 0"
             )
         self._crashes.append(crash)
@@ -325,6 +336,7 @@ class RayRollouts:
         """Vacate the places of idle workers that died since the last call, which costs no group an attempt."""
         import ray
 
+        check_alive()
         asked = {
             slot.actor.about.remote(): slot for slot in self._slots if slot.actor is not None and not slot.starting
         }
@@ -369,9 +381,10 @@ class RayRollouts:
                 )
 
     def _wait(self) -> list[_Slot]:
-        """Places that have something to say, after TICK_S at most."""
+        """Places that have something to say, after TICK_S at most. Raises ClusterError where Ray is gone."""
         import ray
 
+        check_alive()
         self._log_what_is_waited_for()
         by_waitable = {slot.waitable(): slot for slot in self._slots if slot.waitable() is not None}
         if not by_waitable:
@@ -383,6 +396,7 @@ class RayRollouts:
         """What a worker says: a finished (group, bytes); its failures as FailedGroup."""
         import ray
 
+        check_alive()  # an answer that lies in the memory of a node that is gone would end this process
         if slot.starting:
             self._started(slot)
             return
@@ -451,7 +465,7 @@ class RayRollouts:
                     "%s has waited %.0f s to start; it asks for %d CPU and %g GPU, and %g and %g are free",
                     slot.name,
                     now - slot.last_seen,
-                    self.config.threads,
+                    self.config.actor_threads,
                     self.config.gpus,
                     free.get("CPU", 0.0),
                     free.get("GPU", 0.0),

@@ -270,7 +270,10 @@ def requirement(record: Record, plan_text: str) -> Record:
     if not (partial and owed):
         return record
     exact = {clause["class"] for clause in record.get("exclude", ())}
-    exclude = [{"class": c["class"], "count": c["count"] + 1} for c in owed if c["class"] in exact]
+    most: dict[str, int] = {}  # by class, of the clauses that name it: each of them is about all of its objects
+    for clause in owed:
+        most[clause["class"]] = max(clause["count"], most.get(clause["class"], 0))
+    exclude = [{"class": shape, "count": count + 1} for shape, count in most.items() if shape in exact]
     return {**record, "include": owed, **({"exclude": exclude} if exclude else {})}
 
 
@@ -286,13 +289,14 @@ def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> 
     """
     include = record["include"]
     seen = [(item, detection.box) for item, detection in zip(seen_in(detections), detections, strict=True)]
-    wanted = {clause["class"]: clause for clause in include}
-    clause = wanted.get(mistake.object.shape)
+    clauses = [clause for clause in include if clause["class"] == mistake.object.shape]
     found = [item for item, _ in seen if item.shape == mistake.object.shape]
     if mistake.kind == "missing":
-        if clause is None or len(found) >= clause["count"]:
-            return False
-        return None in (clause.get("color"), mistake.object.color) or clause["color"] == mistake.object.color
+        return any(
+            len(found) < clause["count"]
+            and (None in (clause.get("color"), mistake.object.color) or clause["color"] == mistake.object.color)
+            for clause in clauses
+        )
     boxes = [box for item, box in seen if item.matches(mistake.object)]
     if not boxes:  # what it points at is not there
         return False
@@ -301,13 +305,10 @@ def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> 
         return any(len(found) >= limit for limit in limits)
     if mistake.kind == "shape":
         lacking = any(sum(item.shape == c["class"] for item, _ in seen) < c["count"] for c in include)
-        return lacking and (clause is None or len(found) > clause["count"])
+        return lacking and all(len(found) > clause["count"] for clause in clauses)
     if mistake.kind == "color":
-        return (
-            clause is not None
-            and "color" in clause
-            and any(item.matches(mistake.object) and item.color != clause["color"] for item in found)
-        )
+        pointed_at = [item for item in found if item.matches(mistake.object)]
+        return any(clause.get("color") not in (None, item.color) for clause in clauses for item in pointed_at)
     return any(_breaks_relation(mistake.object.shape, box, include, seen) for box in boxes)
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from runtime.errors import UserError, nearest
+from runtime.section import Section
 from tasks.base import Demonstration, Detection, Record, Split
 from tasks.shapes import demonstrations, detector, language, prompts
 from tasks.shapes.language import Claim, Clause, Mistake
 from tasks.shapes.world import CANVAS, SHAPES
 
 
-class ShapesOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ShapesOptions(Section):
     mistake_rate: float = Field(0.5, ge=0, le=1, description="share of demonstrations with a mistake to be repaired")
 
 

@@ -19,6 +19,8 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from evals.kept import COMPARED_UNDER, DURING
+from evals.measures import FINAL_IMAGE, FIRST_SKETCH, REWARD
 from record.store import load_trajectories
 from record.trajectory import Author, Trajectory
 from runtime.errors import UserError, writing
@@ -30,6 +32,7 @@ from underdrawing.report.charts import PALETTE, Series, bars, line_chart
 CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (
     ("Reward", (r"reward/mean",), (None, None)),
     ("Held-out score", (r"heldout/(first_sketch|final_image)",), (0.0, None)),
+    ("Held-out reward", (r"heldout/reward",), (None, None)),
     ("Reward parts", (r"reward/(?!mean$|std$)[^/]+",), (None, None)),
     ("Critiques", (r"reward/[^/]+/(rubber_stamp_rate|approves_wrong|right_fine|right_wrong)",), (0.0, 1.0)),
     ("Entropy of decisions, nats", (r"entropy/[^/]+",), (0.0, None)),
@@ -42,6 +45,7 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("Gradient norm", (r"grad_norm",), (0.0, None)),
     ("Tokens a second", (r"rollout/tokens_per_s", r"perf/trained_tokens_per_s"), (0.0, None)),
     ("Warm-start loss, nats", (r"sft/loss_(text|image)",), (0.0, None)),
+    ("Warm-start loss by role, nats", (r"sft/loss/[^/]+",), (0.0, None)),
 )
 
 
@@ -52,11 +56,32 @@ class Evaluation:
     label: str
     score: float
     by_tag: Mapping[str, float]
-    first_sketch: float | None
-    final_image: float | None
     prompts: int
+    measures: Mapping[str, float] = field(default_factory=dict)  # name to mean: first_sketch, final_image, reward ...
+    score_of: str = FINAL_IMAGE  # the measure that is the score
     samples: int = 1  # answers to each prompt
     trajectories: Sequence[Trajectory] = ()
+    step: int | None = None  # of the run; None: not known
+    time: str = ""  # when, in UTC
+    settings: Mapping[str, Any] = field(default_factory=dict)  # empty: not known
+
+    @property
+    def score_means(self) -> str:
+        """What the score is of, for the page's caption."""
+        return {FINAL_IMAGE: "the share of right images", REWARD: "the recipe's reward"}.get(
+            self.score_of, f"the measure {self.score_of}"
+        )
+
+    @property
+    def during_training(self) -> bool:
+        return self.label.startswith(DURING)
+
+    def compares_with(self, other: Evaluation) -> bool:
+        """Whether the two scores are of the same prompts, samples, sampling and detector, as far as is known."""
+        if (self.prompts, self.samples) != (other.prompts, other.samples):
+            return False
+        values = [(self.settings.get(key), other.settings.get(key)) for key in COMPARED_UNDER]
+        return self.score_of == other.score_of and all(None in (a, b) or a == b for a, b in values)
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,7 @@ class ReportData:
     before: Evaluation | None = None
     after: Evaluation | None = None
     interval: tuple[float, float] | None = None  # 95% paired bootstrap of after - before
+    evaluations: Sequence[Evaluation] = ()  # all of them, the earliest steps first
     sampled: Sequence[tuple[int, Sequence[Trajectory]]] = ()  # step, trajectories
     recipe: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
@@ -107,7 +133,9 @@ def from_template(name: str, **values: Any) -> str:
 
 
 def write_page(html: str, path: Path) -> Path:
-    """Whole or not at all. Raises UserError where it cannot be written."""
+    """Whole or not at all. Raises UserError where `path` is a folder or cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; give the page's file, such as {path / 'report.html'}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, html)
@@ -118,34 +146,54 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
     """Gather what a run's folder holds.
 
     Raises:
-        UserError: the folder is no run: neither metrics, evaluations nor trajectories in it; or a file of it is cut
-            or altered, by name.
+        UserError: the folder is no run: neither metrics (of GRPO or a warm start), evaluations nor trajectories in
+            it; or a file of it is cut or altered, by name.
     """
     run_dir = Path(run_dir)
     metrics = read_metrics(run_dir / "metrics.jsonl")
     warm_start = read_metrics(run_dir / "sft" / "metrics.jsonl")
     evaluations = {p.parent.name: p for p in sorted((run_dir / "evaluations").glob("*/summary.json"))}
     stored = sorted((run_dir / "trajectories").glob("*")) if (run_dir / "trajectories").is_dir() else []
-    if not (metrics or evaluations or stored):
-        raise UserError(f"{run_dir}: no run here: metrics.jsonl, evaluations/ and trajectories/ are all missing")
-    loaded = [_load_evaluation(path) for path in evaluations.values()]
-    order = {"warm_start": 0, "grpo": 2}
-    loaded.sort(key=lambda e: order.get(e.label, 1))
+    if not (metrics or warm_start or evaluations or stored):
+        raise UserError(
+            f"{run_dir}: no run here: metrics.jsonl, sft/metrics.jsonl, evaluations/ and trajectories/ are all missing"
+        )
+    loaded = sorted((_load_evaluation(path) for path in evaluations.values()), key=_order)
+    before, after = before_and_after(loaded)
     comparison = run_dir / "evaluations" / "comparison.json"
-    interval = _load_interval(comparison) if comparison.exists() else None
+    interval = _load_interval(comparison, before, after) if comparison.exists() else None
     recipe = run_dir / "recipe.yaml"
     sampled = [(int(folder.name), load_trajectories(folder)) for folder in stored if folder.name.isdigit()]
     return ReportData(
         title=title or run_dir.name,
-        subtitle=f"{len(metrics)} steps of GRPO",
+        subtitle=(
+            f"{len(metrics)} steps of GRPO"
+            if metrics or not warm_start
+            else f"a warm start of {warm_start[-1]['step']} steps, and no GRPO yet"
+        ),
         metrics=[*metrics, *warm_start],
-        before=loaded[0] if len(loaded) > 1 else None,
-        after=loaded[-1] if loaded else None,
+        before=before,
+        after=after,
         interval=interval,
+        evaluations=loaded,
         sampled=[sampled[i] for i in _spread(len(sampled), 5)],
         recipe=recipe.read_text() if recipe.exists() else "",
         notes=alarms_of(metrics),
     )
+
+
+def _order(evaluation: Evaluation) -> tuple[int, int, str, str]:
+    """The warm start's first and GRPO's last; those between by step and time."""
+    place = {"warm_start": 0, "grpo": 2}.get(evaluation.label, 1)
+    return place, evaluation.step or 0, evaluation.time, evaluation.label
+
+
+def before_and_after(ordered: Sequence[Evaluation]) -> tuple[Evaluation | None, Evaluation | None]:
+    """The last evaluation and the first one that it compares with. Those during training stand back for others."""
+    shown = [e for e in ordered if not e.during_training] or list(ordered)
+    after = shown[-1] if shown else None
+    before = next((e for e in shown[:-1] if after is not None and e.compares_with(after)), None)
+    return before, after
 
 
 def alarms_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -175,25 +223,31 @@ def _load_evaluation(path: Path) -> Evaluation:
     trajectories = load_trajectories(folder) if folder.is_dir() else []
     with _reading(path, f"evaluate those weights again with --label {label}, or remove {path.parent}"):
         summary = json.loads(path.read_text())
-        first, final = (
-            None if summary.get(name) is None else float(summary[name]) for name in ("first_sketch", "final_image")
-        )
+        of_release_0_1 = {name: summary[name] for name in (FIRST_SKETCH, FINAL_IMAGE) if name in summary}
+        measures = summary.get("measures", of_release_0_1)
         return Evaluation(
             label=label,
             score=float(summary["score"]),
-            first_sketch=first,
-            final_image=final,
+            measures={name: float(mean) for name, mean in measures.items()},
+            score_of=str(summary.get("score_of") or FINAL_IMAGE),
             by_tag={tag: float(score) for tag, score in summary["by_tag"].items()},
             prompts=int(summary["prompts"]),
             samples=int(summary.get("samples", 1)),
             trajectories=trajectories,
+            step=None if summary.get("step") is None else int(summary["step"]),
+            time=str(summary.get("time") or ""),
+            settings=dict(summary.get("settings") or {}),
         )
 
 
-def _load_interval(path: Path) -> tuple[float, float]:
+def _load_interval(path: Path, before: Evaluation | None, after: Evaluation | None) -> tuple[float, float] | None:
+    """None where the interval is that of two other evaluations."""
     with _reading(path, "remove it, and the report does without the gain's interval"):
-        low, high = json.loads(path.read_text())["interval"]
-        return float(low), float(high)
+        content = json.loads(path.read_text())
+        low, high = content["interval"]
+        of = content.get("before"), content.get("after")
+        shown = before and before.label, after and after.label
+        return (float(low), float(high)) if None in of or of == shown else None
 
 
 @contextmanager
