@@ -119,7 +119,7 @@ class Cursor(Protocol):
     `allowed` at the temperature of `role`. `spans` grows as segments close; `open_span` is the one being written.
 
     Where `awaits` is true the environment must speak before anything else: the engine asks it, and tells the cursor by
-    `observe`. A cursor of a format without environment need not have the two.
+    `observe`. In a format without environment it is never true.
     """
 
     def forced(self) -> int | None: ...
@@ -129,9 +129,7 @@ class Cursor(Protocol):
     @property
     def role(self) -> str: ...  # by whose parameters the next id is sampled: a role's name, or "between"
     @property
-    def in_image(
-        self,
-    ) -> bool: ...  # the next id is a code or the forced closing marker, or a latent is denoised
+    def in_image(self) -> bool: ...  # the next id is a code or the forced closing marker, or a latent is denoised
     @property
     def stopped(self) -> bool: ...  # the end-of-turn token was taken, or nothing may follow
     @property
@@ -140,6 +138,10 @@ class Cursor(Protocol):
     def spans(self) -> list[Span]: ...  # closed segments; the last one is closed by stop()
     def stop(self) -> None: ...  # closes the open span, wherever it is
     def end_image(self) -> None: ...  # a latent without a closing marker is done
+
+    @property
+    def awaits(self) -> bool: ...
+    def observe(self, role: str) -> None: ...  # the environment has spoken; `role` is that of its last segment
 
 
 @dataclass(frozen=True)

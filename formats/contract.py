@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from formats.base import AllowedSet, Format, Part, Span, Vocabulary
+from formats.base import AllowedSet, Codes, Format, Part, SeenOnly, Span, Vocabulary
 from formats.render import render, tags_of
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory, mask_of
 
@@ -105,18 +105,37 @@ def _check_contexts(fmt: Format, trajectory: Trajectory, index: int) -> None:
 
 def _check_walk(fmt: Format, vocabulary: Vocabulary, constrain: str, limit: int, rng: np.random.Generator) -> None:
     cursor, ids = fmt.cursor(vocabulary, constrain), list[int]()
-    codes = {int(id) for id in vocabulary.code_ids}
-    left = 0  # codes that the open image still needs, as the format's promise has it
+    imaging = vocabulary.imaging
+    codes = {int(id) for id in imaging.ids} if isinstance(imaging, Codes) else set[int]()
+    count = imaging.count if isinstance(imaging, Codes) else 0
+    opening, closing = (None, None) if isinstance(imaging, SeenOnly) else (imaging.open, imaging.close)
+    never = {int(id) for id in vocabulary.never}
+    images = 0
+    left: int | None = None  # codes that the open image still needs, as the format's promise has it; None: no image
     while not cursor.stopped and len(ids) < limit:
+        if cursor.awaits:
+            cursor.observe(str(rng.choice(_answers(fmt, cursor.spans[-1].role))))
+            continue
+        if left is None and opening is None and cursor.in_image:
+            left, images = count, images + 1
+        if left == 0 and closing is None:  # the last code closed it, or (a latent) nothing does
+            if cursor.in_image and not count:
+                cursor.end_image()
+            left = None
+            continue
         forced = cursor.forced()
         id = forced if forced is not None else _sample(cursor.allowed(), vocabulary, rng)
-        if left > 0:
+        assert id not in never, f"{fmt.name}: id {id} may never be sampled"
+        if left:
             assert id in codes, f"{fmt.name}: id {id} within an image"
-        elif left == 0 and ids and ids[-1] in codes:
-            assert id == vocabulary.eoi and forced == id, f"{fmt.name}: an image is closed by its marker, forced"
+            left -= 1
+        elif left == 0:
+            assert id == closing and forced == id, f"{fmt.name}: an image is closed by its marker, forced"
+            left = None
         else:
-            assert id not in codes and id != vocabulary.eoi, f"{fmt.name}: id {id} outside an image"
-        left = vocabulary.codes_per_image if id == vocabulary.boi else max(left - 1, 0)
+            assert id not in codes and id != closing, f"{fmt.name}: id {id} outside an image"
+            if id == opening:
+                left, images = count, images + 1
         cursor.advance(id)
         ids.append(id)
     stop = StopReason.END if cursor.stopped else StopReason.MAX_TOKENS
@@ -124,13 +143,20 @@ def _check_walk(fmt: Format, vocabulary: Vocabulary, constrain: str, limit: int,
     cursor.stop()
     edges = [0, *(span.stop for span in cursor.spans)]
     assert [s.start for s in cursor.spans] == edges[:-1] and edges[-1] == len(ids), f"{fmt.name}: spans do not tile"
-    assert cursor.images == ids.count(vocabulary.boi) <= fmt.max_images, f"{fmt.name}: more images than max_images"
+    assert cursor.images == images <= fmt.max_images, f"{fmt.name}: more images than max_images"
     trajectory = spans_to_trajectory(fmt, vocabulary, ids, cursor.spans, stop)
     found = fmt.violations(trajectory)
     if constrain == "full" and stop is StopReason.END:
         assert not found, f"{fmt.name}: the full constraint let this through: {found[0].message}"
     if stop is not StopReason.END or cut:
         assert found, f"{fmt.name}: a turn that a limit stopped counts as whole"
+
+
+def _answers(fmt: Format, role: str) -> list[str]:
+    """The roles in which the environment may answer a role of the policy."""
+    answers = getattr(fmt, "answers", None)
+    assert answers is not None, f"{fmt.name}: its cursor awaits the environment, and the format names none of its roles"
+    return answers(role)
 
 
 def _holds(allowed: AllowedSet, id: int) -> bool:
@@ -142,6 +168,7 @@ def _sample(allowed: AllowedSet, vocabulary: Vocabulary, rng: np.random.Generato
     ids = np.flatnonzero(mask_of(allowed.ranges, vocabulary.size))
     assert len(ids), "a dead end: no id is allowed"
     if rng.random() < 0.5:
-        telling = [id for id in ids if id in (vocabulary.boi, vocabulary.eos) or "<" in vocabulary.piece(int(id))]
+        marks = (getattr(vocabulary.imaging, "open", None), vocabulary.eos)
+        telling = [id for id in ids if id in marks or "<" in vocabulary.piece(int(id))]
         ids = np.asarray(telling) if telling else ids
     return int(rng.choice(ids))

@@ -16,9 +16,9 @@ from record.trajectory import Modality
 GRAMMAR = Grammar(
     name="self_critique",
     roles=(
-        Role("sketch", Modality.IMAGE_TOKENS, label="sketch", color="draw"),
+        Role("sketch", Modality.IMAGE, label="sketch", color="draw"),
         Role("critique", label="critique", color="inspect"),
-        Role("redraw", Modality.IMAGE_TOKENS, label="redrawn", color="draw"),
+        Role("redraw", Modality.IMAGE, label="redrawn", color="draw"),
     ),
     follow={
         START: ("sketch",),

@@ -16,10 +16,10 @@ GRAMMAR = Grammar(
     name="strokes",
     roles=(
         Role("plan", tags=(("<ins>", "</ins>"), ("<des>", "</des>")), label="plan", color="plan"),
-        Role("sketch", Modality.IMAGE_TOKENS, label="sketch", color="draw"),
+        Role("sketch", Modality.IMAGE, label="sketch", color="draw"),
         Role("inspect", tags=(("<inspect>", "</inspect>"),), label="inspection", color="inspect"),
         Role("refine", tags=(("<refine>", "</refine>"),), label="refinement", color="refine"),
-        Role("redraw", Modality.IMAGE_TOKENS, label="redrawn", color="draw"),
+        Role("redraw", Modality.IMAGE, label="redrawn", color="draw"),
     ),
     follow={
         START: ("plan",),

@@ -16,10 +16,10 @@ GRAMMAR = Grammar(
     name="subgoals",
     roles=(
         Role("plan", label="plan", color="plan"),
-        Role("subgoal", Modality.IMAGE_TOKENS, label="subgoal", color="draw"),
+        Role("subgoal", Modality.IMAGE, label="subgoal", color="draw"),
         Role("reflect", label="reflection", color="inspect"),
         # Nothing announces the final image: it is the one that the turn ends with.
-        Role("final", Modality.IMAGE_TOKENS, label="final image", color="draw"),
+        Role("final", Modality.IMAGE, label="final image", color="draw"),
     ),
     follow={
         START: ("plan",),

@@ -103,6 +103,11 @@ class Policy(Protocol):
     def vocabulary(self) -> Vocabulary: ...
 
     @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of an image that is denoised; empty: the family denoises none."""
+        ...
+
+    @property
     def image_slots(self) -> int:
         """What an image takes once it is drawn, in all forms in which it is seen again; 0: the family draws none."""
         ...
@@ -156,8 +161,8 @@ class Policy(Protocol):
         ...
 
     # ---- training ----
-    def guide(self, branches: dict[str, Tensor], guidance: Guidance) -> Tensor:
-        """Combine the branches' logits [.., V] or velocities."""
+    def guide(self, branches: dict[str, Tensor], guidance: Guidance, at: FlowStep | None = None) -> Tensor:
+        """Combine the branches' logits [.., V] or, asked for at some latents and times, their velocities."""
         ...
 
     def passes(self, trajectories: Sequence[Trajectory], budget: int | None = None) -> list[Pass]:

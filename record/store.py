@@ -4,7 +4,7 @@
         trajectories.parquet    one row a trajectory
         segments.parquet        one row a segment: ids, decisions, laws and contexts as lists
         images/*.png          named by the column `image`
-        latents.safetensors     latents and denoising steps, named "<trajectory>-<segment>.<array>"
+        latents.safetensors     latents, denoising steps and frames, named "<trajectory>-<segment>.<array>"
 
 A folder is written under another name, flushed to the disk and renamed, so that one that exists is a whole one.
 """
@@ -32,6 +32,7 @@ from record.trajectory import (
     Context,
     Decisions,
     FlowSteps,
+    Frames,
     Guidance,
     Modality,
     Piece,
@@ -44,9 +45,11 @@ from record.trajectory import (
 from runtime.errors import UserError, remedy
 from runtime.files import whole_folder
 
-VERSION = "2"
-# Version 1 (release 0.1) had other names for these columns; it is read, and written no more.
+VERSION = "3"
+# Earlier versions are read, and written no more. Version 1 (release 0.1) had other names for these columns; these of
+# today's came with version 3.
 _COLUMNS_1 = {"image": "picture"}
+_NEW_IN_3 = ("parent", "sampler", "frames")
 _VERSION_KEY = b"underdrawing.record"
 _PNG_END = b"IEND\xaeB`\x82"
 _FILES = ("trajectories.parquet", "segments.parquet", "latents.safetensors")
@@ -62,6 +65,7 @@ TRAJECTORIES = pa.schema(
         ("group", pa.int64()),
         ("member", pa.int64()),
         ("seed", pa.int64()),
+        ("parent", pa.list_(pa.int64())),
         ("stop", pa.string()),
         ("segments", pa.int32()),
         ("reward", pa.float64()),
@@ -97,9 +101,15 @@ SEGMENTS = pa.schema(
         ("contexts", pa.string()),
         ("latent", pa.bool_()),
         ("flow", pa.bool_()),
+        ("sampler", pa.string()),
+        ("frames", pa.bool_()),
     ],
     metadata={_VERSION_KEY: VERSION},
 )
+
+
+_FLOW_ARRAYS = tuple(part.name for part in fields(FlowSteps) if part.name != "sampler")
+_FRAME_ARRAYS = tuple(part.name for part in fields(Frames))
 
 
 class StoreError(UserError):
@@ -241,6 +251,7 @@ def _row(number: int, trajectory: Trajectory, where: str) -> dict[str, Any]:
         "group": trajectory.group,
         "member": trajectory.member,
         "seed": trajectory.seed,
+        "parent": None if trajectory.parent is None else list(trajectory.parent),
         "stop": trajectory.stop.value,
         "segments": len(trajectory.segments),
         "reward": trajectory.reward,
@@ -267,6 +278,7 @@ def _segment_row(
         "contexts": _json([_context(c) for c in segment.contexts], f"{where}: contexts"),
         "latent": segment.latent is not None,
         "flow": segment.flow is not None,
+        "frames": segment.frames is not None,
     }
     if segment.image is not None:
         if segment.image.shape[2] != 3 or not segment.image.size:
@@ -289,8 +301,12 @@ def _segment_row(
     if segment.latent is not None:
         arrays[f"{number}-{index}.latent"] = np.ascontiguousarray(segment.latent)
     if segment.flow is not None:
-        for part in fields(FlowSteps):
-            arrays[f"{number}-{index}.{part.name}"] = np.ascontiguousarray(getattr(segment.flow, part.name))
+        row["sampler"] = _json(segment.flow.sampler, f"{where}: flow.sampler")
+        for part in _FLOW_ARRAYS:
+            arrays[f"{number}-{index}.{part}"] = np.ascontiguousarray(getattr(segment.flow, part))
+    if segment.frames is not None:
+        for part in _FRAME_ARRAYS:
+            arrays[f"{number}-{index}.{part}"] = np.ascontiguousarray(getattr(segment.frames, part))
     return row
 
 
@@ -336,7 +352,7 @@ def load_trajectories(folder: str | Path) -> list[Trajectory]:
         raise RecordError(f"{folder}: there are no trajectories here; expected a folder with trajectories.parquet")
     rows = _read(folder / "trajectories.parquet", TRAJECTORIES)
     segments = _read(folder / "segments.parquet", SEGMENTS)
-    arrays = _arrays(folder, any(segments["latent"]) or any(segments["flow"]))
+    arrays = _arrays(folder, any(any(segments[column]) for column in ("latent", "flow", "frames")))
     of: list[list[int]] = [[] for _ in rows["trajectory"]]
     for position, (number, index) in enumerate(zip(segments["trajectory"], segments["segment"], strict=True)):
         if not 0 <= number < len(of) or index != len(of[number]):
@@ -370,11 +386,15 @@ def _read(path: Path, schema: pa.Schema) -> dict[str, list[Any]]:
     except (pa.ArrowException, OSError) as error:
         raise RecordError(f"{path}: cannot be read, it may be truncated or altered ({error})") from error
     version = (table.schema.metadata or {}).get(_VERSION_KEY, b"none").decode()
-    if version not in (VERSION, "1"):
-        raise RecordError(f"{path}: written as version {version} of the record; this one reads 1 and {VERSION}")
+    if version not in (VERSION, "1", "2"):
+        raise RecordError(f"{path}: written as version {version} of the record; this one reads 1 to {VERSION}")
     if version == "1":
         old = {old: new for new, old in _COLUMNS_1.items()}
         table = table.rename_columns([old.get(name, name) for name in table.column_names])
+    if version != VERSION:
+        for field in schema:
+            if field.name in _NEW_IN_3 and field.name not in table.column_names:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
         raise RecordError(f"{path}: the column '{missing[0]}' is missing")
@@ -423,6 +443,7 @@ def _trajectory(row: dict[str, Any], segments: list[Segment]) -> Trajectory:
         group=row["group"],
         member=row["member"],
         seed=row["seed"],
+        parent=None if row["parent"] is None else (int(row["parent"][0]), int(row["parent"][1])),
         stop=StopReason(row["stop"]),
         rewards=json.loads(row["rewards"]),
         segment_rewards=credited,
@@ -450,6 +471,9 @@ def _segment(row: dict[str, Any], folder: Path, arrays: dict[str, np.ndarray]) -
             row["logprob"],
             SamplingParams(row["temperature"], row["allowed"], sets, guidance),
         )
+    flow = None
+    if row["flow"]:
+        flow = FlowSteps(json.loads(row["sampler"]), **{part: stored(part) for part in _FLOW_ARRAYS})
     contexts = tuple(
         Context(
             c["branch"],
@@ -469,7 +493,8 @@ def _segment(row: dict[str, Any], folder: Path, arrays: dict[str, np.ndarray]) -
         ids=row["ids"],
         text=row["text"],
         decisions=decisions,
-        flow=FlowSteps(**{part.name: stored(part.name) for part in fields(FlowSteps)}) if row["flow"] else None,
+        flow=flow,
+        frames=Frames(*(stored(part) for part in _FRAME_ARRAYS)) if row["frames"] else None,
         image=None if row["image"] is None else _image(folder / row["image"], row["height"], row["width"]),
         latent=stored("latent") if row["latent"] else None,
         contexts=contexts,

@@ -116,14 +116,23 @@ class Decisions:
 
 @dataclass
 class FlowSteps:
-    """The stochastic denoising steps of one image, each a decision."""
+    """How one image was denoised. Each stochastic step is a decision, whose `Decisions.position_N` is its number.
 
-    time_N: np.ndarray  # float32
-    time_next_N: np.ndarray  # float32
-    x_N: np.ndarray  # float32 [N, ...]
-    x_next_N: np.ndarray  # float32 [N, ...]
-    mean_N: np.ndarray  # float32 [N, ...] of the behaviour policy
-    sigma_N: np.ndarray  # float32, standard deviation of the step
+    Letters: M times, one more than there are steps; P latents, N + 1 of them where the stochastic steps are neighbours.
+    """
+
+    sampler: dict[str, Any]  # policy/scoring/flow.py: Sampler.as_json
+    time_M: np.ndarray  # float32, from 1 (noise) down to 0
+    point_N: np.ndarray  # int32, index into x_P of where each decision started; it led to the next one
+    x_P: np.ndarray  # float32 [P, ...]
+
+    @property
+    def x_N(self) -> np.ndarray:
+        return self.x_P[self.point_N]
+
+    @property
+    def x_next_N(self) -> np.ndarray:
+        return self.x_P[self.point_N + 1]
 
 
 @dataclass(frozen=True)
@@ -161,10 +170,10 @@ class Segment:
     decisions: Decisions | None = None
     flow: FlowSteps | None = None
     image: np.ndarray | None = None  # uint8 [height, width, 3]
-    frames: Frames | None = None
     latent: np.ndarray | None = None  # float32, where a sampled posterior latent re-enters the context
     contexts: tuple[Context, ...] = ()  # the first one is "full"; empty for segments that nobody sampled
     version: int = 0  # of the weights that sampled it
+    frames: Frames | None = None
 
     def __post_init__(self) -> None:
         if self.image is not None and (self.image.dtype != np.uint8 or self.image.ndim != 3):
@@ -190,12 +199,12 @@ class Trajectory:
     member: int = 0
     seed: int = 0
     stop: StopReason = StopReason.END
-    parent: tuple[int, int] | None = None  # (member, segments): it goes on from that member's first ones
     rewards: dict[str, float | None] = field(default_factory=dict)  # by part; None: not judged
     segment_rewards: dict[str, dict[int, float | None]] = field(default_factory=dict)  # parts that credit segments
     reward: float | None = None  # the recipe's expression over the parts; None: unjudged, trains nothing
     advantage_S: np.ndarray | None = None  # float32, one a segment; None until credited
     info: dict[str, Any] = field(default_factory=dict)  # JSON values that nothing computes with
+    parent: tuple[int, int] | None = None  # (member, segments): it goes on from that member's first ones
 
     @property
     def key(self) -> str:

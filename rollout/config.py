@@ -5,15 +5,64 @@ Which thoughts are possible (format, constraint, number of images) is the sectio
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from formats.roles import DEFAULT, SAMPLED
+from policy.scoring.flow import SAMPLERS, Sampler
 from runtime.ray_options import RayShare
 from runtime.section import Retries, Seconds, Section
 
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class FlowConfig(Section):
+    """How images are denoised, in families that denoise them."""
+
+    sampler: Literal["sde", "cps", "dance", "ode"] = Field(
+        "sde",
+        description="sde: Flow-GRPO's step; cps: coefficients-preserving (Flow-CPS); dance: DanceGRPO's; ode: "
+        "deterministic, which trains nothing and is for evaluations.",
+    )
+    noise_level: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Of the stochastic steps. null: the sampler's own default."
+    )
+    steps: int = Field(10, ge=1, le=1000, description="Denoising steps of an image.")
+    schedule: Literal["uniform", "sd3"] = Field(
+        "uniform", description="uniform: equal steps, shifted (BAGEL, FLUX); sd3: that of Stable Diffusion 3."
+    )
+    shift: float = Field(3.0, gt=0, allow_inf_nan=False, description="More of the steps at high noise. 1: equal steps.")
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="How many consecutive steps are stochastic and trained; each group has its window at a place drawn "
+        "for it (Flow-GRPO-Fast, MixGRPO). null: all but the last.",
+    )
+    window_range: tuple[int, int] | None = Field(
+        None, description="Steps between which a window lies, the second not included. null: all."
+    )
+    initial_noise: Literal["independent", "shared"] = Field(
+        "independent", description="shared: the members of a group begin from the same noise (DanceGRPO)."
+    )
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> FlowConfig:
+        low, high = self.window_range or (0, self.steps)
+        if not 0 <= low < high <= self.steps:
+            raise ValueError(f"window_range is [{low}, {high}]; it lies between 0 and the {self.steps} steps")
+        if self.window is not None and self.window > high - low:
+            raise ValueError(f"a window of {self.window} steps does not fit between steps {low} and {high}")
+        return self
+
+    def build_sampler(self, second_time: float) -> Sampler:
+        """Raises UserError for a noise level that the sampler has no step for."""
+        values: dict[str, Any] = {}
+        if self.noise_level is not None and self.sampler != "ode":
+            values["noise_level"] = self.noise_level
+        if self.sampler == "sde":
+            values["sigma_at_one"] = second_time
+        return SAMPLERS[self.sampler](**values)
 
 
 class RolloutConfig(Section):
@@ -44,6 +93,7 @@ class RolloutConfig(Section):
     top_k: int = Field(0, ge=0, description="Sample from this many likeliest ids. 0: all.")
     guidance: bool = Field(False, description="Guide images by the format's branches (each costs a row of the cache).")
     branches: int = Field(4, ge=1, le=64, description="With guidance: rows kept for the branches of each trajectory.")
+    flow: FlowConfig = Field(default_factory=FlowConfig, description="How images are denoised.")
     workers: int = Field(0, ge=0, le=65536, description="Ray actors that write trajectories; 0: in this process.")
     threads: int | None = Field(
         None,

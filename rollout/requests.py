@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from record.trajectory import Media
 from runtime.errors import UserError
 
 
@@ -28,3 +29,5 @@ class RolloutRequest:
     record: dict[str, Any] = field(default_factory=dict)  # the task's columns, handed on to the trajectory
     members: tuple[int, ...] = (0,)
     seed: int = 0
+    # What the prompt shows: images, uint8 [height, width, 3], and frames.
+    media: tuple[Media, ...] = field(default=(), compare=False)

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from formats.base import Cursor, Format, Span, Vocabulary
+from formats.base import Codes, Cursor, Format, Span
+from policy.base import Policy
+from policy.context import Resolved, resolve
 from record.trajectory import (
     Author,
     Context,
@@ -55,14 +57,14 @@ class SequenceWriter:
         request: RolloutRequest,
         order: tuple[int, int],
         fmt: Format,
-        vocabulary: Vocabulary,
+        policy: Policy,
         prompt: Sequence[Segment],
         constrain: str,
     ):
         self.order = order  # (request, member) as they were asked for
         self.siblings = len(request.members)
-        self.fmt, self.vocabulary = fmt, vocabulary
-        self.cursor: Cursor = fmt.cursor(vocabulary, constrain)
+        self.fmt, self.policy, self.vocabulary = fmt, policy, policy.vocabulary
+        self.cursor: Cursor = fmt.cursor(self.vocabulary, constrain)
         self.trajectory = Trajectory(
             request.prompt,
             request.record,
@@ -75,6 +77,7 @@ class SequenceWriter:
         self.closed = 0  # spans that have become segments
         self.start = 0  # index of the open segment's first id among the policy's ids
         self.contexts: tuple[Context, ...] = ()
+        self.slots = 0  # of the cache, that the open segment's full context takes
         self.guidance: Guidance | None = None  # of the open segment
         self.limit: StopReason | None = None  # an image was kept from beginning, for want of room
         self.cuts: dict[int, np.ndarray] = {}  # index among the policy's ids -> what top-p or top-k left
@@ -92,11 +95,14 @@ class SequenceWriter:
         else:
             self._open.role, self._open.modality = self.cursor.role, modality
         index = len(self.trajectory.segments) - 1
-        contexts = tuple(self.fmt.contexts(self.trajectory, index))
+        specs = self.fmt.contexts(self.trajectory, index)
         self.guidance = None
-        if guided and modality is not Modality.TEXT and len(contexts) > 1:
+        if guided and modality is not Modality.TEXT and len(specs) > 1:
             self.guidance = self.fmt.guidance(self.trajectory, index)
-        self.contexts = contexts if self.guidance is not None else contexts[:1]
+        resolved: tuple[Resolved, ...] = resolve(
+            self.policy, self.trajectory, specs if self.guidance is not None else specs[:1]
+        )
+        self.contexts, self.slots = tuple(each.context for each in resolved), resolved[0].slots
 
     def close(self, sampled: SampledIds, table: SamplingTable, version: int) -> list[Segment]:
         """Turn the spans that the cursor has closed since last time into segments, and return them.
@@ -173,15 +179,17 @@ class SequenceWriter:
         position_N = np.array(positions, np.int32)
         kind_N = np.full(len(positions), DecisionKind.WORD, np.int8)
         if span.modality is Modality.IMAGE_TOKENS:
-            kind_N[position_N > 0] = DecisionKind.CODE  # the opening marker is a word's choice
+            imaging = self.vocabulary.imaging
+            marked = isinstance(imaging, Codes) and imaging.open is not None
+            kind_N[position_N >= int(marked)] = DecisionKind.CODE  # the opening marker is a word's choice
         temperature_N = table.temperature_L[sampled.number_T[stretch][position_N]].astype(np.float32)
         sampling = SamplingParams(temperature_N, np.array(allowed, np.int32), tuple(sets), self.guidance)
         return Decisions(kind_N, position_N, sampled.logprob_T[stretch][position_N].astype(np.float32), sampling)
 
-    def environment(self, segment: Segment) -> None:
+    def environment(self, segments: Sequence[Segment]) -> None:
         """Add what the environment said, between two segments of the policy."""
         assert self._open is None
-        self.trajectory.segments.append(segment)
+        self.trajectory.segments += segments
 
     def drop_environment(self) -> None:
         """Take back what the environment said last: there is no room for it."""

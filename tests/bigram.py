@@ -26,6 +26,7 @@ from record.trajectory import (
     mask_of,
     ranges_of,
 )
+from tests.fakes import one_pass
 
 BOS, EOS, BOI, EOI, STOP, SIZE = 0, 1, 2, 3, 11, 12
 CODES, WORDS = ranges_of([4, 5, 6, 7]), ranges_of([8, 9, 10, STOP])
@@ -55,7 +56,7 @@ class BigramPolicy:
     def __init__(self, seed: int = 0) -> None:
         self.model = BigramModel(seed=seed).eval()
         self.frozen = None  # until the reference is first asked for
-        self.passes = 0
+        self.forwards = 0
         self._active = self.model
 
     @contextmanager
@@ -71,8 +72,12 @@ class BigramPolicy:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.model.state_dict(), folder / "model.pt")
 
-    def score(self, trajectories, old=None, reference=None, entropy=False) -> Scored:
-        self.passes += 1
+    def passes(self, trajectories, budget=None):
+        return [one_pass(trajectory) for trajectory in trajectories]
+
+    def score(self, passes, old=None, reference=None, entropy=False) -> Scored:
+        self.forwards += 1
+        trajectories = [one.trajectory for one in passes]
         rows: list[tuple[int, int, int]] = []
         logprobs, behaviour, entropies = [], [], []
         for index, trajectory in enumerate(trajectories):

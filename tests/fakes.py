@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from formats.base import AllowedSet, Span
-from policy.base import Categorical, FlowStep, Gaussian, Scored, TokenStep
+from formats.base import AllowedSet, Codes, ContextSpec, Latent, PieceSpec, Span, whole_history
+from policy.base import Categorical, Extent, FlowStep, Pass, Scored, TokenStep, Velocity
+from policy.scoring.flow import replay, sampler_of
 from record.trajectory import (
     Author,
-    Context,
     DecisionKind,
     Guidance,
     Modality,
     Piece,
+    Segment,
     Trajectory,
-    full_history,
     mask_of,
     ranges_of,
 )
@@ -42,11 +42,18 @@ class FakeVocabulary:
     def __init__(self, codes: int = 8, codes_per_image: int = 4):
         self.pad, self.bos, self.eos, self.boi, self.eoi, self.stop = range(6)
         self.sep = None
+        self.never = np.empty(0, np.int32)
         self.pieces = ["", "", "", "", "", "."] + [f" {word}" for word in WORDS]
         self.word_ids = list(range(6, len(self.pieces)))
         self.code_ids = np.arange(len(self.pieces), len(self.pieces) + codes, dtype=np.int32)
         self.size = len(self.pieces) + codes
-        self.codes_per_image = codes_per_image
+        self.codes_per_image = codes_per_image  # 0: images are latents
+
+    @property
+    def imaging(self) -> Codes | Latent:
+        if not self.codes_per_image:
+            return Latent(self.boi, self.eoi)
+        return Codes(self.code_ids, self.codes_per_image, self.boi, self.eoi)
 
     def encode(self, text: str) -> list[int]:
         return [self.pieces.index(f" {word}") for word in text.split()]
@@ -107,9 +114,28 @@ class FakePolicy:
         self.model = FakeNet(self.vocabulary.size, max_length, seed=seed)
         self.draws: list[int] = []  # how many images each call of `draw` got
         self.caches: list[FakeCache] = []
-        if flow:
-            self.flow_times = (1.0, 0.75, 0.5, 0.25, 0.0)
-            self.latent_shape = LATENT_SHAPE
+        self.latent_shape = LATENT_SHAPE if flow else ()
+
+    # ---- what a segment takes ----
+
+    @property
+    def image_slots(self) -> int:
+        return LATENT_SHAPE[0] if self.latent_shape else self.vocabulary.codes_per_image + 2
+
+    def forms(self, segment: Segment) -> tuple[str, ...]:
+        return ("latent",) if segment.modality is Modality.IMAGE_LATENT else ("ids",)
+
+    def extent(self, segment: Segment, form: str, keep=None) -> Extent | None:
+        if form == "latent":
+            return None if segment.latent is None else Extent(*[len(segment.latent)] * 2)
+        start, stop = keep or (0, len(segment.ids))
+        return Extent(stop - start, stop - start) if form == "ids" else None
+
+    def perceive(self, segments) -> None:
+        for segment in segments:
+            (codes,) = self.encode_images([segment.image])
+            segment.ids = np.array([self.vocabulary.boi, *codes, self.vocabulary.eoi], np.int32)
+            segment.modality = Modality.IMAGE_TOKENS
 
     # ---- sampling ----
 
@@ -161,7 +187,7 @@ class FakePolicy:
         used = torch.tensor([cache.used[row] for row in rows])
         if isinstance(inputs, FlowStep):
             seen = (torch.arange(cache.length)[None] < used[:, None])[:, None].expand(-1, LATENT_SHAPE[0], -1)
-            return self._flow(inputs.x_B, inputs.time_B, inputs.time_next_B, cache.keys[rows], cache.values[rows], seen)
+            return self._flow(inputs.x_B, inputs.time_B, cache.keys[rows], cache.values[rows], seen)
         assert isinstance(inputs, TokenStep) and int(used.max()) < cache.length
         h = net.word[inputs.ids_B] + net.place[torch.tensor([cache.position[row] for row in rows])]
         cache.keys[rows, used], cache.values[rows, used] = h @ net.key.T, h @ net.value.T
@@ -172,21 +198,17 @@ class FakePolicy:
         out = net.attend(h[:, None], cache.keys[rows], cache.values[rows], seen)[:, 0]
         return Categorical(out @ net.head.T)
 
-    def _flow(self, x: Tensor, time: Tensor, time_next: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Gaussian:
-        """Rectified flow from 1 (noise) to 0; Gaussian steps down to time 0.5, deterministic ones after."""
+    def _flow(self, x: Tensor, time: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Velocity:
         net = self.model
         h = x @ net.see_latent.T + time[:, None, None] * net.clock[:, 0]
-        velocity = net.attend(h, keys, values, seen) @ net.velocity.T
-        mean = x + (time_next - time)[:, None, None] * velocity
-        sigma = torch.where(time > 0.5, 0.5 * (time - time_next).sqrt(), 0.0)
-        return Gaussian(mean, sigma)
+        return Velocity(net.attend(h, keys, values, seen) @ net.velocity.T)
 
     def append(self, cache: FakeCache, row_B, pieces) -> Tensor:
         cache.calls.append(("append", tuple(row_B)))
         logits = []
-        for row, (trajectory, segment, form) in zip(row_B, pieces, strict=True):
-            h = self._embed_piece(trajectory, Piece(segment, form, cache.position[row]))
-            cache.position[row] += len(h)
+        for row, (trajectory, piece) in zip(row_B, pieces, strict=True):
+            h = self._embed_piece(trajectory, piece)
+            cache.position[row] = piece.start + len(h)
             logits.append(self._write(cache, row, h))
         return torch.stack(logits)
 
@@ -209,15 +231,18 @@ class FakePolicy:
 
     # ---- training ----
 
-    def guide(self, branches: dict[str, Tensor], guidance: Guidance) -> Tensor:
+    def guide(self, branches: dict[str, Tensor], guidance: Guidance, at=None) -> Tensor:
         assert guidance.kind == "cfg"
         return branches["uncond"] + guidance.scales["text"] * (branches["full"] - branches["uncond"])
 
+    def passes(self, trajectories, budget=None) -> list[Pass]:
+        return [one_pass(trajectory) for trajectory in trajectories]
+
     def score(
-        self, trajectories, old: Scored | None = None, reference: Scored | None = None, entropy: bool = False
+        self, passes, old: Scored | None = None, reference: Scored | None = None, entropy: bool = False
     ) -> Scored:
         columns: dict[str, list] = {name: [] for name in ("t", "s", "kind", "logprob", "behaviour", "entropy")}
-        for t, trajectory in enumerate(trajectories):
+        for t, trajectory in enumerate(one.trajectory for one in passes):
             for s, segment in enumerate(trajectory.segments):
                 if segment.decisions is None or not segment.trained:
                     continue
@@ -256,7 +281,6 @@ class FakePolicy:
         position = int(decisions.position_N[n])
         guided = sampling.guidance is not None and kind != DecisionKind.WORD
         answers: dict[str, Tensor] = {}
-        sigma = torch.ones(())
         flow_n = n - int((decisions.kind_N != DecisionKind.FLOW).sum())
         for context in segment.contexts if guided else segment.contexts[:1]:
             parts = [self._embed_piece(trajectory, piece) for piece in context.pieces]
@@ -266,23 +290,19 @@ class FakePolicy:
             keys, values = h @ net.key.T, h @ net.value.T
             if kind == DecisionKind.FLOW:
                 flow = segment.flow
-                step = self._flow(
-                    torch.from_numpy(flow.x_N[flow_n])[None],
-                    torch.tensor([flow.time_N[flow_n]]),
-                    torch.tensor([flow.time_next_N[flow_n]]),
-                    keys[None],
-                    values[None],
-                    torch.ones(1, LATENT_SHAPE[0], len(h), dtype=torch.bool),
-                )
-                answers[context.branch], sigma = step.mean_B[0], step.sigma_B[0]
+                times = torch.from_numpy(flow.time_M[position : position + 2])
+                x = torch.from_numpy(flow.x_N[flow_n])[None]
+                seen = torch.ones(1, LATENT_SHAPE[0], len(h), dtype=torch.bool)
+                answers[context.branch] = self._flow(x, times[:1], keys[None], values[None], seen).velocity_B[0]
             else:
                 out = net.attend(h[-1:], keys, values, torch.ones(1, len(h), dtype=torch.bool))
                 answers[context.branch] = out[0] @ net.head.T
         answer = self.guide(answers, sampling.guidance) if guided else answers["full"]
         if kind == DecisionKind.FLOW:
-            off = torch.from_numpy(segment.flow.x_next_N[flow_n]) - answer
-            density = torch.distributions.Normal(0.0, sigma)
-            return density.log_prob(off).mean(), float(density.entropy())
+            x_next = torch.from_numpy(flow.x_next_N[flow_n])[None]
+            step = replay(sampler_of(flow.sampler), x, answer[None], times[:1], times[1:], x_next)
+            entropy = 0.5 + 0.5 * np.log(2 * np.pi) + step.noise_std_B.log()
+            return step.log_prob_B[0], float(entropy)
         logits = answer / float(sampling.temperature_N[n])
         if sampling.allowed_N[n] >= 0:
             allowed = mask_of(sampling.sets[sampling.allowed_N[n]], self.vocabulary.size)
@@ -294,6 +314,13 @@ class FakePolicy:
         return nullcontext()
 
 
+def one_pass(trajectory: Trajectory) -> Pass:
+    """A whole trajectory in one forward."""
+    trained = tuple(i for i, s in enumerate(trajectory.segments) if s.trained and s.decisions is not None)
+    decisions = sum(int((~trajectory.segments[i].decisions.sampling.greedy_N).sum()) for i in trained)
+    return Pass(trajectory, trained, trajectory.num_tokens(), frozenset({"model"}), decisions)
+
+
 class FakeCursor:
     """Sentences that end with a full stop, images of exactly N codes, and the end of the turn."""
 
@@ -302,7 +329,8 @@ class FakeCursor:
         self.sets = fmt.sets(vocabulary)
         self.spans: list[Span] = []
         self.images, self.count, self.left = 0, 0, 0
-        self.in_image = self.stopped = False
+        self.in_image = self.stopped = self.awaits = False
+        self.answers = 0  # of the environment
         self.lingering = False  # an image has ended, but only what follows closes it
         self.start = 0
 
@@ -357,6 +385,10 @@ class FakeCursor:
         elif id in (self.vocabulary.stop, self.vocabulary.eos):
             self._close(self.count)
             self.stopped = id == self.vocabulary.eos
+            self.awaits = not self.stopped and self.answers < self.fmt.asks
+
+    def observe(self, role: str) -> None:
+        self.awaits, self.answers = False, self.answers + 1
 
     def _close(self, stop: int) -> None:
         if stop > self.start:
@@ -378,11 +410,13 @@ class FakeFormat:
         guidance_scale: float | None = None,
         begins_with_image: bool = False,
         lingers: bool = False,
+        asks: int = 0,
     ):
-        """lingers: an image's segment is closed by the first id after it, as where that id tells its role."""
+        """asks: after so many sentences the environment speaks.
+        lingers: an image's segment is closed by the first id after it, as where that id tells its role."""
         self.name = f"fake_{view}"
         self.view, self.max_images, self.guidance_scale = view, max_images, guidance_scale
-        self.begins_with_image, self.lingers = begins_with_image, lingers
+        self.begins_with_image, self.lingers, self.asks = begins_with_image, lingers, asks
         self._sets: dict[int, dict[str, AllowedSet]] = {}
 
     def sets(self, vocabulary: FakeVocabulary) -> dict[str, AllowedSet]:
@@ -407,24 +441,15 @@ class FakeFormat:
     def trained(self, role: str) -> bool:
         return True
 
-    def contexts(self, trajectory: Trajectory, segment: int) -> tuple[Context, ...]:
+    def contexts(self, trajectory: Trajectory, segment: int) -> tuple[ContextSpec, ...]:
         segments = trajectory.segments
-        if self.view == "plain":
-            full = full_history(trajectory, segment)
-        else:
-            indices = list(range(segment))
-            if self.view == "window":
-                images = [i for i in indices if segments[i].modality is Modality.IMAGE_TOKENS]
-                indices = [0, *images[-1:]]
-            pieces, start = [], 0
-            for i in indices:
-                latent = segments[i].modality is Modality.IMAGE_LATENT
-                pieces.append(Piece(i, "latent" if latent else "ids", start))
-                start += LATENT_SHAPE[0] if latent else len(segments[i].ids)
-            full = Context("full", tuple(pieces), start)
+        full = whole_history(segment)
+        if self.view == "window":
+            images = [i for i in range(segment) if segments[i].modality is Modality.IMAGE_TOKENS]
+            full = ContextSpec("full", tuple(PieceSpec(i) for i in (0, *images[-1:])))
         if self.guidance_scale is None or segments[segment].modality is Modality.TEXT:
             return (full,)
-        return full, Context("uncond", (), 0)
+        return full, ContextSpec("uncond", ())
 
     def guidance(self, trajectory: Trajectory, segment: int) -> Guidance | None:
         return None if self.guidance_scale is None else Guidance("cfg", {"text": self.guidance_scale})

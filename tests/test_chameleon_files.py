@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from policy.base import score_trajectories
 from policy.chameleon.family import ChameleonPolicy, load
 from policy.chameleon.model import ModelFileError
 from policy.chameleon.vocabulary import VocabularyError
@@ -36,7 +37,9 @@ def test_saved_policy_is_the_policy(saved):
     again = reload(folder)
     trajectories = sampled(policy, [["text", "image", "text"]])
     with torch.no_grad():
-        assert torch.equal(again.score(trajectories).logprob_N, policy.score(trajectories).logprob_N)
+        assert torch.equal(
+            score_trajectories(again, trajectories).logprob_N, score_trajectories(policy, trajectories).logprob_N
+        )
     content = trajectories[0].segments[2].ids[1:-1]
     assert (again.decode_images([content])[0] == policy.decode_images([content])[0]).all()
     assert again.vocabulary.map == policy.vocabulary.map and again.max_length == policy.max_length

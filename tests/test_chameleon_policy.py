@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from policy.base import FlowStep, TokenStep
+from policy.base import FlowStep, TokenStep, score_trajectories
 from policy.chameleon.family import ContextOverflow, ReferenceLost
 from policy.config import LoraSection
 from policy.guidance import GuidanceError
@@ -96,7 +96,7 @@ def test_append_equals_stepping():
         cache = policy.allocate(2, 64)
         contexts = [(each, full_history(each, 1)) for each in trajectories]
         policy.prefill(cache, [0, 1], contexts)
-        appended = policy.append(cache, [0, 1], [(each, 1, "ids") for each in trajectories])
+        appended = policy.append(cache, [0, 1], [(each, Piece(1, "ids", len(each.segments[0].ids))) for each in trajectories])
         policy.prefill(cache, [0, 1], contexts)
         for place in range(len(trajectories[0].segments[1].ids)):
             ids = torch.tensor([int(each.segments[1].ids[place]) for each in trajectories])
@@ -106,11 +106,11 @@ def test_append_equals_stepping():
 
 def test_on_policy_ratio_is_one():
     policy = small_policy()
-    scored = policy.score(sampled(policy, PLANS), entropy=True)
+    scored = score_trajectories(policy, sampled(policy, PLANS), entropy=True)
     assert len(scored.logprob_N) == (5 + 17 + 5) + 5 + (17 + 5 + 17 + 5)
     assert scored.log_ratio_N.abs().max() < 1e-5
     assert (scored.behaviour_N < -0.5).any()  # far from a distribution where everything agrees
-    assert scored.trajectory_N.tolist() == sorted(scored.trajectory_N.tolist())
+    assert scored.pass_N.tolist() == sorted(scored.pass_N.tolist())
     scored.logprob_N.sum().backward()
     assert policy.core.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
@@ -131,7 +131,7 @@ def test_score_is_the_log_softmax_under_the_recorded_law():
         place = int(allowed[: image.ids[position]].sum())
         expected.append(row.log_softmax(-1)[place])
         entropies.append(torch.distributions.Categorical(logits=row).entropy())
-    scored = policy.score([trajectory], entropy=True)
+    scored = score_trajectories(policy, [trajectory], entropy=True)
     mine = scored.segment_N == 2
     torch.testing.assert_close(scored.logprob_N[mine].detach(), torch.stack(expected), atol=1e-5, rtol=0)
     torch.testing.assert_close(scored.entropy_N[mine], torch.stack(entropies), atol=1e-5, rtol=0)
@@ -139,7 +139,7 @@ def test_score_is_the_log_softmax_under_the_recorded_law():
 
 def test_windowed_segments_are_scored_in_rows_of_their_own():
     policy = small_policy()
-    scored = policy.score(sampled(policy, PLANS, context=windowed))
+    scored = score_trajectories(policy, sampled(policy, PLANS, context=windowed))
     assert scored.log_ratio_N.abs().max() < 1e-5
 
 
@@ -156,12 +156,12 @@ def test_guidance_is_replayed_for_codes_and_not_for_words():
     policy = small_policy()
     guidance = Guidance("normal", {"full": 2.0, "image": 1.2})
     trajectories = sampled(policy, PLANS, guidance=guidance, branches=guided_branches)
-    assert policy.score(trajectories).log_ratio_N.abs().max() < 2e-5
+    assert score_trajectories(policy, trajectories).log_ratio_N.abs().max() < 2e-5
     for trajectory in trajectories:
         for segment in trajectory.segments:
             if segment.decisions is not None:
                 segment.decisions.sampling.guidance = None
-    assert policy.score(trajectories).log_ratio_N.abs().max() > 0.1  # and it had mattered
+    assert score_trajectories(policy, trajectories).log_ratio_N.abs().max() > 0.1  # and it had mattered
 
 
 def test_missing_branch_is_named():
@@ -171,7 +171,7 @@ def test_missing_branch_is_named():
     segment = trajectory.segments[1]
     segment.contexts = tuple(context for context in segment.contexts if context.branch != "image")
     with pytest.raises(RecordError, match="segment 1 .*'image'.*full, unconditional"):
-        policy.score([trajectory])
+        score_trajectories(policy, [trajectory])
     with pytest.raises(GuidanceError, match="needs the branch 'image'"):
         policy.guide({"full": torch.zeros(2), "unconditional": torch.zeros(2)}, guidance)
 
@@ -181,33 +181,33 @@ def test_greedy_and_untrained_decisions_are_left_out():
     trajectory = sampled(policy, [["text", "image"]])[0]
     trajectory.segments[1].decisions.sampling.temperature_N[:2] = 0
     trajectory.segments[1].decisions.logprob_N[:2] = np.nan
-    assert (policy.score([trajectory]).segment_N == 1).sum() == 3
+    assert (score_trajectories(policy, [trajectory]).segment_N == 1).sum() == 3
     trajectory.segments[2].trained = False
-    scored = policy.score([trajectory])
+    scored = score_trajectories(policy, [trajectory])
     assert scored.segment_N.tolist() == [1, 1, 1]
     trajectory.segments[1].trained = False
-    assert len(policy.score([trajectory]).logprob_N) == 0
+    assert len(score_trajectories(policy, [trajectory]).logprob_N) == 0
 
 
 def test_ratio_and_divergence_against_other_weights():
     policy = small_policy()
     trajectories = sampled(policy, PLANS)
     with torch.no_grad():
-        old = policy.score(trajectories)
+        old = score_trajectories(policy, trajectories)
         with policy.reference():
-            reference = policy.score(trajectories)
+            reference = score_trajectories(policy, trajectories)
         for parameter in policy.parameters():
             parameter.add_(0.01)
         with policy.reference():
-            again = policy.score(trajectories)
+            again = score_trajectories(policy, trajectories)
     assert torch.equal(again.logprob_N, old.logprob_N)  # the copy, not the live weights
-    new = policy.score(trajectories, old=old, reference=reference)
+    new = score_trajectories(policy, trajectories, old=old, reference=reference)
     gap = old.logprob_N - new.logprob_N
     assert gap.abs().max() > 1e-3
     torch.testing.assert_close(new.log_ratio_N, -gap)
     torch.testing.assert_close(new.divergence_N, gap.exp() - gap - 1)
     with pytest.raises(ValueError, match="`old` holds 5 decisions"):
-        policy.score(trajectories, old=policy.score(trajectories[1:2]))
+        score_trajectories(policy, trajectories, old=score_trajectories(policy, trajectories[1:2]))
 
 
 def test_reference_asked_for_too_late_is_refused():
@@ -225,15 +225,15 @@ def test_adapters_sample_score_and_save(tmp_path):
     base = sampled(policy, PLANS)
     with torch.no_grad():
         with policy.reference():
-            reference = policy.score(base)
+            reference = score_trajectories(policy, base)
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
-        assert policy.score(base).log_ratio_N.abs().max() > 1e-2
+        assert score_trajectories(policy, base).log_ratio_N.abs().max() > 1e-2
         with policy.reference():
-            assert torch.equal(policy.score(base).logprob_N, reference.logprob_N)
+            assert torch.equal(score_trajectories(policy, base).logprob_N, reference.logprob_N)
     tuned = sampled(policy, PLANS)
-    scored = policy.score(tuned)
+    scored = score_trajectories(policy, tuned)
     assert scored.log_ratio_N.abs().max() < 2e-5  # steps go through the adapters too
     scored.logprob_N.sum().backward()
     assert all(parameter.grad is not None for parameter in policy.parameters())
@@ -243,7 +243,7 @@ def test_adapters_sample_score_and_save(tmp_path):
 
     policy.save(tmp_path / "merged")
     merged = load(PolicyConfig(path=str(tmp_path / "merged")))
-    torch.testing.assert_close(merged.score(tuned).logprob_N, scored.logprob_N, atol=1e-5, rtol=0)
+    torch.testing.assert_close(score_trajectories(merged, tuned).logprob_N, scored.logprob_N, atol=1e-5, rtol=0)
 
 
 def test_unknown_adapter_target_is_named():
@@ -263,7 +263,7 @@ def test_only_tokens_are_stepped():
     policy = small_policy()
     zero = torch.zeros(1)
     with pytest.raises(TypeError, match="no flow"):
-        policy.step(policy.allocate(1, 8), [0], FlowStep(zero, zero, zero))
+        policy.step(policy.allocate(1, 8), [0], FlowStep(zero, zero))
 
 
 def test_images_there_and_back():
@@ -292,7 +292,7 @@ def test_decision_without_anything_before_it_is_refused():
     trajectory = sampled(policy, [["text"]])[0]
     trajectory.segments[1].contexts = (Context("full", (), 0),)
     with pytest.raises(RecordError, match="nothing precedes it"):
-        policy.score([trajectory])
+        score_trajectories(policy, [trajectory])
 
 
 def test_sampling_is_reproducible():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from formats.base import AllowedSet
+from policy.base import score_trajectories
 from record.trajectory import (
     Author,
     Context,
@@ -21,6 +22,7 @@ from record.trajectory import (
 )
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
+from rollout.engine.flow import behaviour_mean
 from rollout.requests import RolloutError, RolloutRequest
 from rollout.writing import FormatContractError
 from tests.fakes import FakeFormat, FakePolicy, FakeVocabulary
@@ -42,11 +44,13 @@ def engine(
     max_length=96,
     begins_with_image: bool = False,
     lingers: bool = False,
+    asks: int = 0,
     **config,
 ) -> Engine:
     policy = FakePolicy(max_length=max_length, flow=view == "flow")
-    fmt = FakeFormat(view, max_images, guidance, begins_with_image, lingers)
-    settings = {"rows": 5, "max_tokens": 40, "branches": 1, "guidance": guidance is not None} | config
+    fmt = FakeFormat(view, max_images, guidance, begins_with_image, lingers, asks)
+    flow = {"steps": 4, "window": 2, "window_range": (0, 2)}
+    settings = {"flow": flow, "rows": 5, "max_tokens": 40, "branches": 1, "guidance": guidance is not None} | config
     return Engine(policy, fmt, RolloutConfig(**settings), environment=environment)
 
 
@@ -78,7 +82,7 @@ def test_on_policy_means_ratio_one(case):
     rollouts = engine(**CASES[case])
     trajectories = rollouts.run(requests())
     with torch.no_grad():
-        scored = rollouts.policy.score(trajectories, entropy=True)
+        scored = score_trajectories(rollouts.policy, trajectories, entropy=True)
     assert float(scored.log_ratio_N.detach().abs().max()) < 1e-5
     kinds = set(scored.kind_N.tolist())
     drawn = DecisionKind.FLOW if "flow" in case else DecisionKind.CODE
@@ -87,7 +91,7 @@ def test_on_policy_means_ratio_one(case):
         assert DecisionKind.WORD in kinds
         assert len(scored.logprob_N) == sum(t.num_decisions() for t in trajectories)
     other = FakePolicy(flow="flow" in case, seed=1)  # the check can fail: other weights, other ratios
-    assert float(other.score(trajectories).log_ratio_N.detach().abs().max()) > 0.01
+    assert float(score_trajectories(other, trajectories).log_ratio_N.detach().abs().max()) > 0.01
 
 
 @pytest.mark.parametrize("case", ["plain", "window", "flow", "guided codes", "nucleus"])
@@ -195,16 +199,24 @@ def test_greedy_decisions_have_no_logprob():
 
 def test_flow_steps_are_recorded():
     rollouts = engine("flow")
-    images = [s for t in rollouts.run(requests()) for s in t.segments if s.modality is Modality.IMAGE_LATENT]
+    written = rollouts.run(requests())
+    found = [(t, s) for t in written for s in t.segments if s.modality is Modality.IMAGE_LATENT]
+    images = [image for _, image in found]
     assert images
-    for image in images:
+    for trajectory, image in found:
         flow, decisions = image.flow, image.decisions
-        assert flow.time_N.tolist() == [1.0, 0.75] and flow.time_next_N.tolist() == [0.75, 0.5]
+        # shift 3: t becomes 3 t / (1 + 2 t)
+        np.testing.assert_allclose(flow.time_M, [1, 2.25 / 2.5, 1.5 / 2, 0.75 / 1.5, 0], atol=1e-6)
+        assert flow.point_N.tolist() == [0, 1] and flow.x_P.shape == (3, 2, 3)
         assert decisions.kind_N.tolist() == [DecisionKind.WORD, DecisionKind.FLOW, DecisionKind.FLOW]
         assert decisions.position_N.tolist() == [0, 0, 1] and not decisions.sampling.greedy_N.any()
         np.testing.assert_array_equal(flow.x_next_N[0], flow.x_N[1])
-        z_N = (flow.x_next_N - flow.mean_N) / flow.sigma_N[:, None, None]
-        by_hand = (-0.5 * z_N**2 - np.log(flow.sigma_N)[:, None, None] - 0.5 * np.log(2 * np.pi)).mean((1, 2))
+        # Flow-GRPO's deviation: 0.7 sqrt(t / (1 - t)) sqrt(t - t'), where 1 - t is 0 the second time's
+        sigma_N = 0.7 * np.sqrt(np.array([1 / 0.1, 0.9 / 0.1]) * np.array([0.1, 0.15]))
+        index = next(i for i, s in enumerate(trajectory.segments) if s is image)
+        mean_N = behaviour_mean(trajectory, index, torch.from_numpy(sigma_N).float()).numpy()
+        z_N = (flow.x_next_N - mean_N) / sigma_N[:, None, None]
+        by_hand = (-0.5 * z_N**2 - np.log(sigma_N)[:, None, None] - 0.5 * np.log(2 * np.pi)).mean((1, 2))
         np.testing.assert_allclose(decisions.logprob_N[1:], by_hand, atol=1e-5)
         assert image.ids.tolist() == [3, 4] and image.latent.shape == (2, 3) and image.image.shape == (1, 2, 3)
     assert len({image.flow.x_N[0].tobytes() for image in images}) == len(images)
@@ -272,7 +284,7 @@ def test_max_tokens_never_cuts_an_image(max_tokens):
         if trajectory.stop is StopReason.END:
             assert trajectory.segments[-1].ids[-1] == rollouts.policy.vocabulary.eos
     assert any(t.stop is StopReason.MAX_TOKENS for t in trajectories)
-    assert float(rollouts.policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
+    assert float(score_trajectories(rollouts.policy, trajectories).log_ratio_N.detach().abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("max_length", [8, 12, 17])
@@ -292,7 +304,7 @@ def test_the_context_is_never_passed_and_an_image_that_does_not_fit_is_not_begun
                     assert allowed[vocabulary.boi] == fits
             at += len(segment.ids)
     assert any(t.stop is StopReason.MAX_CONTEXT for t in trajectories)
-    assert float(rollouts.policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
+    assert float(score_trajectories(rollouts.policy, trajectories).log_ratio_N.detach().abs().max()) < 1e-5
 
 
 def test_a_forced_image_that_does_not_fit_is_not_begun():
@@ -340,13 +352,11 @@ def test_inference_mode_does_not_leak_to_the_reader():
 
 
 def judge_of(policy):
-    """A small real environment: counts the words of the sentence, twice a trajectory at most."""
+    """A small real environment: counts the words of the sentence."""
 
     def answer(trajectory):
         said = trajectory.segments[-1]
-        asked = sum(s.author is Author.ENVIRONMENT for s in trajectory.segments)
-        if asked == 2 or said.ids[-1] != policy.vocabulary.stop:
-            return None
+        assert said.ids[-1] == policy.vocabulary.stop
         word = "big" if len(said.ids) > 3 else "small"
         ids = np.array(policy.vocabulary.encode(f"{word} right"), np.int32)
         return Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, ids, f"{word} right")
@@ -356,7 +366,7 @@ def judge_of(policy):
 
 @pytest.mark.parametrize("view", ["plain", "flow"])
 def test_the_environment_answers_between_segments(view):
-    rollouts = engine(view)
+    rollouts = engine(view, asks=2)
     rollouts.environment = judge_of(rollouts.policy)
     trajectories = rollouts.run(requests(5, 4))
     on_metrics = [(t, i) for t in trajectories for i, s in enumerate(t.segments) if s.author is Author.ENVIRONMENT]
@@ -368,15 +378,15 @@ def test_the_environment_answers_between_segments(view):
         assert segment.text == ("big right" if len(said.ids) > 3 else "small right")
         if index + 1 < len(trajectory.segments):
             assert index in [p.segment for p in trajectory.segments[index + 1].contexts[0].pieces]
-    assert float(rollouts.policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
+    assert float(score_trajectories(rollouts.policy, trajectories).log_ratio_N.detach().abs().max()) < 1e-5
     narrow = Engine(
-        rollouts.policy, rollouts.fmt, RolloutConfig(rows=2, max_tokens=40), environment=rollouts.environment
+        rollouts.policy, rollouts.fmt, rollouts.config.model_copy(update={"rows": 2}), environment=rollouts.environment
     )
     assert [contents(t) for t in narrow.run(requests(5, 4))] == [contents(t) for t in trajectories]
 
 
 def test_an_answer_that_does_not_fit_is_not_begun():
-    rollouts = engine(max_length=12, max_tokens=90)
+    rollouts = engine(max_length=12, max_tokens=90, asks=2)
 
     def long_answer(trajectory):
         return Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, np.full(9, 6, np.int32), "")
@@ -405,5 +415,5 @@ def test_a_larger_vocabulary_and_an_unconstrained_set():
         if (s.decisions.sampling.allowed_N == -1).any()
     ]
     assert free
-    assert float(policy.score(trajectories).log_ratio_N.detach().abs().max()) < 1e-5
+    assert float(score_trajectories(policy, trajectories).log_ratio_N.detach().abs().max()) < 1e-5
     assert ranges_of([1, 2]).tolist() == [[1, 3]]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from formats.registry import get_format
+from policy.base import score_trajectories
 from policy.config import PolicyConfig
 from policy.registry import load_policy
 from record.trajectory import DecisionKind, Modality, StopReason
@@ -77,7 +78,7 @@ def test_scoring_finds_the_behaviour_logprobs(policy, case, constrain):
     engine = rollouts(policy, get_format(name, **options), constrain, **config)
     trajectories = engine.run(requests())
     with torch.no_grad():
-        scored = policy.score(trajectories)
+        scored = score_trajectories(policy, trajectories)
     # Guidance multiplies the rounding of each branch's logits by its scale, up to 5.
     assert float(scored.log_ratio_N.abs().max()) < (5e-5 if config.get("guidance") else 1e-5)
     assert len(scored.logprob_N) == sum(t.num_decisions() for t in trajectories) > 100
@@ -133,6 +134,6 @@ def test_adapters_write_what_they_score():
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.3)
     trajectories = rollouts(policy, get_format("self_critique")).run(requests(2, 2))
     with torch.no_grad():
-        assert float(policy.score(trajectories).log_ratio_N.abs().max()) < 1e-5
+        assert float(score_trajectories(policy, trajectories).log_ratio_N.abs().max()) < 1e-5
         with policy.reference():
-            assert float(policy.score(trajectories).log_ratio_N.abs().max()) > 1e-3
+            assert float(score_trajectories(policy, trajectories).log_ratio_N.abs().max()) > 1e-3

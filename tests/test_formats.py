@@ -13,7 +13,8 @@ from properties import examples
 from formats.base import Part, Span
 from formats.grammar import END, START
 from formats.registry import get_format, names
-from formats.render import encode, prompt_segment, render, tags_of
+from formats.render import encode, render, tags_of
+from formats.segments import prompt_segments
 from record.trajectory import Author, Modality, RecordError, Segment, StopReason, Trajectory, mask_of
 from tests.vocabularies import CODES_PER_IMAGE, PieceVocabulary, WordVocabulary
 
@@ -28,7 +29,7 @@ PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 def written(fmt, vocabulary, ids, spans, stop=StopReason.END):
     """The trajectory that an engine records for the policy's ids."""
-    segments = [prompt_segment(fmt, "red circle", vocabulary)]
+    segments = [prompt_segments(fmt, "red circle", (), vocabulary)[0]]
     for span in spans:
         part = np.asarray(ids[span.start : span.stop], np.int32)
         text = vocabulary.decode(part) if span.modality is TEXT else ""

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from formats.base import Part
+from formats.base import ContextSpec, Part, PieceSpec
 from formats.config import FormatConfig
 from formats.contract import check_format, spans_to_trajectory
 from formats.declared import DeclaredFormat
 from formats.grammar import END, START, Grammar, Role
 from formats.registry import get_format, names, register
-from formats.render import encode, prompt_segment, tags_of
+from formats.render import encode, tags_of
+from formats.segments import prompt_segments
 from record.trajectory import Author, Guidance, Modality, Segment, Trajectory
 from runtime.errors import UserError
 from tests.vocabularies import PieceVocabulary, WordVocabulary
@@ -237,7 +238,7 @@ def subgoal_thought(fmt, vocabulary):
     image = [vocabulary.boi, *vocabulary.code_ids[:3].tolist(), vocabulary.eoi]
     ids = [*words, *image, *words, *image, *words, *image, vocabulary.eos]
     trajectory = spans_to_trajectory(fmt, vocabulary, ids, fmt.parse(ids, vocabulary))
-    trajectory.segments[0] = prompt_segment(fmt, "red", vocabulary)
+    trajectory.segments[0] = prompt_segments(fmt, "red", (), vocabulary)[0]
     trajectory.segments[1:1] = fmt.beside_prompt(vocabulary)
     return trajectory
 
@@ -250,18 +251,14 @@ def test_branches_of_thinking_with_generated_images():
     assert [c.branch for c in fmt.contexts(thought, 1)] == ["full"]  # words are never guided
     assert fmt.guidance(thought, 1) is None
     assert fmt.guidance(thought, 2) == Guidance("obj", {"full": 2.0, "negative": 0.0})
-    full, unconditional = fmt.contexts(thought, 2)
-    assert [(p.segment, p.start) for p in full.pieces] == [(0, 0), (1, 3)] and full.start == 5
-    assert (unconditional.branch, unconditional.pieces, unconditional.start) == ("unconditional", (), 0)
+    assert fmt.contexts(thought, 2) == (
+        ContextSpec("full", (PieceSpec(0), PieceSpec(1))),
+        ContextSpec("unconditional", ()),
+    )
     assert fmt.guidance(thought, 4).kind == "obj" and fmt.guidance(thought, 6).kind == "full"
     assert fmt.guidance(thought, 6).scales == {"full": 2.0, "image": 1.2, "negative": 0.0, "original": 5.0}
-    branches = {c.branch: ([(p.segment, p.start) for p in c.pieces], c.start) for c in fmt.contexts(thought, 6)}
-    assert branches == {
-        "full": ([(0, 0), (1, 3), (2, 5), (3, 10), (4, 12), (5, 17)], 19),
-        "unconditional": ([], 0),
-        "image": ([(2, 0), (4, 5)], 10),
-        "original": ([(0, 0)], 3),
-    }
+    branches = {c.branch: [p.segment for p in c.pieces] for c in fmt.contexts(thought, 6)}
+    assert branches == {"full": [0, 1, 2, 3, 4, 5], "unconditional": [], "image": [2, 4], "original": [0]}
 
 
 def test_a_negative_prompt_is_a_segment_that_only_its_branch_sees():

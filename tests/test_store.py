@@ -23,6 +23,7 @@ from record.trajectory import (
     Context,
     Decisions,
     FlowSteps,
+    Frames,
     Guidance,
     Modality,
     Piece,
@@ -89,10 +90,16 @@ def segments(draw):
         )
     if draw(st.booleans()):
         n = draw(st.integers(0, 2))
-        one, many = arrays(np.float32, n), arrays(np.float32, (n, 2, 3))
         flow = FlowSteps(
-            *(draw(one if f.name in ("time_N", "time_next_N", "sigma_N") else many) for f in fields(FlowSteps))
+            draw(st.dictionaries(texts, json_values, max_size=2)),
+            draw(arrays(np.float32, n + 1)),
+            draw(arrays(np.int32, n)),
+            draw(arrays(np.float32, (n + 1, 2, 3))),
         )
+    frames = None
+    if draw(st.booleans()):
+        n = draw(st.integers(0, 2))
+        frames = Frames(draw(arrays(np.uint8, (n, 2, 3, 3))), draw(arrays(np.float32, n)))
     pieces = st.builds(
         Piece,
         st.integers(0, 9),
@@ -115,6 +122,7 @@ def segments(draw):
         draw(st.none() | arrays(np.float32, (2, 1))),
         tuple(draw(st.lists(contexts, max_size=3))),
         draw(st.integers(0, 2**40)),
+        frames,
     )
 
 
@@ -133,6 +141,7 @@ trajectories = st.builds(
     maybe_scores,
     st.none() | arrays(np.float32, st.integers(0, 4)),
     st.dictionaries(texts, json_values, max_size=2),
+    st.none() | st.tuples(st.integers(0, 3), st.integers(0, 4)),
 )
 
 
@@ -162,9 +171,11 @@ def example():
         sampling,
     )
     contexts = (Context("full", (Piece(0, "ids", 0),), 2), Context("unconditional", (), 0))
-    ones = np.ones(2, np.float32)
     flow = FlowSteps(
-        ones, ones * 0.5, np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32), np.ones((2, 3), np.float32), ones
+        {"sampler": "cps", "noise_level": 0.5},
+        np.array([1, 0.75, 0.5, 0], np.float32),
+        np.array([0, 1], np.int32),
+        np.stack([np.full((2, 3), value, np.float32) for value in (0, 1, 2)]),
     )
     segments = [
         Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 7], np.int32), "red circle"),

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policy.base import score_trajectories
 from policy.chameleon.family import load
 from policy.config import LoraSection
 from record.trajectory import StopReason
@@ -83,10 +84,10 @@ def test_one_step_is_adamw_on_the_gradient_of_the_formula():
     other = BigramPolicy()
     other._active = twin
     trajectories = [t for group in groups for t in group]
-    scored = other.score(trajectories)
+    scored = score_trajectories(other, trajectories)
     loss = torch.zeros(())
     for n in range(len(scored.logprob_N)):
-        trajectory = trajectories[scored.trajectory_N[n]]
+        trajectory = trajectories[scored.pass_N[n]]
         segment = trajectory.segments[scored.segment_N[n]]
         loss = loss - float(trajectory.advantage_S[scored.segment_N[n]]) * scored.logprob_N[n] / (
             len(segment.decisions) * len(trajectories)
@@ -107,7 +108,7 @@ def test_how_the_batch_is_cut_into_passes_changes_nothing(loss_type):
     for budget in (10_000, 40, 1):
         policy, config, trainer = make(loss_type=loss_type, tokens_per_micro_batch=budget, beta=0.1)
         metrics = trainer.update(credited(policy, config))
-        results.append((policy.passes, metrics["loss/total"], metrics["grad_norm"], weights(policy)))
+        results.append((policy.forwards, metrics["loss/total"], metrics["grad_norm"], weights(policy)))
     assert results[0][0] < results[1][0] < results[2][0]
     for _, loss, norm, state in results[1:]:
         assert loss == pytest.approx(results[0][1], abs=1e-7) and norm == pytest.approx(results[0][2], rel=1e-5)
@@ -364,10 +365,10 @@ def test_the_reference_is_the_weights_before_anything_is_loaded():
     fresh = make(beta=0.1)
     fresh[2].load(trainer.state())
     group = sampled_groups(BigramPolicy(), groups=1)[0]
-    start_N = BigramPolicy().score(group).behaviour_N
-    assert not torch.allclose(fresh[0].score(group).logprob_N, start_N, atol=1e-3)
+    start_N = score_trajectories(BigramPolicy(), group).behaviour_N
+    assert not torch.allclose(score_trajectories(fresh[0], group).logprob_N, start_N, atol=1e-3)
     with fresh[0].reference():
-        torch.testing.assert_close(fresh[0].score(group).logprob_N, start_N, atol=1e-5, rtol=0)
+        torch.testing.assert_close(score_trajectories(fresh[0], group).logprob_N, start_N, atol=1e-5, rtol=0)
 
 
 def test_random_state_round_trips():
@@ -391,16 +392,16 @@ def test_packs_hold_every_row_once_and_keep_the_budget(lengths, budget, processe
 def test_every_process_makes_equally_many_passes_and_weights_add_up(processes):
     policy, config, _ = make(tokens_per_micro_batch=40)
     trajectories = [t for group in credited(policy, config) for t in group]
-    plans = [plan(trajectories, config, processes, rank) for rank in range(processes)]
+    plans = [plan(policy, trajectories, config, processes, rank) for rank in range(processes)]
     assert len({len(batches) for batches in plans}) == 1
-    real = [b for batches in plans for b in batches if b.weight_BS.any()]
-    assert sorted(t.key for b in real for t in b.trajectories) == sorted(t.key for t in trajectories)
+    real = [b for batches in plans for b in batches if b.weight_PS.any()]
+    assert sorted(one.trajectory.key for b in real for one in b.passes) == sorted(t.key for t in trajectories)
     # three segments of weight one each, averaged over trajectories
     total = sum(
-        float(b.weight_BS[row, s]) * len(segment.decisions)
+        float(b.weight_PS[row, s]) * len(segment.decisions)
         for b in real
-        for row, t in enumerate(b.trajectories)
-        for s, segment in enumerate(t.segments)
+        for row, one in enumerate(b.passes)
+        for s, segment in enumerate(one.trajectory.segments)
         if segment.decisions
     )
     assert total == pytest.approx(3.0, rel=1e-5)

@@ -32,7 +32,7 @@ for loss_type, members in (("segment", 3), ("dapo", 4), ("grpo", 3)):
         gap = trainer.on_policy_gap([t for group in groups for t in group])
         rows.append({**trainer.update(groups), "gap": gap})
     random = trainer.state()["random"]
-    passes = accelerator.gather(torch.tensor([policy.passes])).tolist()
+    passes = accelerator.gather(torch.tensor([policy.forwards])).tolist()
     results[loss_type] = {"rows": rows, "weights": policy.model.state_dict(), "passes": passes, "random": len(random)}
 if accelerator.is_main_process:
     torch.save(results, sys.argv[1])

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
+from policy.base import score_trajectories
 from rl.weight_sync import WeightSynchronizer, smallest
 from rollout.pool.local import LocalRollouts
 from rollout.requests import RolloutRequest
@@ -143,7 +144,7 @@ def test_a_worker_takes_up_every_version_and_stamps_it():
         assert {s.version for group in groups for t in group for s in t.segments if s.decisions} == {version}
     # what it writes is what the trainer would have written
     with torch.no_grad():
-        scored = trainer.score([t for group in groups for t in group])
+        scored = score_trajectories(trainer, [t for group in groups for t in group])
     assert float((scored.logprob_N - scored.behaviour_N).abs().max()) < 1e-5
 
 

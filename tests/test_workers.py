@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policy.base import score_trajectories
 from rl.weight_sync import WeightSynchronizer
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
@@ -352,7 +353,7 @@ def test_weights_reach_actors_and_their_successors(pool):
 
 
 def trainer_says(policy, trajectories) -> np.ndarray:
-    return policy.score(trajectories).logprob_N.detach().numpy()
+    return score_trajectories(policy, trajectories).logprob_N.detach().numpy()
 
 
 def test_an_actor_that_ignores_new_weights_is_found_out(cluster):

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from formats.base import Codes
+
 CODES, CODES_PER_IMAGE = 6, 3
 
 
@@ -15,9 +17,11 @@ class _Pieces:
 
     def __init__(self, texts: Iterable[str], sep: bool = True):
         self.pad, self.bos, self.eos, self.boi, self.eoi = range(5)
+        self.never = np.empty(0, np.int32)
         self.sep = 5 if sep else None
         self.code_ids = np.arange(6, 6 + CODES, dtype=np.int32)[::-1].copy()  # their order says nothing
         self.codes_per_image = CODES_PER_IMAGE
+        self.imaging = Codes(self.code_ids, CODES_PER_IMAGE, self.boi, self.eoi)
         self.texts = [""] * (6 + CODES) + list(dict.fromkeys(texts))
         self.size = len(self.texts)
         self.ids = {text: id for id, text in enumerate(self.texts) if text}

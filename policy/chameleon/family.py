@@ -29,7 +29,7 @@ from policy.decoding.decode import Decode
 from policy.guidance import combine
 from policy.scoring.rows import context_ids, piece_ids
 from record.trajectory import Context, Guidance, Modality, Piece, Segment, Trajectory
-from runtime.errors import UserError, nearest
+from runtime.errors import UserError
 
 
 class ContextOverflow(UserError):
@@ -71,6 +71,10 @@ class ChameleonPolicy:
         return self.core.model.embed_tokens.weight.device
 
     # ---- what a segment takes ----
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return ()
 
     @property
     def image_slots(self) -> int:
@@ -219,7 +223,7 @@ class ChameleonPolicy:
 
     # ---- training ----
 
-    def guide(self, branches: dict[str, Tensor], guidance: Guidance) -> Tensor:
+    def guide(self, branches: dict[str, Tensor], guidance: Guidance, at: FlowStep | None = None) -> Tensor:
         return combine(branches, guidance)
 
     def passes(self, trajectories: Sequence[Trajectory], budget: int | None = None) -> list[Pass]:

@@ -13,9 +13,10 @@ from enum import Enum
 
 import numpy as np
 
-from formats.base import Format, Span, Vocabulary
+from formats.base import Format, Span
+from policy.base import Policy
 from record.trajectory import DecisionKind, Decisions, Modality, Piece, SamplingParams, Segment
-from rollout.engine.flow import Denoising
+from rollout.engine.flow import Denoising, FlowPlan
 from rollout.engine.sampling import noise_key
 from rollout.requests import RolloutRequest
 from rollout.sampling_table import SamplingTable
@@ -46,19 +47,20 @@ class ActiveSequence(SequenceWriter):
         request: RolloutRequest,
         order: tuple[int, int],
         fmt: Format,
-        vocabulary: Vocabulary,
+        policy: Policy,
         prompt: Sequence[Segment],
         constrain: str,
     ):
-        super().__init__(request, order, fmt, vocabulary, prompt, constrain)
+        super().__init__(request, order, fmt, policy, prompt, constrain)
         self.noise = noise_key(request.seed, request.group, self.trajectory.member)
         self.denoising: Denoising | None = None
+        self.plan: FlowPlan | None = None  # of `denoising`
         self.undrawn = 0  # images that are not pixels yet
         self.cached = CachedContext()
 
-    def position(self, written: int) -> int:
-        """Position id of the next token, when `written` ids stand after the prompt."""
-        return self.full.start + written - self.start
+    def used(self, written: int) -> int:
+        """Slots that the row takes, when `written` ids stand after the prompt and all of them are fed."""
+        return self.slots + written - self.start
 
     def begin(self, modality: Modality, guided: bool) -> Need:
         """Open the next segment, or open it anew, and say what the row lacks for it."""
@@ -95,15 +97,17 @@ class ActiveSequence(SequenceWriter):
     def _segment(self, span: Span, sampled: SampledIds, table: SamplingTable, version: int) -> Segment:
         segment = super()._segment(span, sampled, table, version)
         if self.denoising is not None:
-            self._add_flow(segment, self.denoising)
+            if not self.denoising.left:
+                self._add_flow(segment, self.denoising)
             self.denoising = None
         return segment
 
     def _add_flow(self, segment: Segment, flow: Denoising) -> None:
         """Append the stochastic denoising steps to the segment's decisions."""
-        before, count = segment.decisions, len(flow.position)
-        assert before is not None
-        segment.flow, segment.latent = flow.steps(), flow.latent()
+        before, position_N = segment.decisions, flow.position_N
+        count = len(position_N)
+        assert before is not None and self.plan is not None
+        segment.flow, segment.latent = flow.steps(self.plan), flow.latent()
         sampling = SamplingParams(
             np.concatenate([before.sampling.temperature_N, np.ones(count, np.float32)]),
             np.concatenate([before.sampling.allowed_N, np.full(count, -1, np.int32)]),
@@ -112,7 +116,7 @@ class ActiveSequence(SequenceWriter):
         )
         segment.decisions = Decisions(
             np.concatenate([before.kind_N, np.full(count, DecisionKind.FLOW, np.int8)]),
-            np.concatenate([before.position_N, np.array(flow.position, np.int32)]),
-            np.concatenate([before.logprob_N, np.array(flow.logprob, np.float32)]),
+            np.concatenate([before.position_N, position_N]),
+            np.concatenate([before.logprob_N, flow.logprob_N()]),
             sampling,
         )

@@ -1,96 +1,167 @@
-"""One image latent on its way from noise to time 0, step by step, and the record of its stochastic steps.
+"""One image latent on its way from noise to time 0, and the record of its stochastic steps.
 
-A step with sigma > 0 is a decision: x_next = mean + sigma * noise, its log-prob the Gaussian's averaged over elements
-(Flow-GRPO, arXiv:2505.05470, section 4), so that ratios of large latents stay near 1. A step with sigma 0 is none.
+Velocities come from the policy; sampler, schedule, window and noise are the engine's, from the recipe. A stochastic
+step is a decision (policy/scoring/flow.py: its Gaussian, its log-prob). Which steps are stochastic is known before the
+first one, so an image's noise goes to the device once, and its latents come back once.
+
+Letters: T steps of the schedule, N stochastic ones, P latents around them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from record.trajectory import FlowSteps
-from rollout.engine.sampling import gaussian
+from policy.scoring.flow import Ode, step
+from policy.scoring.schedule import Window, draw_window, sd3_times, uniform_times, window_draws
+from record.trajectory import FlowSteps, Trajectory
+from rollout.config import FlowConfig
+from rollout.engine.sampling import gaussian, noise_key
 
 FIRST_NOISE = 1 << 40  # index of a latent's first noise, apart from those of its steps
+GROUP = -1  # in place of a member: noise that a group shares
 
 
-@runtime_checkable
-class FlowPolicy(Protocol):
-    """What a policy whose images are denoised offers besides policy/base.py."""
+class FlowPlan:
+    """What a recipe makes of denoising: times, sampler, and which steps are decisions."""
 
-    flow_times: Sequence[float]  # from 1 (noise) down to 0: one more than there are steps
-    latent_shape: tuple[int, ...]
+    def __init__(self, config: FlowConfig):
+        times = {"uniform": uniform_times, "sd3": sd3_times}[config.schedule]
+        self.config = config
+        self.time_T = times(config.steps, config.shift)
+        self.sampler = config.build_sampler(float(self.time_T[1]) if config.steps > 1 else 0.5)
+        self.noisy_T = self._noisy()
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
+
+    def _noisy(self) -> np.ndarray:
+        """bool [T]: the steps to which the sampler gives noise at all. A step whose deviation is 0 is no decision."""
+        one = torch.zeros(len(self.time_T) - 1, 1)
+        if isinstance(self.sampler, Ode):
+            return np.zeros(len(one), bool)
+        taken = step(self.sampler, one, one, self.time_T[:-1], self.time_T[1:], one)
+        return (taken.noise_std_B > 0).numpy()
+
+    def stochastic(self, seed: int, group: int) -> np.ndarray:
+        """bool [T]: a group's decisions. Its members share the window, so that they can be compared."""
+        key = (seed, group)
+        if key not in self._windows:
+            steps, size = len(self.noisy_T), self.config.window
+            bounds = self.config.window_range or (0, steps)
+            window: Window = draw_window(steps, size, bounds, window_draws(seed, group))
+            self._windows[key] = np.array(window.noised(steps)) & self.noisy_T
+        return self._windows[key]
 
 
 @dataclass
 class Denoising:
-    """A latent at `step`. The lists grow by one a stochastic step."""
+    """A latent before step `number`. The lists hold tensors on the device until the image is done."""
 
     x: Tensor  # float32
-    step: int = 0
-    position: list[int] = field(default_factory=list)
-    time: list[float] = field(default_factory=list)
-    time_next: list[float] = field(default_factory=list)
-    x_before: list[np.ndarray] = field(default_factory=list)
-    x_after: list[np.ndarray] = field(default_factory=list)
-    mean: list[np.ndarray] = field(default_factory=list)
-    sigma: list[float] = field(default_factory=list)
-    logprob: list[float] = field(default_factory=list)
+    stochastic_T: np.ndarray  # bool
+    noise_N: Tensor  # float32 [N, ...]
+    number: int = 0
+    taken: int = 0  # stochastic steps
+    points: list[Tensor] = field(default_factory=list)
+    point: list[int] = field(default_factory=list)  # index into `points` of where each decision started
+    logprob: list[Tensor] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return len(self.stochastic_T) - self.number
+
+    @property
+    def position_N(self) -> np.ndarray:
+        return np.flatnonzero(self.stochastic_T).astype(np.int32)
 
     def latent(self) -> np.ndarray:
-        return self.x.cpu().numpy().astype(np.float32)
+        return self.x.cpu().numpy()
 
-    def steps(self) -> FlowSteps:
-        def array(many: list[np.ndarray]) -> np.ndarray:
-            return np.stack(many).astype(np.float32) if many else np.empty((0, *self.x.shape), np.float32)
+    def logprob_N(self) -> np.ndarray:
+        return torch.stack(self.logprob).cpu().numpy() if self.logprob else np.empty(0, np.float32)
 
-        return FlowSteps(
-            np.array(self.time, np.float32),
-            np.array(self.time_next, np.float32),
-            array(self.x_before),
-            array(self.x_after),
-            array(self.mean),
-            np.array(self.sigma, np.float32),
-        )
+    def steps(self, plan: FlowPlan) -> FlowSteps:
+        x_P = torch.stack(self.points).cpu().numpy() if self.points else np.empty((0, *self.x.shape), np.float32)
+        return FlowSteps(plan.sampler.as_json(), plan.time_T.numpy(), np.array(self.point, np.int32), x_P)
 
 
-def begin(key: int, decision: int, shape: Sequence[int], device: torch.device) -> Denoising:
-    """Pure noise, a function of the trajectory's key and of how many decisions it has taken."""
-    return Denoising(gaussian(key, FIRST_NOISE + decision, shape).to(device))
+def begin(
+    plan: FlowPlan, trajectory: Trajectory, image: int, decision: int, shape: Sequence[int], device: torch.device
+) -> Denoising:
+    """Pure noise, and the noise of the steps: functions of (seed, group, member) and of the decisions taken so far.
+
+    With shared noise a group's images of the same number begin alike.
+    """
+    seed, group = trajectory.seed, trajectory.group
+    own = noise_key(seed, group, trajectory.member)
+    if plan.config.initial_noise == "shared":
+        first = gaussian(noise_key(seed, group, GROUP), FIRST_NOISE + image, shape)
+    else:
+        first = gaussian(own, FIRST_NOISE + decision, shape)
+    stochastic_T = plan.stochastic(seed, group)
+    noise_N = step_noise(own, decision, int(stochastic_T.sum()), shape)
+    return Denoising(first.to(device), stochastic_T, noise_N.to(device))
 
 
-def stack(flows: Sequence[Denoising], times: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x_B, time_B and time_next_B of latents that may be at different steps."""
-    return (
-        torch.stack([flow.x for flow in flows]),
-        torch.tensor([times[flow.step] for flow in flows], dtype=torch.float32, device=device),
-        torch.tensor([times[flow.step + 1] for flow in flows], dtype=torch.float32, device=device),
+def step_noise(key: int, decision: int, count: int, shape: Sequence[int]) -> Tensor:
+    """The noise of `count` stochastic steps, of which the first is the trajectory's decision number `decision`."""
+    if not count:
+        return torch.empty(0, *shape)
+    return torch.stack([gaussian(key, decision + n, shape) for n in range(count)])
+
+
+def inputs(plan: FlowPlan, flows: Sequence[Denoising], device: torch.device) -> tuple[Tensor, Tensor]:
+    """x_B and time_B of latents that may be at different steps."""
+    time_B = plan.time_T[[flow.number for flow in flows]]
+    return torch.stack([flow.x for flow in flows]), time_B.to(device)
+
+
+def advance(plan: FlowPlan, flows: Sequence[Denoising], x_B: Tensor, velocity_B: Tensor) -> None:
+    """Take one step of every latent, without waiting for the device."""
+    at = np.array([flow.number for flow in flows])
+    stochastic_B = np.array([flow.stochastic_T[flow.number] for flow in flows])
+    noise_B = torch.zeros_like(x_B)
+    for b, flow in enumerate(flows):
+        if stochastic_B[b]:
+            noise_B[b] = flow.noise_N[flow.taken]
+    taken = step(
+        plan.sampler,
+        x_B,
+        velocity_B,
+        plan.time_T[at].to(x_B.device),
+        plan.time_T[at + 1].to(x_B.device),
+        noise_B,
+        stochastic_B=torch.from_numpy(stochastic_B).to(x_B.device),
     )
+    for b, flow in enumerate(flows):
+        if stochastic_B[b]:
+            # Neighbouring decisions share a latent: where one led is where the next one starts.
+            if not flow.point or flow.points[-1] is not flow.x:
+                flow.points.append(flow.x)
+            flow.point.append(len(flow.points) - 1)
+            flow.x = taken.x_next_B[b]
+            flow.points.append(flow.x)
+            flow.logprob.append(taken.log_prob_B[b])
+            flow.taken += 1
+        else:
+            flow.x = taken.x_next_B[b]
+        flow.number += 1
 
 
-def advance(flow: Denoising, mean: Tensor, sigma: float, times: Sequence[float], key: int, decision: int) -> bool:
-    """Take the step from the policy's mean and sigma. True: it was stochastic, a decision."""
-    before, mean = flow.x, mean.float()
-    stochastic = sigma > 0
-    flow.x = mean
-    if stochastic:
-        noise = gaussian(key, decision, before.shape).to(before.device)
-        flow.x = mean + sigma * noise
-        off = ((flow.x - mean) / sigma).square().mean()
-        flow.logprob.append(float(-0.5 * off) - math.log(sigma) - 0.5 * math.log(2 * math.pi))
-        flow.position.append(flow.step)
-        flow.time.append(float(times[flow.step]))
-        flow.time_next.append(float(times[flow.step + 1]))
-        flow.x_before.append(before.cpu().numpy())
-        flow.x_after.append(flow.x.cpu().numpy())
-        flow.mean.append(mean.cpu().numpy())
-        flow.sigma.append(sigma)
-    flow.step += 1
-    return stochastic
+def behaviour_mean(trajectory: Trajectory, segment: int, noise_std_N: Tensor) -> Tensor:
+    """The means of the policy that sampled an image's decisions, [N, ...]: where each led, less its noise.
+
+    They are not recorded: `noise_std_N` is the sampler's, and the noise a function of the trajectory's key.
+    """
+    image = trajectory.segments[segment]
+    flow = image.flow
+    assert flow is not None and image.decisions is not None
+    before = sum(len(s.decisions) for s in trajectory.segments[:segment] if s.decisions is not None)
+    words = len(image.decisions) - len(flow.point_N)
+    key = noise_key(trajectory.seed, trajectory.group, trajectory.member)
+    noise_N = step_noise(key, before + words, len(flow.point_N), flow.x_P.shape[1:]).to(noise_std_N.device)
+    x_next_N = torch.from_numpy(flow.x_next_N).to(noise_std_N.device)
+    return x_next_N - noise_std_N.reshape(-1, *[1] * (x_next_N.ndim - 1)) * noise_N

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.render import prompt_segment
-from policy.base import FlowStep, Gaussian
-from record.trajectory import Author, Modality, Segment, StopReason, ranges_of
+from formats.base import Codes, Latent, SeenOnly
+from formats.segments import prompt_segments
+from policy.base import FlowStep, Velocity
+from policy.context import resolve
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory, ranges_of
 from rollout.engine.active import ActiveSequence, Need
-from rollout.engine.flow import FlowPolicy, advance, begin, stack
+from rollout.engine.flow import FlowPlan, advance, begin, inputs
 from rollout.engine.sampling import DeviceMasks, sample, uniforms
 from rollout.engine.slots import Rows
 from rollout.engine.state import EngineState
@@ -37,30 +39,57 @@ class Batch(Rows):
         self.fmt, self.config, self.vocabulary = engine.fmt, engine.config, engine.policy.vocabulary
         self.max_length, self.version = engine.policy.max_length, engine.version
         self.requests = list(requests)
-        self.prompts = [self._prompt(request) for request in self.requests]
+        imaging = self.vocabulary.imaging
+        self.open_id = None if isinstance(imaging, SeenOnly) else imaging.open
+        markers = 0 if isinstance(imaging, SeenOnly) else sum(id is not None for id in (imaging.open, imaging.close))
+        self.image_ids = markers + (imaging.count if isinstance(imaging, Codes) else 0)
+        self.image_slots = engine.policy.image_slots
+        self.imaging_latent = isinstance(imaging, Latent)
+        self.plan = FlowPlan(self.config.flow) if self.imaging_latent else None
+        self.prompts, slots = self._prompts(engine)
         self.queue = deque((r, m) for r, request in enumerate(self.requests) for m in range(len(request.members)))
         self.kept_prompt: tuple[int, Tensor] | None = None  # request whose prompt the spare row holds, and its logits
-        self.image_ids = self.vocabulary.codes_per_image + 2
-        longest = max((len(prompt[0].ids) for prompt in self.prompts), default=0) + self.config.max_tokens
-        if engine.environment is not None or isinstance(engine.policy, FlowPolicy):  # contexts hold more than ids
+        longest = max(slots, default=0) + self.config.max_tokens
+        if engine.environment is not None or self.image_slots > self.image_ids:  # contexts hold more than sampled ids
             longest = self.max_length
         self.capacity = min(engine.active_rows, len(self.queue))
         super().__init__(engine, self.capacity, min(longest, self.max_length))
         self.table = SamplingTable(self.vocabulary.size, self.config.temperature)
         self.masks = DeviceMasks(self.table, self.device)
 
-    def _prompt(self, request: RolloutRequest) -> list[Segment]:
-        """The prompt's segment, and those that guidance sees beside it (a negative prompt)."""
-        segment = prompt_segment(self.fmt, request.prompt, self.vocabulary)
-        ids = segment.ids
-        if len(ids) >= self.max_length:
-            shown = request.prompt if len(request.prompt) <= 60 else request.prompt[:57] + "..."
-            raise RolloutError(
-                f"prompt '{shown}' (group {request.group}) has {len(ids)} ids, but the policy's context "
-                f"holds {self.max_length}, the answer included; shorten the prompt"
-            )
+    def _prompts(self, engine: EngineState) -> tuple[list[list[Segment]], list[int]]:
+        """By request: what the user says and shows, then what guidance sees beside it (a negative prompt); and how many
+        slots the first segment's context takes.
+
+        Raises RolloutError where nothing could be written after a prompt.
+        """
         beside = getattr(self.fmt, "beside_prompt", None)
-        return [segment, *(beside(self.vocabulary) if beside and self.config.guidance else [])]
+        prompts = [
+            [
+                *prompt_segments(self.fmt, request.prompt, request.media, self.vocabulary),
+                *(beside(self.vocabulary) if beside and self.config.guidance else []),
+            ]
+            for request in self.requests
+        ]
+        shown = [segment for segments in prompts for segment in segments if segment.modality is not Modality.TEXT]
+        if shown:
+            engine.policy.perceive(shown)
+        slots = []
+        for request, segments in zip(self.requests, prompts, strict=True):
+            first = Segment("", Author.POLICY, Modality.TEXT, trained=False)
+            trajectory = Trajectory(request.prompt, request.record, self.fmt.name, [*segments, first])
+            specs = self.fmt.contexts(trajectory, len(segments))
+            slots.append(resolve(engine.policy, trajectory, specs[:1])[0].slots)
+            # Where the first thing is an image without a marker, it begins at once.
+            least = self.image_slots if self.fmt.cursor(self.vocabulary, engine.constrain).in_image else 1
+            if slots[-1] + least > self.max_length:
+                said = request.prompt if len(request.prompt) <= 60 else request.prompt[:57] + "..."
+                takes = f"has {slots[-1]} ids" if not shown else f"takes {slots[-1]} slots with what it shows"
+                raise RolloutError(
+                    f"prompt '{said}' (group {request.group}) {takes}, but the policy's context "
+                    f"holds {self.max_length}, the answer included; shorten the prompt"
+                )
+        return prompts, slots
 
     # ---- the loop ----
 
@@ -108,8 +137,9 @@ class Batch(Rows):
         B = len(sequences)
         number_list = [FORCED] * B
         forced_list = [0] * B
-        tight = (self.room_A[:B] < self.image_ids).tolist() if self.room_A[:B].min() < self.image_ids else None
-        boi = self.vocabulary.boi
+        image = max(self.image_ids, self.image_slots)
+        tight = (self.room_A[:B] < image).tolist() if self.room_A[:B].min() < image else None
+        boi = self.open_id
         number = table.number
         skip: set[int] = set()
         for i, sequence in enumerate(sequences):
@@ -119,7 +149,7 @@ class Batch(Rows):
             cursor = sequence.cursor
             forced = cursor.forced()
             if forced is not None:
-                if tight and tight[i] and forced == boi:
+                if tight and tight[i] and forced == boi and not self._image_fits(i, sequence):
                     self._stop(i, sequence, self._limit(i, sequence))
                     finished.add(i)
                     skip.add(i)
@@ -127,7 +157,7 @@ class Batch(Rows):
                 forced_list[i] = forced
                 continue
             allowed = cursor.allowed()
-            if tight and tight[i] and not cursor.in_image:
+            if tight and tight[i] and boi is not None and not (cursor.in_image or self._image_fits(i, sequence)):
                 fitting = table.without(allowed, boi)
                 if not len(fitting.ranges):
                     self._stop(i, sequence, self._limit(i, sequence))
@@ -191,32 +221,25 @@ class Batch(Rows):
     # ---- segments ----
 
     def _boundary(self, i: int, sequence: ActiveSequence, id: int, finished: set[int]) -> None:
-        """After an id that closed a segment, began an image, or ended the turn."""
+        """After an id that closed a segment, began an image, or ended the turn. Images without a marker begin here."""
         closed = self._close(i, sequence)
         cursor = sequence.cursor
         written = int(self.count_A[i])
-        if self.engine.environment is not None and closed and sequence.start == written:
-            last, may_resume = closed[-1], not cursor.stopped or hasattr(cursor, "observe")
-            if last.modality is Modality.TEXT and last.author is Author.POLICY and may_resume:
-                self._ask(sequence)
+        if closed and cursor.awaits:
+            self._ask(sequence)
         if cursor.stopped:
             self._stop(i, sequence, self._end(sequence, id))
             finished.add(i)
             return
-        modality = Modality.TEXT
-        if id == self.vocabulary.boi:
-            span = getattr(cursor, "open_span", None)
-            modality = Modality.IMAGE_TOKENS if span is None else span.modality
         start = sequence.start
-        need = sequence.begin(modality, self.config.guidance)
-        self._count_room(i, sequence)
-        if self.room_A[i] <= 0:
+        need = self._begin(i, sequence)
+        if self.room_A[i] <= 0 or not self._begins_with_room(i, sequence):
             if need is Need.MORE:  # what the environment said does not fit
                 sequence.drop_environment()
             self._stop(i, sequence, self._limit(i, sequence))
             finished.add(i)
             return
-        if modality is Modality.IMAGE_LATENT:
+        if cursor.in_image and self.imaging_latent:
             self._begin_latent(i, sequence)
         if need is Need.REPREFILL:
             if (self.number_AL[i, start:written] != FORCED).any():
@@ -228,6 +251,24 @@ class Batch(Rows):
             self.more.append(i)
         if sequence.guidance is not None:
             self.prefill_branches(i, sequence)
+
+    def _begin(self, i: int, sequence: ActiveSequence) -> Need:
+        """Open the row's next segment. An image without a marker begins where the format has it begin."""
+        modality = Modality.TEXT
+        if sequence.cursor.in_image:
+            modality = Modality.IMAGE_LATENT if self.imaging_latent else Modality.IMAGE_TOKENS
+        need = sequence.begin(modality, self.config.guidance)
+        if sequence.guidance is not None and self.open_id is None:
+            raise RolloutError(
+                f"rollout.guidance: the family '{self.policy.family}' begins images without a marker, and no branch "
+                "could tell the first code from nothing; set it to false"
+            )
+        self._count_room(i, sequence)
+        return need
+
+    def _begins_with_room(self, i: int, sequence: ActiveSequence) -> bool:
+        """Where no marker begins it, an image that has begun may not fit. With one it was not offered."""
+        return self.open_id is not None or not sequence.cursor.in_image or self._image_fits(i, sequence)
 
     def _close(self, i: int, sequence: ActiveSequence) -> list[Segment]:
         count = int(self.count_A[i])
@@ -242,20 +283,21 @@ class Batch(Rows):
     def _ask(self, sequence: ActiveSequence) -> None:
         if sequence.undrawn:
             self.draw()
-        assert self.engine.environment is not None
+        if self.engine.environment is None:
+            raise RolloutError(
+                f"format '{self.fmt.name}': after '{sequence.trajectory.segments[-1].role}' the environment speaks, "
+                "and there is none"
+            )
         segment = self.engine.environment(sequence.trajectory)
-        if segment is None:
-            return
-        sequence.environment(segment)
-        observe = getattr(sequence.cursor, "observe", None)
-        if observe is not None:
-            observe(segment)
+        sequence.environment([segment])
+        sequence.cursor.observe(segment.role)
 
     def _end(self, sequence: ActiveSequence, id: int) -> StopReason:
         if sequence.limit is not None:
             return sequence.limit
         full = sequence.cursor.images >= self.fmt.max_images
-        return StopReason.MAX_IMAGES if full and id != self.vocabulary.eos else StopReason.END
+        unended = self.vocabulary.eos is not None and id != self.vocabulary.eos
+        return StopReason.MAX_IMAGES if full and unended else StopReason.END
 
     def _limit(self, i: int, sequence: ActiveSequence) -> StopReason:
         """Which limit is the nearer one."""
@@ -264,7 +306,13 @@ class Batch(Rows):
 
     def _count_room(self, i: int, sequence: ActiveSequence) -> None:
         written = int(self.count_A[i])
-        self.room_A[i] = min(self.config.max_tokens - written, self.max_length - sequence.position(written))
+        self.room_A[i] = min(self.config.max_tokens - written, self.max_length - sequence.used(written))
+
+    def _image_fits(self, i: int, sequence: ActiveSequence) -> bool:
+        """Whether an image that begins with the next id fits: its ids, and what it takes once it is seen again."""
+        written = int(self.count_A[i])
+        ids, slots = self.config.max_tokens - written, self.max_length - sequence.used(written)
+        return ids >= self.image_ids and slots >= self.image_slots
 
     def _stop(self, i: int, sequence: ActiveSequence, reason: StopReason) -> None:
         sequence.cursor.stop()
@@ -291,7 +339,7 @@ class Batch(Rows):
                 break
             r, m = self.queue.popleft()
             sequence = ActiveSequence(
-                self.requests[r], (r, m), self.fmt, self.vocabulary, self.prompts[r], self.engine.constrain
+                self.requests[r], (r, m), self.fmt, self.policy, self.prompts[r], self.engine.constrain
             )
             if i < len(self.sequences):
                 self.sequences[i] = sequence
@@ -301,9 +349,10 @@ class Batch(Rows):
             holes.remove(i)
             self.count_A[i] = self.chosen_A[i] = 0
             self.noise_A[i] = sequence.noise
-            sequence.begin(Modality.TEXT, False)
+            self._begin(i, sequence)
             sequence.provided()
-            self._count_room(i, sequence)
+            if sequence.cursor.in_image and self.imaging_latent:
+                self._begin_latent(i, sequence)
         if fresh:
             self._fill_prompts(fresh)
         for i in reversed([i for i in holes if i < len(self.sequences)]):
@@ -338,12 +387,17 @@ class Batch(Rows):
     # ---- latents and images ----
 
     def _begin_latent(self, i: int, sequence: ActiveSequence) -> None:
-        if not isinstance(self.policy, FlowPolicy):
-            raise RolloutError(
-                f"format '{self.fmt.name}' wants an image latent, but the policy family "
-                f"'{self.policy.family}' has no flow_times and latent_shape"
-            )
-        sequence.denoising = begin(sequence.noise, int(self.chosen_A[i]), self.policy.latent_shape, self.device)
+        assert self.plan is not None
+        sequence.plan = self.plan
+        sequence.denoising = begin(
+            self.plan,
+            sequence.trajectory,
+            sequence.cursor.images,
+            int(self.chosen_A[i]),
+            self.policy.latent_shape,
+            self.device,
+        )
+        self.chosen_A[i] += int(sequence.denoising.stochastic_T.sum())
 
     def _denoise(self, finished: set[int]) -> None:
         """One denoising step of every row in a latent (those that lack their context wait for it)."""
@@ -351,24 +405,26 @@ class Batch(Rows):
         rows = [i for i, sequence in enumerate(self.sequences) if sequence.denoising is not None and i not in waiting]
         if not rows:
             return
-        assert isinstance(self.policy, FlowPolicy)
-        times = self.policy.flow_times
+        assert self.plan is not None
         flows = [flow for i in rows if (flow := self.sequences[i].denoising) is not None]
         branch_rows = [row for i in rows for row in self.branch_rows(i)]
         of = [*range(len(rows)), *(n for n, i in enumerate(rows) for _ in self.branch_rows(i))]
-        x_B, time_B, next_B = stack(flows, times, self.device)
-        answer = self.policy.step(self.cache, rows + branch_rows, FlowStep(x_B[of], time_B[of], next_B[of]))
-        assert isinstance(answer, Gaussian)
-        mean_B = answer.mean_B[: len(rows)]
+        x_B, time_B = inputs(self.plan, flows, self.device)
+        answer = self.policy.step(self.cache, rows + branch_rows, FlowStep(x_B[of], time_B[of]))
+        assert isinstance(answer, Velocity)
+        velocity_B = answer.velocity_B[: len(rows)]
         guided = [n for n, i in enumerate(rows) if self.sequences[i].guidance is not None]
-        if guided:  # the mean is affine in the velocity, so what combines the one combines the other
-            mean_B = mean_B.clone()
-            mean_B[guided] = self.guide([rows[n] for n in guided], mean_B[guided], answer.mean_B[len(rows) :])
-        for n, i in enumerate(rows):
-            self.chosen_A[i] += advance(
-                flows[n], mean_B[n], float(answer.sigma_B[n]), times, self.sequences[i].noise, int(self.chosen_A[i])
+        if guided:
+            velocity_B = velocity_B.clone()
+            velocity_B[guided] = self.guide(
+                [rows[n] for n in guided],
+                velocity_B[guided],
+                answer.velocity_B[len(rows) :],
+                FlowStep(x_B[guided], time_B[guided]),
             )
-            if flows[n].step == len(times) - 1:
+        advance(self.plan, flows, x_B, velocity_B)
+        for n, i in enumerate(rows):
+            if not flows[n].left:
                 self._end_latent(i, finished)
 
     def _end_latent(self, i: int, finished: set[int]) -> None:
@@ -383,4 +439,6 @@ class Batch(Rows):
             sequence.cursor.advance(id)
             if sequence.cursor.stopped or len(sequence.cursor.spans) > sequence.closed:
                 self._boundary(i, sequence, id, finished)
-                break
+                return
+        sequence.cursor.end_image()  # no marker closes it
+        self._boundary(i, sequence, FORCED, finished)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy.base import Categorical, TokenStep
+from formats.base import Codes
+from policy.base import Categorical, FlowStep, TokenStep
 from record.trajectory import Context, Segment, Trajectory
 from rollout.engine.active import ActiveSequence
 from rollout.engine.state import EngineState
@@ -134,8 +135,11 @@ class Rows:
                 guided, logits[: len(rows)][[rows.index(i) for i in guided]], logits[len(rows) :]
             )
 
-    def guide(self, guided: list[int], full: Tensor, branches: Tensor) -> Tensor:
-        """Combine full [G, ...] with the branches' rows (in the order of `guided`), one call a kind of guidance."""
+    def guide(self, guided: list[int], full: Tensor, branches: Tensor, at_step: FlowStep | None = None) -> Tensor:
+        """Combine full [G, ...] with the branches' rows (in the order of `guided`), one call a kind of guidance.
+
+        `at_step`: where velocities were asked for.
+        """
         together: dict[tuple, list[tuple[int, int]]] = {}
         first = 0
         for g, i in enumerate(guided):
@@ -153,7 +157,8 @@ class Rows:
                 rows[name] = branches[[first + n for _, first in members]]
             guidance = self.sequences[guided[at[0]]].guidance
             assert guidance is not None
-            out[at] = self.policy.guide(rows, guidance)
+            where = None if at_step is None else FlowStep(at_step.x_B[at], at_step.time_B[at])
+            out[at] = self.policy.guide(rows, guidance, where)
         return out
 
     def append(self) -> None:
@@ -169,7 +174,7 @@ class Rows:
             self.logits_AV[now] = self.policy.append(
                 self.cache,
                 now,
-                [(self.sequences[i].trajectory, pieces[i][depth].segment, pieces[i][depth].form) for i in now],
+                [(self.sequences[i].trajectory, pieces[i][depth]) for i in now],
             )
         for i in rows:
             self.sequences[i].provided()
@@ -180,12 +185,21 @@ class Rows:
         """Turn all collected codes and latents into uint8, once."""
         began = time.perf_counter()
         waiting, self.undrawn = self.undrawn, []
-        contents = [segment.ids[1:-1] if segment.latent is None else segment.latent for _, segment in waiting]
+        contents = [self._content(segment) for _, segment in waiting]
         for (sequence, segment), image in zip(waiting, self.policy.decode_images(contents), strict=True):
             segment.image = image
             sequence.undrawn -= 1
         self.stats.images += len(waiting)
         self.stats.draw_seconds += time.perf_counter() - began
+
+    def _content(self, segment: Segment) -> np.ndarray:
+        """What an image is drawn from: its latent, or its codes without the markers."""
+        if segment.latent is not None:
+            return segment.latent
+        imaging = self.policy.vocabulary.imaging
+        assert isinstance(imaging, Codes)
+        first = int(imaging.open is not None)
+        return segment.ids[first : first + imaging.count]
 
     def wait(self, sequence: ActiveSequence) -> None:
         """A trajectory is finished, but for images that are not drawn."""

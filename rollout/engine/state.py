@@ -12,7 +12,7 @@ from record.trajectory import Segment, Trajectory
 from rollout.config import RolloutConfig
 from rollout.requests import RolloutError
 
-Environment = Callable[[Trajectory], Segment | None]
+Environment = Callable[[Trajectory], Segment]
 
 
 @dataclass
@@ -53,9 +53,8 @@ class EngineState:
 
     Args:
         constrain: what decoding is constrained to ("images", or "full": the whole grammar).
-        environment: asked with the trajectory so far whenever a text segment of the policy closes; returns an
-            untrained segment to add (a tool's answer), or None. A cursor that has a method `observe` is told, and may
-            then go on after the end of a turn; others are not asked there.
+        environment: asked with the trajectory so far wherever the cursor awaits it; returns an untrained segment to
+            add (a tool's answer).
 
     Raises:
         RolloutError: too few rows for one trajectory and its guidance branches.
