@@ -209,7 +209,8 @@ def test_formula_and_source_are_stated(name):
 
 
 def test_latents_stay_behind_when_a_thought_travels():
-    steps = FlowSteps(*[np.zeros(1, np.float32)] * 2, *[np.zeros((1, 2), np.float32)] * 3, np.ones(1, np.float32))
+    times_M, latents_P = np.array([1, 0], np.float32), np.zeros((2, 2), np.float32)
+    steps = FlowSteps({"sampler": "sde"}, times_M, np.zeros(1, np.int32), latents_P)
     sampling = SamplingParams(np.ones(1, np.float32), np.full(1, -1, np.int32), ())
     decisions = Decisions(
         np.full(1, DecisionKind.FLOW, np.int8), np.zeros(1, np.int32), np.zeros(1, np.float32), sampling

@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from formats.base import Codes
 from formats.registry import get_format
 from formats.render import render as render_thought
 from formats.render import tags_of
@@ -42,6 +43,8 @@ class Words:
         self.pad, self.bos, self.eos, self.boi, self.eoi, self.sep = 0, 1, 2, 3, 4, None
         self.code_ids = np.arange(len(self.words), len(self.words) + 512, dtype=np.int32)
         self.size, self.codes_per_image = len(self.words) + 512, 16
+        self.imaging = Codes(self.code_ids, self.codes_per_image, self.boi, self.eoi)
+        self.never = np.empty(0, np.int32)
 
     def encode(self, text):
         return [self.index[word] for word in text.split()]
