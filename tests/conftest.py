@@ -24,6 +24,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# A tiny model or a data set that asks the hub for anything is a fault of the test. Libraries read this as they are
+# imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = (ROOT / os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")).resolve()
 
