@@ -24,6 +24,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# Each of two workers computes on one of two cores: torch's threads would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A tiny model or a data set that asks the hub for anything is a fault of the test. Libraries read this as they are
 # imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,6 +82,63 @@ def no_ray_stays_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     if ray is not None and ray.is_initialized():
         ray.shutdown()
         pytest.fail(f"{request.node.name} leaves Ray running; close what started it")
+
+
+# ---- which files are run first, and by whom -------------------------------------------------------------------------
+
+# Of the tests that are run by default, those that start a Ray. Two at once on two cores thrash, so that one worker runs
+# all of them, one after the other.
+RAY_FILES = (
+    "test_workers.py",
+    "test_rewards_workers.py",
+    "test_reward_processes.py",
+    "test_ray_gone.py",
+    "test_rewards_ray_gpus.py",
+    "test_conftest.py",
+    "test_doctor.py",
+)
+# The longest of the others, which the workers begin with: at the end there are short ones to share out.
+LONG_FILES = (
+    "test_cli.py",
+    "test_engine.py",
+    "test_scripts.py",
+    "test_grpo.py",
+    "test_judge_client.py",
+    "test_recipe_hostile.py",
+    "test_resume.py",
+    "test_evaluations.py",
+    "test_grpo_judge.py",
+    "test_rewards_judge.py",
+    "test_imports.py",
+    "test_sft.py",
+    "test_search_path.py",
+    "test_check_reward.py",
+    "test_rewards_columns.py",
+    "test_signals.py",
+    "test_train_vq.py",
+    "test_tracking.py",
+)
+FIRST = {name: place for place, name in enumerate((*RAY_FILES, *LONG_FILES))}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.get(item.path.name, len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, files go to workers in the order above, and those that start a Ray all to one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRayAtATime(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "Ray" if Path(file).name in RAY_FILES else file
+
+    config.option.loadscopereorder = False  # by the number of tests
+    return OneRayAtATime(config, log)
 
 
 # ---- reference records --------------------------------------------------------------------------------------------

@@ -176,10 +176,12 @@ def test_the_quickstart_stops_in_any_stage(tmp_path, stage):
 
 @pytest.fixture
 def heeding():
-    """A test run in the background of a script ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A test run in the background of a script ignores Ctrl-C, and one under nohup the end of its terminal."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
