@@ -1,4 +1,5 @@
-"""What every test shares: how many random examples properties try, a temp dir of this run's own, the reference records.
+"""What every test shares: how many random examples properties try, a temp dir of this run's own, the reference records;
+and which worker runs which files, in which order.
 
 Environment variables:
 
@@ -6,6 +7,7 @@ Environment variables:
                            A failure of either prints the example, and the line that runs it again.
     UNDERDRAWING_FIXTURES  the folder of reference numbers, which parity tests read; a relative one starts at the
                            repository's root. Default: ../shared/fixtures.
+    OMP_NUM_THREADS        torch's threads in each process. Default: 1.
 """
 
 from __future__ import annotations
