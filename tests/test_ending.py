@@ -67,7 +67,7 @@ def finished(*command: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_a_program_that_judged_ends_with_0_every_time():
-    end = finished("-c", JUDGES)
+    end = finished("-W", "ignore::DeprecationWarning", "-c", JUDGES)  # Python's own, of forks beside threads
     assert (end.returncode, end.stderr) == (0, "")
 
 
