@@ -11,15 +11,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from record.trajectory import Trajectory
-from rollout.pool.contract import Rollouts
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError
 from tasks.base import Evaluation
+
+if TYPE_CHECKING:  # scores that are kept are read without torch, which it imports
+    from rollout.pool.contract import Rollouts
 
 MeasureByName = Mapping[str, float | None]
 

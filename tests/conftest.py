@@ -1,4 +1,5 @@
-"""What every test shares: how many random examples properties try, a temp dir of this run's own, the reference records.
+"""What every test shares: how many random examples properties try, a temp dir of this run's own, the reference records;
+and which worker runs which files, in which order.
 
 Environment variables:
 
@@ -6,6 +7,7 @@ Environment variables:
                            A failure of either prints the example, and the line that runs it again.
     UNDERDRAWING_FIXTURES  the folder of reference numbers, which parity tests read; a relative one starts at the
                            repository's root. Default: ../shared/fixtures.
+    OMP_NUM_THREADS        torch's threads in each process. Default: 1.
 """
 
 from __future__ import annotations
@@ -23,6 +25,12 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# Each of two workers computes on one of two cores: torch's threads would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A tiny model or a data set that asks the hub for anything is a fault of the test. Libraries read this as they are
+# imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = (ROOT / os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures")).resolve()
@@ -76,6 +84,63 @@ def no_ray_stays_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     if ray is not None and ray.is_initialized():
         ray.shutdown()
         pytest.fail(f"{request.node.name} leaves Ray running; close what started it")
+
+
+# ---- which files are run first, and by whom -------------------------------------------------------------------------
+
+# Of the tests that are run by default, those that start a Ray. Two at once on two cores thrash, so that one worker runs
+# all of them, one after the other.
+RAY_FILES = (
+    "test_workers.py",
+    "test_rewards_workers.py",
+    "test_reward_processes.py",
+    "test_ray_gone.py",
+    "test_rewards_ray_gpus.py",
+    "test_conftest.py",
+    "test_doctor.py",
+)
+# The longest of the others, which the workers begin with: at the end there are short ones to share out.
+LONG_FILES = (
+    "test_cli.py",
+    "test_engine.py",
+    "test_scripts.py",
+    "test_grpo.py",
+    "test_judge_client.py",
+    "test_recipe_hostile.py",
+    "test_resume.py",
+    "test_evaluations.py",
+    "test_grpo_judge.py",
+    "test_rewards_judge.py",
+    "test_imports.py",
+    "test_sft.py",
+    "test_search_path.py",
+    "test_check_reward.py",
+    "test_rewards_columns.py",
+    "test_signals.py",
+    "test_train_vq.py",
+    "test_tracking.py",
+)
+FIRST = {name: place for place, name in enumerate((*RAY_FILES, *LONG_FILES))}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.get(item.path.name, len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, files go to workers in the order above, and those that start a Ray all to one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRayAtATime(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "Ray" if Path(file).name in RAY_FILES else file
+
+    config.option.loadscopereorder = False  # by the number of tests
+    return OneRayAtATime(config, log)
 
 
 # ---- reference records --------------------------------------------------------------------------------------------

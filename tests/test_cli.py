@@ -297,7 +297,11 @@ def test_a_run_that_trains_nothing_stops_at_its_limit(capsys, warm, tmp_path):
 
 @pytest.mark.parametrize(
     "command, steps, saved",
-    [("sft", "sft.max_steps", "sft/checkpoint-*"), ("grpo", "grpo.steps", "checkpoints/step-*")],
+    [
+        ("sft", "sft.max_steps", "sft/checkpoint-*"),
+        # By default test_signals.py has the same in its own process.
+        pytest.param("grpo", "grpo.steps", "checkpoints/step-*", marks=pytest.mark.slow),
+    ],
 )
 def test_ctrl_c_saves_and_says_how_to_go_on(warm, tmp_path, command: str, steps: str, saved: str):
     arguments = [

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import FIRST, LONG_FILES, RAY_FILES
+
 HERE = Path(__file__).parent
 PROPERTY = """
 from hypothesis import given, strategies as st
@@ -128,6 +130,38 @@ def test_starts_it():
     folder = Path((tmp_path / "tests/folder.txt").read_text())
     assert code == 1 and "1 passed, 1 error" in said and "test_one.py leaves Ray running" in said, said
     assert not folder.parent.exists()
+
+
+SAYS_WHO = """
+import os
+from pathlib import Path
+import pytest
+
+@pytest.mark.parametrize("number", range(3))
+def test_says_who(number):
+    with Path(__file__).with_name("who.txt").open("a") as file:
+        print(os.environ["PYTEST_XDIST_WORKER"], Path(__file__).name, file=file)
+"""
+
+
+def test_one_worker_runs_all_that_starts_a_ray_and_long_files_come_first(run, tmp_path):
+    others = ["test_aa.py", LONG_FILES[1], LONG_FILES[0]]
+    for name in (*others, RAY_FILES[0], RAY_FILES[2]):
+        (tmp_path / "tests" / name).write_text(SAYS_WHO)
+    code, said = run(SAYS_WHO, PYTEST_ADDOPTS="-n 2 --dist loadfile")
+    assert code == 0 and "18 passed" in said, said
+    told = [line.split() for line in (tmp_path / "tests/who.txt").read_text().splitlines()]
+    (by_ray,) = {worker for worker, name in told if name in RAY_FILES}
+    for first, mine in ((RAY_FILES[0], True), (LONG_FILES[0], False)):
+        names = [name for worker, name in told if (worker == by_ray) == mine]
+        places = [FIRST.get(name, len(FIRST)) for name in names]
+        assert names[0] == first and places == sorted(places)
+
+
+def test_the_files_that_start_a_ray_are_known():
+    assert all((HERE / name).is_file() for name in (*RAY_FILES, *LONG_FILES))
+    start_it = {path.name for path in HERE.glob("test_*.py") if "start_ray(" in path.read_text()}
+    assert start_it - {"test_grpo_ray.py"} <= set(RAY_FILES)  # of that one all tests are slow
 
 
 def test_a_cluster_of_the_readers_is_not_joined(run):

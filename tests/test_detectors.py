@@ -490,7 +490,11 @@ def test_the_shapes_backend_and_geneval_through_a_photographs_detector(models, i
     for backend in ("mask2former", "grounding_dino", "owlv2"):
         detector = build_detector(
             DetectorConfig(
-                backend=backend, path=str(models[backend]), min_score=0.01, colors={"path": str(models["open_clip"])}
+                backend=backend,
+                path=str(models[backend]),
+                min_score=0.01,
+                test_size=SMALL if backend == "mask2former" else None,
+                colors={"path": str(models["open_clip"])},
             )
         )
         context = RewardContext.of(None, None, detector)

@@ -241,7 +241,8 @@ def test_both_measures_can_be_asked_for_and_the_first_is_the_score(capsys, run):
 def test_evaluations_during_training_score_by_the_reward_too(capsys, tmp_path, run):
     weights = ["--weights", str(run / "sft/model")]
     arguments = [QUICKSTART, *TINY, *by_reward(tmp_path), f"run_dir={tmp_path}/run", "grpo.evaluate_every=1"]
-    assert main(["grpo", *arguments, "grpo.steps=1", *weights]) == 0
+    arguments += ["grpo.steps=1", "grpo.prompts_per_step=2", "grpo.num_generations=2"]
+    assert main(["grpo", *arguments, *weights]) == 0
     (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert row["heldout/score"] == row["heldout/reward"]
     assert row["heldout/score"] == pytest.approx(2 * row["heldout/reward/form"] + row["heldout/reward/drawn"])

@@ -14,7 +14,7 @@ from rewards.config import RewardsConfig
 from rewards.manager import RewardManager
 from tests.test_grpo import lines, make
 
-STEPS, PROMPTS, MEMBERS = 5, 3, 4
+STEPS, PROMPTS, MEMBERS = 4, 3, 4
 AT_START = 2  # questions before the run
 REWARD = """
 from rewards.judge.base import AnswerCheck
@@ -54,7 +54,13 @@ def run_with(folder, server, retries):
     config = RewardsConfig.model_validate(
         {
             "parts": {"right": {"function": f"{folder / 'asks.py'}:right", "scope": "row"}},
-            "judge": {"base_url": server.url, "model": "judge", "timeout_s": 4, "retries": retries, "backoff_s": 0.05},
+            "judge": {
+                "base_url": server.url,
+                "model": "judge",
+                "timeout_s": 1.5,
+                "retries": retries,
+                "backoff_s": 0.05,
+            },
         }
     )
     kept = []

@@ -214,7 +214,7 @@ def test_nobody_trains_where_another_does(capsys, tmp_path, command):
 
 def test_one_may_evaluate_and_roll_out_beside_a_run_but_not_twice_into_one_folder(capsys, tmp_path):
     assert main(["sft", QUICKSTART, *SMALL, f"run_dir={tmp_path}"]) == 0
-    more = [QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60"]
+    more = [QUICKSTART, *SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "evaluate.samples=1"]
     with Holder(tmp_path / ".lock"):
         assert main(["evaluate", *more]) == 0
         assert main(["rollout", *more, "--prompts", "1"]) == 0

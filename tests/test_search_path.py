@@ -44,12 +44,16 @@ def test_the_packages_are_ours():
 
 
 @pytest.mark.parametrize("command", [[SCRIPT], [sys.executable, "-m", "underdrawing"]], ids=["script", "module"])
-def test_a_working_folder_full_of_our_names_is_no_matter(tmp_path, command):
-    """`python -m` puts the working folder first on the path, and the command moves it behind its own packages."""
+def test_the_working_folder_is_sought_last_and_is_sought(tmp_path, command):
+    """`python -m` puts the working folder first on the path, and the command moves it behind its own packages and
+    everybody's, but seeks a function of the user's there."""
     for name in PACKAGES:
         if name != "underdrawing" or command == [SCRIPT]:
             package(tmp_path, name, "raise ImportError('another package')")
-    done = run(tmp_path, *command, *DRY)
+    (tmp_path / "yaml.py").write_text("raise ImportError('not the YAML that you want')")
+    (tmp_path / "mine.py").write_text("def f(completions, **columns):\n    return [1.0] * len(completions)\n")
+    own = ["rewards.parts={r: {function: mine.f}}", "rewards.total=r", "grpo.segment_reward_weights={}"]
+    done = run(tmp_path, *command, *DRY, *own)
     assert done.returncode == 0 and "held-out prompts" in done.stdout, done.stderr
 
 
@@ -81,16 +85,6 @@ def test_a_folder_that_is_no_package_hides_nothing(tmp_path):
     assert run(tmp_path, SCRIPT, "view", "nowhere", path=str(tmp_path)).stderr.startswith(
         "underdrawing: nowhere: no run"
     )
-
-
-def test_the_working_folder_is_sought_last_and_is_sought(tmp_path):
-    (tmp_path / "mine.py").write_text("def f(completions, **columns):\n    return [1.0] * len(completions)\n")
-    (tmp_path / "yaml.py").write_text("raise ImportError('not the YAML that you want')")
-    parts = "rewards.parts={r: {function: mine.f}}"
-    more = ["rewards.total=r", "grpo.segment_reward_weights={}"]
-    for command in ([SCRIPT], [sys.executable, "-m", "underdrawing"]):
-        done = run(tmp_path, *command, *DRY, parts, *more)
-        assert done.returncode == 0, done.stderr
 
 
 def test_rays_workers_are_not_led_astray(capsys, tmp_path, monkeypatch):

@@ -3,13 +3,16 @@ nothing left running, on Ray as well, whatever comes while the first is obeyed."
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +21,17 @@ from typing import Any
 import psutil
 import pytest
 
+import rl.grpo
 from record.store import load_trajectories
 from rollout.pool.local import LocalRollouts
 from runtime import interrupt
+from sft.trainer import InterleavedSftTrainer
 from tests.test_cli import QUICKSTART, ROOT, SMALL
 from tests.test_quickstart import SMALL as SMALL_QUICKSTART
 from tests.test_trainer_processes import free_port
 from training import checkpoint
 from training.tracking import read_metrics
+from underdrawing import quickstart
 from underdrawing.cli import main
 
 WAIT_S = 300
@@ -114,20 +120,36 @@ def grpo(warm: Path, run_dir: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)])
-def test_grpo_saves_the_step_and_ends_with_a_code_of_its_own(warm, tmp_path, number, code):
+# ---- in a process of its own -----------------------------------------------------------------------------------------
+
+
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize(
+    "number, code", [pytest.param(*case, marks=() if case[1] == 143 else pytest.mark.slow) for case in SIGNALS]
+)
+def test_grpo_saves_the_step_and_leaves_nothing(warm, tmp_path, number, code):
     with Command(*grpo(warm, tmp_path)) as command:
         command.wait_until(steps_logged(tmp_path))
         ended, said = command.send(number)
-        assert ended == code and "Traceback" not in said, said
-        step = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
-        assert f"{signal.Signals(number).name}: stopped after step {step} of 100000; saved in" in said
-        assert "To go on, give the same command with --resume" in said
-        assert checkpoint.steps(tmp_path / "checkpoints") == [step]
-        assert command.left() == ([], []) and not (tmp_path / ".lock").exists()
+        assert_saved(tmp_path, ended, said, number, code)
+        assert "Stopping after this step" in said
+        assert command.left() == ([], [])
 
 
-def test_sft_saves_the_step(tmp_path):
+def assert_saved(folder: Path, ended: int, said: str, number: int, code: int) -> None:
+    """A run of GRPO obeyed a signal after its step."""
+    assert ended == code and "Traceback" not in said, said
+    step = read_metrics(folder / "metrics.jsonl")[-1]["step"]
+    assert f"{interrupt.name_of(number)}: stopped after step {step} of 100000; saved in" in said
+    assert "To go on, give the same command with --resume" in said
+    assert checkpoint.steps(folder / "checkpoints") == [step]
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_sft_saves_the_step_and_ends_with_a_code_of_its_own(tmp_path):
     arguments = ["sft", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "sft.logging_steps=1", "sft.max_steps=100000"]
     with Command(*arguments) as command:
         command.wait_until(steps_logged(tmp_path / "sft"))
@@ -136,7 +158,94 @@ def test_sft_saves_the_step(tmp_path):
         assert len(list(tmp_path.glob("sft/checkpoint-*"))) == 1
 
 
-def test_a_rollout_keeps_what_it_has(warm, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_the_quickstart_stops_in_any_stage(tmp_path, stage):
+    arguments = ["--run-dir", tmp_path / "run", *SMALL_QUICKSTART, "evaluate.samples=1"]
+    endless = {"sft": "sft.max_steps=100000", "grpo": "grpo.steps=100000"}[stage]
+    folder = tmp_path / "run" / ("sft" if stage == "sft" else "")
+    with Command(*arguments, endless, module="underdrawing.quickstart") as command:
+        command.wait_until(steps_logged(folder))
+        ended, said = command.send(signal.SIGTERM)
+        assert ended == 143 and "SIGTERM: stopped after step" in said, said
+        assert "To go on, give the same command again" in said
+        assert command.left() == ([], [])
+
+
+# ---- in this process, at a given moment ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heeding():
+    """A test run in the background of a script ignores Ctrl-C, and one under nohup the end of its terminal."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """(owner, name of its function, signal, which of its calls) -> that call sends this process the signal first."""
+
+    def when(owner: Any, name: str, number: int, call: int = 2) -> None:
+        function, calls = getattr(owner, name), itertools.count(1)
+
+        def signals(*arguments, **more):
+            if next(calls) == call:
+                signal.raise_signal(number)
+            return function(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, signals)
+
+    return when
+
+
+@pytest.mark.usefixtures("heeding")
+@pytest.mark.parametrize("number, code", SIGNALS)
+def test_grpo_saves_the_step_and_ends_with_a_code_of_its_own(capsys, caplog, warm, tmp_path, signalled, number, code):
+    signalled(rl.grpo, "rollout_and_score", number)
+    ended = main(grpo(warm, tmp_path, "grpo.evaluate_every=null"))
+    assert_saved(tmp_path, ended, capsys.readouterr().err, number, code)
+    assert "Stopping after this step" in caplog.text
+
+
+def test_sft_saves_the_step(capsys, tmp_path, signalled):
+    signalled(InterleavedSftTrainer, "compute_loss", signal.SIGTERM)
+    assert main(["sft", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "sft.logging_steps=1", "sft.max_steps=9"]) == 143
+    said = capsys.readouterr().err
+    assert "SIGTERM: stopped after step 2 of 9" in said and "saved in" in said, said
+    assert [path.name for path in tmp_path.glob("sft/checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    "stage, owner, name, kept",
+    [
+        ("sft", InterleavedSftTrainer, "compute_loss", "sft/checkpoint-2"),
+        ("grpo", rl.grpo, "rollout_and_score", "checkpoints/step-000002"),
+    ],
+)
+def test_the_quickstart_stops_in_any_stage_and_the_same_command_goes_on(
+    capsys, tmp_path, signalled, monkeypatch, stage, owner, name, kept
+):
+    arguments = ["--run-dir", str(tmp_path), *SMALL_QUICKSTART, "evaluate.samples=1", "sft.max_steps=3", "grpo.steps=3"]
+    signalled(owner, name, signal.SIGTERM)
+    assert quickstart.main(arguments) == 143
+    said = capsys.readouterr().err
+    assert "SIGTERM: stopped after step 2 of 3" in said and "To go on, give the same command again" in said, said
+    assert (tmp_path / kept).is_dir()
+    metrics = tmp_path / ("sft" if stage == "sft" else "") / "metrics.jsonl"
+    before = metrics.read_bytes()
+    monkeypatch.undo()
+    assert quickstart.main(arguments) == 0
+    said = capsys.readouterr()
+    assert ("1/5  Warm start" in said.err) == (stage == "sft"), said.err
+    assert metrics.read_bytes().startswith(before) and [row["step"] for row in read_metrics(metrics)] == [1, 2, 3]
+    assert json.loads(said.out.splitlines()[-1])["run_dir"] == str(tmp_path)
+
+
+def test_a_rollout_keeps_what_it_has(capsys, warm, tmp_path):
     """Its rewards are slow, so it is caught with its trajectories written and none of them judged."""
     slow = tmp_path / "slow.py"
     slow.write_text(
@@ -152,52 +261,42 @@ def test_a_rollout_keeps_what_it_has(warm, tmp_path):
         "--prompts",
         "3",
         "--weights",
-        warm,
+        str(warm),
     ]
-    with Command("rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", *more) as command:
-        command.wait_until((tmp_path / "begun").exists)
-        began = time.monotonic()
-        ended, said = command.send(signal.SIGTERM)
-        assert ended == 143 and time.monotonic() - began < 40, said  # it does not wait for the reward
-        assert (
-            "SIGTERM: stopped after 3 of 3 prompts; 3 trajectories are saved in" in said and "0 of them judged" in said
-        )
-        assert len(load_trajectories(tmp_path / "rollout")) == 3
-        assert command.left() == ([], [])
+    before = set(psutil.Process().children(recursive=True))
+
+    def send() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    began = time.monotonic()
+    assert main(["rollout", QUICKSTART, *SMALL, f"run_dir={tmp_path}", *more]) == 143
+    assert time.monotonic() - began < 50  # it does not wait for the reward
+    sender.join()
+    said = capsys.readouterr().err
+    assert "SIGTERM: stopped after 3 of 3 prompts; 3 trajectories are saved in" in said and "0 of them judged" in said
+    assert len(load_trajectories(tmp_path / "rollout")) == 3
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
-def test_evaluate_says_that_it_kept_nothing(warm, tmp_path):
-    arguments = ["evaluate", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "--weights", warm]
-    with Command(*arguments, "evaluate.prompts=300", "evaluate.samples=100") as command:
-        command.wait_until((tmp_path / "evaluations").exists)  # it has its lock
-        time.sleep(1)
-        ended, said = command.send(signal.SIGTERM)
-        assert ended == 143 and "SIGTERM: no score is kept. Give the same command again" in said, said
-        assert list(tmp_path.iterdir()) == []
+def test_evaluate_says_that_it_kept_nothing(capsys, warm, tmp_path, monkeypatch):
+    stream = LocalRollouts.stream
 
+    def sampling(self, requests, timeout_s=None):
+        for group in stream(self, requests, timeout_s):
+            yield group
+            signal.raise_signal(signal.SIGTERM)
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_the_quickstart_stops_in_any_stage_and_the_same_command_goes_on(tmp_path, stage):
-    arguments = ["--run-dir", tmp_path / "run", *SMALL_QUICKSTART, "evaluate.samples=1", "sft.logging_steps=1"]
-    endless = {"sft": "sft.max_steps=100000", "grpo": "grpo.steps=100000"}[stage]
-    folder = tmp_path / "run" / ("sft" if stage == "sft" else "")
-    with Command(*arguments, endless, module="underdrawing.quickstart") as command:
-        command.wait_until(steps_logged(folder))
-        ended, said = command.send(signal.SIGTERM)
-        assert ended == 143 and "SIGTERM: stopped after step" in said, said
-        assert "To go on, give the same command again" in said
-    assert len(list(folder.glob({"sft": "checkpoint-*", "grpo": "checkpoints/step-*"}[stage]))) == 1
+    monkeypatch.setattr(LocalRollouts, "stream", sampling)
+    assert main(["evaluate", QUICKSTART, *SMALL, f"run_dir={tmp_path}", "--weights", str(warm)]) == 143
+    assert "SIGTERM: no score is kept. Give the same command again" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- at once ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def heeding():
-    """A test run in the background of a script ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeding")
@@ -228,8 +327,6 @@ def test_ctrl_c_twice_says_what_is_saved(capsys, warm, tmp_path, monkeypatch, st
 
 @pytest.mark.usefixtures("heeding")
 def test_ctrl_c_twice_in_a_warm_start_that_has_saved_nothing(capsys, tmp_path, monkeypatch):
-    from sft.trainer import InterleavedSftTrainer
-
     loss = InterleavedSftTrainer.compute_loss
 
     def impatient(self, *arguments, **more):
@@ -246,19 +343,22 @@ def test_ctrl_c_twice_in_a_warm_start_that_has_saved_nothing(capsys, tmp_path, m
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "numbers, code",
+    "numbers",
     [
-        ([signal.SIGHUP], 129),
-        ([signal.SIGTERM, signal.SIGTERM], 143),
-        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM], 143),
+        [signal.SIGHUP],
+        [signal.SIGTERM, signal.SIGTERM],
+        [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM],
     ],
+    ids=["one", "two", "six"],
 )
 @pytest.mark.parametrize("pause", [0.5, 1.5])
-def test_on_ray_nothing_outlives_the_command(warm, tmp_path, numbers, code, pause):
+def test_on_ray_nothing_outlives_the_command(warm, tmp_path, numbers, pause):
+    """Which of several signals ends it depends on how far the step is: the sentence and the exit code name the same."""
     with Command(*grpo(warm, tmp_path, "rollout.workers=2"), RAY_ADDRESS="local") as command:
         command.wait_until(steps_logged(tmp_path))
         ended, said = command.send(*numbers, pause=pause)
-        assert ended == code and "Traceback" not in said, said
+        assert ended - 128 in numbers and "Traceback" not in said, said
+        assert re.search(rf"^underdrawing: {interrupt.name_of(ended - 128)}: (stopped|broken off)", said, re.M), said
         assert command.left() == ([], []), said
         saved = checkpoint.steps(tmp_path / "checkpoints")
         assert ("nothing was saved" in said) == (not saved)

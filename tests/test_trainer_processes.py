@@ -10,34 +10,48 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+
+from rl.config import GrpoConfig
+from rl.trainer import Trainer
+from tests.bigram import BigramPolicy
+from tests.test_trainer import credited
 
 SCRIPT = """
 import sys, torch
 from accelerate import Accelerator
-from rl.config import GrpoConfig
-from rl.trainer import Trainer
-from tests.test_trainer import credited
-from tests.bigram import BigramPolicy, sampled_groups
+from tests.test_trainer_processes import three_steps
 
 accelerator = Accelerator(cpu=True)
-results = {}
-# Three members in three groups make an odd number of trajectories: one process gets a padding pass.
-for loss_type, members in (("segment", 3), ("dapo", 4), ("grpo", 3)):
-    policy = BigramPolicy()
-    config = GrpoConfig(learning_rate=0.01, loss_type=loss_type, tokens_per_micro_batch=50, beta=0.05, num_iterations=2)
-    trainer = Trainer(policy, config, accelerator)
-    rows = []
-    for step in range(3):
-        groups = credited(policy, config, groups=3, members=members, first=3 * step, version=trainer.version)
-        gap = trainer.on_policy_gap([t for group in groups for t in group])
-        rows.append({**trainer.update(groups), "gap": gap})
-    random = trainer.state()["random"]
-    passes = accelerator.gather(torch.tensor([policy.forwards])).tolist()
-    results[loss_type] = {"rows": rows, "weights": policy.model.state_dict(), "passes": passes, "random": len(random)}
+results = three_steps(accelerator)
 if accelerator.is_main_process:
     torch.save(results, sys.argv[1])
 accelerator.end_training()
 """
+
+
+def three_steps(accelerator: Accelerator) -> dict:
+    """Metrics, weights, passes of every process and counted random states, by loss."""
+    results = {}
+    # Three members in three groups make an odd number of trajectories: of two processes one gets a padding pass.
+    for loss_type, members in (("segment", 3), ("dapo", 4), ("grpo", 3)):
+        policy = BigramPolicy()
+        config = GrpoConfig(
+            learning_rate=0.01, loss_type=loss_type, tokens_per_micro_batch=50, beta=0.05, num_iterations=2
+        )
+        trainer = Trainer(policy, config, accelerator)
+        rows = []
+        for step in range(3):
+            groups = credited(policy, config, groups=3, members=members, first=3 * step, version=trainer.version)
+            gap = trainer.on_policy_gap([t for group in groups for t in group])
+            rows.append({**trainer.update(groups), "gap": gap})
+        results[loss_type] = {
+            "rows": rows,
+            "weights": policy.model.state_dict(),
+            "passes": accelerator.gather(torch.tensor([policy.forwards])).tolist(),
+            "random": len(trainer.state()["random"]),
+        }
+    return results
 
 
 def free_port() -> int:
@@ -84,14 +98,11 @@ def launch(processes: int, script: str, *args: str) -> None:
         assert process.returncode == 0, errors
 
 
-def run(processes: int, out: Path) -> dict:
-    launch(processes, SCRIPT, str(out))
-    return torch.load(out, weights_only=True)
-
-
-@pytest.mark.timeout(600)  # importing everything twice on a busy machine
+@pytest.mark.timeout(600)  # importing everything on a busy machine
 def test_two_processes_give_the_losses_and_weights_of_one(tmp_path):
-    ones, twos = (run(n, tmp_path / f"{n}.pt") for n in (1, 2))
+    ones = three_steps(Accelerator(cpu=True))
+    launch(2, SCRIPT, str(tmp_path / "twos.pt"))
+    twos = torch.load(tmp_path / "twos.pt", weights_only=True)
     for loss_type, one in ones.items():
         two = twos[loss_type]
         assert len(set(two["passes"])) == 1 and two["passes"][0] < one["passes"][0] and two["random"] == 2

@@ -123,10 +123,13 @@ def quieten() -> None:
             os.environ.setdefault(name, value)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    from transformers.utils import logging as transformers_logging
+    if (
+        "transformers" in sys.modules
+    ):  # it reads the environment as it is imported, and half of the commands need it not
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 def _has_gpu() -> bool:
