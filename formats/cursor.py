@@ -100,6 +100,20 @@ class ImagesCursor:
         self._seek(floor=self._length)
         self._go_on_without_marker()
 
+    def cut(self) -> None:
+        """Close the open text: another trajectory goes on from here, and what it writes is a segment of its own.
+
+        Where the text is not complete (its closing tag is missing, or it has none), what follows has its role too.
+        """
+        assert not self.in_image and not self.stopped, "an image is not cut, and a turn that has ended is closed"
+        self._settle(self._length)
+        if self._span is not None:
+            role = self._span[0]
+            self._close(self._length)
+            self._floor, self._pending = self._length, None
+            if self._mode != _SEEK:
+                self._span = (role, Modality.TEXT, self._length)
+
     def stop(self) -> None:
         """Close the open segment, wherever it is: a limit was reached."""
         if not self.stopped:
@@ -228,6 +242,8 @@ class ImagesCursor:
             return
         if self._mode == _SEEK and self._pending is not None and not self._pending_blank:
             self._open_text(None, self._pending)
+        if ended and self._span is not None and self._span[1:] == (Modality.TEXT, index):
+            self._span = None  # what was cut before is not gone on with
         if self._span is None:  # after an image, or at the very start
             start = index if self._pending is None else self._pending
             self._resolve([END] if ended else [])
