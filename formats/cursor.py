@@ -110,7 +110,8 @@ class ImagesCursor:
         if self._span is not None:
             role = self._span[0]
             self._close(self._length)
-            self._floor, self._pending = self._length, None
+            self._floor = self._length
+            self._pending = None
             if self._mode != _SEEK:
                 self._span = (role, Modality.TEXT, self._length)
 

@@ -1,8 +1,8 @@
 """Members that go on from a prefix: what they are asked for by, and how a cursor is brought to where the prefix ends.
 
 A state is what stands before one segment of a trajectory: the prompt and the segments before it. Members that continue
-from one state are candidates there (VPRL), restarts from a buffer (R3), or counterfactuals of one segment. The decisions
-of the prefix are the parent's: a child's record keeps them, and never trains them.
+from one state are candidates there (VPRL), restarts from a buffer (R3), or counterfactuals of one segment. The
+decisions of the prefix are the parent's: a child's record keeps them, and never trains them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import numpy as np
 from formats.base import Cursor, Format
 from record.trajectory import Author, Modality, Segment, Trajectory
 from rollout.requests import RolloutError, RolloutRequest
-
-PARENT_GROUP = "parent_group"  # in Trajectory.info: the parent's group, where it is another one
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from formats.base import Codes, Cursor, Format, Span
 from policy.base import Policy
 from policy.context import Resolved, resolve
 from record.trajectory import (
+    PARENT_GROUP,
     Author,
     Context,
     DecisionKind,
@@ -29,7 +30,7 @@ from record.trajectory import (
     StopReason,
     Trajectory,
 )
-from rollout.forks import NOTHING, PARENT_GROUP, follow
+from rollout.forks import NOTHING, follow
 from rollout.requests import RolloutRequest
 from rollout.sampling_table import SamplingTable
 from runtime.errors import UserError
