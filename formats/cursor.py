@@ -100,21 +100,6 @@ class ImagesCursor:
         self._seek(floor=self._length)
         self._go_on_without_marker()
 
-    def cut(self) -> None:
-        """Close the open text: another trajectory goes on from here, and what it writes is a segment of its own.
-
-        Where the text is not complete (its closing tag is missing, or it has none), what follows has its role too.
-        """
-        assert not self.in_image and not self.stopped, "an image is not cut, and a turn that has ended is closed"
-        self._settle(self._length)
-        if self._span is not None:
-            role = self._span[0]
-            self._close(self._length)
-            self._floor = self._length
-            self._pending = None
-            if self._mode != _SEEK:
-                self._span = (role, Modality.TEXT, self._length)
-
     def stop(self) -> None:
         """Close the open segment, wherever it is: a limit was reached."""
         if not self.stopped:
@@ -251,6 +236,21 @@ class ImagesCursor:
             self._span = (END if ended else OTHER, Modality.TEXT, start)
         self._close(stop)
         self.in_image = False
+
+    def cut(self) -> None:
+        """Close the open text: another trajectory goes on from here, and what it writes is a segment of its own.
+
+        Where the text is not complete (its closing tag is missing, or it has none), what follows has its role too.
+        """
+        assert not self.in_image and not self.stopped, "an image is not cut, and a turn that has ended is closed"
+        self._settle(self._length)
+        if self._span is not None:
+            role = self._span[0]
+            self._close(self._length)
+            self._floor = self._length
+            self._pending = None
+            if self._mode != _SEEK:
+                self._span = (role, Modality.TEXT, self._length)
 
     # ---- text ----
 

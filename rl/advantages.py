@@ -141,9 +141,9 @@ def _scaled(group: Group, centred: Centred, config: GrpoConfig, batch_scale: flo
     if config.advantage_level == "trajectory":
         scaled: Centred = [{} for _ in group]
         for members in _states(group):
-            scale = _std([r for member in members if (r := group[member].reward) is not None]) + EPSILON
-            for member in members:
-                scaled[member] = {segment: value / scale for segment, value in centred[member].items()}
+            scale = _std([r for place in members if (r := group[place].reward) is not None]) + EPSILON
+            for place in members:
+                scaled[place] = {segment: value / scale for segment, value in centred[place].items()}
         return scaled
     scores: dict[Key, list[float]] = {}
     for trajectory, member in zip(group, centred, strict=True):
