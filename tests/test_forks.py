@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from formats.contract import _sample, spans_to_trajectory
 from formats.registry import get_format
 from policy.base import score_trajectories
 from record.store import load_trajectories, save_trajectories
@@ -16,13 +17,14 @@ from record.trajectory import Author, Modality, StopReason
 from rl.batches import scored_decisions
 from rollout.engine.engine import Engine
 from rollout.engine.flow import behaviour_mean
-from rollout.forks import fork
+from rollout.forks import follow, fork
 from rollout.pool.contract import WorkersError, check_requests
 from rollout.requests import RolloutError, RolloutRequest
-from tests.fakes import FakeFormat
+from tests.fakes import FakeCursor, FakeFormat
 from tests.test_engine import CASES, engine, judge_of, requests
 from tests.test_engine_chameleon import CASES as CHAMELEON
 from tests.test_engine_chameleon import policy, rollouts  # noqa: F401
+from tests.test_formats_contract import vocabulary_of
 
 LAYOUTS = [
     "plain",
@@ -295,6 +297,65 @@ def test_requests_of_one_group_are_told_apart_by_their_state():
         check_requests([fork(trunk, 2, (4,)), fork(trunk, 2, (5,))])
     with pytest.raises(WorkersError, match="member 5 is asked for from two states"):
         check_requests([fork(trunk, 1, (4, 5)), fork(trunk, 2, (5, 6))])
+
+
+def test_a_cursor_without_a_cut_is_named():
+    rollouts = engine(lingers=True)
+    trunk = next(t for t in rollouts.run(requests(4, 3)) if len(t.segments) > 2 and len(t.segments[1].ids) == 6)
+
+    class Uncut(FakeCursor):
+        cut = None
+
+    rollouts.fmt.cursor = lambda vocabulary, constrain: Uncut(rollouts.fmt, vocabulary)
+    with pytest.raises(RolloutError, match="'fake_plain' closes the segment before it by what follows, .* no cut"):
+        rollouts.run([fork(trunk, 2, (5,))])
+
+
+# ---- the shipped formats' cursors, by random walks ----
+
+
+@pytest.mark.parametrize("kind", ["word", "piece"])
+@pytest.mark.parametrize("constrain", ["images", "full"])
+@pytest.mark.parametrize("name", ["strokes", "subgoals", "self_critique"])
+def test_a_cursor_brought_to_a_state_goes_on_as_the_one_that_wrote_it(name, constrain, kind):
+    """At every state of random walks: what is forced, allowed and recognised afterwards is the same."""
+    fmt = get_format(name)
+    vocabulary = vocabulary_of(kind, fmt)
+    rng, tried = np.random.default_rng(0), 0
+    for _ in range(40):
+        ids, whole = [], fmt.cursor(vocabulary, constrain)
+        while not whole.stopped and len(ids) < 50:
+            forced = whole.forced()
+            ids.append(_sample(whole.allowed(), vocabulary, rng) if forced is None else forced)
+            whole.advance(ids[-1])
+        if whole.in_image:
+            continue  # a limit does not fall there
+        whole.stop()
+        written = spans_to_trajectory(fmt, vocabulary, ids, whole.spans, StopReason.END)
+        for n in states(written):
+            cursor, other = fmt.cursor(vocabulary, constrain), fmt.cursor(vocabulary, constrain)
+            begun = len(follow(cursor, fmt, fork(written, n, (0,))).ids)
+            assert [span.stop for span in cursor.spans][-1:] == ([begun] if begun else [])
+            for at, id in enumerate(ids):
+                if at >= begun:
+                    assert cursor.forced() == other.forced() and cursor.in_image == other.in_image
+                    if cursor.forced() is None:
+                        assert cursor.allowed() is other.allowed() and cursor.role == other.role
+                    cursor.advance(id)
+                other.advance(id)
+            cursor.stop()
+            assert cursor.spans == whole.spans
+            cursor = fmt.cursor(vocabulary, constrain)  # and whatever else may come is divided whole
+            length = len(follow(cursor, fmt, fork(written, n, (0,))).ids)
+            while not cursor.stopped and (length < begun + 12 or cursor.in_image):
+                forced = cursor.forced()
+                cursor.advance(_sample(cursor.allowed(), vocabulary, rng) if forced is None else forced)
+                length += 1
+            cursor.stop()
+            edges = [0, *(span.stop for span in cursor.spans)]
+            assert [span.start for span in cursor.spans] == edges[:-1] and edges[-1] == length
+            tried += 1
+    assert tried > 40
 
 
 # ---- a family and the shipped formats ----

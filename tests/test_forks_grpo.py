@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from rl.advantages import compute_advantages
 from rl.config import ForkConfig, GrpoConfig
 from rl.forks import fork_requests, shown_first, states
 from rl.rounds import with_forks
+from rollout.pool.contract import FailedGroup
+from rollout.pool.local import LocalRollouts
 from runtime.errors import UserError
 from tests.test_grpo import lines
 from tests.test_grpo_chameleon import CodeJudge, make
@@ -221,3 +224,25 @@ def test_a_run_that_forks_accounts_for_every_set_and_resumes_as_the_same(tmp_pat
         trainer.policy.model.named_parameters(), resumed.policy.model.named_parameters(), strict=True
     ):
         assert torch.equal(p, q), name
+
+
+class Loses(LocalRollouts):
+    """One set of candidates never comes back."""
+
+    def generate(self, requests, timeout_s=None, each=None):
+        if requests[0].parent is None:
+            return super().generate(requests, timeout_s, each)
+        result = super().generate(requests[1:], timeout_s, each and (lambda index, group: each(index + 1, group)))
+        return replace(result, failed=[FailedGroup(0, requests[0].group, "crash", "out of memory")])
+
+
+def test_sets_that_never_came_back_and_replaced_groups_are_in_the_account(tmp_path):
+    run = make(tmp_path, fork={**FORK, "occurrences": 1}, steps=2, max_rollout_rounds=3)
+    run.rollouts = Loses(run.rollouts._worker.engine)
+    rl.grpo.train(run)
+    for row in lines(tmp_path):
+        dropped = sum(value for name, value in row.items() if name.startswith("groups/dropped/"))
+        replaced = sum(value for name, value in row.items() if name.startswith("groups/replaced/"))
+        assert row["groups/dropped/failed"] == 1 and row["forks/in"] > 1
+        assert row["groups/in"] == 2 + replaced + row["forks/in"] == row["groups/trained"] + dropped
+        assert row["forks/candidates"] == 3 * (row["forks/in"] - 1)
