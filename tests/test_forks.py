@@ -4,16 +4,20 @@ once."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from formats.base import Codes, Latent
 from formats.contract import _sample, spans_to_trajectory
+from formats.declared import DeclaredFormat
+from formats.grammar import END, START, Grammar, Role
 from formats.registry import get_format
 from policy.base import score_trajectories
 from record.store import load_trajectories, save_trajectories
-from record.trajectory import Author, Modality, StopReason
+from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from rl.batches import scored_decisions
 from rollout.engine.engine import Engine
 from rollout.engine.flow import behaviour_mean
@@ -356,6 +360,32 @@ def test_a_cursor_brought_to_a_state_goes_on_as_the_one_that_wrote_it(name, cons
             assert [span.start for span in cursor.spans] == edges[:-1] and edges[-1] == length
             tried += 1
     assert tried > 40
+
+
+@pytest.mark.parametrize("imaging", [Codes(np.arange(6, dtype=np.int32), 3), Latent()], ids=["codes", "latents"])
+def test_images_without_markers_begin_again_where_a_prefix_ends(imaging):
+    """A planner of frames alone (VPRL's): no id tells where an image begins, and none ends the turn."""
+    frame = Role("frame", Modality.IMAGE)
+    fmt = DeclaredFormat(Grammar("frames", (frame,), {START: ("frame",), "frame": ("frame", END)}, max_images=3))
+    nothing = np.empty(0, np.int32)
+    codes = isinstance(imaging, Codes)
+    made = {"size": 6 if codes else 0, "never": nothing, "imaging": imaging}
+    vocabulary = SimpleNamespace(pad=None, bos=None, eos=None, sep=None, piece=str, encode=list, decode=str, **made)
+    ids = np.array([3, 1, 4], np.int32) if codes else nothing
+    modality = Modality.IMAGE_TOKENS if codes else Modality.IMAGE_LATENT
+    segments = [Segment("prompt", Author.USER, Modality.IMAGE, False)]
+    segments += [Segment("frame", Author.POLICY, modality, True, ids) for _ in range(3)]
+    written = Trajectory("go to the goal", {}, "frames", segments)
+    for n in (1, 2, 3):
+        cursor = fmt.cursor(vocabulary)
+        assert len(follow(cursor, fmt, fork(written, n, (4,))).ids) == (n - 1) * len(ids)
+        assert cursor.in_image and cursor.images == n and len(cursor.spans) == n - 1
+    half = replace(segments[2], ids=ids[:2])
+    if codes:
+        with pytest.raises(RolloutError, match="after segment 2 is in the midst of an image: 2 of its ids"):
+            follow(fmt.cursor(vocabulary), fmt, replace(fork(written, 3, (4,)), prefix=(*segments[:2], half)))
+    with pytest.raises(RolloutError, match="after segment 3: the turn has ended there"):
+        follow(fmt.cursor(vocabulary), fmt, fork(written, 4, (4,)))
 
 
 # ---- a family and the shipped formats ----
