@@ -14,6 +14,7 @@ from record.trajectory import Author, Trajectory
 from rl.config import ForkConfig
 from rl.run import Run
 from rollout.forks import fork
+from rollout.pool.contract import FailedGroup
 from rollout.requests import RolloutRequest
 
 
@@ -22,7 +23,7 @@ class Forks:
     """Fork sets that came back, those that did not, and what was measured meanwhile."""
 
     sets: list[list[Trajectory]]
-    failed: int
+    failed: list[FailedGroup]
     metrics: dict[str, float]
 
 
@@ -53,14 +54,14 @@ def roll_out_forks(run: Run, groups: Sequence[Sequence[Trajectory]], config: For
     assert run.rollouts is not None and run.reward_manager is not None
     requests = fork_requests(groups, config)
     if not requests:
-        return Forks([], 0, {"forks/in": 0.0, "forks/candidates": 0.0})
+        return Forks([], [], {"forks/in": 0.0, "forks/candidates": 0.0})
     pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=False)
     rolled_out = run.rollouts.generate(requests, each=pending.add)
     report = pending.finish(rolled_out.groups)
     metrics = {**rolled_out.metrics, **{f"forks/{name}": v for name, v in report.metrics.items() if "reward/" in name}}
     metrics["forks/in"] = float(len(requests))
     metrics["forks/candidates"] = float(sum(map(len, rolled_out.groups)))
-    return Forks(rolled_out.groups, len(rolled_out.failed), metrics)
+    return Forks(rolled_out.groups, rolled_out.failed, metrics)
 
 
 def shown_first(groups: Sequence[Sequence[Trajectory]], sets: Sequence[Sequence[Trajectory]]) -> list[Trajectory]:

@@ -51,10 +51,10 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
             break
         if number + 1 < config.max_rollout_rounds:
             replaced = dict(ledger.dropped)
-    forks = Forks([], 0, {})
+    forks = Forks([], [], {})
     if config.fork is not None:
         forks = roll_out_forks(run, groups, config.fork, step)
-        ledger = compute_advantages([*groups, *forks.sets], config, failed + forks.failed)
+        ledger = compute_advantages([*groups, *forks.sets], config, failed + len(forks.failed))
         drop_untrainable(ledger, config)
         forks.metrics["forks/trained"] = float(sum(group[0].parent is not None for group in ledger.trained))
     if config.max_rollout_rounds > 1:

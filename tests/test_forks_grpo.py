@@ -20,7 +20,6 @@ from rl.config import ForkConfig, GrpoConfig
 from rl.forks import fork_requests, shown_first, states
 from rl.rounds import with_forks
 from rollout.pool.contract import FailedGroup
-from rollout.pool.local import LocalRollouts
 from runtime.errors import UserError
 from tests.test_grpo import lines
 from tests.test_grpo_chameleon import CodeJudge, make
@@ -226,19 +225,17 @@ def test_a_run_that_forks_accounts_for_every_set_and_resumes_as_the_same(tmp_pat
         assert torch.equal(p, q), name
 
 
-class Loses(LocalRollouts):
-    """One set of candidates never comes back."""
-
-    def generate(self, requests, timeout_s=None, each=None):
-        if requests[0].parent is None:
-            return super().generate(requests, timeout_s, each)
-        result = super().generate(requests[1:], timeout_s, each and (lambda index, group: each(index + 1, group)))
-        return replace(result, failed=[FailedGroup(0, requests[0].group, "crash", "out of memory")])
-
-
 def test_sets_that_never_came_back_and_replaced_groups_are_in_the_account(tmp_path):
     run = make(tmp_path, fork={**FORK, "occurrences": 1}, steps=2, max_rollout_rounds=3)
-    run.rollouts = Loses(run.rollouts._worker.engine)
+    generate = run.rollouts.generate
+
+    def loses_one_set(requests, timeout_s=None, each=None):
+        if requests[0].parent is None:
+            return generate(requests, timeout_s, each)
+        result = generate(requests[1:], timeout_s, each and (lambda index, group: each(index + 1, group)))
+        return replace(result, failed=[FailedGroup(0, requests[0].group, "crash", "out of memory")])
+
+    run.rollouts.generate = loses_one_set
     rl.grpo.train(run)
     for row in lines(tmp_path):
         dropped = sum(value for name, value in row.items() if name.startswith("groups/dropped/"))
