@@ -150,11 +150,15 @@ class _Check:
     def _read_run(self, run: _Run) -> None:
         before = len(self.found)
         read = self._read_text(run)
-        named = [(i, s.role) for i, s in zip(run.indices, run.segments, strict=True) if s.role != END]
-        for index, segment in zip(run.indices, run.segments, strict=True):
+        named = [
+            (i, s.role)
+            for n, (i, s) in enumerate(zip(run.indices, run.segments, strict=True))
+            if s.role != END and not self._goes_on(run, n)
+        ]
+        for n, (index, segment) in enumerate(zip(run.indices, run.segments, strict=True)):
             if segment.role == END and index != len(self.trajectory.segments) - 1:
                 self.add(index, "the turn ended here, but more follows; expected nothing")
-            elif segment.role != END and not segment.text.strip():
+            elif segment.role != END and not segment.text.strip() and not self._goes_on(run, n):
                 self.add(index, f"'{segment.role}' is empty; expected {self._expected()}")
         if len(self.found) == before and [role for _, role in named] != read:
             self.add(
@@ -162,6 +166,11 @@ class _Check:
                 f"recorded as {', '.join(role for _, role in named) or 'nothing'}; the text reads "
                 f"{', '.join(read) or 'nothing'}",
             )
+
+    def _goes_on(self, run: _Run, n: int) -> bool:
+        """Whether a segment goes on with the one before it: untagged words that a fork took up after its parent's."""
+        role = self.grammar.by_name.get(run.segments[n].role)
+        return n > 0 and role is not None and role.is_free and run.segments[n - 1].role == role.name
 
     def _read_text(self, run: _Run) -> list[str]:
         """Read a run from its start; returns the roles that it holds."""

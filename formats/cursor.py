@@ -228,12 +228,45 @@ class ImagesCursor:
             return
         if self._mode == _SEEK and self._pending is not None and not self._pending_blank:
             self._open_text(None, self._pending)
+        if ended and self._span is not None and self._span[1:] == (Modality.TEXT, index):
+            self._span = None  # what was cut before is not gone on with
         if self._span is None:  # after an image, or at the very start
             start = index if self._pending is None else self._pending
             self._resolve([END] if ended else [])
             self._span = (END if ended else OTHER, Modality.TEXT, start)
         self._close(stop)
         self.in_image = False
+
+    def cut(self) -> None:
+        """Close the open text: another trajectory goes on from here, and what it writes is a segment of its own.
+
+        Where the text is not complete (its closing tag is missing, or it has none), what follows has its role too.
+        """
+        assert not self.in_image and not self.stopped, "an image is not cut, and a turn that has ended is closed"
+        if self._mode == _SEEK and self._pending is not None:
+            self._cut_pending(max(self._pending, self._floor))
+        if self._span is not None:
+            role = self._span[0]
+            self._close(self._length)
+            self._floor = self._length
+            if self._mode != _SEEK:
+                self._span = (role, Modality.TEXT, self._length)
+
+    def _cut_pending(self, start: int) -> None:
+        """Close text that is not yet recognised, as an image would; what may come stays as it is."""
+        if start >= self._length:  # the id that ended the text before it holds all of it
+            return
+        if self._span is not None and self._pending_blank:  # the text before it takes it in
+            self._pending = None
+            return
+        if self._free_follower() is not None:
+            self._open_text(None, start)
+            return
+        self._close(start)
+        self._resolve([role.name for role in self._grammar.roles if not role.is_image])
+        self.spans.append(Span(OTHER, Modality.TEXT, start, self._length))
+        self._floor = self._length
+        self._pending, self._pending_blank = None, not self._partial
 
     # ---- text ----
 

@@ -1,11 +1,12 @@
 """Keys of a recipe that are maps by role, and the check that each of their names is a role of the recipe's format.
 
-A map says that it is one by its type, `dict[str, float]` annotated with `ByRole`; nothing else has to know of it.
+A map says that it is one by its type, `dict[str, float]` annotated with `ByRole`; nothing else has to know of it. So
+does a list of roles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ DEFAULT = "default"  # in a map: every role that it does not name
 
 @dataclass(frozen=True)
 class ByRole:
-    """Marks a map by role. `besides`: names that it may hold and that are no roles."""
+    """Marks a map by role, or a list of roles. `besides`: names that it may hold and that are no roles."""
 
     besides: tuple[str, ...] = ()
 
@@ -58,7 +59,7 @@ def check_names(names: Iterable[Any], fmt: Format, where: str, besides: Sequence
             raise UserError(f"{where}: the format '{fmt.name}' has no role '{name}'; {nearest(str(name), known)}")
 
 
-def _maps(config: BaseModel, where: str) -> Iterator[tuple[str, Mapping[str, Any], ByRole]]:
+def _maps(config: BaseModel, where: str) -> Iterator[tuple[str, Iterable[Any], ByRole]]:
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):

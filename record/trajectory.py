@@ -16,6 +16,8 @@ import numpy as np
 
 from runtime.errors import UserError
 
+PARENT_GROUP = "parent_group"  # in Trajectory.info
+
 
 class RecordError(UserError):
     """A trajectory that breaks the record's own rules."""
@@ -204,11 +206,22 @@ class Trajectory:
     reward: float | None = None  # the recipe's expression over the parts; None: unjudged, trains nothing
     advantage_S: np.ndarray | None = None  # float32, one a segment; None until credited
     info: dict[str, Any] = field(default_factory=dict)  # JSON values that nothing computes with
-    parent: tuple[int, int] | None = None  # (member, segments): it goes on from that member's first ones
+    # (member, segments): it goes on from that member's first ones, which it holds too, untrained: they are the
+    # parent's. The parent is of the same group, unless info names another one (PARENT_GROUP).
+    parent: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
         return f"{self.group}-{self.member}"
+
+    @property
+    def continues(self) -> str:
+        """What it goes on from, for a reader; empty where it begins at the prompt."""
+        if self.parent is None:
+            return ""
+        member, segments = self.parent
+        group = self.info.get(PARENT_GROUP)
+        return f"continues member {member}{'' if group is None else f' of group {group}'} after segment {segments - 1}"
 
     def images(self) -> list[np.ndarray]:
         """The images that the policy drew, in order."""

@@ -2,6 +2,9 @@
 
 Source: GRPO (arXiv:2402.03300, section 4.1.2), with TRL's scaling and its rule for rows that nobody could score.
 
+A baseline is over members that stood in one state: those that began at the prompt, or those that continue from the same
+segments of the same parent (rollout/forks.py). The segments that a member has of its parent are not trained in it.
+
 Letters: G members of a group, S segments of a trajectory.
 """
 
@@ -23,8 +26,9 @@ Centred = list[dict[int, float]]  # one a member: segment -> its score less the 
 def compute_advantages(groups: Sequence[Group], config: GrpoConfig, failed: int = 0) -> Ledger:
     """Fill `advantage_S` of every trajectory and say which groups are worth training on.
 
-    A member without a reward leaves its group's baseline and gets zeros. A group with fewer than two judged members,
-    or whose advantages are all zero, is dropped (its advantages are zeros) and counted in the ledger, which is checked.
+    A member without a reward leaves its group's baseline and gets zeros. A group with fewer than two judged members
+    in any one state, or whose advantages are all zero, is dropped (its advantages are zeros) and counted in the ledger,
+    which is checked.
     `failed`: groups that were asked for and never came back; they are in the ledger too.
     """
     ledger = Ledger(groups_in=len(groups) + failed)
@@ -52,32 +56,46 @@ def compute_advantages(groups: Sequence[Group], config: GrpoConfig, failed: int 
 
 
 def _judged(group: Group) -> int:
-    return sum(trajectory.reward is not None for trajectory in group)
+    """Judged members of the state that has the most of them."""
+    return max((sum(group[m].reward is not None for m in members) for members in _states(group)), default=0)
+
+
+def _states(group: Group) -> list[list[int]]:
+    """The members of a group (by their place in it) that began in one state, for each of its states."""
+    states: dict[tuple[int, int] | None, list[int]] = {}
+    for place, trajectory in enumerate(group):
+        states.setdefault(trajectory.parent, []).append(place)
+    return list(states.values())
 
 
 def _trained_segments(trajectory: Trajectory) -> list[int]:
     return [index for index, segment in enumerate(trajectory.segments) if segment.trained]
 
 
-def _key(trajectory: Trajectory, segment: int) -> tuple[str, str, int]:
+Key = tuple[tuple[int, int] | None, str, str, int]
+
+
+def _key(trajectory: Trajectory, segment: int) -> Key:
+    """Parent state, role, modality, occurrence."""
     this = trajectory.segments[segment]
-    return this.role, this.modality, trajectory.occurrence(segment)
+    return trajectory.parent, this.role, this.modality, trajectory.occurrence(segment)
 
 
 def _by_trajectory(group: Group, config: GrpoConfig) -> Centred:
-    rewards = [trajectory.reward for trajectory in group]
-    centred_G = _less_mean(rewards)
-    return [
-        {} if value is None else dict.fromkeys(_trained_segments(trajectory), value)
-        for trajectory, value in zip(group, centred_G, strict=True)
-    ]
+    centred: Centred = [{} for _ in group]
+    for members in _states(group):
+        for member, value in zip(members, _less_mean([group[member].reward for member in members]), strict=True):
+            if value is not None:
+                centred[member] = dict.fromkeys(_trained_segments(group[member]), value)
+    return centred
 
 
 def _by_segment(group: Group, config: GrpoConfig) -> Centred:
-    """A segment's score is the trajectory's reward plus the parts that credit it, each less its own mean over the
-    same (role, modality, occurrence): a part that says nothing of a member's segment leaves it as it was, not at 0."""
+    """A segment's score is the trajectory's reward plus the parts that credit it, each less its own mean over the same
+    (parent state, role, modality, occurrence): a part that says nothing of a member's segment leaves it as it was, not
+    at 0."""
     centred: Centred = [{} for _ in group]
-    positions: dict[tuple[str, str, int], list[tuple[int, int]]] = {}
+    positions: dict[Key, list[tuple[int, int]]] = {}
     for member, trajectory in enumerate(group):
         if trajectory.reward is not None:
             for segment in _trained_segments(trajectory):
@@ -121,9 +139,13 @@ def _scaled(group: Group, centred: Centred, config: GrpoConfig, batch_scale: flo
     if config.scale_rewards != "group":
         return [{segment: value / batch_scale for segment, value in member.items()} for member in centred]
     if config.advantage_level == "trajectory":
-        scale = _std([t.reward for t in group if t.reward is not None]) + EPSILON
-        return [{segment: value / scale for segment, value in member.items()} for member in centred]
-    scores: dict[tuple[str, str, int], list[float]] = {}
+        scaled: Centred = [{} for _ in group]
+        for members in _states(group):
+            scale = _std([r for place in members if (r := group[place].reward) is not None]) + EPSILON
+            for place in members:
+                scaled[place] = {segment: value / scale for segment, value in centred[place].items()}
+        return scaled
+    scores: dict[Key, list[float]] = {}
     for trajectory, member in zip(group, centred, strict=True):
         for segment, value in member.items():
             scores.setdefault(_key(trajectory, segment), []).append(value)

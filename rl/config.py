@@ -35,6 +35,21 @@ class ClipConfig(Section):
         return {"epsilon": data} if isinstance(data, int | float) and not isinstance(data, bool) else data
 
 
+class ForkConfig(Section):
+    """Candidates at a state: members that continue from where a member began a segment."""
+
+    roles: Annotated[list[str], RECORDED] = Field(
+        min_length=1, description="Candidates are written where one of these roles began."
+    )
+    candidates: int = Field(
+        4, ge=2, le=65536, description="Continuations of one state. They are each other's baseline, and a group more."
+    )
+    members: int = Field(1, ge=1, description="Members of each group whose states are continued, the first ones.")
+    occurrences: int | None = Field(
+        None, ge=1, description="States of a member that are continued, the first ones. None: all of its states."
+    )
+
+
 class GrpoConfig(Section):
     """The section `grpo` of a recipe."""
 
@@ -52,6 +67,11 @@ class GrpoConfig(Section):
         "rounds are used up (dynamic sampling, DAPO, arXiv:2503.14476, section 3.2).",
     )
     num_generations: int = Field(8, ge=2, le=65536, description="Trajectories of one prompt: the members of a group.")
+    fork: ForkConfig | None = Field(
+        None,
+        description="Write candidates at states of each group's members once these are written (VPRL, arXiv:2505.11409)"
+        ". None: every trajectory begins at its prompt.",
+    )
     num_iterations: int = Field(1, ge=1, description="Passes over one step's groups (mu in the GRPO paper).")
     num_minibatches: int = Field(1, ge=1, description="Optimiser steps a pass: the groups are divided among them.")
     tokens_per_micro_batch: int = Field(

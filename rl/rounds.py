@@ -2,7 +2,8 @@
 
 Groups are scored as they finish, while the others are still being written. With grpo.max_rollout_rounds above 1 this is
 the dynamic sampling of DAPO (arXiv:2503.14476, section 3.2), bounded: what cannot be trained on is replaced by groups
-of the next prompts. The ledger accounts for every group of every round.
+of the next prompts. With grpo.fork, candidates at states of all that was written follow (forks.py), each set of them a
+group more. The ledger accounts for every group of every round.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from record.trajectory import Trajectory
 from rl.advantages import compute_advantages
 from rl.batches import drop_untrainable
+from rl.forks import Forks, roll_out_forks, shown_first
 from rl.ledger import Ledger
 from rl.prompts import PromptCursor
 from rl.run import Run
@@ -49,16 +51,30 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
             break
         if number + 1 < config.max_rollout_rounds:
             replaced = dict(ledger.dropped)
+    forks = Forks([], [], {})
+    if config.fork is not None:
+        forks = roll_out_forks(run, groups, config.fork, step)
+        ledger = compute_advantages([*groups, *forks.sets], config, failed + len(forks.failed))
+        drop_untrainable(ledger, config)
+        forks.metrics["forks/trained"] = float(sum(group[0].parent is not None for group in ledger.trained))
     if config.max_rollout_rounds > 1:
         ledger.replaced = replaced
         ledger.check()
 
     measured = run.alarms.measure(groups) if run.alarms is not None else {}
     if run.tracker is not None and (step == 1 or step % run.show_every == 0):
-        # One of every group before a second of any: the tracker keeps as many as it is told to.
-        every = [trajectory for group in groups for trajectory in group]
-        run.tracker.trajectories(step, sorted(every, key=lambda trajectory: trajectory.member))
-    return ledger, {**merged(rounds), **measured, **ledger.metrics()}
+        # The tracker keeps as many as it is told to.
+        run.tracker.trajectories(step, shown_first(groups, forks.sets))
+    return ledger, {**with_forks(merged(rounds), forks.metrics), **measured, **ledger.metrics()}
+
+
+def with_forks(metrics: Mapping[str, float], forks: Mapping[str, float]) -> dict[str, float]:
+    """A step's metrics with those of its forks: counts and seconds added up; means are of what began at a prompt."""
+    together = {**metrics, **{name: value for name, value in forks.items() if name.startswith("forks/")}}
+    for name, value in forks.items():
+        if _is_summed(name):
+            together[name] = together.get(name, 0.0) + value
+    return _with_rate(together) if forks else together
 
 
 def merged(rounds: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
@@ -70,11 +86,19 @@ def merged(rounds: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float
     for name in names:
         found = [(weight, metrics[name]) for weight, metrics in rounds if name in metrics]
         total = sum(weight for weight, _ in found)
-        if name in SUMMED or name.startswith(("time/", "judge/asked", "judge/retried", "rollout/restarts")):
+        if _is_summed(name):
             together[name] = sum(value for _, value in found)
         elif total:
             together[name] = sum(weight * value for weight, value in found) / total
-    seconds = together.get("time/rollout")
+    return _with_rate(together)
+
+
+def _is_summed(name: str) -> bool:
+    return name in SUMMED or name.startswith(("time/", "judge/asked", "judge/retried", "rollout/restarts"))
+
+
+def _with_rate(metrics: dict[str, float]) -> dict[str, float]:
+    seconds = metrics.get("time/rollout")
     if seconds:
-        together["rollout/tokens_per_s"] = together.get("rollout/tokens", 0.0) / seconds
-    return together
+        metrics["rollout/tokens_per_s"] = metrics.get("rollout/tokens", 0.0) / seconds
+    return metrics

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from record.trajectory import Media
+from record.trajectory import Media, Segment
 from runtime.errors import UserError
+
+RequestKey = tuple[int, tuple[int, int] | None]  # group, parent
 
 
 class RolloutError(UserError):
@@ -22,6 +24,10 @@ class RolloutRequest:
 
     `members` are indices within the whole group: a trajectory depends on (seed, group, member), never on which
     engine or row wrote it, so a group may be split over calls or written again.
+
+    With `parent` the members go on from another trajectory's first segments (rollout/forks.py makes such requests). The
+    index of a decision in the noise counts those of the prefix, so a member differs from its parent from its first own
+    decision on. The prefix's decisions are the parent's: they are recorded, untrained, and the limits count them.
     """
 
     group: int
@@ -31,3 +37,11 @@ class RolloutRequest:
     seed: int = 0
     # What the prompt shows: images, uint8 [height, width, 3], and frames.
     media: tuple[Media, ...] = field(default=(), compare=False)
+    parent: tuple[int, int] | None = None  # (member, segments): as in Trajectory.parent
+    parent_group: int | None = None  # the parent's group; None: this one
+    prefix: tuple[Segment, ...] = field(default=(), compare=False)  # the parent's first segments, whole
+
+    @property
+    def key(self) -> RequestKey:
+        """What tells the requests of one generation apart."""
+        return self.group, self.parent

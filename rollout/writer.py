@@ -13,7 +13,7 @@ import torch
 
 from record.trajectory import Trajectory
 from rollout.engine.engine import Engine
-from rollout.requests import RolloutRequest
+from rollout.requests import RequestKey, RolloutRequest
 from rollout.weights.receive import UNPUBLISHED, WeightReceiver
 from rollout.weights.wire import Manifest
 
@@ -26,15 +26,16 @@ class RolloutWorker:
         engine.policy.model.eval()
         self.receiver = WeightReceiver(engine.policy.model, name)
 
-    def groups(self, requests: Sequence[RolloutRequest]) -> Iterator[tuple[int, list[Trajectory]]]:
-        """(RolloutRequest.group, its members in order), as groups become complete."""
-        wanted = {request.group: request.members for request in requests}
-        found: dict[int, dict[int, Trajectory]] = {group: {} for group in wanted}
+    def groups(self, requests: Sequence[RolloutRequest]) -> Iterator[tuple[RequestKey, list[Trajectory]]]:
+        """(RolloutRequest.key, its members in order), as groups become complete."""
+        wanted = {request.key: request.members for request in requests}
+        found: dict[RequestKey, dict[int, Trajectory]] = {key: {} for key in wanted}
         for trajectory in self.engine.stream(requests):
-            members = found[trajectory.group]
+            key = (trajectory.group, trajectory.parent)
+            members = found[key]
             members[trajectory.member] = trajectory
-            if len(members) == len(wanted[trajectory.group]):
-                yield trajectory.group, [members[member] for member in wanted[trajectory.group]]
+            if len(members) == len(wanted[key]):
+                yield key, [members[member] for member in wanted[key]]
 
     def receive(
         self, manifest: Manifest, trajectories: Sequence[Trajectory], *chunks: np.ndarray

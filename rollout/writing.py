@@ -9,7 +9,7 @@ Letters: T ids of a segment, N its decisions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from formats.base import Codes, Cursor, Format, Span
 from policy.base import Policy
 from policy.context import Resolved, resolve
 from record.trajectory import (
+    PARENT_GROUP,
     Author,
     Context,
     DecisionKind,
@@ -29,6 +30,7 @@ from record.trajectory import (
     StopReason,
     Trajectory,
 )
+from rollout.forks import NOTHING, follow
 from rollout.requests import RolloutRequest
 from rollout.sampling_table import SamplingTable
 from runtime.errors import UserError
@@ -69,13 +71,20 @@ class SequenceWriter:
             request.prompt,
             request.record,
             fmt.name,
-            list(prompt),
+            # A fork's segments are its own: what follows an image may tell which role it has.
+            list(prompt) if request.parent is None else [replace(segment) for segment in prompt],
             request.group,
             request.members[order[1]],
             request.seed,
+            parent=request.parent,
         )
-        self.closed = 0  # spans that have become segments
-        self.start = 0  # index of the open segment's first id among the policy's ids
+        self.inherited = NOTHING
+        if request.parent is not None:
+            self.inherited = follow(self.cursor, fmt, request)
+            if request.parent_group is not None:
+                self.trajectory.info[PARENT_GROUP] = request.parent_group
+        self.closed = len(self.cursor.spans)  # spans that have become segments
+        self.start = len(self.inherited.ids)  # index of the open segment's first id among the policy's ids
         self.contexts: tuple[Context, ...] = ()
         self.slots = 0  # of the cache, that the open segment's full context takes
         self.guidance: Guidance | None = None  # of the open segment

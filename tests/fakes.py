@@ -390,6 +390,9 @@ class FakeCursor:
     def observe(self, role: str) -> None:
         self.awaits, self.answers = False, self.answers + 1
 
+    def cut(self) -> None:
+        self._close(self.count)
+
     def _close(self, stop: int) -> None:
         if stop > self.start:
             self.spans.append(self._span(stop))

@@ -63,6 +63,17 @@ def test_a_filmstrip_shows_every_segment_with_its_advantage_and_credit() -> None
     assert "critique <b>–</b>" in page  # not judged is not 0
 
 
+def test_a_fork_is_shown_as_a_branch_of_its_parent() -> None:
+    parent, child = thought(0, "colors", "boldly"), thought(0, "colors", "boldly")
+    child.member, child.parent, child.segments[1].trained = 5, (2, 2), False
+    page = render(ReportData("run", "", sampled=[(10, [parent, child])]))
+    assert page.count("continues member 2 after segment 1") == 1
+    assert page.count('policy inherited"') == 1 and page.count('class="frame ') == 4  # the plan is the parent's
+    assert page.count("+0.50") == 1 and page.count("-1.25") == 2  # and so is its advantage
+    child.info["parent_group"] = 7
+    assert "continues member 2 of group 7 after segment 1" in render(ReportData("run", "", sampled=[(10, [child])]))
+
+
 def test_words_from_a_policy_cannot_write_html() -> None:
     page = render(ReportData("run", "", sampled=[(1, [thought(0, "colors", "<script>alert(1)</script>")])]))
     assert "<script>" not in page

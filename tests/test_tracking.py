@@ -290,6 +290,7 @@ def wandb_records(run_dir: Path) -> list[Any]:
 def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_images(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, TrackConfig(wandb="offline", trajectories=3), name="mirrored", recipe={"seed": 7})
     drawn = drawn_trajectory("a red circle")
+    drawn.parent = (2, 2)
     for step in (1, 2):
         tracker.trajectories(step, [drawn])
         tracker.log(step, {"reward/mean": step / 4, "kl": math.nan})
@@ -327,6 +328,7 @@ def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_images(tmp_pa
         assert row["step"] == step and row["prompt"] == "a red circle" and row["reward"] == 0.5
         assert row["thought"].startswith("[plan] draw it\n[sketch]")
         assert json.loads(row["parts"]) == {"detect": 1.0} and row["stop"] == "end"
+        assert row["continues"] == "continues member 2 after segment 1"
         image = Image.open(files[row["images"]["path"]]).convert("RGB")
         assert np.array_equal(np.asarray(image), filmstrip(drawn.images()))
         assert row["images"]["caption"] == "sketch, redraw"

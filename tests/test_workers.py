@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy.base import score_trajectories
+from rl.config import ForkConfig
+from rl.forks import fork_requests
 from rl.weight_sync import WeightSynchronizer
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
+from rollout.forks import fork
 from rollout.open import open_rollouts
 from rollout.pool.assignment import Assignment, Call
 from rollout.pool.contract import FailedGroup, FinishedGroup, WorkersError
 from rollout.pool.local import LocalRollouts
 from rollout.pool.ray_rollouts import RayRollouts
-from rollout.requests import RolloutRequest
+from rollout.requests import RolloutError, RolloutRequest
 from rollout.spec import EngineSpec, engine_spec
 from rollout.weights.wire import WeightSyncError
 from runtime import ray_cluster
@@ -294,6 +298,23 @@ def test_a_killed_actors_groups_come_back_the_same(pool):
     assert decided(came[index] for index in range(6)) == decided(undisturbed.groups)
     now = pool.health()[int(victim.name[-1])]
     assert now.restarts == victim.restarts + 1 and now.pid != victim.pid
+
+
+def test_forks_are_written_by_actors_as_here_and_again_after_a_crash(pool, tmp_path):
+    trunk = pool.generate(requests(2)).groups
+    asked = fork_requests(trunk, ForkConfig(roles=["say", "image"], candidates=2, members=2))
+    assert len(asked) > 4 and {request.group for request in asked} == {10, 11}
+    here = LocalRollouts(engine(ROLLOUT)).generate(asked)
+    there = pool.generate(asked)
+    assert ids(there.groups) == ids(here.groups) and not there.failed
+    assert [(g[0].group, g[0].parent) for g in there.groups] == [r.key for r in asked]
+    assert there.metrics["rollout/tokens"] == here.metrics["rollout/tokens"]
+    dying = {"trouble": "die", "once": str(tmp_path / "died")}
+    again = pool.generate([replace(request, record=dying) for request in asked])
+    assert again.metrics["rollout/restarts/crash"] == 1 and not again.failed
+    assert decided(again.groups) == decided(there.groups)
+    with pytest.raises(RolloutError, match=f"fork of trajectory {trunk[0][0].key} after segment .*has ended there"):
+        pool.generate([fork(trunk[0][0], len(trunk[0][0].segments), (9,))])
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ class WandbMirror:
         import wandb
 
         if self._table is None:
-            columns: list[str | int] = ["step", "prompt", "thought", "images", "reward", "parts", "stop"]
+            columns: list[str | int] = ["step", "prompt", "thought", "images", "reward", "parts", "stop", "continues"]
             self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
         for t in sample:
             # One image a cell, which every view of W&B shows.
@@ -189,7 +189,8 @@ class WandbMirror:
                 else None
             )
             trajectory = "\n".join(f"[{s.role}] {s.text}" for s in t.segments[1:])
-            self._table.add_data(step, t.prompt, trajectory, images, t.reward, json.dumps(t.rewards), str(t.stop))
+            values = (t.prompt, trajectory, images, t.reward, json.dumps(t.rewards), str(t.stop), t.continues)
+            self._table.add_data(step, *values)
 
 
 def filmstrip(images: Sequence[np.ndarray]) -> np.ndarray:

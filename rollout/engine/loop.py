@@ -27,6 +27,7 @@ from rollout.engine.flow import FlowPlan, advance, begin, inputs
 from rollout.engine.sampling import DeviceMasks, sample, uniforms
 from rollout.engine.slots import Rows
 from rollout.engine.state import EngineState
+from rollout.forks import follow, inherited_segments, place
 from rollout.requests import RolloutError, RolloutRequest
 from rollout.sampling_table import SamplingTable
 from rollout.writing import FORCED, SampledIds
@@ -65,13 +66,21 @@ class Batch(Rows):
         """
         beside = getattr(self.fmt, "beside_prompt", None)
         prompts = [
-            [
+            inherited_segments(request)
+            if request.parent is not None or request.prefix
+            else [
                 *prompt_segments(self.fmt, request.prompt, request.media, self.vocabulary),
                 *(beside(self.vocabulary) if beside and self.config.guidance else []),
             ]
             for request in self.requests
         ]
-        shown = [segment for segments in prompts for segment in segments if segment.modality is not Modality.TEXT]
+        # What a parent's prefix shows has the ids that it was seen by: codes of an image are not found anew.
+        shown = [
+            segment
+            for segments in prompts
+            for segment in segments
+            if segment.modality is not Modality.TEXT and segment.author is not Author.POLICY and not len(segment.ids)
+        ]
         if shown:
             engine.policy.perceive(shown)
         slots = []
@@ -81,7 +90,12 @@ class Batch(Rows):
             specs = self.fmt.contexts(trajectory, len(segments))
             slots.append(resolve(engine.policy, trajectory, specs[:1])[0].slots)
             # Where the first thing is an image without a marker, it begins at once.
-            least = self.image_slots if self.fmt.cursor(self.vocabulary, engine.constrain).in_image else 1
+            cursor = self.fmt.cursor(self.vocabulary, engine.constrain)
+            if request.parent is not None:
+                inherited = follow(cursor, self.fmt, request)
+                self._check_state(request, cursor.in_image, len(inherited.ids), slots[-1])
+                continue
+            least = self.image_slots if cursor.in_image else 1
             if slots[-1] + least > self.max_length:
                 said = request.prompt if len(request.prompt) <= 60 else request.prompt[:57] + "..."
                 takes = f"has {slots[-1]} ids" if not shown else f"takes {slots[-1]} slots with what it shows"
@@ -90,6 +104,18 @@ class Batch(Rows):
                     f"holds {self.max_length}, the answer included; shorten the prompt"
                 )
         return prompts, slots
+
+    def _check_state(self, request: RolloutRequest, in_image: bool, ids: int, slots: int) -> None:
+        """Raises RolloutError where a limit leaves no room for anything after a prefix."""
+        if ids + (self.image_ids if in_image else 1) > self.config.max_tokens:
+            raise RolloutError(
+                f"{place(request)}: {ids} ids stand before it, and rollout.max_tokens is {self.config.max_tokens}"
+            )
+        if slots + (self.image_slots if in_image else 1) > self.max_length:
+            raise RolloutError(
+                f"{place(request)}: what stands before it takes {slots} slots, and the policy's context holds "
+                f"{self.max_length}"
+            )
 
     # ---- the loop ----
 
@@ -320,8 +346,8 @@ class Batch(Rows):
         trajectory = sequence.finish(reason)
         self.wait(sequence)
         self.stats.trajectories += 1
-        self.stats.tokens += int(self.count_A[i])
-        self.stats.decisions += trajectory.num_decisions()
+        self.stats.tokens += int(self.count_A[i]) - len(sequence.inherited.ids)
+        self.stats.decisions += trajectory.num_decisions() - sequence.inherited.decisions
         if int(self.count_A[i]) != sequence.start:
             raise RuntimeError(
                 f"format '{self.fmt.name}': {int(self.count_A[i]) - sequence.start} ids at the end belong to no segment"
@@ -347,7 +373,8 @@ class Batch(Rows):
                 self.sequences.append(sequence)
             fresh.setdefault(r, []).append(i)
             holes.remove(i)
-            self.count_A[i] = self.chosen_A[i] = 0
+            self.count_A[i], self.chosen_A[i] = sequence.start, sequence.inherited.decisions
+            self.ids_AL[i, : sequence.start] = sequence.inherited.ids
             self.noise_A[i] = sequence.noise
             self._begin(i, sequence)
             sequence.provided()

@@ -17,7 +17,7 @@ Environment = Callable[[Trajectory], Segment]
 
 @dataclass
 class EngineStats:
-    """What the last `run` or `stream` did. Tokens are ids after the prompt, the environment's left out."""
+    """What the last `run` or `stream` did. Tokens are ids after the prompt (or prefix), the environment's left out."""
 
     trajectories: int = 0
     tokens: int = 0

@@ -39,12 +39,12 @@ class ActorWorker(TraceableActor):
         return self.worker.probe(trajectories)
 
     def roll(self, requests: Sequence[RolloutRequest], version: int) -> Iterator[Any]:
-        """Streams (group, its pickled trajectories), then the engine's counts.
+        """Streams (a request's key, its pickled trajectories), then the engine's counts.
 
         Pickled here, because arrays that Ray unpacks are read-only and hold on to its shared memory.
         """
         if self.worker.receiver.version != version:
             raise WeightSyncError(f"{self.name} has version {self.worker.receiver.version} of {version}")
-        for group, trajectories in self.worker.groups(requests):
-            yield group, pickle.dumps(trajectories, protocol=5)
+        for key, trajectories in self.worker.groups(requests):
+            yield key, pickle.dumps(trajectories, protocol=5)
         yield self.worker.stats()

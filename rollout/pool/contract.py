@@ -15,7 +15,7 @@ import numpy as np
 
 from policy.base import Policy
 from record.trajectory import Trajectory
-from rollout.requests import RolloutRequest
+from rollout.requests import RequestKey, RolloutRequest
 from rollout.weights.probe import Probe
 from rollout.weights.wire import WeightUpdate
 from runtime.errors import UserError
@@ -129,13 +129,22 @@ def rollout_metrics(counts: Sequence[dict[str, float]], seconds: float, groups: 
 
 
 def check_requests(requests: Sequence[RolloutRequest]) -> None:
-    """Every request is a group of its own, with members."""
-    seen: set[int] = set()
+    """Every request is a group of its own, or the members of one that continue from one state; and has members."""
+    seen: set[RequestKey] = set()
+    numbers: dict[int, set[int]] = {}
     for request in requests:
-        if request.group in seen:
+        if request.key in seen:
+            state = "" if request.parent is None else f", continuing member {request.parent[0]},"
             raise WorkersError(
-                f"group {request.group} is asked for twice in one generation; groups are told apart by their number"
+                f"group {request.group}{state} is asked for twice in one generation; groups are told apart by their "
+                "number, and by the state that they continue from"
             )
         if not request.members or len(set(request.members)) < len(request.members):
             raise WorkersError(f"group {request.group}: its members are {list(request.members)}; name each one once")
-        seen.add(request.group)
+        taken = numbers.setdefault(request.group, set())
+        if again := taken & set(request.members):
+            raise WorkersError(
+                f"group {request.group}: member {min(again)} is asked for from two states; its number is its noise"
+            )
+        taken |= set(request.members)
+        seen.add(request.key)

@@ -62,7 +62,7 @@ class LocalRollouts:
 
     def stream(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None) -> Iterator[FinishedGroup]:
         check_requests(requests)
-        index = {request.group: i for i, request in enumerate(requests)}
+        index = {request.key: i for i, request in enumerate(requests)}
         groups = iter(self._worker.groups(requests) if requests else ())
         while True:
             with cpu_threads(self._threads):

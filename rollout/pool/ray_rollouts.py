@@ -147,7 +147,7 @@ class RayRollouts:
         check_requests(requests)
         timeout_s = self.config.timeout_s if timeout_s is None else timeout_s
         members = max((len(request.members) for request in requests), default=1)
-        index = {request.group: i for i, request in enumerate(requests)}
+        index = {request.key: i for i, request in enumerate(requests)}
         assignment = Assignment(
             len(requests), len(self._slots), self.config.rows // members, self.config.retries, self.config.reproducible
         )

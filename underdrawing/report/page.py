@@ -312,6 +312,7 @@ class Frame:
     tokens: int
     seen: Seen | None = None  # None: nobody looked
     parts: Sequence[tuple[str, float | None]] = ()  # rewards of this image alone
+    inherited: bool = False  # it is the parent's
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,7 @@ class Film:
     judged: bool  # by a recipe's rewards; an evaluation's scores are no reward
     parts: list[tuple[str, float | None]]
     frames: list[Frame]
+    continues: str = ""  # what a fork goes on from
 
 
 def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> Film:
@@ -349,6 +351,7 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
                 credit,
                 len(segment.ids),
                 (seen or {}).get(index),
+                inherited=trajectory.parent is not None and index < trajectory.parent[1],
             )
         )
     return Film(
@@ -359,6 +362,7 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
         trajectory.advantage_S is not None or trajectory.reward is not None,
         list(trajectory.rewards.items()),
         frames,
+        trajectory.continues,
     )
 
 
