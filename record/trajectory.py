@@ -205,6 +205,7 @@ class Trajectory:
     advantage_S: np.ndarray | None = None  # float32, one a segment; None until credited
     info: dict[str, Any] = field(default_factory=dict)  # JSON values that nothing computes with
     parent: tuple[int, int] | None = None  # (member, segments): it goes on from that member's first ones
+    exact: bool = True  # its log-probs are the scorer's; False: another engine's, which the trainer rescores
 
     @property
     def key(self) -> str:
