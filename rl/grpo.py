@@ -35,7 +35,9 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
     """
     config, accelerator = run.config, run.accelerator
     trainer = Trainer(run.policy, config, accelerator, run.weights)
-    weight_sync = WeightSynchronizer(run.policy, run.rollouts, accelerator, trainer.scorer)
+    weight_sync = WeightSynchronizer(
+        run.policy, run.rollouts, accelerator, trainer.scorer, sampling_tolerance=config.sampling_tolerance
+    )
     state = RunState(run, trainer, resume)
     if not state.pending:
         weight_sync.sync_weights(trainer.version, state.probe)
