@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from rewards.alarms import AlarmRaised
+from rl.conformance import check_writers
 from rl.rounds import rollout_and_score
 from rl.run import Run, Stop, log
 from rl.state import RunState
@@ -39,6 +40,7 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
         run.policy, run.rollouts, accelerator, trainer.scorer, sampling_tolerance=config.sampling_tolerance
     )
     state = RunState(run, trainer, resume)
+    check_writers(run, trainer, weight_sync)
     if not state.pending:
         weight_sync.sync_weights(trainer.version, state.probe)
 

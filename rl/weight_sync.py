@@ -112,9 +112,9 @@ class WeightSynchronizer:
         began = time.perf_counter()
         if self.version is not None and version <= self.version:
             if version == self.version:
-                return SyncResult(version, "shared" if self._shared() else self._kind)
+                return SyncResult(version, "shared" if self.shared() else self._kind)
             raise WeightSyncError(f"version {version} comes after version {self.version}: versions only grow")
-        if self._shared():
+        if self.shared():
             if self.rollouts is not None:
                 self.rollouts.set_version(version)
             self.version = version
@@ -202,7 +202,7 @@ class WeightSynchronizer:
     def _distributed(self) -> bool:
         return self.accelerator is not None and self.accelerator.num_processes > 1
 
-    def _shared(self) -> bool:
+    def shared(self) -> bool:
         """Whether workers sample with the trainer's own weights. The first process knows."""
         shared = self.rollouts is not None and self.rollouts.shares_weights(self.policy)
         return self._broadcast([shared])[0]

@@ -70,8 +70,9 @@ class NativeWriter:
         self.engine.version = manifest.version
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        with torch.no_grad():
-            return self.policy.score(self.policy.passes(trajectories)).logprob_N.float().cpu().numpy().copy()
+        with torch.no_grad():  # a pass at a time: what fits a rollout need not fit in one forward
+            scored = [self.policy.score([one]).logprob_N.float().cpu() for one in self.policy.passes(trajectories)]
+        return torch.cat(scored).numpy().copy() if scored else np.empty(0, np.float32)
 
     def sleep(self) -> None:
         """The cache goes. The weights stay: where they are the trainer's own there is no copy to put away."""
