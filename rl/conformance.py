@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from rl.weight_sync import WeightSynchronizer
 from rollout.conformance.gate import Conformance, Sides, conform, written
 from rollout.requests import RolloutRequest
 from training.ranks import run_on_main
+
+logger = logging.getLogger(__name__)
 
 PROMPTS, MEMBERS = 2, 4  # what the writers are asked to write
 
@@ -33,6 +36,12 @@ def check_writers(run: Run, trainer: Trainer, weight_sync: WeightSynchronizer) -
     if weight_sync.shared():
         return None
     main, rollouts, policy = run.accelerator, run.rollouts, run.policy
+    exact = run_on_main(main, lambda: rollouts is None or rollouts.exact)
+    if not exact and run.config.importance_sampling_cap is None and main.is_main_process:
+        logger.warning(
+            "the writer's log-probs are not the trainer's, and grpo.importance_sampling_cap is null: trajectories are "
+            "rescored, and nothing corrects for who sampled them"
+        )
 
     def generate(asked: Sequence[RolloutRequest]) -> list[Trajectory]:
         def work() -> list[Trajectory]:
@@ -63,7 +72,7 @@ def check_writers(run: Run, trainer: Trainer, weight_sync: WeightSynchronizer) -
         policy,
         requests(run),
         run.fmt,
-        run_on_main(main, lambda: rollouts is None or rollouts.exact),
+        exact,
         weight_sync.tolerance,
         weight_sync.sampling_tolerance,
     )

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 import rl.grpo
+from formats.config import FormatConfig
+from policy.config import LoraSection
 from rl.weight_sync import WeightSynchronizer
+from rollout.config import RolloutConfig
 from rollout.conformance.gate import check_writer
 from rollout.conformance.images import scored_segments, swap_images
 from rollout.conformance.record import ConformanceError, check_record
+from rollout.engine.engine import Engine
 from rollout.native import NativeWriter
 from rollout.pool.local import LocalRollouts
 from rollout.requests import RolloutRequest
@@ -32,6 +36,7 @@ from tests.broken_writers import (
     other_trace,
     without_pixels,
 )
+from tests.chameleon_helpers import small_policy
 from tests.writer_runs import TrainedFake, fake_engine, fake_run, rounded
 from training import checkpoint
 from training.tracking import read_metrics
@@ -79,6 +84,20 @@ def test_an_inexact_writer_conforms_within_its_own_tolerance():
     lying.exact = True
     with pytest.raises(ConformanceError, match="by up to .*, over the tolerance of 0.0001"):
         examine(lying)
+
+
+@pytest.mark.parametrize("writer_class", [NativeWriter, Deaf])
+def test_fresh_adapters_are_moved_though_they_are_zero(writer_class):
+    torch.manual_seed(0)
+    trainer, mine = (small_policy(LoraSection(r=2)) for _ in range(2))
+    fmt = FormatConfig(max_images=1).build()
+    writer = writer_class(Engine(mine, fmt, RolloutConfig(rows=4, max_tokens=40)))
+    asked = [RolloutRequest(-1, "a red circle", {}, (0, 1), 5)]
+    if writer_class is Deaf:
+        with pytest.raises(ConformanceError, match="weights do not reach writer 0: .*adapters"):
+            check_writer(writer, trainer, asked, fmt)
+    else:
+        assert check_writer(writer, trainer, asked, fmt).moved > 1e-3
 
 
 # ---- planted faults ----

@@ -182,7 +182,7 @@ def _moved(
 ) -> Iterator[np.ndarray]:
     """Within it the trainer's weights are others, far enough that its log-probs (which it yields) tell; then they are
     as before, to the bit."""
-    kept = [parameter.detach().to("cpu", copy=True) for parameter in sides.trained]
+    kept = [parameter.detach().clone() for parameter in sides.trained]
     size = FIRST_MOVE
     try:
         for _ in range(MOVES):
@@ -205,6 +205,11 @@ def _moved(
 def _check_weights_arrive(trainer_N: np.ndarray, writer_WN: Sequence[np.ndarray]) -> float:
     """Moved weights change the writer's log-probs, too. Returns the smallest mean change."""
     wanted, changes = _mean(trainer_N), [_mean(change_N) for change_N in writer_WN]
+    if wanted < LEAST_CHANGE:
+        logger.warning(
+            "moved weights change the trainer's own log-probs by %.2g on average: not told from rounding",
+            wanted,
+        )
     for number, change in enumerate(changes):
         if wanted >= LEAST_CHANGE and not change >= wanted / 4:
             raise ConformanceError(
