@@ -20,6 +20,11 @@ from policy.base import Scored
 from record.trajectory import Trajectory
 from rl.batches import MicroBatch
 from rl.losses import LossSettings, importance_ratio
+from runtime.errors import UserError
+
+
+class SamplingGapError(UserError):
+    """More lies between a writer's log-probs and the trainer's than another engine's rounding."""
 
 
 def any_inexact(trajectories: Sequence[Trajectory]) -> bool:
@@ -52,6 +57,18 @@ def mean_gap_by_role(
         before = sums.get(role, (0.0, 0))
         sums[role] = (before[0] + total, before[1] + count)
     return {role: total / count for role, (total, count) in sums.items()}
+
+
+def checked_gap(gaps: dict[str, float], tolerance: float) -> float:
+    """The largest of the roles' mean gaps. Raises SamplingGapError where it is over the tolerance."""
+    role = max(gaps, key=lambda name: gaps[name], default="")
+    if gaps and gaps[role] > tolerance:
+        raise SamplingGapError(
+            f"the writer's log-probs are off the trainer's by {gaps[role]:.3g} on average in the role '{role}', over the "
+            f"tolerance of {tolerance:g} (grpo.sampling_tolerance): more than another engine's rounding. Look for "
+            "sampling parameters, a context or weights that differ there"
+        )
+    return gaps.get(role, 0.0)
 
 
 def sampling_metrics(

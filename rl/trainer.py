@@ -25,7 +25,7 @@ from policy.base import Pass, Policy, Scored
 from record.trajectory import DecisionKind, Trajectory
 from rl.batches import MicroBatch, plan, scored_decisions, share, trainable
 from rl.config import ClipConfig, GrpoConfig
-from rl.inexact import any_inexact, mean_gap_by_role, sampling_metrics
+from rl.inexact import any_inexact, checked_gap, mean_gap_by_role, sampling_metrics
 from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
 from rollout.weights.wire import fingerprint
@@ -139,23 +139,16 @@ class Trainer:
 
     def sampling_gap(self, trajectories: Sequence[Trajectory]) -> float:
         """The largest mean |trainer's - recorded log-prob| of a role, where the recorded ones are another engine's.
+        Collective.
 
         Raises:
-            TrainingError: it is past grpo.sampling_tolerance, so more lies between the two than rounding. Collective.
+            SamplingGapError: it is past grpo.sampling_tolerance.
         """
         trajectories = [t for t in trajectories if scored_decisions(t).any()]
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         shares = share(self.policy, trajectories, self.config, processes, rank)
         scored = [([one.trajectory for one in passes], self.score(passes)) for passes in shares]
-        gaps = mean_gap_by_role(self.accelerator, scored)
-        role = max(gaps, key=lambda name: gaps[name], default="")
-        if gaps and gaps[role] > self.config.sampling_tolerance:
-            raise TrainingError(
-                f"the writer's log-probs are off the trainer's by {gaps[role]:.3g} on average in the role '{role}', "
-                f"over the tolerance of {self.config.sampling_tolerance:g} (grpo.sampling_tolerance): more than "
-                "another engine's rounding. Look for sampling parameters, a context or weights that differ there"
-            )
-        return gaps.get(role, 0.0)
+        return checked_gap(mean_gap_by_role(self.accelerator, scored), self.config.sampling_tolerance)
 
     def on_policy_gap(self, trajectories: Sequence[Trajectory]) -> float:
         """Largest |new - old log-prob| of trajectories that the present weights sampled: 0 but for rounding.

@@ -277,21 +277,23 @@ def test_a_run_with_a_broken_writer_ends_before_its_first_step(tmp_path):
 
 
 def test_a_resumed_run_with_a_broken_writer_loses_nothing(tmp_path):
-    rl.grpo.train(fake_run(tmp_path, LocalRollouts(fake_engine()), steps=2, save_every=1))
+    rl.grpo.train(fake_run(tmp_path, LocalRollouts(fake_engine()), steps=2, prompts_per_step=2, save_every=1))
     rows = list(read_metrics(tmp_path / "metrics.jsonl"))
     newest = checkpoint.latest(tmp_path / "checkpoints")
     with pytest.raises(ConformanceError, match="weights do not reach writer 0"):
-        rl.grpo.train(fake_run(tmp_path, LocalRollouts(Deaf(fake_engine())), steps=3, save_every=1), newest)
+        rl.grpo.train(
+            fake_run(tmp_path, LocalRollouts(Deaf(fake_engine())), steps=3, save_every=1, prompts_per_step=2), newest
+        )
     assert checkpoint.latest(tmp_path / "checkpoints") == newest
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == rows
-    rl.grpo.train(fake_run(tmp_path, LocalRollouts(fake_engine()), steps=3, save_every=1), newest)
+    rl.grpo.train(fake_run(tmp_path, LocalRollouts(fake_engine()), steps=3, save_every=1, prompts_per_step=2), newest)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_the_gate_leaves_a_run_as_it_would_have_been(tmp_path, monkeypatch):
-    rl.grpo.train(fake_run(tmp_path / "with", LocalRollouts(fake_engine()), steps=2))
+    rl.grpo.train(fake_run(tmp_path / "with", LocalRollouts(fake_engine()), steps=2, prompts_per_step=2))
     monkeypatch.setattr("rl.grpo.check_writers", lambda *arguments: None)
-    rl.grpo.train(fake_run(tmp_path / "without", LocalRollouts(fake_engine()), steps=2))
+    rl.grpo.train(fake_run(tmp_path / "without", LocalRollouts(fake_engine()), steps=2, prompts_per_step=2))
     for one, other in zip(
         *(read_metrics(tmp_path / name / "metrics.jsonl") for name in ("with", "without")), strict=True
     ):

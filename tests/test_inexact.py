@@ -14,6 +14,7 @@ from record.trajectory import DecisionKind
 from rl.advantages import compute_advantages
 from rl.batches import drop_untrainable
 from rl.config import GrpoConfig
+from rl.inexact import SamplingGapError
 from rl.ledger import Ledger, LedgerError
 from rl.losses import SUMS, LossSettings, ScoredDecisions, importance_ratio, policy_loss
 from rl.trainer import Trainer, TrainingError
@@ -188,10 +189,10 @@ def test_more_than_rounding_in_one_role_stops_it():
     trainer = Trainer(policy, config, Accelerator(cpu=True))
     trajectories = [t for g in credited(policy, config, {"inspect": 0.4}, exact=False) for t in g]
     message = r"by 0.4 on average in the role 'inspect', over the tolerance of 0.1 \(grpo.sampling_tolerance\)"
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(SamplingGapError, match=message):
         trainer.check_on_policy(trajectories)
     trajectories[0].segments[1].decisions.logprob_N[0] = np.nan
-    with pytest.raises(TrainingError, match="by inf on average in the role 'plan'"):
+    with pytest.raises(SamplingGapError, match="by inf on average in the role 'plan'"):
         trainer.check_on_policy(trajectories)
 
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples
 
 from policy.base import score_trajectories
 from rl.weight_sync import WeightSynchronizer, smallest
@@ -23,6 +22,7 @@ from rollout.requests import RolloutRequest
 from rollout.weights.probe import Probe
 from rollout.weights.receive import UNPUBLISHED, WeightReceiver
 from rollout.weights.wire import WeightSyncError, WeightUpdate, fingerprint, pack, unpack
+from tests.properties import examples
 from tests.worker_factories import deaf_engine, engine, frozen_engine, nudge
 
 ROLLOUT = {"rows": 8, "max_tokens": 24}
@@ -292,10 +292,10 @@ for factory in (lambda: engine(ROLLOUT, seed=9), lambda: deaf_engine(ROLLOUT)):
     rollouts = LocalRollouts(worker) if accelerator.is_main_process else None
     publisher = WeightSynchronizer(policy, rollouts, accelerator, trainer.scorer)
     probe = LocalRollouts(engine(ROLLOUT)).generate(requests()).groups[0]
-    publisher.publish(0, probe)
+    publisher.sync_weights(0, probe)
     nudge(policy)
     try:
-        published = publisher.publish(1)
+        published = publisher.sync_weights(1)
         arrived = same(policy.model.state_dict(), worker.policy.model.state_dict())
         out.append((published.version, published.gap, arrived))
     except WeightSyncError as error:
