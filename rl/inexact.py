@@ -64,9 +64,9 @@ def checked_gap(gaps: dict[str, float], tolerance: float) -> float:
     role = max(gaps, key=lambda name: gaps[name], default="")
     if gaps and gaps[role] > tolerance:
         raise SamplingGapError(
-            f"the writer's log-probs are off the trainer's by {gaps[role]:.3g} on average in the role '{role}', over the "
-            f"tolerance of {tolerance:g} (grpo.sampling_tolerance): more than another engine's rounding. Look for "
-            "sampling parameters, a context or weights that differ there"
+            f"the writer's log-probs are off the trainer's by {gaps[role]:.3g} on average in the role '{role}', "
+            f"over the tolerance of {tolerance:g} (grpo.sampling_tolerance): more than another engine's rounding. "
+            "Look for sampling parameters, a context or weights that differ there"
         )
     return gaps.get(role, 0.0)
 
