@@ -133,7 +133,7 @@ def importance_ratio(
             f"no importance sampling of mode '{mode}' with cap {cap}. Known: {', '.join(IMPORTANCE_MODES)}"
         )
     if mode.startswith("sequence"):
-        log_ratio_N, _ = _sum_by_trajectory(log_ratio_N, trajectory_N, counts_N)
+        log_ratio_N = _sum_by_trajectory(log_ratio_N, trajectory_N, counts_N)[0][trajectory_N]
     ratio_N = torch.exp(log_ratio_N)
     over_N = ratio_N > cap
     if mode.endswith("mask"):
@@ -152,17 +152,17 @@ def _clip_bounds(clip: Mapping[DecisionKind, ClipRange], kind_N: Tensor, dtype: 
 
 
 def _mean_by_trajectory(value_N: Tensor, trajectory_N: Tensor, counts_N: Tensor) -> Tensor:
-    sum_N, count_N = _sum_by_trajectory(value_N, trajectory_N, counts_N)
-    return sum_N / count_N.clamp(min=1)
+    sum_B, count_B = _sum_by_trajectory(value_N, trajectory_N, counts_N)
+    return (sum_B / count_B.clamp(min=1))[trajectory_N]
 
 
 def _sum_by_trajectory(value_N: Tensor, trajectory_N: Tensor, counts_N: Tensor) -> tuple[Tensor, Tensor]:
-    """For each decision, the sum and the number of those of its trajectory that count."""
+    """(sum_B, count_B): over the decisions of each trajectory that count."""
     rows = int(trajectory_N.max()) + 1 if len(trajectory_N) else 0
     counted_N = counts_N.to(value_N.dtype)
     sum_B = value_N.new_zeros(rows).index_add(0, trajectory_N, value_N * counted_N)
     count_B = value_N.new_zeros(rows).index_add(0, trajectory_N, counted_N)
-    return sum_B[trajectory_N], count_B[trajectory_N]
+    return sum_B, count_B
 
 
 def _sums(columns: tuple[Tensor | None, ...], kind_N: Tensor, counts_N: Tensor) -> Tensor:

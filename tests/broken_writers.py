@@ -14,7 +14,7 @@ from rollout.engine.engine import Engine
 from rollout.native import NativeWriter, native
 from rollout.weights.receive import WeightReceiver
 from tests.fakes import FakeFormat, FakePolicy
-from tests.writer_runs import ROLLOUT, TrainedFake
+from tests.writer_runs import ROLLOUT, TrainedFake, fake_engine
 
 
 class ShownFormat(FakeFormat):
@@ -45,6 +45,11 @@ class Deaf(NativeWriter):
 def deaf(policy, fmt, rollout, words) -> Deaf:
     """For a recipe's rollout.writer."""
     return Deaf(native(policy, fmt, rollout, words).engine)
+
+
+def deaf_fake() -> Deaf:
+    """For an EngineSpec."""
+    return Deaf(fake_engine())
 
 
 class HalfDeaf(NativeWriter):

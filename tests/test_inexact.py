@@ -19,6 +19,7 @@ from rl.ledger import Ledger, LedgerError
 from rl.losses import SUMS, LossSettings, ScoredDecisions, importance_ratio, policy_loss
 from rl.trainer import Trainer, TrainingError
 from rollout.config import RolloutConfig
+from rollout.conformance.record import ConformanceError
 from rollout.pool.local import LocalRollouts
 from rollout.pool.ray_rollouts import RayRollouts
 from rollout.spec import EngineSpec
@@ -252,7 +253,7 @@ def rows_of(folder):
 def test_a_run_with_an_inexact_writer_learns_as_the_exact_one_does(tmp_path):
     rewards = {}
     for name, rollouts in (("exact", LocalRollouts(fake_engine())), ("inexact", LocalRollouts(rounded()))):
-        rl.grpo.train(fake_run(tmp_path / name, rollouts))
+        rl.grpo.train(fake_run(tmp_path / name, rollouts, steps=7))
         rows = rows_of(tmp_path / name)
         rewards[name] = [row["reward/mean"] for row in rows]
         for row in rows:
@@ -275,12 +276,16 @@ def test_a_run_with_an_inexact_writer_learns_as_the_exact_one_does(tmp_path):
 def test_a_run_with_inexact_writers_in_actors_is_that_of_this_process(tmp_path):
     cluster = start_ray(1, object_store_bytes=100 * 2**20)
     try:
-        config = RolloutConfig(workers=1, **ROLLOUT)
+        config = RolloutConfig(workers=1, sleep=True, **ROLLOUT)
         there = RayRollouts(EngineSpec({}, "tests.writer_runs.rounded"), config)
         assert not there.exact
         rl.grpo.train(fake_run(tmp_path / "there", there, steps=3))
         there.close()
         rl.grpo.train(fake_run(tmp_path / "here", LocalRollouts(rounded()), steps=3))
+        broken = RayRollouts(EngineSpec({}, "tests.broken_writers.deaf_fake"), config)
+        with pytest.raises(ConformanceError, match="weights do not reach writer 0"):
+            rl.grpo.train(fake_run(tmp_path / "broken", broken, steps=3))
+        broken.close()
     finally:
         cluster.stop()
     for ours, theirs in zip(rows_of(tmp_path / "here"), rows_of(tmp_path / "there"), strict=True):
