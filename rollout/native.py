@@ -92,6 +92,9 @@ class NativeWriter:
     def shares(self, policy: Policy) -> bool:
         return self.policy is policy
 
+    def close(self) -> None:
+        self.engine.free_cache()
+
 
 def native(policy: PolicyConfig, fmt: FormatConfig, rollout: RolloutConfig, words: Sequence[str]) -> NativeWriter:
     """The native writer of a recipe's sections, with a policy of its own."""

@@ -23,7 +23,10 @@ from runtime.options import make
 
 NATIVE = "native"
 WRITERS = {NATIVE: "rollout.native.native"}  # dotted, so that asking for one imports no other
-_NEEDED = ("name", "version", "exact", "capabilities", "stream", "take", "logprobs", "sleep", "wake", "stats", "shares")
+_NEEDED = (
+    *("name", "version", "exact", "capabilities"),
+    *("stream", "take", "logprobs", "sleep", "wake", "stats", "shares", "close"),
+)
 
 
 def writer_factory(name: str) -> Callable[..., Any]:

@@ -73,6 +73,10 @@ class Writer(Protocol):
         """Whether it samples with this very policy, so that nothing need be published."""
         ...
 
+    def close(self) -> None:
+        """End what works beside it; nothing is asked of it afterwards."""
+        ...
+
 
 def write_groups(
     writer: Writer, requests: Sequence[RolloutRequest], sleeps: bool = False

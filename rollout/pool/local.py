@@ -97,7 +97,7 @@ class LocalRollouts:
         return [WorkerHealth(self._writer.name, "idle", self.version, os.getpid())]
 
     def close(self) -> None:
-        """Nothing is held but memory."""
+        self._writer.close()
 
 
 @contextmanager
