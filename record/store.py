@@ -49,7 +49,7 @@ VERSION = "3"
 # Earlier versions are read, and written no more. Version 1 (release 0.1) had other names for these columns; these of
 # today's came with version 3.
 _COLUMNS_1 = {"image": "picture"}
-_NEW_IN_3 = ("parent", "sampler", "frames")
+_NEW_IN_3 = ("parent", "exact", "sampler", "frames")
 _VERSION_KEY = b"underdrawing.record"
 _PNG_END = b"IEND\xaeB`\x82"
 _FILES = ("trajectories.parquet", "segments.parquet", "latents.safetensors")
@@ -66,6 +66,7 @@ TRAJECTORIES = pa.schema(
         ("member", pa.int64()),
         ("seed", pa.int64()),
         ("parent", pa.list_(pa.int64())),
+        ("exact", pa.bool_()),
         ("stop", pa.string()),
         ("segments", pa.int32()),
         ("reward", pa.float64()),
@@ -252,6 +253,7 @@ def _row(number: int, trajectory: Trajectory, where: str) -> dict[str, Any]:
         "member": trajectory.member,
         "seed": trajectory.seed,
         "parent": None if trajectory.parent is None else list(trajectory.parent),
+        "exact": trajectory.exact,
         "stop": trajectory.stop.value,
         "segments": len(trajectory.segments),
         "reward": trajectory.reward,
@@ -444,6 +446,7 @@ def _trajectory(row: dict[str, Any], segments: list[Segment]) -> Trajectory:
         member=row["member"],
         seed=row["seed"],
         parent=None if row["parent"] is None else (int(row["parent"][0]), int(row["parent"][1])),
+        exact=row["exact"] is not False,
         stop=StopReason(row["stop"]),
         rewards=json.loads(row["rewards"]),
         segment_rewards=credited,

@@ -209,6 +209,7 @@ class Trajectory:
     # (member, segments): it goes on from that member's first ones, which it holds too, untrained: they are the
     # parent's. The parent is of the same group, unless info names another one (PARENT_GROUP).
     parent: tuple[int, int] | None = None
+    exact: bool = True  # its log-probs are the scorer's; False: another engine's, which the trainer rescores
 
     @property
     def key(self) -> str:

@@ -74,6 +74,8 @@ def drop_untrainable(ledger: Ledger, config: GrpoConfig) -> None:
         ledger.drop(CUT_OFF if sampled else GREEDY)
         for trajectory in group:
             trajectory.advantage_S = np.zeros(len(trajectory.segments), np.float32)
+    ledger.rescored = sum(not t.exact for t in trainable(ledger.trained, config))
+    ledger.corrected = ledger.rescored if config.importance_sampling_cap is not None else 0
     ledger.check()
 
 
@@ -86,7 +88,7 @@ def plan(
     Where a process has none left of a kind, it scores another's cheapest with weight 0.
     """
     passes = policy.passes(trajectories, _divisible(config))
-    packs = _packs(passes, config.tokens_per_micro_batch, processes, config.importance_sampling_level == "sequence")
+    packs = _packs(passes, config.tokens_per_micro_batch, processes, config.by_sequence)
     number_of = {id(trajectory): number for number, trajectory in enumerate(trajectories)}
     local = [np.full(len(t.segments), -1) for t in trajectories]
     for number, rows in enumerate(packs):
@@ -127,7 +129,7 @@ def share(
 
 def _divisible(config: GrpoConfig) -> int | None:
     """A ratio over a whole trajectory wants all of its decisions in one forward."""
-    return None if config.importance_sampling_level == "sequence" else config.tokens_per_micro_batch
+    return None if config.by_sequence else config.tokens_per_micro_batch
 
 
 def _packs(passes: Sequence[Pass], budget: int, processes: int, together: bool) -> list[list[int]]:

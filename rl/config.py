@@ -137,8 +137,13 @@ class GrpoConfig(Section):
         3.0,
         gt=0,
         description="Where the trajectories were sampled by older "
-        "weights, a decision's loss is multiplied by the ratio to them, cut "
-        "off here (TRL's mode token_truncate). None: no such factor.",
+        "weights, or by a writer whose log-probs are not the trainer's, a decision's loss is multiplied by the ratio "
+        "to them, cut off here (TRL's vllm_importance_sampling_clip_max). None: no such factor.",
+    )
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = Field(
+        "token_truncate",
+        description="Over what that ratio is taken, and what becomes of one over the cap (TRL's "
+        "vllm_importance_sampling_mode): of a decision or of the whole trajectory; cut off, or 0.",
     )
     mask_truncated_completions: bool = Field(
         False, description="Leave trajectories that hit a limit out of the loss; they stay in the baseline."
@@ -163,6 +168,17 @@ class GrpoConfig(Section):
         gt=0,
         description="Largest |new - old log-prob| of the same weights. None: 1e-4 in float32, 0.1 in 16-bit types.",
     )
+    sampling_tolerance: float = Field(
+        0.1,
+        gt=0,
+        description="The same for a writer whose log-probs are not the trainer's (rollout.writer): the largest mean "
+        "|trainer's - writer's log-prob| over a role's decisions.",
+    )
+
+    @property
+    def by_sequence(self) -> bool:
+        """A ratio is over a whole trajectory, so all of its decisions are scored in one forward."""
+        return self.importance_sampling_level == "sequence" or self.importance_sampling_mode.startswith("sequence")
 
     @field_validator("scale_rewards", mode="before")
     @classmethod

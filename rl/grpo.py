@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from rewards.alarms import AlarmRaised
+from rl.conformance import check_writers
 from rl.rounds import rollout_and_score
 from rl.run import Run, Stop, log
 from rl.state import RunState
@@ -35,8 +36,11 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
     """
     config, accelerator = run.config, run.accelerator
     trainer = Trainer(run.policy, config, accelerator, run.weights)
-    weight_sync = WeightSynchronizer(run.policy, run.rollouts, accelerator, trainer.scorer)
+    weight_sync = WeightSynchronizer(
+        run.policy, run.rollouts, accelerator, trainer.scorer, sampling_tolerance=config.sampling_tolerance
+    )
     state = RunState(run, trainer, resume)
+    check_writers(run, trainer, weight_sync)
     if not state.pending:
         weight_sync.sync_weights(trainer.version, state.probe)
 

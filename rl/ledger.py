@@ -30,6 +30,8 @@ class Ledger:
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
     replaced: dict[str, int] = field(default_factory=dict)  # those of the dropped in whose place others were rolled out
     cut_off: float = 0.0  # share of the members that hit a limit
+    rescored: int = 0  # trained trajectories whose recorded log-probs are not the scorer's
+    corrected: int = 0  # those of the rescored whose loss is weighted by importance sampling
 
     def drop(self, reason: str, count: int = 1) -> None:
         if count:
@@ -46,9 +48,14 @@ class Ledger:
                 raise LedgerError(
                     f"{count} groups replaced for {reason}, but {self.dropped.get(reason, 0)} dropped for it"
                 )
+        if not self.corrected <= self.rescored <= sum(map(len, self.trained)):
+            raise LedgerError(
+                f"{self.corrected} trajectories corrected of {self.rescored} rescored, of {sum(map(len, self.trained))}"
+            )
 
     def metrics(self) -> dict[str, float]:
-        """groups/in, groups/trained, groups/cut_off, groups/dropped/<reason>. The usual reasons are always there."""
+        """groups/in, groups/trained, groups/cut_off, groups/dropped/<reason>. The usual reasons are always there.
+        trajectories/rescored and trajectories/corrected where a writer's log-probs are not the scorer's."""
         dropped = {reason: 0 for reason in (FAILED, UNJUDGED, ZERO_VARIANCE)} | self.dropped
         return {
             "groups/in": float(self.groups_in),
@@ -56,4 +63,9 @@ class Ledger:
             "groups/cut_off": self.cut_off,
             **{f"groups/dropped/{reason}": float(count) for reason, count in dropped.items()},
             **{f"groups/replaced/{reason}": float(count) for reason, count in self.replaced.items()},
+            **(
+                {"trajectories/rescored": float(self.rescored), "trajectories/corrected": float(self.corrected)}
+                if self.rescored
+                else {}
+            ),
         }

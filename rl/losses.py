@@ -21,6 +21,9 @@ from record.trajectory import DecisionKind
 
 LOSS_TYPES = ("segment", "modality", "token", "grpo", "dr_grpo", "dapo", "bnpo")
 
+# What is done with a ratio to the behaviour policy that is over the cap, and over what it is taken.
+IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
 # Columns of Loss.sums_KM: each is a sum over the decisions of one kind.
 SUMS = ("decisions", "kl", "entropy", "clip_low", "clip_high", "importance", "importance_capped")
 
@@ -41,6 +44,7 @@ class LossSettings:
     use_bias_correction_kl: bool = True
     importance_sampling_level: str = "token"  # or "sequence": one ratio a trajectory
     importance_sampling_cap: float | None = None
+    importance_sampling_mode: str = "token_truncate"  # of IMPORTANCE_MODES
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,9 @@ def policy_loss(scored: ScoredDecisions, settings: LossSettings) -> Loss:
 
     importance_N = capped_N = None
     if scored.behaviour_log_ratio_N is not None and settings.importance_sampling_cap is not None:
-        importance_N = torch.exp(scored.behaviour_log_ratio_N.detach())
-        capped_N = importance_N > settings.importance_sampling_cap
-        importance_N = importance_N.clamp(max=settings.importance_sampling_cap)
+        importance_N, capped_N = importance_ratio(
+            scored.behaviour_log_ratio_N.detach(), scored.trajectory_N, counts_N, settings
+        )
         surrogate_N = surrogate_N * importance_N
 
     # Selecting, rather than multiplying by 0, keeps an overflowing ratio of an uncounted decision out of the sum.
@@ -110,6 +114,33 @@ def policy_loss(scored: ScoredDecisions, settings: LossSettings) -> Loss:
     return Loss(loss, policy.detach(), _sums(columns, scored.kind_N, counts_N))
 
 
+def importance_ratio(
+    log_ratio_N: Tensor, trajectory_N: Tensor, counts_N: Tensor, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """The factor on each decision's loss where other weights sampled than are trained, and where it was over the cap.
+
+    As TRL's vllm_importance_sampling_mode: by decision ("token") or the product over the trajectory's decisions that
+    count ("sequence"); over the cap it is cut to it ("truncate") or 0 ("mask"). No lower bound.
+
+    Args:
+        log_ratio_N: of the weights at the start of the update to those that sampled, detached.
+
+    Raises ValueError without a cap, and for another mode.
+    """
+    mode, cap = settings.importance_sampling_mode, settings.importance_sampling_cap
+    if mode not in IMPORTANCE_MODES or cap is None:
+        raise ValueError(
+            f"no importance sampling of mode '{mode}' with cap {cap}. Known: {', '.join(IMPORTANCE_MODES)}"
+        )
+    if mode.startswith("sequence"):
+        log_ratio_N = _sum_by_trajectory(log_ratio_N, trajectory_N, counts_N)[0][trajectory_N]
+    ratio_N = torch.exp(log_ratio_N)
+    over_N = ratio_N > cap
+    if mode.endswith("mask"):
+        return ratio_N.masked_fill(over_N, 0.0), over_N
+    return ratio_N.clamp(max=cap), over_N
+
+
 def _clip_bounds(clip: Mapping[DecisionKind, ClipRange], kind_N: Tensor, dtype: torch.dtype) -> list[Tensor]:
     ranges = [clip.get(kind, ClipRange()) for kind in DecisionKind]
     table_K3 = torch.tensor(
@@ -121,11 +152,17 @@ def _clip_bounds(clip: Mapping[DecisionKind, ClipRange], kind_N: Tensor, dtype: 
 
 
 def _mean_by_trajectory(value_N: Tensor, trajectory_N: Tensor, counts_N: Tensor) -> Tensor:
+    sum_B, count_B = _sum_by_trajectory(value_N, trajectory_N, counts_N)
+    return (sum_B / count_B.clamp(min=1))[trajectory_N]
+
+
+def _sum_by_trajectory(value_N: Tensor, trajectory_N: Tensor, counts_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum_B, count_B): over the decisions of each trajectory that count."""
     rows = int(trajectory_N.max()) + 1 if len(trajectory_N) else 0
     counted_N = counts_N.to(value_N.dtype)
     sum_B = value_N.new_zeros(rows).index_add(0, trajectory_N, value_N * counted_N)
     count_B = value_N.new_zeros(rows).index_add(0, trajectory_N, counted_N)
-    return (sum_B / count_B.clamp(min=1))[trajectory_N]
+    return sum_B, count_B
 
 
 def _sums(columns: tuple[Tensor | None, ...], kind_N: Tensor, counts_N: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from formats.base import Format
 from policy.base import Policy
 from rewards.alarms import Alarms
 from rewards.manager import RewardManager
@@ -38,6 +39,7 @@ class Run:
     weights: Path | str | None = None  # the folder of the starting weights; None: not known
     evaluate: Callable[[int], dict[str, float]] | None = None  # heldout/* after a step
     alarms: Alarms | None = None
+    fmt: Format | None = None  # what prompts are laid out by; None: those of a writer are not compared
     show_every: int = 10  # steps between trajectories for people to look at
     changed_prompts: bool = False  # resume with other prompts than the checkpoint's
     read_recipe: Callable[[dict[str, Any]], dict[str, Any]] = dict  # a checkpoint's, by today's names and defaults

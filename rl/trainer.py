@@ -25,6 +25,7 @@ from policy.base import Pass, Policy, Scored
 from record.trajectory import DecisionKind, Trajectory
 from rl.batches import MicroBatch, plan, scored_decisions, share, trainable
 from rl.config import ClipConfig, GrpoConfig
+from rl.inexact import any_inexact, checked_gap, mean_gap_by_role, sampling_metrics
 from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
 from rollout.weights.wire import fingerprint
@@ -128,8 +129,26 @@ class Trainer:
     def check_on_policy(self, trajectories: Sequence[Trajectory]) -> None:
         """Once in a process's life, on the first trajectories that there are: see on_policy_gap. Collective."""
         if trajectories and not self._on_policy:
-            logger.info("on-policy gap: %.2g", self.on_policy_gap(trajectories))
+            exact = [t for t in trajectories if t.exact]
+            if exact:
+                logger.info("on-policy gap: %.2g", self.on_policy_gap(exact))
+            if len(exact) < len(trajectories):
+                gap = self.sampling_gap([t for t in trajectories if not t.exact])
+                logger.info("the writer's log-probs are off the trainer's by %.2g on average", gap)
             self._on_policy = True
+
+    def sampling_gap(self, trajectories: Sequence[Trajectory]) -> float:
+        """The largest mean |trainer's - recorded log-prob| of a role, where the recorded ones are another engine's.
+        Collective.
+
+        Raises:
+            SamplingGapError: it is past grpo.sampling_tolerance.
+        """
+        trajectories = [t for t in trajectories if scored_decisions(t).any()]
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        shares = share(self.policy, trajectories, self.config, processes, rank)
+        scored = [([one.trajectory for one in passes], self.score(passes)) for passes in shares]
+        return checked_gap(mean_gap_by_role(self.accelerator, scored), self.config.sampling_tolerance)
 
     def on_policy_gap(self, trajectories: Sequence[Trajectory]) -> float:
         """Largest |new - old log-prob| of trajectories that the present weights sampled: 0 but for rounding.
@@ -170,7 +189,8 @@ class Trainer:
 
         Returns metrics, equal on every process: loss/*, kl, clip/*, entropy/*, ratio/max, importance/*, grad_norm,
         learning_rate, trained/*, optimizer_steps, time/update, perf/trained_tokens_per_s; on_policy_gap where the
-        trajectories are the present weights' own. Without a group to train on, nothing moves.
+        trajectories are the present weights' own and exact; sampling/* where some are not exact (rl/inexact.py).
+        Without a group to train on, nothing moves.
 
         Raises:
             TrainingError: a loss or gradient is not finite, or the policy scored another number of decisions than
@@ -187,7 +207,9 @@ class Trainer:
         stale = any(s.version != self.version for part in parts for t in part for s in t.segments if s.trained)
         # Ratios are to the weights at the start of this update. The recorded log-probs are theirs if they sampled
         # and one step is all there is; else they are scored here, in the very passes in which they will be compared.
-        rescored = stale or len(minibatches) * config.num_iterations > 1
+        # The recorded ones of an inexact writer are not theirs either way.
+        inexact = any(any_inexact(part) for part in parts)
+        rescored = stale or inexact or len(minibatches) * config.num_iterations > 1
         old = [[self.score(batch.passes) if rescored else None for batch in batches] for batches in minibatches]
         reference = self._reference(minibatches)
 
@@ -221,7 +243,10 @@ class Trainer:
             "time/update": seconds,
             "perf/trained_tokens_per_s": tokens * config.num_iterations / seconds,
         }
-        return metrics if stale else metrics | {"on_policy_gap": gap}
+        if inexact:
+            all_batches, all_old = [b for part in minibatches for b in part], [s for part in old for s in part]
+            metrics |= sampling_metrics(self.accelerator, all_batches, all_old, self.settings)
+        return metrics if stale or inexact else metrics | {"on_policy_gap": gap}
 
     def score(self, passes: Sequence[Pass]) -> Scored:
         """The present weights' log-probs, without gradient. All processes call it equally often."""
@@ -397,6 +422,7 @@ def loss_settings(config: GrpoConfig) -> LossSettings:
         config.use_bias_correction_kl,
         config.importance_sampling_level,
         config.importance_sampling_cap,
+        config.importance_sampling_mode,
     )
 
 

@@ -30,6 +30,8 @@ HALF_TOLERANCE = 0.1  # in 16-bit types
 class WeightSink(Protocol):
     """The side of rollout/pool/contract.py that a publisher sees."""
 
+    @property
+    def exact(self) -> bool: ...
     def shares_weights(self, policy: Policy) -> bool: ...
     def set_version(self, version: int) -> None: ...
     def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float: ...
@@ -69,6 +71,7 @@ class WeightSynchronizer:
             (Trainer.scorer). None: the policy itself.
         full: ship every tensor, whether trained or not.
         tolerance: of log-probs on the probe; None: 1e-4 in float32, 0.1 in 16-bit types.
+        sampling_tolerance: of their mean difference, where the writers are not exact.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class WeightSynchronizer:
         full: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
         tolerance: float | None = None,
+        sampling_tolerance: float = HALF_TOLERANCE,
     ) -> None:
         self.policy, self.rollouts, self.accelerator = policy, rollouts, accelerator
         self.prepared, self.chunk_bytes = prepared, chunk_bytes
@@ -88,6 +92,7 @@ class WeightSynchronizer:
         parameters = dict(policy.model.named_parameters(remove_duplicate=False))
         mixed = accelerator is not None and accelerator.mixed_precision != "no"
         half = any(p.dtype != torch.float32 for p in parameters.values() if p.is_floating_point())
+        self.sampling_tolerance = sampling_tolerance
         self.tolerance = tolerance if tolerance is not None else HALF_TOLERANCE if half or mixed else TOLERANCE
         trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         self._trained = None if full or trained >= policy.model.state_dict().keys() else trained  # None: everything
@@ -107,9 +112,9 @@ class WeightSynchronizer:
         began = time.perf_counter()
         if self.version is not None and version <= self.version:
             if version == self.version:
-                return SyncResult(version, "shared" if self._shared() else self._kind)
+                return SyncResult(version, "shared" if self.shared() else self._kind)
             raise WeightSyncError(f"version {version} comes after version {self.version}: versions only grow")
-        if self._shared():
+        if self.shared():
             if self.rollouts is not None:
                 self.rollouts.set_version(version)
             self.version = version
@@ -131,7 +136,9 @@ class WeightSynchronizer:
                     and self._expected_N is not None
                     and not np.array_equal(self._expected_N, expected_N)
                 )
-                check = Probe(version, self._probe, expected_N, self.tolerance, moved) if len(expected_N) else None
+                exact = self.rollouts.exact
+                tolerance = self.tolerance if exact else self.sampling_tolerance
+                check = Probe(version, self._probe, expected_N, tolerance, moved, exact) if len(expected_N) else None
                 gap = self.rollouts.sync_weights(update, check)
                 self._last = update.manifest.fingerprint
                 published = SyncResult(
@@ -195,7 +202,7 @@ class WeightSynchronizer:
     def _distributed(self) -> bool:
         return self.accelerator is not None and self.accelerator.num_processes > 1
 
-    def _shared(self) -> bool:
+    def shared(self) -> bool:
         """Whether workers sample with the trainer's own weights. The first process knows."""
         shared = self.rollouts is not None and self.rollouts.shares_weights(self.policy)
         return self._broadcast([shared])[0]

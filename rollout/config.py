@@ -94,6 +94,15 @@ class RolloutConfig(Section):
     guidance: bool = Field(False, description="Guide images by the format's branches (each costs a row of the cache).")
     branches: int = Field(4, ge=1, le=64, description="With guidance: rows kept for the branches of each trajectory.")
     flow: FlowConfig = Field(default_factory=FlowConfig, description="How images are denoised.")
+    writer: str = Field(
+        "native",
+        description="What writes trajectories. native: the toolkit's own engine; or the dotted path of a function that "
+        "builds another writer (docs/writers.md).",
+    )
+    sleep: bool = Field(
+        False,
+        description="Free the writers' caches between generations, for the trainer to have that memory.",
+    )
     workers: int = Field(0, ge=0, le=65536, description="Ray actors that write trajectories; 0: in this process.")
     threads: int | None = Field(
         None,

@@ -10,16 +10,20 @@ from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
 from rollout.pool.contract import Rollouts
 from rollout.pool.local import LocalRollouts
+from rollout.registry import NATIVE, make_writer
 from rollout.spec import engine_spec
 
 
 def open_rollouts(
     policy: Policy, policy_config: Any, format_config: Any, config: RolloutConfig, words: Sequence[str] = ()
 ) -> Rollouts:
-    """The pool that the recipe asks for: actors that load a policy of their own, or, with `workers: 0`, an engine in
-    this process that samples with `policy` itself."""
+    """The pool that the recipe asks for: actors that load a policy of their own, or, with `workers: 0`, a writer in
+    this process, of which the native one samples with `policy` itself."""
     if config.workers == 0:
-        return LocalRollouts(Engine(policy, format_config.build(), config, format_config.constrain), config.threads)
+        if config.writer != NATIVE:
+            return LocalRollouts(make_writer(policy_config, format_config, config, words), config.threads, config.sleep)
+        engine = Engine(policy, format_config.build(), config, format_config.constrain)
+        return LocalRollouts(engine, config.threads, config.sleep)
     from rollout.pool.ray_rollouts import RayRollouts
 
     return RayRollouts(engine_spec(policy_config, format_config, config, words), config)

@@ -1,4 +1,4 @@
-"""How a writer in another process builds its engine: plain data, so that nothing heavy travels."""
+"""How a writer is built in another process: plain data, so that nothing heavy travels."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout.config import RolloutConfig
-from rollout.engine.engine import Engine
+from rollout.native import as_writer
+from rollout.writer import Writer
 from runtime.loading import load_object
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine that can be built elsewhere.
+    """A writer that can be built elsewhere.
 
-    `factory` is the dotted path of a function that takes `options` by keyword and returns an engine.
+    `factory` is the dotted path of a function that takes `options` by keyword and returns a writer, or an engine, of
+    which the native one is made.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
-    factory: str = "rollout.spec.build_engine"
+    factory: str = "rollout.spec.build_writer"
 
-    def build(self) -> Engine:
-        return load_object(self.factory, f"the engine's factory '{self.factory}'")(**self.options)
+    def build(self) -> Writer:
+        return as_writer(load_object(self.factory, f"the writer's factory '{self.factory}'")(**self.options))
 
 
 def engine_spec(policy: Any, fmt: Any, rollout: RolloutConfig, words: Sequence[str] = ()) -> EngineSpec:
@@ -37,13 +39,12 @@ def engine_spec(policy: Any, fmt: Any, rollout: RolloutConfig, words: Sequence[s
     )
 
 
-def build_engine(
+def build_writer(
     policy: dict[str, Any], format: dict[str, Any], rollout: dict[str, Any], words: Sequence[str]
-) -> Engine:
-    """The engine of a recipe's sections, as plain data."""
+) -> Writer:
+    """The writer that a recipe's sections, as plain data, ask for."""
     from formats.config import FormatConfig
     from policy.config import PolicyConfig
-    from policy.registry import load_policy
+    from rollout.registry import make_writer
 
-    fmt = FormatConfig(**format)
-    return Engine(load_policy(PolicyConfig(**policy), words), fmt.build(), RolloutConfig(**rollout), fmt.constrain)
+    return make_writer(PolicyConfig(**policy), FormatConfig(**format), RolloutConfig(**rollout), words)

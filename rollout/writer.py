@@ -1,59 +1,125 @@
-"""What writes trajectories: an engine, and the end of the line by which it is brought new weights.
+"""What writes trajectories, as everything above sees it: requests in, trajectories out, new weights in between.
 
-Letters: N decisions of a probe's trajectories.
+The native writer is native.py; docs/writers.md says how another one is added. A pool (pool/) holds one writer in each
+of its processes and speaks to nothing else of it.
+
+Letters: N decisions of a call's trajectories, in the order of `Policy.score`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
-import torch
+from torch import Tensor
 
+from policy.base import Policy
 from record.trajectory import Trajectory
-from rollout.engine.engine import Engine
+from rollout.capabilities import Capabilities
 from rollout.requests import RequestKey, RolloutRequest
-from rollout.weights.receive import UNPUBLISHED, WeightReceiver
-from rollout.weights.wire import Manifest
+from rollout.weights.receive import UNPUBLISHED
+from rollout.weights.wire import Manifest, WeightSyncError, unpack
 
 
-class RolloutWorker:
-    """One engine and its end of the publications. An actor is a process around one of these."""
+class Writer(Protocol):
+    """Attributes:
+    name: who it is, in messages; its pool gives it.
+    version: of the weights that sample; UNPUBLISHED: those that it was built with. Its pool sets it where the weights
+        are the trainer's own, else `take` does.
+    exact: its log-probs are the scorer's to rounding, so that the trainer takes the recorded ones for those of its own
+        weights. False: trajectories are scored anew before they are trained on, and corrected by importance sampling.
+    capabilities: what it can do. A recipe that asks for more is refused before the run.
+    """
 
-    def __init__(self, name: str, engine: Engine) -> None:
-        self.name, self.engine = name, engine
-        engine.policy.model.eval()
-        self.receiver = WeightReceiver(engine.policy.model, name)
+    name: str
+    version: int
+    exact: bool
+    capabilities: Capabilities
 
-    def groups(self, requests: Sequence[RolloutRequest]) -> Iterator[tuple[RequestKey, list[Trajectory]]]:
-        """(RolloutRequest.key, its members in order), as groups become complete."""
-        wanted = {request.key: request.members for request in requests}
-        found: dict[RequestKey, dict[int, Trajectory]] = {key: {} for key in wanted}
-        for trajectory in self.engine.stream(requests):
+    def stream(self, requests: Sequence[RolloutRequest]) -> Iterator[Trajectory]:
+        """Trajectories as they finish: each member of each request once, keyed by (group, member), with the segments,
+        contexts, decisions and sampling parameters that record/trajectory.py asks for."""
+        ...
+
+    def take(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+        """Sample with these weights from the next call of `stream` on. Bytes are verified; names and shapes are the
+        writer's to check.
+
+        Args:
+            tensors: by the names of the trainer's state dict, each made when it is asked for; all of them
+                (manifest.kind "full"), or those that are trained ("delta").
+
+        Raises:
+            WeightSyncError: it cannot; the weights are then what they were.
+        """
+        ...
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        """Float32 [N]: what the weights that sample say of recorded decisions, by the engine that samples."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the memory of caches back until `wake`. Not while a stream is read."""
+        ...
+
+    def wake(self) -> None: ...
+
+    def stats(self) -> dict[str, float]:
+        """Counts of the last call of `stream`, by the names of EngineStats where they are the same thing."""
+        ...
+
+    def shares(self, policy: Policy) -> bool:
+        """Whether it samples with this very policy, so that nothing need be published."""
+        ...
+
+    def close(self) -> None:
+        """End what works beside it; nothing is asked of it afterwards."""
+        ...
+
+
+def write_groups(
+    writer: Writer, requests: Sequence[RolloutRequest], sleeps: bool = False
+) -> Iterator[tuple[RequestKey, list[Trajectory]]]:
+    """(RolloutRequest.key, its members in order), as groups become complete.
+
+    Args:
+        sleeps: the writer is woken before and sent to sleep after.
+    """
+    wanted = {request.key: request.members for request in requests}
+    found: dict[RequestKey, dict[int, Trajectory]] = {key: {} for key in wanted}
+    if sleeps:
+        writer.wake()
+    stream = writer.stream(requests)
+    try:
+        for trajectory in stream:
+            trajectory.exact = writer.exact
             key = (trajectory.group, trajectory.parent)
             members = found[key]
             members[trajectory.member] = trajectory
             if len(members) == len(wanted[key]):
                 yield key, [members[member] for member in wanted[key]]
+    finally:
+        close = getattr(stream, "close", None)  # a reader that leaves ends the writing
+        if close is not None:
+            close()
+        if sleeps:
+            writer.sleep()
 
-    def receive(
-        self, manifest: Manifest, trajectories: Sequence[Trajectory], *chunks: np.ndarray
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Load a publication. Returns the probe's log-probs before (None: no version before) and after it.
 
-        The engine's next call prefills every row anew, so no keys or values of the old weights live on.
-        """
-        before_N = self.probe(trajectories) if trajectories and self.receiver.version != UNPUBLISHED else None
-        self.receiver.receive(manifest, chunks)
-        self.engine.version = manifest.version
-        return before_N, self.probe(trajectories) if trajectories else None
+def take_up(
+    writer: Writer, manifest: Manifest, probe: Sequence[Trajectory], chunks: Sequence[np.ndarray]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Bring a writer to a publication. Returns its log-probs of the probe before (None: it had no version before) and
+    after it.
 
-    def probe(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        policy = self.engine.policy
-        with torch.no_grad():
-            return policy.score(policy.passes(trajectories)).logprob_N.float().cpu().numpy().copy()
-
-    def stats(self) -> dict[str, float]:
-        """The engine's counts of its last call."""
-        return {name: float(value) for name, value in asdict(self.engine.stats).items()}
+    Raises:
+        WeightSyncError: the bytes are not those that were sent, or the writer did not take them.
+    """
+    before_N = writer.logprobs(probe) if probe and writer.version != UNPUBLISHED else None
+    writer.take(manifest, unpack(manifest, chunks, writer.name))
+    if writer.version != manifest.version:
+        raise WeightSyncError(
+            f"version {manifest.version} was given to {writer.name}, which says that it has version {writer.version}"
+        )
+    return before_N, writer.logprobs(probe) if probe else None

@@ -88,6 +88,8 @@ def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
         (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py:brigth"], ["good.py", "'bright'"]),
         (["grpo", QUICKSTART, "--dry-run", "rewards.parts.mine.function=good.py"], ["good.py:function"]),
         (["grpo", QUICKSTART, "--dry-run", "rewards.parts.detect.options.mod=graded"], ["parts.detect", "'mode'"]),
+        (["grpo", QUICKSTART, "--dry-run", "rollout.writer=natve"], ["rollout.writer", "did you mean 'native'?"]),
+        (["grpo", QUICKSTART, "--dry-run", "rollout.writer=vllm.writer"], ["rollout.writer", "no module 'vllm'"]),
         (["grpo", QUICKSTART, "--dry-run", "task.name=shaped"], ["task.name", "did you mean 'shapes'?"]),
         (["grpo", QUICKSTART, "--dry-run", "task.options.mistakes=1"], ["task.options.mistakes"]),
         (["grpo", QUICKSTART, "--dry-run", "format.name=stroke"], ["format.name", "did you mean 'strokes'?"]),
@@ -260,6 +262,13 @@ def test_a_rollout_deletes_nothing_and_says_so_before_it_samples(capsys, warm, t
     monkeypatch.setattr(LocalRollouts, "stream", lambda *arguments: pytest.fail("it sampled"))
     assert words in refused(capsys, "rollout", QUICKSTART, *SMALL, f"run_dir={warm}", "--prompts", "2", "--out", out)
     assert (tmp_path / "thesis/thesis.tex").read_text() == (tmp_path / "file.txt").read_text() == "mine"
+
+
+def test_a_writer_that_does_not_take_weights_ends_the_run_before_its_first_step(capsys, warm, tmp_path):
+    arguments = [*SMALL, f"run_dir={tmp_path}", "rollout.max_tokens=60", "rollout.writer=tests.broken_writers.deaf"]
+    said = refused(capsys, "grpo", QUICKSTART, *arguments, "--weights", str(warm / "sft/model"))
+    assert "weights do not reach writer 0" in said
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_run_is_not_resumed_from_other_weights_than_it_started_from(capsys, warm, tmp_path):

@@ -79,7 +79,7 @@ def test_python_runs(section: Section, tmp_path, monkeypatch):
 
 def test_every_extension_point_has_an_example():
     titles = [s.title for s in WITH_PYTHON if s.document.name == "CONTRIBUTING.md"]
-    assert titles == ["A reward", "A format", "A tool", "A policy family"]
+    assert titles == ["A reward", "A format", "A tool", "A policy family", "A writer"]
 
 
 @pytest.mark.parametrize("section", WITH_YAML, ids=str)

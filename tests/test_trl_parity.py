@@ -15,7 +15,16 @@ from trl.trainer.utils import nanstd
 from record.trajectory import Author, DecisionKind, Modality, Segment, Trajectory
 from rl.advantages import compute_advantages
 from rl.config import GrpoConfig
-from rl.losses import ClipRange, Layout, LossSettings, ScoredDecisions, decision_weights, policy_loss, summarise
+from rl.losses import (
+    IMPORTANCE_MODES,
+    ClipRange,
+    Layout,
+    LossSettings,
+    ScoredDecisions,
+    decision_weights,
+    policy_loss,
+    summarise,
+)
 
 ROWS, LENGTH, MAX_COMPLETION_LENGTH = 5, 9, 32
 
@@ -103,6 +112,7 @@ def our_loss(
     level,
     behaviour_BT=None,
     cap=None,
+    mode="token_truncate",
 ):
     """The same rows as trajectories of one text segment."""
     layout = Layout(np.arange(ROWS), np.zeros(ROWS, int), mask_BT.sum(-1).numpy(), np.ones(ROWS), ROWS)
@@ -115,6 +125,7 @@ def our_loss(
         use_bias_correction_kl=bias_correction,
         importance_sampling_level=level,
         importance_sampling_cap=cap,
+        importance_sampling_mode=mode,
     )
     scored = ScoredDecisions(
         log_ratio_N=new_N - old_BT[row_N, column_N],
@@ -152,15 +163,22 @@ def test_loss_and_gradient_equal_trl(loss_type, epsilon_high, delta, kl, level):
     torch.testing.assert_close(ours_BT.grad, theirs_BT.grad, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("mode", IMPORTANCE_MODES)
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
-def test_truncated_importance_sampling_equals_trl(loss_type):
+def test_importance_sampling_equals_trl(loss_type, mode):
     logps_BT, old_BT, reference_BT, mask_BT, advantage_B = batch(seed=1)
     behaviour_BT = old_BT + torch.randn(ROWS, LENGTH, generator=torch.Generator().manual_seed(2)).double()
-    importance_BT = torch.exp(old_BT - behaviour_BT).clamp(max=1.5)
+    difference_BT = (old_BT - behaviour_BT) * mask_BT
+    if mode.startswith("sequence"):
+        difference_BT = difference_BT.sum(-1, keepdim=True)
+    importance_BT = torch.exp(difference_BT)
+    over_BT = importance_BT > 1.5
+    assert over_BT.any() and not over_BT.all()
+    importance_BT = importance_BT.masked_fill(over_BT, 0.0 if mode.endswith("mask") else 1.5)
     options = dict(loss_type=loss_type, epsilon_high=0.2, delta=None, beta=0.04, bias_correction=True, level="token")
     args = (logps_BT, old_BT, reference_BT, mask_BT, advantage_B)
     theirs, _ = trl_loss(*args, **options, importance_BT=importance_BT)
-    ours = our_loss(*args, **options, behaviour_BT=behaviour_BT, cap=1.5).loss
+    ours = our_loss(*args, **options, behaviour_BT=behaviour_BT, cap=1.5, mode=mode).loss
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
 
 

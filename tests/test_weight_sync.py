@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples
 
 from policy.base import score_trajectories
 from rl.weight_sync import WeightSynchronizer, smallest
@@ -22,7 +21,8 @@ from rollout.pool.local import LocalRollouts
 from rollout.requests import RolloutRequest
 from rollout.weights.probe import Probe
 from rollout.weights.receive import UNPUBLISHED, WeightReceiver
-from rollout.weights.wire import WeightSyncError, WeightUpdate, fingerprint, pack
+from rollout.weights.wire import WeightSyncError, WeightUpdate, fingerprint, pack, unpack
+from tests.properties import examples
 from tests.worker_factories import deaf_engine, engine, frozen_engine, nudge
 
 ROLLOUT = {"rows": 8, "max_tokens": 24}
@@ -38,6 +38,10 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def take(receiver: WeightReceiver, manifest, chunks) -> None:
+    receiver.receive(manifest, unpack(manifest, chunks, receiver.name))
 
 
 class Mixed(torch.nn.Module):
@@ -58,7 +62,7 @@ class Mixed(torch.nn.Module):
 def test_any_chunking_carries_any_tensor(chunk_bytes, seed):
     sent, received = Mixed(seed), Mixed(0)
     update = pack(sent.state_dict(), 0, chunk_bytes=chunk_bytes)
-    WeightReceiver(received, "worker 0").receive(update.manifest, update.chunks)
+    take(WeightReceiver(received, "worker 0"), update.manifest, update.chunks)
     assert same(sent.state_dict(), received.state_dict())
     assert update.manifest.fingerprint == fingerprint(received.state_dict())
 
@@ -79,7 +83,7 @@ def test_a_corrupt_chunk_is_refused_whole():
     receiver = WeightReceiver(received, "worker 1")
     message = r"version 4 was refused by worker 1: the checksum of chunk \d+ differs .* 'wide'"
     with pytest.raises(WeightSyncError, match=message):
-        receiver.receive(update.manifest, chunks)
+        take(receiver, update.manifest, chunks)
     assert same(before, received.state_dict()) and receiver.version == UNPUBLISHED
 
 
@@ -90,7 +94,7 @@ def test_a_tensor_that_lies_elsewhere_than_the_manifest_says_is_refused():
     model = torch.nn.Module()
     model.a, model.b = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
     with pytest.raises(WeightSyncError, match="checksum of tensor 'a' differs"):
-        WeightReceiver(model, "worker 0").receive(swapped, update.chunks)
+        take(WeightReceiver(model, "worker 0"), swapped, update.chunks)
     assert not model.b.any()
 
 
@@ -107,7 +111,7 @@ def test_other_names_and_shapes_are_refused(change, message):
     before = weights_of(received)
     update = pack(change(Mixed(1).state_dict()), 0)
     with pytest.raises(WeightSyncError, match=message):
-        WeightReceiver(received, "worker 0").receive(update.manifest, update.chunks)
+        take(WeightReceiver(received, "worker 0"), update.manifest, update.chunks)
     assert same(before, received.state_dict())
 
 
@@ -115,16 +119,16 @@ def test_a_lost_chunk_is_refused():
     update = pack(Mixed(1).state_dict(), 0, chunk_bytes=64)
     count = len(update.chunks)
     with pytest.raises(WeightSyncError, match=f"{count - 1} chunks arrived of {count}"):
-        WeightReceiver(Mixed(2), "worker 0").receive(update.manifest, update.chunks[1:])
+        take(WeightReceiver(Mixed(2), "worker 0"), update.manifest, update.chunks[1:])
 
 
 def test_versions_only_grow():
     receiver = WeightReceiver(Mixed(2), "worker 0")
     for version in (3, 5):
         update = pack(Mixed(version).state_dict(), version)
-        receiver.receive(update.manifest, update.chunks)
+        take(receiver, update.manifest, update.chunks)
     with pytest.raises(WeightSyncError, match="already has version 5"):
-        receiver.receive(update.manifest, update.chunks)
+        take(receiver, update.manifest, update.chunks)
 
 
 # ---- the publisher, with a worker in this process that has a policy of its own ----
@@ -288,10 +292,10 @@ for factory in (lambda: engine(ROLLOUT, seed=9), lambda: deaf_engine(ROLLOUT)):
     rollouts = LocalRollouts(worker) if accelerator.is_main_process else None
     publisher = WeightSynchronizer(policy, rollouts, accelerator, trainer.scorer)
     probe = LocalRollouts(engine(ROLLOUT)).generate(requests()).groups[0]
-    publisher.publish(0, probe)
+    publisher.sync_weights(0, probe)
     nudge(policy)
     try:
-        published = publisher.publish(1)
+        published = publisher.sync_weights(1)
         arrived = same(policy.model.state_dict(), worker.policy.model.state_dict())
         out.append((published.version, published.gap, arrived))
     except WeightSyncError as error:

@@ -153,6 +153,7 @@ def run_grpo(
             recipe=recipe.model_dump(mode="json"),
             weights=start or recipe.policy.path,
             evaluate=heldout,
+            fmt=fmt,
             alarms=build.build_alarms(recipe) if first else None,
             show_every=recipe.track.trajectories_every,
             changed_prompts=changed_prompts,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from formats.base import Format
 from policy.registry import check_policy
+from rollout.registry import check_writer_config
 from runtime.errors import UserError
 from tasks.base import Task
 from underdrawing import build, search_path
@@ -26,6 +27,8 @@ def preflight(recipe: Recipe, rolls_out: bool = True, trains: bool = False) -> t
         _check_working_folder(recipe)
     build.check_policy_path(recipe)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
+    if rolls_out:
+        check_writer_config(recipe.rollout, fmt, recipe.format.constrain)
     # A tiny policy's tokenizer is made by the warm start, of the task's words; all others read it from its folder.
     check_policy(recipe.policy, () if rolls_out else build.words(recipe, task), trains)
     return task, fmt

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from formats.base import Format
 from policy.base import Policy
 from record.trajectory import Segment, Trajectory
@@ -90,3 +92,15 @@ class EngineState:
             self._cache = self.policy.allocate(rows, length)
             self._cache_length = length
         return self._cache
+
+    def free_cache(self) -> None:
+        """Give the cache's memory back. Not during a call."""
+        self._cache = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def restore_cache(self) -> None:
+        """Allocate what was freed, so that memory which others took meanwhile is missed now and not in a rollout."""
+        if self._cache_length:
+            with torch.inference_mode():
+                self.cache(self._cache_length)

@@ -71,6 +71,11 @@ class Rollouts(Protocol):
         """Of the weights that sample; UNPUBLISHED: those that the workers were built with."""
         ...
 
+    @property
+    def exact(self) -> bool:
+        """Whether the writers' log-probs are the scorer's (rollout/writer.py)."""
+        ...
+
     def generate(
         self, requests: Sequence[RolloutRequest], timeout_s: float | None = None, each: Each | None = None
     ) -> GenerateResult:

@@ -13,6 +13,7 @@ import torch
 from policy.base import Policy
 from record.trajectory import Trajectory
 from rollout.engine.engine import Engine
+from rollout.native import as_writer
 from rollout.pool.contract import (
     Each,
     FinishedGroup,
@@ -24,24 +25,29 @@ from rollout.pool.contract import (
 from rollout.requests import RolloutRequest
 from rollout.weights.probe import Probe
 from rollout.weights.wire import WeightUpdate
-from rollout.writer import RolloutWorker
+from rollout.writer import Writer, take_up, write_groups
 
 
 class LocalRollouts:
-    """The engine in this process: for debugging, and for `workers: 0`. Errors fly; nothing is retried.
+    """A writer in this process: for debugging, and for `workers: 0`. Errors fly; nothing is retried.
 
     Args:
-        engine: whose policy may be the trainer's own; then publishing only counts versions.
+        writer: whose policy may be the trainer's own; then publishing only counts versions. An engine: the native one.
         threads: CPU threads while it samples or scores a probe; the trainer has its own before and after. None: those.
+        sleeps: its cache is freed between generations.
     """
 
-    def __init__(self, engine: Engine, threads: int | None = None) -> None:
-        self._worker = RolloutWorker("the worker in this process", engine)
-        self._threads = threads
+    def __init__(self, writer: Writer | Engine, threads: int | None = None, sleeps: bool = False) -> None:
+        self._writer, self._threads, self._sleeps = as_writer(writer), threads, sleeps
+        self._writer.name = "the worker in this process"
 
     @property
     def version(self) -> int:
-        return self._worker.receiver.version
+        return self._writer.version
+
+    @property
+    def exact(self) -> bool:
+        return self._writer.exact
 
     def generate(
         self, requests: Sequence[RolloutRequest], timeout_s: float | None = None, each: Each | None = None
@@ -57,13 +63,13 @@ class LocalRollouts:
         return GenerateResult(
             [done.group for done in finished],
             [],
-            rollout_metrics([self._worker.stats()] if requests else [], seconds, len(finished)),
+            rollout_metrics([self._writer.stats()] if requests else [], seconds, len(finished)),
         )
 
     def stream(self, requests: Sequence[RolloutRequest], timeout_s: float | None = None) -> Iterator[FinishedGroup]:
         check_requests(requests)
         index = {request.key: i for i, request in enumerate(requests)}
-        groups = iter(self._worker.groups(requests) if requests else ())
+        groups = iter(write_groups(self._writer, requests, self._sleeps) if requests else ())
         while True:
             with cpu_threads(self._threads):
                 finished = next(groups, None)
@@ -74,24 +80,24 @@ class LocalRollouts:
     def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float:
         trajectories = probe.trajectories if probe is not None else ()
         with cpu_threads(self._threads):
-            before_N, after_N = self._worker.receive(update.manifest, trajectories, *update.chunks)
-        return probe.check(self._worker.name, before_N, after_N) if probe is not None and after_N is not None else 0.0
+            before_N, after_N = take_up(self._writer, update.manifest, trajectories, update.chunks)
+        return probe.check(self._writer.name, before_N, after_N) if probe is not None and after_N is not None else 0.0
 
     def shares_weights(self, policy: Policy) -> bool:
-        return self._worker.engine.policy is policy
+        return self._writer.shares(policy)
 
     def set_version(self, version: int) -> None:
-        self._worker.receiver.version = self._worker.engine.version = version
+        self._writer.version = version
 
     def probe(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         with cpu_threads(self._threads):
-            return [self._worker.probe(trajectories)]
+            return [self._writer.logprobs(trajectories)]
 
     def health(self) -> list[WorkerHealth]:
-        return [WorkerHealth(self._worker.name, "idle", self.version, os.getpid())]
+        return [WorkerHealth(self._writer.name, "idle", self.version, os.getpid())]
 
     def close(self) -> None:
-        """Nothing is held but memory."""
+        self._writer.close()
 
 
 @contextmanager

@@ -77,11 +77,11 @@ class _Slot:
 
 
 class RayRollouts:
-    """`config.workers` actors, each with an engine of its own.
+    """`config.workers` actors, each with a writer of its own.
 
     Args:
-        spec: builds an engine in each actor.
-        start_timeout_s: bounds building an engine, waiting for resources included, and taking up weights.
+        spec: builds a writer in each actor.
+        start_timeout_s: bounds building a writer, waiting for resources included, and taking up weights.
         object_store_bytes: shared memory of a local Ray; None: Ray's default.
 
     Raises:
@@ -99,7 +99,7 @@ class RayRollouts:
         if config.workers < 1:
             raise WorkersError("rollout.workers: Ray rollouts want at least 1; 0 rolls out in this process")
         self.spec, self.config, self.start_timeout_s = spec, config, start_timeout_s
-        self.version = UNPUBLISHED
+        self.version, self.exact = UNPUBLISHED, True  # the writers say whether they are, once they are built
         self._published: list[tuple[WeightUpdate, Probe | None]] = []  # what a fresh worker must take up, in order
         self._carried: dict[int, WeightUpdate] = {}  # by version: those in Ray's memory, while somebody starts
         self._crashes: list[str] = []  # since the last finished group or publication
@@ -252,7 +252,7 @@ class RayRollouts:
 
         threads = self.config.actor_threads
         actor_class = ray.remote(num_cpus=threads, num_gpus=self.config.gpus, max_restarts=0)(ActorWorker)
-        slot.actor = actor_class.remote(slot.name, threads)
+        slot.actor = actor_class.remote(slot.name, threads, self.config.sleep)
         slot.starting = [slot.actor.about.remote(), slot.actor.build.remote(self.spec)]
         slot.probe, slot.version = None, UNPUBLISHED
         slot.process = None
@@ -300,6 +300,8 @@ class RayRollouts:
         slot.last_seen = time.monotonic()
         if slot.process is None:
             slot.process = ActorProcess(*answer)
+        elif isinstance(answer, bool):  # of `build`
+            self.exact = answer
         if slot.starting:
             return 0.0
         if not any(each.starting for each in self._slots):

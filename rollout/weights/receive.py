@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rollout.weights.wire import Manifest, WeightSyncError, checksum, fingerprint, gather, some, tensor_of
+from rollout.weights.wire import Manifest, WeightSyncError, fingerprint, refusal, some
 
-UNPUBLISHED = -1  # the version of weights that a writer was built with
+# Versions below 0 are no step's: the conformance gate rehearses with two publications before the first one that counts.
+REHEARSAL, REHEARSAL_MOVED = -2, -1
+UNPUBLISHED = -3  # the version of weights that a writer was built with
 
 
 class WeightReceiver:
-    """One worker's end: verifies a publication against its model, then copies it in.
+    """One writer's end: holds a publication to its model, then copies it in.
 
     Args:
-        model: of the worker's policy; its state dict must have the trainer's names.
-        name: of the worker, for messages.
+        model: of the writer's policy; its state dict must have the trainer's names.
+        name: of the writer, for messages.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -26,48 +27,24 @@ class WeightReceiver:
         self.version = UNPUBLISHED
         self._base: tuple[frozenset[str], str] | None = None  # names left out of deltas, and their fingerprint
 
-    def receive(self, manifest: Manifest, chunks: Sequence[np.ndarray]) -> None:
-        """Load a publication. After an error the model is as it was before.
+    def receive(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+        """Load a publication (`unpack` has verified its bytes). After an error the model is as it was before.
 
         Raises:
-            WeightSyncError: a version not newer than the last, a chunk or tensor whose checksum differs, names or
-                shapes that are not the model's, or a delta to another base.
+            WeightSyncError: a version not newer than the last, names or shapes that are not the model's, or a delta to
+                another base.
         """
         if manifest.version <= self.version:
             raise self._error(manifest, f"it already has version {self.version}, and versions only grow")
         state = self.model.state_dict()
-        self._check_chunks(manifest, chunks)
         self._check_names(manifest, state)
-        for entry in manifest.tensors:
-            if checksum(gather(entry, chunks, manifest)) != entry.checksum:
-                raise self._error(manifest, f"the checksum of tensor '{entry.name}' differs from the manifest's")
         with torch.no_grad():
             for entry in manifest.tensors:
-                if not entry.size:
-                    continue
-                state[entry.name].copy_(tensor_of(entry, gather(entry, chunks, manifest)))
+                if entry.size:
+                    state[entry.name].copy_(tensors[entry.name])
         if manifest.kind == "full":
             self._base = None
         self.version = manifest.version
-
-    def _check_chunks(self, manifest: Manifest, chunks: Sequence[np.ndarray]) -> None:
-        if len(chunks) != len(manifest.chunk_sizes):
-            raise self._error(manifest, f"{len(chunks)} chunks arrived of {len(manifest.chunk_sizes)}")
-        start = 0
-        for number, chunk in enumerate(chunks):
-            size = manifest.chunk_sizes[number]
-            if len(chunk) != size:
-                raise self._error(manifest, f"chunk {number} has {len(chunk)} bytes of {size}")
-            if checksum(chunk) != manifest.chunk_checksums[number]:
-                inside = [
-                    entry.name
-                    for entry in manifest.tensors
-                    if entry.start < start + size and entry.start + entry.size > start
-                ]
-                raise self._error(
-                    manifest, f"the checksum of chunk {number} differs from the manifest's; it holds {some(inside)}"
-                )
-            start += size
 
     def _check_names(self, manifest: Manifest, state: Mapping[str, Tensor]) -> None:
         sent = {entry.name: entry for entry in manifest.tensors}
@@ -94,4 +71,4 @@ class WeightReceiver:
                 )
 
     def _error(self, manifest: Manifest, what: str) -> WeightSyncError:
-        return WeightSyncError(f"version {manifest.version} was refused by {self.name}: {what}")
+        return refusal(manifest, self.name, what)

@@ -1,7 +1,7 @@
 """Weights on the wire: tensors become checksummed chunks and a manifest, and a model takes them whole or not at all.
 
-rl/weight_sync.py packs; workers.py carries the chunks to its workers, each of which receives them with a WeightReceiver
-and answers a Probe, which proves that what arrived is what now samples. Knows neither Ray nor trainers.
+rl/weight_sync.py packs; a pool carries the chunks to its writers, unpacks them there, and has each answer a Probe,
+which proves that what arrived is what now samples. Knows neither Ray nor trainers.
 
 The tensors lie one after another in one stream of bytes, each beginning at a multiple of ALIGNMENT; the stream is cut
 into chunks of equal size, so that a tensor larger than a chunk spans several.
@@ -9,7 +9,7 @@ into chunks of equal size, so that a tensor larger than a chunk spans several.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -144,6 +144,57 @@ def gather(entry: TensorEntry, chunks: Sequence[np.ndarray], manifest: Manifest)
     for chunk, inner, outer in _places(entry, manifest.chunk_sizes[0]):
         content[outer] = chunks[chunk][inner]
     return content
+
+
+class UnpackedTensors(Mapping[str, Tensor]):
+    """The tensors of a publication by name, each copied out of the chunks when it is asked for."""
+
+    def __init__(self, manifest: Manifest, chunks: Sequence[np.ndarray]) -> None:
+        self.manifest, self._chunks = manifest, chunks
+        self._entries = {entry.name: entry for entry in manifest.tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        return tensor_of(entry, gather(entry, self._chunks, self.manifest))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def unpack(manifest: Manifest, chunks: Sequence[np.ndarray], name: str) -> UnpackedTensors:
+    """What arrived, once every checksum is the manifest's.
+
+    Args:
+        name: of who received it, for the message.
+
+    Raises:
+        WeightSyncError: a chunk is missing or altered, or a tensor lies elsewhere than the manifest says.
+    """
+    if len(chunks) != len(manifest.chunk_sizes):
+        raise refusal(manifest, name, f"{len(chunks)} chunks arrived of {len(manifest.chunk_sizes)}")
+    start = 0
+    for number, chunk in enumerate(chunks):
+        size = manifest.chunk_sizes[number]
+        if len(chunk) != size:
+            raise refusal(manifest, name, f"chunk {number} has {len(chunk)} bytes of {size}")
+        if checksum(chunk) != manifest.chunk_checksums[number]:
+            inside = [e.name for e in manifest.tensors if e.start < start + size and e.start + e.size > start]
+            raise refusal(
+                manifest, name, f"the checksum of chunk {number} differs from the manifest's; it holds {some(inside)}"
+            )
+        start += size
+    for entry in manifest.tensors:
+        if checksum(gather(entry, chunks, manifest)) != entry.checksum:
+            raise refusal(manifest, name, f"the checksum of tensor '{entry.name}' differs from the manifest's")
+    return UnpackedTensors(manifest, chunks)
+
+
+def refusal(manifest: Manifest, name: str, what: str) -> WeightSyncError:
+    """Why a publication was not taken."""
+    return WeightSyncError(f"version {manifest.version} was refused by {name}: {what}")
 
 
 def _fingerprint(entries: Iterable[TensorEntry]) -> str:

@@ -39,6 +39,7 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("KL to the reference", (r"kl",), (0.0, None)),
     ("Share of clipped decisions", (r"clip/(low|high)",), (0.0, None)),
     ("On-policy gap, nats", (r"on_policy_gap",), (0.0, None)),
+    ("An inexact writer's log-probs off the trainer's, nats", (r"sampling/sampling_logp_difference/.*",), (0.0, None)),
     ("Groups", (r"groups/trained", r"groups/dropped/.*"), (0.0, None)),
     ("Images drawn a step", (r"rollout/images",), (0.0, None)),
     ("Tool use, and how the images of a group differ", (r"rollout/(tool_rate|diversity|duplicates)",), (0.0, None)),

@@ -1,0 +1,205 @@
+"""Writers: the native one asleep and awake, others by name, and what each can do against what a recipe asks for."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from formats.config import FormatConfig
+from formats.registry import get_format
+from policy.config import PolicyConfig, TinySection
+from rollout.capabilities import Capabilities, WriterError, check_capabilities
+from rollout.config import RolloutConfig
+from rollout.native import NativeWriter
+from rollout.pool.local import LocalRollouts
+from rollout.registry import check_writer_config, make_writer
+from rollout.requests import RolloutRequest
+from rollout.weights.receive import UNPUBLISHED
+from rollout.weights.wire import WeightSyncError, pack
+from rollout.writer import take_up, write_groups
+from tests.worker_factories import engine
+
+ROLLOUT = {"rows": 4, "max_tokens": 24}
+TINY = TinySection(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+
+
+def requests(groups: int = 2) -> list[RolloutRequest]:
+    return [RolloutRequest(group, "a red dot", {}, (0, 1, 2), seed=5) for group in range(groups)]
+
+
+def sampled(writer) -> list[tuple]:
+    return [
+        (t.group, t.member, s.ids.tobytes(), s.decisions.logprob_N.tobytes())
+        for _, group in write_groups(writer, requests())
+        for t in group
+        for s in t.segments
+        if s.decisions
+    ]
+
+
+# ---- sleep ----
+
+
+def cache_bytes(cache) -> int:
+    return cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes()
+
+
+def test_sleep_frees_the_cache_and_waking_changes_no_result():
+    writer = NativeWriter(engine(ROLLOUT))
+    before = sampled(writer)
+    policy = writer.policy
+    held, size = weakref.ref(policy.caches[-1].keys), cache_bytes(policy.caches[-1])
+    policy.caches.clear()  # the fakes remember theirs for other tests
+    writer.sleep()
+    gc.collect()
+    assert held() is None and size > 10_000
+    with pytest.raises(RuntimeError, match=r"sleeps: wake\(\) comes before stream\(\)"):
+        next(writer.stream(requests()))
+    writer.wake()
+    assert cache_bytes(policy.caches[-1]) == size  # there before anything is written
+    assert sampled(writer) == before and len(policy.caches) == 1
+
+
+def test_a_writer_that_never_wrote_has_nothing_to_free():
+    writer = NativeWriter(engine(ROLLOUT))
+    writer.sleep()
+    writer.wake()
+    assert not writer.policy.caches and sampled(writer) == sampled(NativeWriter(engine(ROLLOUT)))
+
+
+def test_a_writer_does_not_sleep_while_it_writes():
+    writer = NativeWriter(engine(ROLLOUT))
+    stream = writer.stream(requests())
+    next(stream)
+    with pytest.raises(RuntimeError, match="is writing: its stream is read to the end or closed"):
+        writer.sleep()
+    stream.close()
+    writer.sleep()
+
+
+def test_a_pool_that_is_told_to_puts_its_writer_to_sleep_between_generations():
+    awake, asleep = LocalRollouts(engine(ROLLOUT)), LocalRollouts(engine(ROLLOUT), sleeps=True)
+    for _ in range(2):
+        one, other = awake.generate(requests()).groups, asleep.generate(requests()).groups
+        assert [s.ids.tolist() for g in one for t in g for s in t.segments] == [
+            s.ids.tolist() for g in other for t in g for s in t.segments
+        ]
+        policy = asleep._writer.policy
+        held = weakref.ref(policy.caches[-1].keys)
+        policy.caches.clear()
+        gc.collect()
+        assert held() is None
+    assert asleep.probe(one[0])[0].shape == awake.probe(one[0])[0].shape  # scoring needs no cache
+
+
+# ---- weights ----
+
+
+def test_a_writer_that_does_not_count_its_version_is_refused():
+    class Forgetful(NativeWriter):
+        def take(self, manifest, tensors):
+            self.policy.model.load_state_dict(dict(tensors))
+
+    writer = Forgetful(engine(ROLLOUT), "worker 3")
+    update = pack(engine(ROLLOUT, seed=1).policy.model.state_dict(), 4)
+    with pytest.raises(WeightSyncError, match=f"version 4 was given to worker 3, which says .* version {UNPUBLISHED}"):
+        take_up(writer, update.manifest, (), update.chunks)
+
+
+def test_tensors_are_made_one_at_a_time_by_name():
+    state = engine(ROLLOUT, seed=1).policy.model.state_dict()
+    seen = {}
+
+    class Named(NativeWriter):
+        def take(self, manifest, tensors):
+            seen.update(tensors)
+            super().take(manifest, tensors)
+
+    update = pack(state, 0, chunk_bytes=200)
+    take_up(Named(engine(ROLLOUT)), update.manifest, (), update.chunks)
+    assert seen.keys() == state.keys() and all(torch.equal(seen[name], state[name]) for name in state)
+
+
+# ---- by name ----
+
+
+def twin(policy, fmt, rollout, words):
+    """A writer of one's own."""
+    return NativeWriter(engine({"rows": rollout.rows, "max_tokens": rollout.max_tokens}))
+
+
+def words_only(policy, fmt, rollout, words):
+    pytest.fail("it was built")
+
+
+words_only.capabilities = Capabilities(images=False, guidance=False, full_constraint=False, kept_sets=False)
+
+
+def no_writer(policy, fmt, rollout, words):
+    return object()
+
+
+def broken(policy, fmt, rollout, words):
+    raise ImportError("no module named vllm")
+
+
+def made(name: str):
+    return make_writer(PolicyConfig(tiny=TINY), FormatConfig(), RolloutConfig(writer=name, **ROLLOUT), ["a", "dot"])
+
+
+def test_writers_are_found_by_name_and_by_dotted_path():
+    assert made("native").policy.family == "chameleon"
+    assert made("tests.test_writer.twin").policy.family == "fake"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("natve", "rollout.writer: no 'natve'; did you mean 'native'"),
+        (
+            "tests.test_writer.twn",
+            "rollout.writer: 'tests.test_writer.twn': .* has no function 'twn'; did you mean 'twin'",
+        ),
+        ("tests.test_writer.ROLLOUT", "is dict, and no function that builds a writer"),
+        ("tests.test_writer.no_writer", "gave a object, which is no Writer: it has no 'name'"),
+        ("tests.test_writer.broken", "'tests.test_writer.broken' cannot be made: ImportError: no module named vllm"),
+    ],
+)
+def test_what_is_no_writer_is_said(name, message):
+    with pytest.raises(Exception, match=message) as raised:
+        made(name)
+    assert raised.value.exit_code == 2
+
+
+def test_what_a_writer_cannot_do_is_known_before_it_is_built():
+    config = RolloutConfig(writer="tests.test_writer.words_only")
+    with pytest.raises(
+        WriterError, match="'tests.test_writer.words_only' writes words alone, and format 'strokes' has"
+    ):
+        check_writer_config(config, get_format("strokes"), "images")
+    check_writer_config(RolloutConfig(guidance=True, top_p=0.9), get_format("strokes"), "full")
+
+
+# ---- capabilities ----
+
+
+@pytest.mark.parametrize(
+    "lacking, asked, constrain, message",
+    [
+        ("images", {}, "images", r"^rollout.writer: 'vllm' writes words alone, .*'strokes' .*\('sketch'"),
+        ("guidance", {"guidance": True}, "images", r"^rollout.guidance: .* set it to false"),
+        ("full_constraint", {}, "full", r"^format.constrain: .* set it to 'images'"),
+        ("kept_sets", {"top_p": 0.9}, "images", r"^rollout.top_p: .* set it to 1,"),
+        ("kept_sets", {"top_k": 20}, "images", r"^rollout.top_k: .* set it to 0,"),
+    ],
+)
+def test_what_a_writer_cannot_do_is_refused_by_its_key(lacking, asked, constrain, message):
+    fmt, config = get_format("strokes"), RolloutConfig(**asked)
+    with pytest.raises(WriterError, match=message):
+        check_capabilities("vllm", Capabilities(**{lacking: False}), fmt, constrain, config)
+    check_capabilities("native", Capabilities(), fmt, constrain, config)
+    if asked or constrain == "full":  # what is not asked for need not be had
+        check_capabilities("vllm", Capabilities(**{lacking: False}), fmt, "images", RolloutConfig())
