@@ -28,6 +28,9 @@ class FlowConfig(Section):
     noise_level: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Of the stochastic steps. null: the sampler's own default."
     )
+    variant: Literal["repaired", "release"] = Field(
+        "repaired", description="Of the sampler. release: as its authors' code has it, faults included."
+    )
     steps: int = Field(10, ge=1, le=1000, description="Denoising steps of an image.")
     schedule: Literal["uniform", "sd3"] = Field(
         "uniform", description="uniform: equal steps, shifted (BAGEL, FLUX); sd3: that of Stable Diffusion 3."
@@ -57,7 +60,7 @@ class FlowConfig(Section):
 
     def build_sampler(self, second_time: float) -> Sampler:
         """Raises UserError for a noise level that the sampler has no step for."""
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = {"variant": self.variant}
         if self.noise_level is not None and self.sampler != "ode":
             values["noise_level"] = self.noise_level
         if self.sampler == "sde":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from record.trajectory import Media
+from rollout.config import FlowConfig
 from runtime.errors import UserError
 
 
@@ -31,3 +32,4 @@ class RolloutRequest:
     seed: int = 0
     # What the prompt shows: images, uint8 [height, width, 3], and frames.
     media: tuple[Media, ...] = field(default=(), compare=False)
+    flow: FlowConfig | None = None  # how its images are denoised; None: as the recipe's rollouts say
