@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from record.trajectory import Trajectory
+from rollout.config import FlowConfig
 from rollout.pool.contract import Rollouts
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError
@@ -105,6 +106,7 @@ def evaluate(
     seed: int,
     samples: int = 1,
     each: Callable[[int, list[Trajectory]], None] | None = None,
+    flow: FlowConfig | None = None,
 ) -> Heldout:
     """Answer every record `samples` times and measure each answer.
 
@@ -112,6 +114,7 @@ def evaluate(
         evaluations: the first one's score is the score.
         records: held-out; their order numbers them, so keep it between evaluations.
         each: is told a prompt's number and its answers as they are finished.
+        flow: how images are denoised; None: as `rollouts` do.
 
     Raises:
         EvaluationError: there are no records; or some prompts got no answer, so that a mean over the others would not
@@ -123,7 +126,7 @@ def evaluate(
     for evaluation in evaluations:
         evaluation.check(records)
     requests = [
-        RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed)
+        RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed, flow=flow)
         for number, record in enumerate(records)
     ]
     result = rollouts.generate(requests, each=each)
