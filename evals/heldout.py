@@ -21,6 +21,7 @@ from runtime.errors import UserError
 from tasks.base import Evaluation
 
 if TYPE_CHECKING:  # scores that are kept are read without torch, which it imports
+    from rollout.config import FlowConfig
     from rollout.pool.contract import Rollouts
 
 MeasureByName = Mapping[str, float | None]
@@ -107,6 +108,7 @@ def evaluate(
     seed: int,
     samples: int = 1,
     each: Callable[[int, list[Trajectory]], None] | None = None,
+    flow: FlowConfig | None = None,
 ) -> Heldout:
     """Answer every record `samples` times and measure each answer.
 
@@ -114,6 +116,7 @@ def evaluate(
         evaluations: the first one's score is the score.
         records: held-out; their order numbers them, so keep it between evaluations.
         each: is told a prompt's number and its answers as they are finished.
+        flow: how images are denoised; None: as `rollouts` do.
 
     Raises:
         EvaluationError: there are no records; or some prompts got no answer, so that a mean over the others would not
@@ -125,7 +128,7 @@ def evaluate(
     for evaluation in evaluations:
         evaluation.check(records)
     requests = [
-        RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed)
+        RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed, flow=flow)
         for number, record in enumerate(records)
     ]
     result = rollouts.generate(requests, each=each)

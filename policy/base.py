@@ -58,6 +58,22 @@ class Extent:
 
 
 @dataclass
+class FlowScores:
+    """What the current weights say of one image's denoising steps, for the ratios and divergences of such steps.
+
+    F are its decisions, in their order. policy/scoring/steps.py makes it from velocities.
+    """
+
+    place: tuple[int, int]  # index into the call's passes, and segment
+    decision_F: Tensor  # int64, index into the call's N
+    x_next_F: Tensor  # float32 [F, ...], where each step led
+    mean_F: Tensor  # float32 [F, ...]; carries the gradient
+    velocity_F: Tensor  # float32 [F, ...], guided; carries the gradient
+    noise_std_F: Tensor  # float32
+    step_size_F: Tensor  # float32, the time that it takes off
+
+
+@dataclass
 class Scored:
     """What the current weights say of recorded decisions.
 
@@ -69,10 +85,11 @@ class Scored:
     kind_N: Tensor  # int64, DecisionKind
     logprob_N: Tensor  # float32, under the recorded law; carries the gradient
     behaviour_N: Tensor  # float32, as recorded by the engine
-    log_ratio_N: Tensor  # float32: new against `old`, as the kind defines it
-    divergence_N: Tensor | None  # float32: from `reference`, as the kind defines it (k3 for tokens); None: none given
+    log_ratio_N: Tensor  # float32: the difference of log-probs, new less `old`
+    divergence_N: Tensor | None  # float32: k3 of the log-probs from those of `reference`; None: none given
     entropy_N: Tensor | None  # float32, of the law's distribution, detached; None: not asked for
-    mean_N: Any = None  # flow families keep their step means here, for the next call's ratio or divergence
+    # One an image that was denoised. From them rl/flow_decisions.py makes those decisions' ratios and divergences anew.
+    flows: tuple[FlowScores, ...] = ()
 
 
 class Cache(Protocol):
@@ -88,10 +105,18 @@ class Pass:
 
     trajectory: Trajectory
     segments: tuple[int, ...]  # whose trained decisions it scores, ascending
-    cost: int  # slots that are forwarded, guidance branches included
+    cost: int  # slots that are forwarded, guidance branches included, padding not
     modules: frozenset[str]  # what it touches, by the family's own names: ranks make equal passes over equal modules
     decisions: int
     plan: Any = field(default=None, repr=False, compare=False)  # the family's own
+    rows: tuple[int, ...] = ()  # lengths of its rows, where a forward pads all rows to the longest; none: no padding
+
+
+def forwarded(passes: Sequence[Pass]) -> int:
+    """Slots that one forward of these passes takes, padding included: what memory and time follow."""
+    packed = sum(one.cost for one in passes if not one.rows)
+    padded = [length for one in passes for length in one.rows]
+    return packed + len(padded) * max(padded, default=0)
 
 
 class Policy(Protocol):
@@ -167,7 +192,7 @@ class Policy(Protocol):
 
     def passes(self, trajectories: Sequence[Trajectory], budget: int | None = None) -> list[Pass]:
         """What scores the trained decisions of trajectories, in their order. A trajectory is divided at segments where
-        its cost would be over `budget`; None: it is not divided."""
+        it would take more than `budget` slots as forwarded; None: it is not divided."""
         ...
 
     def score(

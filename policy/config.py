@@ -99,7 +99,9 @@ class PolicyConfig(Section):
     )
     device: str = Field("cpu", description="torch device of the weights, such as 'cpu' or 'cuda'.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="transformers' attention in scoring and training."
+        "sdpa",
+        description="transformers' attention in scoring and training. With sdpa rows are scored end to end, without "
+        "padding; the others pad them to the longest.",
     )
     lora: LoraSection | None = Field(None, description="Train adapters only. None: all weights of the decoder.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")

@@ -19,6 +19,7 @@ from record.trajectory import Modality, Trajectory
 from rl.config import GrpoConfig
 from rl.ledger import CUT_OFF, GREEDY, Group, Ledger
 from rl.losses import Layout, decision_weights
+from rl.packing import deal
 
 MODALITIES = list(Modality)
 
@@ -84,87 +85,38 @@ def plan(
 ) -> list[MicroBatch]:
     """This process's micro-batches of one optimiser step over `trajectories`.
 
-    Every process makes equally many, over equal modules: collective operations inside a module (FSDP) wait for all.
-    Where a process has none left of a kind, it scores another's cheapest with weight 0.
+    Every process makes equally many, over equal modules (packing.py). Where it has none left of a kind, it scores
+    another's with weight 0.
     """
     passes = policy.passes(trajectories, _divisible(config))
-    packs = _packs(passes, config.tokens_per_micro_batch, processes, config.by_sequence)
+    dealt = deal(passes, config.tokens_per_micro_batch, processes, config.by_sequence)
     number_of = {id(trajectory): number for number, trajectory in enumerate(trajectories)}
     local = [np.full(len(t.segments), -1) for t in trajectories]
-    for number, rows in enumerate(packs):
-        for row in rows:
+    for number, forward in enumerate(forward for mine in dealt for forward in mine if not forward.padding):
+        for row in forward.passes:
             local[number_of[id(passes[row].trajectory)]][list(passes[row].segments)] = number
     weights = _weights(trajectories, local, config)
-    by_modules: dict[frozenset[str], list[list[int]]] = {}
-    for rows in packs:
-        by_modules.setdefault(passes[rows[0]].modules, []).append(rows)
     batches: list[MicroBatch] = []
-    for modules in sorted(by_modules, key=sorted):
-        alike = by_modules[modules]
-        for rows in alike[rank::processes]:
-            mine = [passes[row] for row in rows]
-            batches.append(_micro_batch(mine, [weights[number_of[id(p.trajectory)]] for p in mine]))
-        if len(alike) % processes and rank >= len(alike) % processes:
-            cheapest = min((passes[row] for rows in alike for row in rows), key=lambda p: p.cost)
-            batches.append(_micro_batch([cheapest], [np.zeros(len(cheapest.trajectory.segments))]))
+    for forward in dealt[rank]:
+        mine = [passes[row] for row in forward.passes]
+        counts = 0.0 if forward.padding else 1.0
+        batches.append(_micro_batch(mine, [counts * weights[number_of[id(p.trajectory)]] for p in mine]))
     return batches
 
 
 def share(
     policy: Policy, trajectories: Sequence[Trajectory], config: GrpoConfig, processes: int, rank: int
 ) -> list[list[Pass]]:
-    """This process's passes over `trajectories`, by forward, where no gradient and no weight is wanted."""
+    """This process's passes over `trajectories`, by forward, where no gradient and no weight is wanted. Some passes may
+    be several processes'."""
     passes = policy.passes(trajectories, config.tokens_per_micro_batch)
-    by_modules: dict[frozenset[str], list[list[int]]] = {}
-    for rows in _packs(passes, config.tokens_per_micro_batch, processes, together=False):
-        by_modules.setdefault(passes[rows[0]].modules, []).append(rows)
-    mine: list[list[Pass]] = []
-    for modules in sorted(by_modules, key=sorted):
-        alike = by_modules[modules]
-        # Processes without a forward left make the last one again: all make equally many.
-        for start in range(0, len(alike), processes):
-            mine.append([passes[row] for row in alike[min(start + rank, len(alike) - 1)]])
-    return mine
+    mine = deal(passes, config.tokens_per_micro_batch, processes)[rank]
+    return [[passes[row] for row in forward.passes] for forward in mine]
 
 
 def _divisible(config: GrpoConfig) -> int | None:
     """A ratio over a whole trajectory wants all of its decisions in one forward."""
     return None if config.by_sequence else config.tokens_per_micro_batch
-
-
-def _packs(passes: Sequence[Pass], budget: int, processes: int, together: bool) -> list[list[int]]:
-    """Passes over equal modules by falling cost, so that a forward pads little. `together`: a trajectory's passes are
-    never parted."""
-    units = [[number] for number in range(len(passes))]
-    if together:
-        of: dict[int, list[int]] = {}
-        for number, one in enumerate(passes):
-            of.setdefault(id(one.trajectory), []).append(number)
-        units = list(of.values())
-    by_modules: dict[frozenset[str], list[list[int]]] = {}
-    for unit in units:
-        by_modules.setdefault(passes[unit[0]].modules, []).append(unit)
-    packs: list[list[int]] = []
-    for alike in by_modules.values():
-        costs = [sum(passes[number].cost for number in unit) for unit in alike]
-        packs += [[number for row in rows for number in alike[row]] for rows in pack(costs, budget, processes)]
-    return packs
-
-
-def pack(lengths: Sequence[int], budget: int, processes: int = 1) -> list[list[int]]:
-    """Rows by falling length, so that a forward pads little: rows times longest row stays within the budget.
-
-    The budget is lowered to a process's fair share, so that a small batch is divided among all of them.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    rows_each = -(-len(lengths) // processes)
-    packs: list[list[int]] = []
-    for row in order:
-        full = not packs or (len(packs[-1]) + 1) * lengths[packs[-1][0]] > budget or len(packs[-1]) >= rows_each
-        if full:
-            packs.append([])
-        packs[-1].append(row)
-    return packs
 
 
 def _weights(trajectories: Sequence[Trajectory], local: Sequence[np.ndarray], config: GrpoConfig) -> list[np.ndarray]:

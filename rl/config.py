@@ -50,6 +50,30 @@ class ForkConfig(Section):
     )
 
 
+class FlowLossConfig(Section):
+    """Ratios and divergences of denoising steps: rl/flow_losses.py defines them."""
+
+    ratio: Literal["plain", "guard"] = Field(
+        "plain",
+        description="plain: Flow-GRPO's. guard: GRPO-Guard's RatioNorm, and weights by the step's size "
+        "(arXiv:2510.22319).",
+    )
+    anchor: Literal["mean_kl", "velocity_mse"] = Field(
+        "mean_kl",
+        description="The divergence that grpo.beta weighs. mean_kl: of the step's Gaussian from the reference's, exact "
+        "(Flow-GRPO). velocity_mse: squared distance of the velocities (UniGRPO).",
+    )
+    variant: Literal["repaired", "shared_scale", "release"] = Field(
+        "repaired",
+        description="Of RatioNorm and of mean_kl. repaired: each step by itself. shared_scale (RatioNorm alone): one "
+        "scale for all steps of a forward pass, as in verl-omni. release: as the authors have them, faults included.",
+    )
+
+
+# Ratios of denoising steps are means over a latent's elements and stay near 1: the releases' clip ranges.
+FLOW_EPSILON = {"plain": 1e-4, "guard": 2e-6}
+
+
 class GrpoConfig(Section):
     """The section `grpo` of a recipe."""
 
@@ -77,8 +101,10 @@ class GrpoConfig(Section):
     tokens_per_micro_batch: int = Field(
         4096,
         ge=1,
-        description="Rows times longest row of one forward pass; a longer "
-        "trajectory gets a pass of its own. What fits a CPU's cache is quickest there.",
+        description="Slots of one forward pass: ids, with those of guidance branches and, where attention takes no "
+        "rows end to end (eager, flash_attention_2), the padding to the longest row. A trajectory that takes more is "
+        "divided at segments; a segment that takes more by itself gets a pass of its own, and the log says so. What "
+        "fits a CPU's cache is quickest there.",
     )
     idle_limit: int | None = Field(
         None,
@@ -124,11 +150,20 @@ class GrpoConfig(Section):
     clip_by_kind: dict[Kind, ClipConfig] = Field(
         {},
         description="Clip ranges of a kind of decision, in place of the three keys above; a number "
-        "alone is its epsilon.",
+        "alone is its epsilon. Denoising steps (flow) that are not named have 1e-4, as in Flow-GRPO (its Fast form has "
+        "1e-5), and 2e-6 with flow.ratio guard, as in GRPO-Guard.",
+    )
+    kind_weights: dict[Kind, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        {}, description="Factor on the loss of a kind of decision, after loss_type's weights; 1 if not named."
+    )
+    flow: FlowLossConfig = Field(
+        default_factory=FlowLossConfig, description="Denoising steps, in families that denoise images."
     )
     beta: float = Field(0.0, ge=0, description="Weight of the KL divergence from the reference; 0: none is computed.")
     use_bias_correction_kl: bool = Field(
-        True, description="Multiply the KL term by the ratio, which makes its gradient that of the reverse KL."
+        True,
+        description="Multiply the KL term by the ratio, which makes its gradient that of the reverse KL. Not that of "
+        "denoising steps, which is exact.",
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
         "token", description="Ratios by decision, or their geometric mean over the trajectory (GSPO)."

@@ -41,7 +41,7 @@ class ClipRange:
 class LossSettings:
     clip: Mapping[DecisionKind, ClipRange] = field(default_factory=lambda: {kind: ClipRange() for kind in DecisionKind})
     beta: float = 0.0
-    use_bias_correction_kl: bool = True
+    use_bias_correction_kl: bool = True  # of estimates of the divergence, which words and codes have
     importance_sampling_level: str = "token"  # or "sequence": one ratio a trajectory
     importance_sampling_cap: float | None = None
     importance_sampling_mode: str = "token_truncate"  # of IMPORTANCE_MODES
@@ -97,7 +97,8 @@ def policy_loss(scored: ScoredDecisions, settings: LossSettings) -> Loss:
             raise ValueError("beta is set, but the decisions carry no divergence from a reference")
         divergence_N = scored.divergence_N
         if settings.use_bias_correction_kl:
-            divergence_N = divergence_N * ratio_N
+            # A denoising step's divergence is exact: there is no estimate to correct.
+            divergence_N = torch.where(scored.kind_N == DecisionKind.FLOW, divergence_N, divergence_N * ratio_N)
         loss = policy + settings.beta * (scored.weight_N * divergence_N)[counts_N].sum()
 
     below_N = (bounded_N < 1 - low_N) & (scored.advantage_N < 0)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ from transformers import get_scheduler
 from policy.base import Pass, Policy, Scored
 from record.trajectory import DecisionKind, Trajectory
 from rl.batches import MicroBatch, plan, scored_decisions, share, trainable
-from rl.config import ClipConfig, GrpoConfig
+from rl.config import FLOW_EPSILON, ClipConfig, GrpoConfig, Kind
+from rl.flow_decisions import with_flow_terms
 from rl.inexact import any_inexact, checked_gap, mean_gap_by_role, sampling_metrics
 from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
+from rl.packing import tell_over_budget
 from rollout.weights.wire import fingerprint
 from runtime.errors import UserError
 from training.precision import half_precision
@@ -118,6 +120,7 @@ class Trainer:
         )
         self.settings = loss_settings(config)
         self._on_policy = False  # until proven on the first rollouts
+        self._told: set[tuple[str, ...]] = set()  # roles of passes over the budget, each told once
         policy.model.eval()
 
     @property
@@ -200,6 +203,8 @@ class Trainer:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = [trainable(part, config) for part in _split(groups, config.num_minibatches)]
         minibatches = [plan(self.policy, part, config, processes, rank) for part in parts if part]
+        scored = [p for batches in minibatches for batch in batches for p in batch.passes]
+        tell_over_budget(scored, config.tokens_per_micro_batch, self._told)
         metrics = {"optimizer_steps": 0.0, "learning_rate": self.scheduler.get_last_lr()[0]}
         if not minibatches:
             return metrics | {"time/update": time.perf_counter() - started}
@@ -271,7 +276,7 @@ class Trainer:
                 with self.accelerator.autocast():
                     scored = self.scorer(batch.passes, old=old[number], reference=reference[number], entropy=True)
                 with rank_local(self.accelerator):
-                    decisions = self._decisions(batch, scored, old[number])
+                    decisions = self._decisions(batch, scored, old[number], reference[number])
                 loss = policy_loss(decisions, self.settings)
                 # Gradients are averaged over processes, and the loss is already a share of the whole batch's sum.
                 self.accelerator.backward(loss.loss * self.accelerator.num_processes)
@@ -280,7 +285,9 @@ class Trainer:
             worst = max(worst, float(scored.log_ratio_N.detach().abs().max()))
         return losses_2.to(self.accelerator.device), sums_KM, worst
 
-    def _decisions(self, batch: MicroBatch, scored: Scored, old: Scored | None) -> ScoredDecisions:
+    def _decisions(
+        self, batch: MicroBatch, scored: Scored, old: Scored | None, reference: Scored | None
+    ) -> ScoredDecisions:
         if len(scored.logprob_N) != batch.decisions:
             raise TrainingError(
                 f"the policy scored {len(scored.logprob_N)} decisions where the record holds "
@@ -288,16 +295,18 @@ class Trainer:
             )
         device = scored.logprob_N.device
         at = (scored.pass_N, scored.segment_N)
-        return ScoredDecisions(
+        weight_K = torch.tensor([self.config.kind_weights.get(_name(kind), 1.0) for kind in DecisionKind])
+        decisions = ScoredDecisions(
             log_ratio_N=scored.log_ratio_N,
             advantage_N=batch.advantage_PS.to(device)[at],
             kind_N=scored.kind_N,
-            weight_N=batch.weight_PS.to(device)[at],
+            weight_N=batch.weight_PS.to(device)[at] * weight_K.to(device)[scored.kind_N],
             trajectory_N=batch.trajectory_P.to(device)[scored.pass_N],
             divergence_N=scored.divergence_N,
             entropy_N=scored.entropy_N,
             behaviour_log_ratio_N=None if old is None else old.logprob_N - old.behaviour_N,
         )
+        return with_flow_terms(decisions, scored, old, reference, batch.passes, self.config.flow)
 
     def _step(self) -> float:
         parameters = list(self._trained().values())
@@ -413,7 +422,10 @@ def loss_settings(config: GrpoConfig) -> LossSettings:
     """Clip ranges by kind, and the rest of what the loss must know."""
     clip = {}
     for kind in DecisionKind:
-        source: GrpoConfig | ClipConfig = config.clip_by_kind.get(kind.name.lower(), config)  # type: ignore[call-overload]
+        source: GrpoConfig | ClipConfig = config
+        if kind == DecisionKind.FLOW:
+            source = ClipConfig(epsilon=FLOW_EPSILON[config.flow.ratio])
+        source = config.clip_by_kind.get(_name(kind), source)
         high = source.epsilon if source.epsilon_high is None else source.epsilon_high
         clip[kind] = ClipRange(source.epsilon, high, source.delta)
     return LossSettings(
@@ -424,6 +436,10 @@ def loss_settings(config: GrpoConfig) -> LossSettings:
         config.importance_sampling_cap,
         config.importance_sampling_mode,
     )
+
+
+def _name(kind: DecisionKind) -> Kind:
+    return cast(Kind, kind.name.lower())
 
 
 def _split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:

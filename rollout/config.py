@@ -5,14 +5,16 @@ Which thoughts are possible (format, constraint, number of images) is the sectio
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from formats.roles import DEFAULT, SAMPLED
-from policy.scoring.flow import SAMPLERS, Sampler
 from runtime.ray_options import RayShare
 from runtime.section import Retries, Seconds, Section
+
+if TYPE_CHECKING:
+    from policy.scoring.flow import Sampler
 
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -27,6 +29,9 @@ class FlowConfig(Section):
     )
     noise_level: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Of the stochastic steps. null: the sampler's own default."
+    )
+    variant: Literal["repaired", "release"] = Field(
+        "repaired", description="Of the sampler. release: as its authors' code has it, faults included."
     )
     steps: int = Field(10, ge=1, le=1000, description="Denoising steps of an image.")
     schedule: Literal["uniform", "sd3"] = Field(
@@ -57,7 +62,9 @@ class FlowConfig(Section):
 
     def build_sampler(self, second_time: float) -> Sampler:
         """Raises UserError for a noise level that the sampler has no step for."""
-        values: dict[str, Any] = {}
+        from policy.scoring.flow import SAMPLERS  # torch, which a recipe is read without
+
+        values: dict[str, Any] = {"variant": self.variant}
         if self.noise_level is not None and self.sampler != "ode":
             values["noise_level"] = self.noise_level
         if self.sampler == "sde":

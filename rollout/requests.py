@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from record.trajectory import Media, Segment
+from rollout.config import FlowConfig
 from runtime.errors import UserError
 
 RequestKey = tuple[int, tuple[int, int] | None]  # group, parent
@@ -40,6 +41,7 @@ class RolloutRequest:
     parent: tuple[int, int] | None = None  # (member, segments): as in Trajectory.parent
     parent_group: int | None = None  # the parent's group; None: this one
     prefix: tuple[Segment, ...] = field(default=(), compare=False)  # the parent's first segments, whole
+    flow: FlowConfig | None = None  # how its images are denoised; None: as the recipe's rollouts say
 
     @property
     def key(self) -> RequestKey:

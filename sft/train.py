@@ -126,7 +126,7 @@ def warm_start(
         roles=role_names(trajectories),
         model=policy.model,
         train_dataset=Dataset.from_list(list(rows)),
-        data_collator=Collator(policy.vocabulary.pad, pack=policy.core.config._attn_implementation == "sdpa"),
+        data_collator=Collator(policy.vocabulary.pad, pack=policy.packs),
         processing_class=policy.vocabulary.tokenizer,
         args=_arguments(config, output_dir, seed, policy.device.type == "cpu"),
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from formats.base import AllowedSet, Codes, ContextSpec, Latent, PieceSpec, Span, whole_history
 from policy.base import Categorical, Extent, FlowStep, Pass, Scored, TokenStep, Velocity
-from policy.scoring.flow import replay, sampler_of
+from policy.scoring.steps import recorded_steps, score_recorded
 from record.trajectory import (
     Author,
     DecisionKind,
@@ -242,17 +242,26 @@ class FakePolicy:
         self, passes, old: Scored | None = None, reference: Scored | None = None, entropy: bool = False
     ) -> Scored:
         columns: dict[str, list] = {name: [] for name in ("t", "s", "kind", "logprob", "behaviour", "entropy")}
+        flows = []
         for t, trajectory in enumerate(one.trajectory for one in passes):
             for s, segment in enumerate(trajectory.segments):
                 if segment.decisions is None or not segment.trained:
                     continue
-                for n, kind in enumerate(segment.decisions.kind_N):
-                    if segment.decisions.sampling.greedy_N[n]:
-                        continue
-                    logprob, uncertainty = self._score_one(trajectory, s, n, int(kind))
+                chosen = np.flatnonzero(~segment.decisions.sampling.greedy_N)
+                scored = [
+                    self._score_one(trajectory, s, n)
+                    for n in chosen
+                    if segment.decisions.kind_N[n] != DecisionKind.FLOW
+                ]
+                if len(scored) < len(chosen):
+                    at_F = torch.arange(len(scored), len(chosen)) + len(columns["t"])
+                    logprob_F, entropy_F, flow = self._score_steps(trajectory, s, (t, s), at_F)
+                    scored += zip(logprob_F, entropy_F.tolist(), strict=True)
+                    flows.append(flow)
+                for n, (logprob, uncertainty) in zip(chosen, scored, strict=True):
                     columns["t"].append(t)
                     columns["s"].append(s)
-                    columns["kind"].append(int(kind))
+                    columns["kind"].append(int(segment.decisions.kind_N[n]))
                     columns["logprob"].append(logprob)
                     columns["behaviour"].append(float(segment.decisions.logprob_N[n]))
                     columns["entropy"].append(uncertainty)
@@ -272,43 +281,51 @@ class FakePolicy:
             logprob_N - before_N,
             divergence_N,
             torch.tensor(columns["entropy"]) if entropy else None,
+            tuple(flows),
         )
 
-    def _score_one(self, trajectory: Trajectory, s: int, n: int, kind: int) -> tuple[Tensor, float]:
-        """One decision, from its recorded context alone: no cache and no sharing with other decisions."""
+    def _answers(self, trajectory: Trajectory, s: int, guided: bool, position: int, ask) -> Tensor:
+        """What `ask` makes of each branch's context and of so many ids after it, combined; no cache and no sharing."""
+        segment, answers = trajectory.segments[s], {}
+        for context in segment.contexts if guided else segment.contexts[:1]:
+            parts = [self._embed_piece(trajectory, piece) for piece in context.pieces]
+            if position:
+                parts.append(self._embed_piece(trajectory, Piece(s, "ids", context.start, (0, position))))
+            answers[context.branch] = ask(torch.cat(parts) if parts else torch.zeros(0, self.model.word.shape[1]))
+        return self.guide(answers, segment.decisions.sampling.guidance) if guided else answers["full"]
+
+    def _score_one(self, trajectory: Trajectory, s: int, n: int) -> tuple[Tensor, float]:
+        """One word or code, from its recorded context alone."""
         net, segment = self.model, trajectory.segments[s]
         decisions, sampling = segment.decisions, segment.decisions.sampling
         position = int(decisions.position_N[n])
-        guided = sampling.guidance is not None and kind != DecisionKind.WORD
-        answers: dict[str, Tensor] = {}
-        flow_n = n - int((decisions.kind_N != DecisionKind.FLOW).sum())
-        for context in segment.contexts if guided else segment.contexts[:1]:
-            parts = [self._embed_piece(trajectory, piece) for piece in context.pieces]
-            if kind != DecisionKind.FLOW and position:
-                parts.append(self._embed_piece(trajectory, Piece(s, "ids", context.start, (0, position))))
-            h = torch.cat(parts) if parts else torch.zeros(0, net.word.shape[1])
-            keys, values = h @ net.key.T, h @ net.value.T
-            if kind == DecisionKind.FLOW:
-                flow = segment.flow
-                times = torch.from_numpy(flow.time_M[position : position + 2])
-                x = torch.from_numpy(flow.x_N[flow_n])[None]
-                seen = torch.ones(1, LATENT_SHAPE[0], len(h), dtype=torch.bool)
-                answers[context.branch] = self._flow(x, times[:1], keys[None], values[None], seen).velocity_B[0]
-            else:
-                out = net.attend(h[-1:], keys, values, torch.ones(1, len(h), dtype=torch.bool))
-                answers[context.branch] = out[0] @ net.head.T
-        answer = self.guide(answers, sampling.guidance) if guided else answers["full"]
-        if kind == DecisionKind.FLOW:
-            x_next = torch.from_numpy(flow.x_next_N[flow_n])[None]
-            step = replay(sampler_of(flow.sampler), x, answer[None], times[:1], times[1:], x_next)
-            entropy = 0.5 + 0.5 * np.log(2 * np.pi) + step.noise_std_B.log()
-            return step.log_prob_B[0], float(entropy)
-        logits = answer / float(sampling.temperature_N[n])
+        guided = sampling.guidance is not None and decisions.kind_N[n] != DecisionKind.WORD
+
+        def ask(h: Tensor) -> Tensor:
+            seen = torch.ones(1, len(h), dtype=torch.bool)
+            return net.attend(h[-1:], h @ net.key.T, h @ net.value.T, seen)[0] @ net.head.T
+
+        logits = self._answers(trajectory, s, guided, position, ask) / float(sampling.temperature_N[n])
         if sampling.allowed_N[n] >= 0:
             allowed = mask_of(sampling.sets[sampling.allowed_N[n]], self.vocabulary.size)
             logits = logits.masked_fill(~torch.from_numpy(allowed), -torch.inf)
         distribution = torch.distributions.Categorical(logits=logits)
         return distribution.log_prob(torch.tensor(int(segment.ids[position]))), float(distribution.entropy().detach())
+
+    def _score_steps(self, trajectory: Trajectory, s: int, place, at_F: Tensor):
+        """The denoising steps of one image."""
+        net, segment = self.model, trajectory.segments[s]
+        x_F, time_F = recorded_steps(segment, net.word.device)
+
+        def ask(h: Tensor) -> Tensor:
+            keys, values = (h @ weight.T for weight in (net.key, net.value))
+            seen = torch.ones(len(x_F), LATENT_SHAPE[0], len(h), dtype=torch.bool)
+            return self._flow(
+                x_F, time_F, keys.expand(len(x_F), -1, -1), values.expand(len(x_F), -1, -1), seen
+            ).velocity_B
+
+        guided = segment.decisions.sampling.guidance is not None
+        return score_recorded(segment, self._answers(trajectory, s, guided, 0, ask), place, at_F)
 
     def reference(self):
         return nullcontext()

@@ -15,8 +15,10 @@ from rollout.pool.local import LocalRollouts
 from tasks.registry import get_task
 from tests.test_cli import QUICKSTART, SMALL, refused
 from training.tracking import read_metrics
+from underdrawing.build import build_task
 from underdrawing.cli import main
-from underdrawing.evaluations import place_of, step_of
+from underdrawing.evaluations import heldout_records, place_of, settings_of, step_of
+from underdrawing.recipe import RecipeError, load_recipe
 
 TINY = [*SMALL, "rollout.max_tokens=60", "evaluate.samples=1"]
 
@@ -80,6 +82,23 @@ def test_other_settings_than_the_runs_are_in_the_label(capsys, run):
     names = labels(run)
     assert names[:3] == ["warm_start", "warm_start-prompts-3-temperature-0.5", "warm_start-samples-2"]
     assert names[3].startswith("warm_start-top_k-5-format-") and len(names) == 4
+
+
+def test_how_images_are_denoised_is_a_setting_of_the_evaluation():
+    def settings(*more):
+        recipe = load_recipe(QUICKSTART, [*TINY, *more])
+        task = build_task(recipe)
+        return settings_of(recipe, task, heldout_records(recipe, task))
+
+    usual = settings()
+    assert "flow" not in usual  # as evaluations have it that know of no latents
+    other = settings("evaluate.flow={sampler: ode, steps: 40}")
+    assert {**other, "flow": None} == {**usual, "flow": None}
+    assert other["flow"]["sampler"] == "ode" and other["flow"]["steps"] == 40
+    assert settings("rollout.flow.steps=7")["flow"]["steps"] == 7
+    assert settings("rollout.flow.steps=7", "evaluate.flow={sampler: ode, steps: 40}")["flow"] == other["flow"]
+    with pytest.raises(RecipeError, match="evaluate.flow.step: unknown key; did you mean 'steps'"):
+        settings("evaluate.flow={sampler: ode, step: 40}")
 
 
 def test_another_evaluation_of_a_label_is_refused_by_what_differs(capsys, run, monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from evals.bootstrap import compare, paired_bootstrap, refinement
 from evals.heldout import EvaluationError, PromptScore, evaluate, mean_of_tags, spread_over_tags
 from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.contract import policy_images
+from rollout.config import FlowConfig
 from rollout.pool.contract import FailedGroup, GenerateResult
 
 RECORDS = [
@@ -79,6 +80,15 @@ def test_tags_weigh_the_same_and_no_image_scores_nothing():
     assert heldout.tags == {"color": 0.5, "counting": 1.0}
     assert heldout.as_metrics()["heldout/images"] == 1.25  # color (3 + 0) / 2, counting 1
     assert [(r.group, r.seed, r.members) for r in rollouts.requests] == [(0, 7, (0,)), (1, 7, (0,)), (2, 7, (0,))]
+
+
+def test_images_may_be_denoised_otherwise_than_in_training():
+    rollouts = Answers({"a": [[0]], "b": [[0]], "c": [[255]]})
+    evaluate(rollouts, score, RECORDS, seed=7)
+    assert [request.flow for request in rollouts.requests] == [None] * 3
+    heldout = FlowConfig(sampler="ode", steps=40)
+    evaluate(rollouts, score, RECORDS, seed=7, flow=heldout)
+    assert [request.flow for request in rollouts.requests] == [heldout] * 3
 
 
 def test_samples_of_a_prompt_are_averaged(tmp_path):

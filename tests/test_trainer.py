@@ -11,15 +11,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from hypothesis import given
-from hypothesis import strategies as st
 
 from policy.base import score_trajectories
 from policy.chameleon.family import load
 from policy.config import LoraSection
 from record.trajectory import StopReason
 from rl.advantages import compute_advantages
-from rl.batches import pack, plan, trainable
+from rl.batches import plan, trainable
 from rl.config import GrpoConfig
 from rl.trainer import Trainer, TrainingError
 from tests.bigram import BigramPolicy, reward, sampled_groups
@@ -378,14 +376,6 @@ def test_random_state_round_trips():
     drawn = (random.random(), np.random.rand(), torch.rand(3).tolist())
     set_random_state(state)
     assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == drawn
-
-
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 200), st.integers(1, 4))
-def test_packs_hold_every_row_once_and_keep_the_budget(lengths, budget, processes):
-    packs = pack(lengths, budget, processes)
-    assert sorted(row for rows in packs for row in rows) == list(range(len(lengths)))
-    for rows in packs:
-        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= budget
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

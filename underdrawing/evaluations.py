@@ -28,6 +28,7 @@ from policy.base import Policy
 from rewards.contract import RewardContext
 from rewards.detectors.registry import DetectorConfig
 from rewards.manager import RewardManager, detector_of
+from rollout.config import FlowConfig
 from rollout.open import open_rollouts
 from rollout.weights.wire import fingerprint
 from runtime.errors import UserError, nearest, writing
@@ -196,6 +197,9 @@ def settings_of(recipe: Recipe, task: Task, records: Sequence[Record]) -> dict[s
         "format": recipe.format.model_dump(mode="json"),
         "by": by,
     }
+    flow = recipe.evaluate.flow or recipe.rollout.flow
+    if flow != FlowConfig():  # families without latents read none of it
+        settings["flow"] = flow.model_dump(mode="json")
     detector: Any = recipe.rewards.detector
     if isinstance(detector, DetectorConfig):
         detector = detector.model_dump(mode="json", exclude={"device", "batch_size", "download"})
@@ -313,7 +317,7 @@ def _evaluate(
     recipe: Recipe, rollouts: Any, evaluations: Sequence[Evaluation], records: Sequence[Record], each: Any = None
 ) -> Heldout:
     section = recipe.evaluate
-    return evaluate_heldout(rollouts, evaluations, records, section.seed, section.samples, each)
+    return evaluate_heldout(rollouts, evaluations, records, section.seed, section.samples, each, section.flow)
 
 
 def _name(evaluation: str | Evaluation) -> str:

@@ -20,7 +20,7 @@ from formats.config import FormatConfig
 from policy.config import PolicyConfig
 from rewards.config import RewardsConfig
 from rl.config import GrpoConfig
-from rollout.config import RolloutConfig
+from rollout.config import FlowConfig, RolloutConfig
 from runtime.errors import UserError, nearest
 from runtime.paths import WritePath, reading
 from runtime.section import LARGEST_SEED, Section
@@ -49,6 +49,12 @@ class EvaluateConfig(Section):
         1, ge=1, le=65536, description="answers to each prompt, whose scores are averaged; GenEval draws 4"
     )
     temperature: float = Field(1.0, ge=0, description="of every role; top_p, top_k and guidance are the rollout's")
+    flow: FlowConfig | None = Field(
+        None,
+        description="how images are denoised, in families that denoise them: as a rule {sampler: ode, steps: 40}, more "
+        "steps than training takes. Also in evaluations during training. Default: as rollout.flow; what is not named "
+        "here has rollout.flow's defaults, not its values",
+    )
     seed: int = Field(
         1234, ge=0, le=LARGEST_SEED, description="of the sampling noise; the same for every evaluated policy"
     )

@@ -27,6 +27,7 @@ from policy.config import LoraSection, PolicyConfig
 from policy.decoding.cache import RowCache
 from policy.decoding.decode import Decode
 from policy.guidance import combine
+from policy.scoring.row_attention import ROWS, packs
 from policy.scoring.rows import context_ids, piece_ids
 from record.trajectory import Context, Guidance, Modality, Piece, Segment, Trajectory
 from runtime.errors import UserError
@@ -65,6 +66,11 @@ class ChameleonPolicy:
     def parameters(self) -> list[nn.Parameter]:
         """What is trained: the decoder's weights, or the adapters'. The visual tokenizer is frozen."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def packs(self) -> bool:
+        """Whether scoring lays rows end to end: by the attention that the model was loaded with."""
+        return packs(self.core.config._attn_implementation)
 
     @property
     def device(self) -> torch.device:
@@ -227,7 +233,7 @@ class ChameleonPolicy:
         return combine(branches, guidance)
 
     def passes(self, trajectories: Sequence[Trajectory], budget: int | None = None) -> list[Pass]:
-        return [p for trajectory in trajectories for p in divide(trajectory, budget)]
+        return [p for trajectory in trajectories for p in divide(trajectory, budget, self.packs)]
 
     def score(
         self,
@@ -236,17 +242,21 @@ class ChameleonPolicy:
         reference: Scored | None = None,
         entropy: bool = False,
     ) -> Scored:
-        replay = plan(passes, self.vocabulary.pad, entropy, self.score_chunk, self.device)
+        replay = plan(passes, self.vocabulary.pad, entropy, self.score_chunk, self.device, self.packs)
         if replay.batch is None:
             logprob_N, entropy_N = torch.zeros(0, device=self.device), None
         else:
-            # All ones rather than nothing: without a mask, transformers takes a jump in the position ids for the
-            # seam of packed sequences. Padding is on the right, so causality hides it.
+            # Rather than nothing: without a mask, transformers takes a jump in the position ids for the seam of packed
+            # sequences. Padding is on the right, so causality hides it; rows end to end are told apart by their
+            # lengths, and a mask of four axes is one that transformers does not make anew.
+            rows: dict[str, Any] = {"attention_mask": torch.ones_like(replay.ids_LT)}
+            if replay.row_lengths is not None:
+                rows = {
+                    "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
+                    "row_lengths": replay.row_lengths,
+                }
             logprob_N, entropy_N = self.model(
-                input_ids=replay.ids_RT,
-                position_ids=replay.position_RT,
-                attention_mask=torch.ones_like(replay.ids_RT),
-                decisions=replay.batch,
+                input_ids=replay.ids_LT, position_ids=replay.position_LT, decisions=replay.batch, **rows
             )
         behaviour_N = replay.behaviour_N
         _check_same(replay.target_count, old, "old")
@@ -346,14 +356,15 @@ def _with_adapters(model: InterleavedChameleon, lora: LoraSection) -> nn.Module:
 def load(config: PolicyConfig, words: Sequence[str] = ()) -> ChameleonPolicy:
     """The family's entry in policy/registry.py."""
     dtype: Any = getattr(torch, config.dtype)
+    attention = ROWS if config.attn_implementation == "sdpa" else config.attn_implementation
     if config.path is None:
         model, tokenizer = tiny_model(config.tiny, words)
         model.to(dtype)  # type: ignore[arg-type]
         model.model.vqmodel.float()
-        model.set_attn_implementation(config.attn_implementation)
+        model.set_attn_implementation(attention)
     else:
         tokenizer = load_tokenizer(config.path)
-        model = load_model(config.path, dtype, config.attn_implementation)
+        model = load_model(config.path, dtype, attention)
     model.to(torch.device(config.device)).eval()  # type: ignore[arg-type]
     model.model.vqmodel.requires_grad_(False)
     if config.gradient_checkpointing:

@@ -41,7 +41,7 @@ class DecisionBatch:
     A decision's logits come from the hidden state before it: of one row, or a linear combination over K rows.
     """
 
-    index_KN: Tensor  # int64 into the flattened [R * T]
+    index_KN: Tensor  # int64 into the flattened [L * T]
     weight_KN: Tensor | None  # float32; None: K is 1 and the weight 1
     target_N: Tensor  # int64
     temperature_N: Tensor  # float32

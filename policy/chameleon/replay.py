@@ -1,20 +1,23 @@
-"""From recorded trajectories to one forward: padded rows, and where in them each decision is scored under its law.
+"""From recorded trajectories to one forward: rows, and where in them each decision is scored under its law.
 
-Greedy decisions have no density and untrained segments no gradient: both are left out.
+Rows lie end to end in one line where the model's attention can tell them apart (policy/scoring/row_attention.py); else
+each is a line of its own, padded to the longest. Greedy decisions have no density and untrained segments no gradient:
+both are left out.
 
-Letters: R rows, T ids, N decisions, K guidance branches.
+Letters: L lines, T ids of a line, N decisions, K guidance branches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from policy.base import Pass
+from policy.base import Pass, forwarded
 from policy.chameleon.model import DecisionBatch
 from policy.guidance import FULL, branch_weights
 from policy.scoring.rows import Row, rows_of
@@ -25,8 +28,9 @@ from record.trajectory import DecisionKind, RecordError, Trajectory
 class Replay:
     """What `score` runs. `batch` is None where there is no decision to score."""
 
-    ids_RT: Tensor  # int64, padded on the right
-    position_RT: Tensor  # int64
+    ids_LT: Tensor  # int64, padded on the right
+    position_LT: Tensor  # int64
+    row_lengths: tuple[int, ...] | None  # of the rows in the one line; None: a row a line
     batch: DecisionBatch | None
     pass_N: Tensor  # int64
     segment_N: Tensor  # int64
@@ -56,11 +60,11 @@ class _Plan:
     chosen: tuple[_Chosen, ...]
 
 
-def divide(trajectory: Trajectory, budget: int | None) -> list[Pass]:
-    """A trajectory's passes: one forward each, divided at segments where all of it would cost more than `budget`.
+def divide(trajectory: Trajectory, budget: int | None, packed: bool = True) -> list[Pass]:
+    """A trajectory's passes: one forward each, divided at segments where all of it would take more than `budget`.
 
     Segments whose rows are their own (a planner that sees its last frame alone) are passes of their own. A segment that
-    costs more than the budget by itself is a pass that is over it.
+    takes more than the budget by itself is a pass that is over it. `packed`: rows are not padded.
 
     Raises RecordError for a decision that is no token, or a context that is not recorded.
     """
@@ -69,17 +73,17 @@ def divide(trajectory: Trajectory, budget: int | None) -> list[Pass]:
         return []
     passes: list[Pass] = []
     for together in _connected(trajectory, chosen):
-        whole = _pass(trajectory, together)
-        if budget is None or whole.cost <= budget:
+        whole = _pass(trajectory, together, packed)
+        if budget is None or forwarded([whole]) <= budget:
             passes.append(whole)
             continue
         taken: list[_Chosen] = []
         for item in together:
-            if taken and _pass(trajectory, [*taken, item]).cost > budget:
-                passes.append(_pass(trajectory, taken))
+            if taken and forwarded([_pass(trajectory, [*taken, item], packed)]) > budget:
+                passes.append(_pass(trajectory, taken, packed))
                 taken = []
             taken.append(item)
-        passes.append(_pass(trajectory, taken))
+        passes.append(_pass(trajectory, taken, packed))
     return passes
 
 
@@ -106,7 +110,7 @@ def _wanted(chosen: Sequence[_Chosen]) -> list[tuple[int, str]]:
     return [(item.segment, branch) for item in chosen for branch in _branches(item)]
 
 
-def _pass(trajectory: Trajectory, chosen: Sequence[_Chosen]) -> Pass:
+def _pass(trajectory: Trajectory, chosen: Sequence[_Chosen], packed: bool) -> Pass:
     rows = tuple(rows_of(trajectory, 0, _wanted(chosen)))
     return Pass(
         trajectory,
@@ -115,10 +119,13 @@ def _pass(trajectory: Trajectory, chosen: Sequence[_Chosen]) -> Pass:
         frozenset({"decoder"}),
         sum(len(item.pick_N) for item in chosen),
         _Plan(rows, tuple(chosen)),
+        () if packed else tuple(map(len, rows)),
     )
 
 
-def plan(passes: Sequence[Pass], pad: int, entropy: bool, chunk: int, device: torch.device) -> Replay:
+def plan(
+    passes: Sequence[Pass], pad: int, entropy: bool, chunk: int, device: torch.device, packed: bool = False
+) -> Replay:
     """One forward of all passes. Raises RecordError for a decision that has nothing before it."""
     rows: list[Row] = []
     row_of: dict[tuple[int, int, str], int] = {}
@@ -129,28 +136,33 @@ def plan(passes: Sequence[Pass], pad: int, entropy: bool, chunk: int, device: to
             row_of.update({(number, segment, row.branch): len(rows) for segment in row.offsets})
             rows.append(row)
         chosen += [(number, item) for item in planned.chosen]
-    steps = max((len(row) for row in rows), default=1)
-    ids_RT = np.full((len(rows), steps), pad, np.int64)
-    position_RT = np.zeros((len(rows), steps), np.int64)
-    for position, row in enumerate(rows):
-        ids_RT[position, : len(row)] = row.ids_T
-        position_RT[position, : len(row)] = row.position_T
+    lengths = [len(row) for row in rows]
+    if packed:
+        shape = (1, sum(lengths))
+        # Rows of one length are neighbours, so that attention computes them together.
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        start_R = [0] * len(rows)
+        for number, start in zip(order, accumulate((lengths[number] for number in order), initial=0), strict=False):
+            start_R[number] = start
+    else:
+        shape = (len(rows), max(lengths, default=1))
+        start_R = [number * shape[1] for number in range(len(rows))]
+    ids_LT, position_LT = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
+    for row, start in zip(rows, start_R, strict=True):
+        ids_LT.reshape(-1)[start : start + len(row)] = row.ids_T
+        position_LT.reshape(-1)[start : start + len(row)] = row.position_T
 
+    def tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype)
+
+    lines = (tensor(ids_LT, torch.long), tensor(position_LT, torch.long), tuple(sorted(lengths)) if packed else None)
     if not chosen:
         none = torch.zeros(0, dtype=torch.long, device=device)
-        return Replay(
-            torch.from_numpy(ids_RT).to(device),
-            torch.from_numpy(position_RT).to(device),
-            None,
-            none,
-            none,
-            none,
-            torch.zeros(0, device=device),
-        )
+        return Replay(*lines, None, none, none, none, torch.zeros(0, device=device))
 
     branches = list(dict.fromkeys(branch for _, item in chosen for branch in (FULL, *_branches(item))))
     pieces = [
-        _position(passes[number].trajectory, number, item, rows, row_of, steps, branches) for number, item in chosen
+        _position(passes[number].trajectory, number, item, rows, row_of, start_R, branches) for number, item in chosen
     ]
     index_KN = np.concatenate([index for index, _ in pieces], 1)
     weight_KN = np.concatenate([weight for _, weight in pieces], 1)
@@ -185,9 +197,6 @@ def plan(passes: Sequence[Pass], pad: int, entropy: bool, chunk: int, device: to
             column.append(values)
     target, temperature, allowed, kind, behaviour = (np.concatenate(column) for column in columns)
 
-    def tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype)
-
     plain = len(branches) == 1
     batch = DecisionBatch(
         tensor(index_KN, torch.long),
@@ -201,8 +210,7 @@ def plan(passes: Sequence[Pass], pad: int, entropy: bool, chunk: int, device: to
     )
     sizes = [len(item.pick_N) for _, item in chosen]
     return Replay(
-        torch.from_numpy(ids_RT).to(device),
-        torch.from_numpy(position_RT).to(device),
+        *lines,
         batch,
         tensor(np.repeat([number for number, _ in chosen], sizes), torch.long),
         tensor(np.repeat([item.segment for _, item in chosen], sizes), torch.long),
@@ -240,10 +248,10 @@ def _position(
     item: _Chosen,
     rows: list[Row],
     row_of: dict[tuple[int, int, str], int],
-    steps: int,
+    start_R: Sequence[int],
     branches: list[str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """index_KN into the flattened rows and weight_KN of one segment's decisions; unused branches weigh 0."""
+    """index_KN into the flattened lines and weight_KN of one segment's decisions; unused branches weigh 0."""
     decisions = trajectory.segments[item.segment].decisions
     assert decisions is not None
     position_N = decisions.position_N[item.pick_N].astype(np.int64)
@@ -261,6 +269,6 @@ def _position(
                 f"in the branch '{branch}'"
             )
         position = branches.index(branch)
-        index_KN[position] = number * steps + np.maximum(before_N, 0)
+        index_KN[position] = start_R[number] + np.maximum(before_N, 0)
         weight_KN[position] = weight_N
     return index_KN, weight_KN

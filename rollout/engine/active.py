@@ -16,7 +16,7 @@ import numpy as np
 from formats.base import Format, Span
 from policy.base import Policy
 from record.trajectory import DecisionKind, Decisions, Modality, Piece, SamplingParams, Segment
-from rollout.engine.flow import Denoising, FlowPlan
+from rollout.engine.flow import Denoising
 from rollout.engine.sampling import noise_key
 from rollout.requests import RolloutRequest
 from rollout.sampling_table import SamplingTable
@@ -54,7 +54,6 @@ class ActiveSequence(SequenceWriter):
         super().__init__(request, order, fmt, policy, prompt, constrain)
         self.noise = noise_key(request.seed, request.group, self.trajectory.member)
         self.denoising: Denoising | None = None
-        self.plan: FlowPlan | None = None  # of `denoising`
         self.undrawn = 0  # images that are not pixels yet
         self.cached = CachedContext()
 
@@ -106,8 +105,8 @@ class ActiveSequence(SequenceWriter):
         """Append the stochastic denoising steps to the segment's decisions."""
         before, position_N = segment.decisions, flow.position_N
         count = len(position_N)
-        assert before is not None and self.plan is not None
-        segment.flow, segment.latent = flow.steps(self.plan), flow.latent()
+        assert before is not None
+        segment.latent, logprob_N, segment.flow = flow.fetch()
         sampling = SamplingParams(
             np.concatenate([before.sampling.temperature_N, np.ones(count, np.float32)]),
             np.concatenate([before.sampling.allowed_N, np.full(count, -1, np.int32)]),
@@ -117,6 +116,6 @@ class ActiveSequence(SequenceWriter):
         segment.decisions = Decisions(
             np.concatenate([before.kind_N, np.full(count, DecisionKind.FLOW, np.int8)]),
             np.concatenate([before.position_N, position_N]),
-            np.concatenate([before.logprob_N, flow.logprob_N()]),
+            np.concatenate([before.logprob_N, logprob_N]),
             sampling,
         )

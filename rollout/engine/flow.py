@@ -60,6 +60,7 @@ class FlowPlan:
 class Denoising:
     """A latent before step `number`. The lists hold tensors on the device until the image is done."""
 
+    plan: FlowPlan
     x: Tensor  # float32
     stochastic_T: np.ndarray  # bool
     noise_N: Tensor  # float32 [N, ...]
@@ -77,15 +78,16 @@ class Denoising:
     def position_N(self) -> np.ndarray:
         return np.flatnonzero(self.stochastic_T).astype(np.int32)
 
-    def latent(self) -> np.ndarray:
-        return self.x.cpu().numpy()
-
-    def logprob_N(self) -> np.ndarray:
-        return torch.stack(self.logprob).cpu().numpy() if self.logprob else np.empty(0, np.float32)
-
-    def steps(self, plan: FlowPlan) -> FlowSteps:
-        x_P = torch.stack(self.points).cpu().numpy() if self.points else np.empty((0, *self.x.shape), np.float32)
-        return FlowSteps(plan.sampler.as_json(), plan.time_T.numpy(), np.array(self.point, np.int32), x_P)
+    def fetch(self) -> tuple[np.ndarray, np.ndarray, FlowSteps]:
+        """The latent, the decisions' log-probs [N] and their record, in one copy from the device."""
+        parts = [self.x, *self.points, *self.logprob]
+        flat = torch.cat([part.reshape(-1).float() for part in parts]).cpu().numpy()
+        shape, size, count = tuple(self.x.shape), self.x.numel(), len(self.points)
+        latents = flat[: (1 + count) * size].reshape(1 + count, *shape)
+        record = FlowSteps(
+            self.plan.sampler.as_json(), self.plan.time_T.numpy(), np.array(self.point, np.int32), latents[1:]
+        )
+        return latents[0], flat[(1 + count) * size :], record
 
 
 def begin(
@@ -103,7 +105,7 @@ def begin(
         first = gaussian(own, FIRST_NOISE + decision, shape)
     stochastic_T = plan.stochastic(seed, group)
     noise_N = step_noise(own, decision, int(stochastic_T.sum()), shape)
-    return Denoising(first.to(device), stochastic_T, noise_N.to(device))
+    return Denoising(plan, first.to(device), stochastic_T, noise_N.to(device))
 
 
 def step_noise(key: int, decision: int, count: int, shape: Sequence[int]) -> Tensor:
@@ -113,14 +115,27 @@ def step_noise(key: int, decision: int, count: int, shape: Sequence[int]) -> Ten
     return torch.stack([gaussian(key, decision + n, shape) for n in range(count)])
 
 
-def inputs(plan: FlowPlan, flows: Sequence[Denoising], device: torch.device) -> tuple[Tensor, Tensor]:
-    """x_B and time_B of latents that may be at different steps."""
-    time_B = plan.time_T[[flow.number for flow in flows]]
+def inputs(flows: Sequence[Denoising], device: torch.device) -> tuple[Tensor, Tensor]:
+    """x_B and time_B of latents that may be at different steps, and of different plans."""
+    time_B = torch.stack([flow.plan.time_T[flow.number] for flow in flows])
     return torch.stack([flow.x for flow in flows]), time_B.to(device)
 
 
-def advance(plan: FlowPlan, flows: Sequence[Denoising], x_B: Tensor, velocity_B: Tensor) -> None:
+def advance(flows: Sequence[Denoising], x_B: Tensor, velocity_B: Tensor) -> None:
     """Take one step of every latent, without waiting for the device."""
+    plans = {id(flow.plan): flow.plan for flow in flows}
+    for plan in plans.values():
+        mine = [b for b, flow in enumerate(flows) if flow.plan is plan]
+        every = len(mine) == len(flows)
+        _advance(
+            plan,
+            flows if every else [flows[b] for b in mine],
+            x_B if every else x_B[mine],
+            velocity_B if every else velocity_B[mine],
+        )
+
+
+def _advance(plan: FlowPlan, flows: Sequence[Denoising], x_B: Tensor, velocity_B: Tensor) -> None:
     at = np.array([flow.number for flow in flows])
     stochastic_B = np.array([flow.stochastic_T[flow.number] for flow in flows])
     noise_B = torch.zeros_like(x_B)

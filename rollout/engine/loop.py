@@ -22,6 +22,7 @@ from formats.segments import prompt_segments
 from policy.base import FlowStep, Velocity
 from policy.context import resolve
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory, ranges_of
+from rollout.config import FlowConfig
 from rollout.engine.active import ActiveSequence, Need
 from rollout.engine.flow import FlowPlan, advance, begin, inputs
 from rollout.engine.sampling import DeviceMasks, sample, uniforms
@@ -46,7 +47,9 @@ class Batch(Rows):
         self.image_ids = markers + (imaging.count if isinstance(imaging, Codes) else 0)
         self.image_slots = engine.policy.image_slots
         self.imaging_latent = isinstance(imaging, Latent)
-        self.plan = FlowPlan(self.config.flow) if self.imaging_latent else None
+        self.plans: dict[str, FlowPlan] = {}  # by what they are made of
+        for request in self.requests if self.imaging_latent else ():
+            self._plan(request.flow or self.config.flow)  # what cannot be is told before anything is sampled
         self.prompts, slots = self._prompts(engine)
         self.queue = deque((r, m) for r, request in enumerate(self.requests) for m in range(len(request.members)))
         self.kept_prompt: tuple[int, Tensor] | None = None  # request whose prompt the spare row holds, and its logits
@@ -414,10 +417,8 @@ class Batch(Rows):
     # ---- latents and images ----
 
     def _begin_latent(self, i: int, sequence: ActiveSequence) -> None:
-        assert self.plan is not None
-        sequence.plan = self.plan
         sequence.denoising = begin(
-            self.plan,
+            self._plan(self.requests[sequence.order[0]].flow or self.config.flow),
             sequence.trajectory,
             sequence.cursor.images,
             int(self.chosen_A[i]),
@@ -426,17 +427,22 @@ class Batch(Rows):
         )
         self.chosen_A[i] += int(sequence.denoising.stochastic_T.sum())
 
+    def _plan(self, config: FlowConfig) -> FlowPlan:
+        key = config.model_dump_json()
+        if key not in self.plans:
+            self.plans[key] = FlowPlan(config)
+        return self.plans[key]
+
     def _denoise(self, finished: set[int]) -> None:
         """One denoising step of every row in a latent (those that lack their context wait for it)."""
         waiting = {*self.reprefill, *self.more, *finished}
         rows = [i for i, sequence in enumerate(self.sequences) if sequence.denoising is not None and i not in waiting]
         if not rows:
             return
-        assert self.plan is not None
         flows = [flow for i in rows if (flow := self.sequences[i].denoising) is not None]
         branch_rows = [row for i in rows for row in self.branch_rows(i)]
         of = [*range(len(rows)), *(n for n, i in enumerate(rows) for _ in self.branch_rows(i))]
-        x_B, time_B = inputs(self.plan, flows, self.device)
+        x_B, time_B = inputs(flows, self.device)
         answer = self.policy.step(self.cache, rows + branch_rows, FlowStep(x_B[of], time_B[of]))
         assert isinstance(answer, Velocity)
         velocity_B = answer.velocity_B[: len(rows)]
@@ -449,7 +455,7 @@ class Batch(Rows):
                 answer.velocity_B[len(rows) :],
                 FlowStep(x_B[guided], time_B[guided]),
             )
-        advance(self.plan, flows, x_B, velocity_B)
+        advance(flows, x_B, velocity_B)
         for n, i in enumerate(rows):
             if not flows[n].left:
                 self._end_latent(i, finished)
