@@ -81,6 +81,13 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
         ("policy.tiny.hidden_size=30", ["policy.tiny", "hidden_size 30", "num_attention_heads"]),
         ("format.constrain=everything", ["format.constrain", "'images'", "'everything'"]),
         ("name=null", ["name", "string"]),
+        ("sft.visual_loss.kind=mvto", ["sft.visual_loss.kind", "did you mean 'mvot'? Known: mvot, twgi"]),
+        ("sft.visual_loss.variant=released", ["sft.visual_loss.variant", "did you mean 'release'?"]),
+        ("sft.visual_loss.weigth=1", ["sft.visual_loss.weigth: unknown key", "did you mean 'weight'?"]),
+        ("sft.visual_loss=-1", ["sft.visual_loss.weight", "greater than or equal to 0"]),
+        ("sft.visual_loss=.nan", ["sft.visual_loss.weight", "finite number"]),
+        ("sft.visual_loss=mvot", ["sft.visual_loss", "want a number", "{kind: mvot, weight: 1.0}"]),
+        ("sft.visual_loss=null", ["sft.visual_loss", "want a number"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, override: str, words: list[str]):
