@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from formats.roles import RECORDED
+from runtime.errors import nearest
 from runtime.paths import ReadPath
 from runtime.section import Section
 from training.schedules import Schedule, check_schedule
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class VisualLossConfig(Section):
+    """The loss that holds visual codes to their codebook, beside the cross-entropy (family chameleon)."""
+
+    kind: Literal["twgi", "mvot"] = Field(
+        "twgi",
+        description="twgi: a projection of the hidden state is to be the code's codebook vector (Thinking with "
+        "Generated Images, arXiv:2505.22525). mvot: probability on another code costs its distance from the right one "
+        "in the codebook (token discrepancy of MVoT, arXiv:2501.07542)",
+    )
+    weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="times the loss, beside the cross-entropy; 0: none. Both papers: 1"
+    )
+    variant: Literal["default", "release"] = Field(
+        "default",
+        description="default: at the position that predicts a learned code, in float32. release: as the paper's code "
+        "has it, in bfloat16; twgi at the code's own position, with a projection that is never trained, mvot with "
+        "distances by code against probabilities by id",
+    )
+
+    @field_validator("kind", "variant", mode="before")
+    @classmethod
+    def _known(cls, value: Any, info: Any) -> Any:
+        known = {"kind": ("twgi", "mvot"), "variant": ("default", "release")}[info.field_name]
+        if value not in known:
+            raise ValueError(f"no such {info.field_name} of visual loss; {nearest(str(value), known)}")
+        return value
+
+
+def _weight_of_twgi(value: Any) -> Any:
+    """A plain number is the weight of twgi's loss."""
+    if isinstance(value, VisualLossConfig | dict):
+        return value
+    try:
+        return {"weight": float(value)}
+    except (TypeError, ValueError):
+        raise ValueError(
+            "want a number, the weight of the loss 'twgi', or a mapping such as {kind: mvot, weight: 1.0}"
+        ) from None
 
 
 class SftConfig(Section):
@@ -55,8 +96,16 @@ class SftConfig(Section):
         description="imitate images that are wrong on purpose too; else they are "
         "only seen, and their inspection and repair are learned",
     )
-    visual_loss: float = Field(
-        0.0, ge=0, description="weight of the visual reconstruction loss (Thinking with Generated Images uses 1)"
+    labels: Literal["default", "release"] = Field(
+        "default",
+        description="which ids are learned. default: what the policy itself would decide, by segment. release: as in "
+        "the code of Thinking with Generated Images, all after the prompt's separator, what the environment wrote, "
+        "images that are wrong on purpose and padding too; a row longer than max_length is left out whole",
+    )
+    visual_loss: Annotated[VisualLossConfig, BeforeValidator(_weight_of_twgi)] = Field(
+        default=0.0,  # type: ignore[assignment]
+        validate_default=True,
+        description="a number: the weight of the loss twgi (its paper uses 1); or a mapping of the keys below. 0: none",
     )
     save_steps: int = Field(200, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(20, ge=1, description="steps between logged metrics")

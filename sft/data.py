@@ -85,6 +85,41 @@ def training_rows(
     return rows, Cut(len(rows), shortened, dropped)
 
 
+def rows_after_separator(
+    trajectories: Sequence[Trajectory],
+    max_length: int,
+    separator: int,
+    role_weights: Mapping[str, float] | None = None,
+) -> tuple[list[Row], Cut]:
+    """Rows as the release of Thinking with Generated Images (arXiv:2505.22525) labels them.
+
+    Every id after the separator is learned: observations, mistakes and the forced end marker of an image too. A row
+    longer than `max_length` is left out whole; 5119 is the release's limit. One with nothing after its separator
+    stays. The release learns padding as well: see `Collator.learn_padding`.
+
+    Raises:
+        UserError: a row has no separator or several; no row is left.
+    """
+    rows: list[Row] = []
+    number_of = {role: number for number, role in enumerate(role_names(trajectories))}
+    for index, trajectory in enumerate(trajectories):
+        input_ids = [int(i) for segment in trajectory.segments for i in segment.ids]
+        if len(input_ids) > max_length:
+            continue
+        if (count := input_ids.count(separator)) != 1:
+            raise UserError(
+                f"demonstration {index} ({trajectory.prompt!r}): its ids hold the separator (id {separator}) {count} "
+                "times; sft.labels=release learns what comes after the only one, which ends the prompt"
+            )
+        start = input_ids.index(separator) + 1
+        weights = [(role_weights or {}).get(segment.role, 1.0) for segment in trajectory.segments for _ in segment.ids]
+        roles = [number_of[segment.role] for segment in trajectory.segments for _ in segment.ids]
+        rows.append(Row(input_ids=input_ids, labels=[IGNORE] * start + input_ids[start:], weights=weights, roles=roles))
+    if not rows:
+        raise UserError(f"sft: no demonstration is within {max_length} ids; raise sft.max_length")
+    return rows, Cut(len(rows), 0, len(trajectories) - len(rows))
+
+
 def lines_of(length_B: Sequence[int], capacity: int) -> list[list[int]]:
     """Which rows share a line: best fit, longest first; every line holds at most `capacity` ids."""
     lines: list[list[int]] = []
@@ -112,6 +147,13 @@ class Collator:
 
     pad: int
     pack: bool = True  # False: one row a line, for attention that takes no mask of pairs (eager, flash)
+    # Padding is labelled too, weighs 1 and goes on in the row's positions, as in the release of Thinking with Generated
+    # Images; only for one row a line, where all padding is at the end of a row.
+    learn_padding: bool = False
+
+    def __post_init__(self) -> None:
+        if self.learn_padding and self.pack:
+            raise ValueError("padding is learned at the end of a row, so one row a line: pack=False")
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """input_ids, labels, weights, roles, position_ids [L, T]; attention_mask bool [L, 1, T, T], unpacked [L, T]."""
@@ -136,6 +178,10 @@ class Collator:
                 position_LT[line, start:stop] = np.arange(length_B[b])
                 row_LT[line, start:stop] = b
                 start = stop
+            if self.learn_padding:
+                labels_LT[line, start:] = self.pad
+                weight_LT[line, start:] = 1.0
+                position_LT[line] = np.arange(length)
         if self.pack:
             mask = (row_LT[:, :, None] == row_LT[:, None, :]) & np.tri(length, dtype=bool)
             attention_mask = torch.from_numpy(mask)[:, None]

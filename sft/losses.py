@@ -1,16 +1,26 @@
-"""The warm start's two losses: cross-entropy over what the policy would decide, and visual reconstruction.
+"""The warm start's losses: cross-entropy over what the policy would decide, and the visual loss that the recipe names.
 
-Letters: L lines of a batch, T ids, N learned ids, M learned visual codes, D width of the model,
-K codes of E dimensions each.
+Letters: L lines of a batch, T ids, N learned ids, V vocabulary, K codes of E dimensions each.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from policy.chameleon.family import ChameleonPolicy
+from policy.chameleon.vocabulary import ChameleonVocabulary
+from policy.scoring.visual_losses import (
+    CodeTargets,
+    TokenDiscrepancy,
+    VisualReconstruction,
+    own_codes,
+    predicted_codes,
+)
+from sft.config import VisualLossConfig
 from sft.data import IGNORE
 
 
@@ -37,23 +47,33 @@ def weighted_cross_entropy(logprob_N: Tensor, weight_N: Tensor, image_N: Tensor,
     return -(weight_N * logprob_N).sum() / weight_N.sum().clamp_min(1e-8)
 
 
-class VisualReconstruction(nn.Module):
-    """Mean squared error between a projection of the hidden state and the code's own codebook vector.
+def visual_loss(
+    config: VisualLossConfig, policy: ChameleonPolicy, seed: int
+) -> VisualReconstruction | TokenDiscrepancy:
+    """The loss that the recipe names, on the policy's device. Fresh weights in it are a function of `seed`."""
+    core: Any = policy.core
+    codebook_KE = core.model.vqmodel.quantize.embedding.weight
+    release = config.variant == "release"
+    loss: VisualReconstruction | TokenDiscrepancy
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.kind == "twgi":
+            loss = VisualReconstruction(core.config.hidden_size, codebook_KE, release)
+        else:
+            id_of_code_K = torch.as_tensor(policy.vocabulary.code_ids, dtype=torch.int64)
+            loss = TokenDiscrepancy(codebook_KE, id_of_code_K, release, policy.score_chunk)
+    return loss.to(policy.device)
 
-    Thinking with Generated Images (arXiv:2505.22525) adds it to the cross-entropy with weight 1. The hidden state is
-    the one that predicts the code (the position before it), and the projection is trained with the model.
-    """
 
-    codebook_KE: Tensor
-
-    def __init__(self, hidden_size: int, codebook_KE: Tensor) -> None:
-        super().__init__()
-        self.projection = nn.Linear(hidden_size, codebook_KE.shape[1])
-        self.register_buffer("codebook_KE", codebook_KE.detach().clone(), persistent=False)
-
-    def forward(self, hidden_MD: Tensor, code_M: Tensor) -> Tensor:
-        """Mean over codes and codebook dimensions; 0 (with a gradient of 0) where there is no code."""
-        if not len(code_M):
-            return self.projection(hidden_MD).sum() * 0.0
-        projected_ME = self.projection(hidden_MD.to(self.projection.weight.dtype))
-        return nn.functional.mse_loss(projected_ME, self.codebook_KE[code_M])
+def visual_targets(
+    config: VisualLossConfig,
+    vocabulary: ChameleonVocabulary,
+    code_of_V: Tensor,
+    input_ids_LT: Tensor,
+    labels_LT: Tensor,
+) -> CodeTargets:
+    """The codes of a batch that the loss counts, and where the states stand that it holds to them."""
+    release = config.variant == "release"
+    if config.kind == "twgi" and release:
+        return own_codes(input_ids_LT, labels_LT, code_of_V, vocabulary.boi, vocabulary.codes_per_image)
+    return predicted_codes(labels_LT, code_of_V, release)

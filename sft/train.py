@@ -23,7 +23,7 @@ from runtime.files import write_whole
 from runtime.interrupt import Interrupted, interruptible, name_of
 from sft.checkpoints import chosen, finished_checkpoints, newest, prune, rewind, step_of, writing
 from sft.config import SftConfig
-from sft.data import Collator, Row, role_names, training_rows
+from sft.data import Collator, Row, role_names, rows_after_separator, training_rows
 from sft.sources import load_demonstrations
 from sft.trainer import InterleavedSftTrainer, Mirror, StopAtSignal
 from tasks.base import Demonstration, Task
@@ -126,7 +126,7 @@ def warm_start(
         roles=role_names(trajectories),
         model=policy.model,
         train_dataset=Dataset.from_list(list(rows)),
-        data_collator=Collator(policy.vocabulary.pad, pack=policy.core.config._attn_implementation == "sdpa"),
+        data_collator=_collator(policy, config),
         processing_class=policy.vocabulary.tokenizer,
         args=_arguments(config, output_dir, seed, policy.device.type == "cpu"),
     )
@@ -169,7 +169,15 @@ def warm_start(
 
 def _rows(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: SftConfig) -> list[Row]:
     max_length = min(config.max_length or policy.max_length, policy.max_length)
-    rows, cut = training_rows(trajectories, max_length, config.role_weights)
+    if config.labels == "release":
+        if policy.vocabulary.sep is None:
+            raise UserError(
+                "sft.labels=release: learns what comes after the prompt's separator, and the tokenizer has none; "
+                "take sft.labels=default"
+            )
+        rows, cut = rows_after_separator(trajectories, max_length, policy.vocabulary.sep, config.role_weights)
+    else:
+        rows, cut = training_rows(trajectories, max_length, config.role_weights)
     largest = max(max(row["input_ids"]) for row in rows)
     if largest >= policy.vocabulary.size:
         raise UserError(
@@ -185,7 +193,20 @@ def _rows(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: S
             max_length,
             cut.dropped,
         )
+    elif cut.dropped and config.labels == "release":
+        logger.warning(
+            "%d of %d demonstrations are longer than %d ids and were left out whole (sft.labels=release)",
+            cut.dropped,
+            len(trajectories),
+            max_length,
+        )
     return rows
+
+
+def _collator(policy: ChameleonPolicy, config: SftConfig) -> Collator:
+    release = config.labels == "release"
+    pack = policy.core.config._attn_implementation == "sdpa" and not release
+    return Collator(policy.vocabulary.pad, pack, learn_padding=release)
 
 
 def _arguments(config: SftConfig, output_dir: Path, seed: int, cpu: bool) -> TrlSftConfig:
@@ -215,4 +236,5 @@ def _arguments(config: SftConfig, output_dir: Path, seed: int, cpu: bool) -> Trl
         dataloader_pin_memory=not cpu,
         use_cpu=cpu,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # no buffer changes, and a table of distances is too large to send at every step
     )

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer with a loss that sees visual codes, whole checkpoints, and a log that people and files share.
 
-Letters: L lines of a batch, T ids, N learned ids, M learned visual codes, R roles, D width of the model, V vocabulary.
+Letters: L lines of a batch, T ids, N learned ids, M visual codes of the visual loss, R roles, D width of the model,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from trl import SFTTrainer
 
 from policy.chameleon.family import ChameleonPolicy
 from policy.chameleon.model import DecisionBatch
+from policy.scoring.visual_losses import CodeTargets
 from runtime.errors import UserError
 from runtime.interrupt import Interruption
 from sft.checkpoints import WarmStartCheckpointError, prune, write_manifest, writing
 from sft.config import SftConfig
-from sft.losses import Targets, VisualReconstruction, targets, weighted_cross_entropy
+from sft.losses import targets, visual_loss, visual_targets, weighted_cross_entropy
 from training.ranks import signal_anywhere
 from training.tracking import Tracker
 
@@ -43,22 +45,20 @@ class InterleavedSftTrainer(SFTTrainer):
         self.section = section
         self.score_chunk = policy.score_chunk
         self.pad = vocabulary.pad
+        self.vocabulary = vocabulary
         self.code_of_V = torch.full((vocabulary.size,), -1, dtype=torch.int64)  # -1: no visual code
         self.code_of_V[torch.as_tensor(vocabulary.code_ids, dtype=torch.int64)] = torch.arange(len(vocabulary.code_ids))
         self.last: dict[str, float] = {}
         self.means = Means(roles)
         self.core: Any = policy.core
-        self._learned: Targets | None = None
+        self._codes: CodeTargets | None = None
         self._visual: Tensor | None = None
         self._hook: Any = None
-        if section.visual_loss:
+        if section.visual_loss.weight:
             # Part of the model while it trains, so that the optimiser, checkpoints and every wrapper see it.
-            codebook_KE = self.core.model.vqmodel.quantize.embedding.weight
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(kwargs["args"].seed)  # on every process the same
-                self.core.visual_reconstruction = VisualReconstruction(self.core.config.hidden_size, codebook_KE)
-            self.core.visual_reconstruction.to(policy.device)
-            self._hook = self.core.model.register_forward_hook(self._reconstruct)
+            # The seed makes it the same on every process.
+            self.core.visual_loss = visual_loss(section.visual_loss, policy, kwargs["args"].seed)
+            self._hook = self.core.model.register_forward_hook(self._take_visual_loss)
         self._forward = vars(policy.model).get("forward")
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # the tracker and its listeners say it all
@@ -75,7 +75,7 @@ class InterleavedSftTrainer(SFTTrainer):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-            del self.core.visual_reconstruction
+            del self.core.visual_loss
         self.core.eval()
 
     def compute_loss(
@@ -83,7 +83,11 @@ class InterleavedSftTrainer(SFTTrainer):
     ) -> Any:
         labels_LT = inputs["labels"]
         self.code_of_V = self.code_of_V.to(labels_LT.device)
-        learned = self._learned = targets(labels_LT, inputs["weights"], self.code_of_V >= 0)
+        learned = targets(labels_LT, inputs["weights"], self.code_of_V >= 0)
+        if self._hook is not None:
+            self._codes = visual_targets(
+                self.section.visual_loss, self.vocabulary, self.code_of_V, inputs["input_ids"], labels_LT
+            )
         count = len(learned.id_N)
         batch = DecisionBatch(
             index_KN=learned.before_N[None],
@@ -106,19 +110,19 @@ class InterleavedSftTrainer(SFTTrainer):
         self.means.add("loss_image", nll_N[learned.image_N])
         self.means.add_by_role(nll_N, inputs["roles"].flatten()[learned.before_N + 1])
         if self._visual is not None:
-            loss = loss + self.section.visual_loss * self._visual
+            loss = loss + self.section.visual_loss.weight * self._visual
             self.means.add("loss_visual", self._visual.detach()[None])
             self._visual = None
         self.means.add("loss", loss.detach()[None])
         self.means.tokens += int((inputs["input_ids"] != self.pad).sum())
         return (loss, {"logprob": logprob_N}) if return_outputs else loss
 
-    def _reconstruct(self, module: Any, args: Any, output: Any) -> None:
-        # Inside the model's forward, where wrappers such as FSDP have the projection's weight at hand.
-        learned = self._learned
-        assert learned is not None
-        hidden_MD = output[0].reshape(-1, output[0].shape[-1])[learned.before_N[learned.image_N]]
-        self._visual = self.core.visual_reconstruction(hidden_MD, self.code_of_V[learned.id_N[learned.image_N]])
+    def _take_visual_loss(self, module: Any, args: Any, output: Any) -> None:
+        # Inside the model's forward, where wrappers such as FSDP have the weights of projection and head at hand.
+        codes = self._codes
+        assert codes is not None
+        hidden_MD = output[0].reshape(-1, output[0].shape[-1])[codes.at_M]
+        self._visual = self.core.visual_loss(hidden_MD, codes.code_M, self.core.lm_head.weight)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -140,10 +144,7 @@ class InterleavedSftTrainer(SFTTrainer):
                 state = self.means.state(self.accelerator)
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
-                    projection = getattr(self.core, "visual_reconstruction", None)
-                    torch.save(
-                        {"means": state, "projection": projection and projection.state_dict()}, folder / PROGRESS
-                    )
+                    torch.save({"means": state, "visual_loss": self._visual_state()}, folder / PROGRESS)
                     write_manifest(folder)
                     prune(root, KEEP_CHECKPOINTS)
         except WarmStartCheckpointError:
@@ -155,13 +156,34 @@ class InterleavedSftTrainer(SFTTrainer):
         state = torch.load(checkpoint / PROGRESS, map_location="cpu", weights_only=True)
         if self.is_world_process_zero():
             self.means.load(state["means"])
-        if self.section.visual_loss:
-            if state["projection"] is None:
-                raise UserError(
-                    f"{checkpoint}: written with sft.visual_loss=0; it cannot go on with "
-                    f"sft.visual_loss={self.section.visual_loss}. Start anew in another run_dir"
-                )
-            self.core.visual_reconstruction.load_state_dict(state["projection"])
+        saved = state.get("visual_loss")
+        if saved is None and state.get("projection") is not None:  # as release 0.1 wrote the only one it had
+            saved = {"kind": "twgi", "variant": "default", "state": state["projection"]}
+        self._load_visual_state(checkpoint, saved)
+
+    def _visual_state(self) -> dict[str, Any] | None:
+        """The visual loss's name, variant, and projection or table; None: the run has none."""
+        if self._hook is None:
+            return None
+        config = self.section.visual_loss
+        return {"kind": config.kind, "variant": config.variant, "state": self.core.visual_loss.state_dict()}
+
+    def _load_visual_state(self, checkpoint: Path, saved: Mapping[str, Any] | None) -> None:
+        """Take up the visual loss. Another one, or none, would be another run.
+
+        Raises:
+            UserError: the checkpoint holds another visual loss than the recipe names.
+        """
+        config = self.section.visual_loss
+        asked = f"{config.kind}, {config.variant}" if config.weight else "none"
+        held = f"{saved['kind']}, {saved['variant']}" if saved else "none"
+        if asked != held:
+            raise UserError(
+                f"{checkpoint}: its visual loss is {held}, that of sft.visual_loss is {asked}; resume with the recipe "
+                "that it was written with, or start anew in another run_dir"
+            )
+        if saved:
+            self.core.visual_loss.load_state_dict(saved["state"])
 
     def load_finished(self, checkpoint: Path) -> None:
         """The weights and the last metrics of a checkpoint that nothing is to be trained after: a run that was killed

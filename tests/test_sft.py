@@ -30,7 +30,7 @@ from runtime.interrupt import Interrupted
 from sft.checkpoints import finished_checkpoints, newest, write_manifest
 from sft.config import SftConfig
 from sft.data import IGNORE, Collator, lines_of, role_names, training_rows
-from sft.losses import VisualReconstruction, targets, weighted_cross_entropy
+from sft.losses import targets, weighted_cross_entropy
 from sft.train import check_demonstrations, demonstrate, render_all, warm_start
 from sft.trainer import InterleavedSftTrainer, Means
 from tasks.base import Demonstration
@@ -418,75 +418,6 @@ def test_the_loss_by_role_is_the_mean_over_the_roles_learned_ids_and_leaves_the_
         assert found[name] == pytest.approx(np.mean(values), abs=1e-5)
 
 
-# ---- visual reconstruction ----
-
-
-def test_visual_loss_regresses_the_code_that_a_position_predicts(policy, tmp_path):
-    """The hidden state is made by hand: it says which code comes next, so only the right position has no error."""
-    trainer = trainer_of(policy, training_rows(written(policy, 3), 256)[0], tmp_path, visual_loss=1.0)
-    v, core = policy.vocabulary, policy.core
-    try:
-        visual = core.visual_reconstruction
-        codebook_KE = visual.codebook_KE
-        width, dims = core.config.hidden_size, codebook_KE.shape[1]
-        with torch.no_grad():  # the projection reads the first E dimensions
-            visual.projection.weight.copy_(torch.eye(dims, width))
-            visual.projection.bias.zero_()
-        segment = image(policy, 5)
-        ids = torch.tensor([[v.bos, *segment.ids]], dtype=torch.int64)
-        labels = ids.clone()
-        labels[0, 0] = labels[0, -1] = IGNORE
-        hidden = torch.zeros(1, ids.shape[1], width)
-        codes = torch.as_tensor(v.to_codes(segment.ids[1:-1]))
-        hidden[0, 1 : 1 + len(codes), :dims] = codebook_KE[codes]  # BOI's position predicts the first code
-
-        trainer._learned = targets(labels, torch.ones(labels.shape), trainer.code_of_V >= 0)
-        trainer._reconstruct(None, None, (hidden,))
-        assert float(trainer._visual) == pytest.approx(0.0, abs=1e-12)
-        # one step late, as in the released code of Thinking with Generated Images: hidden at t against the code at t
-        trainer._reconstruct(None, None, (hidden.roll(1, 1),))
-        assert float(trainer._visual) > 1e-4
-    finally:
-        trainer.detach()
-        trainer._visual = None
-
-
-def test_visual_loss_of_no_image_is_zero_with_a_gradient():
-    module = VisualReconstruction(8, torch.randn(5, 3))
-    loss = module(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64))
-    loss.backward()
-    assert float(loss) == 0.0 and float(module.projection.weight.grad.abs().sum()) == 0.0
-
-
-def test_projection_is_trained_and_not_saved(tmp_path):
-    policy = small_policy()
-    seen = []
-
-    class Watch:
-        def on_metrics(self, step, metrics):
-            seen.append(policy.core.visual_reconstruction.projection.weight.detach().clone())
-
-    tracker = Tracker(tmp_path / "sft")
-    tracker.listeners.append(Watch())
-    trajectories = [written(policy, 1)[0]] * 12
-    last = warm_start(policy, trajectories, section(max_steps=4, visual_loss=2.0), tmp_path, tracker=tracker)
-    assert (seen[0] - seen[-1]).abs().max() > 1e-3
-    words, codes = (
-        sum(
-            label != IGNORE and (label in set(policy.vocabulary.code_ids.tolist())) == image
-            for label in training_rows(trajectories[:1], 256)[0][0]["labels"]
-        )
-        for image in (False, True)
-    )
-    cross_entropy = (words * last["loss_text"] + codes * last["loss_image"]) / (words + codes)
-    assert last["loss"] == pytest.approx(cross_entropy + 2 * last["loss_visual"], rel=1e-5)
-    assert not hasattr(policy.core, "visual_reconstruction") and "forward" not in vars(policy.core)
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "sft" / "model" / "model.safetensors", "pt") as weights:
-        assert not [key for key in weights.keys() if "visual_reconstruction" in key]  # noqa: SIM118
-
-
 # ---- runs ----
 
 
@@ -645,6 +576,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
 
 
 PROCESSES = """
+import json
 import sys
 from pathlib import Path
 import torch
@@ -654,19 +586,20 @@ from tests.chameleon_helpers import small_policy
 from tests.test_sft import section, written
 from training.tracking import Tracker
 
-folder, accumulate = Path(sys.argv[1]), int(sys.argv[2])
+folder, accumulate, visual_loss = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 policy = small_policy()
 tracker = Tracker(folder / "sft") if PartialState(cpu=True).is_main_process else None
-config = section(max_steps=3, logging_steps=1, visual_loss=0.5, gradient_accumulation_steps=accumulate)
+config = section(max_steps=3, logging_steps=1, visual_loss=visual_loss, gradient_accumulation_steps=accumulate)
 warm_start(policy, written(policy, 16), config, folder, tracker=tracker)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # imports everything twice
-def test_two_processes_give_the_losses_and_weights_of_one_that_accumulates(tmp_path):
-    launch(1, PROCESSES, str(tmp_path / "one"), "2")
-    launch(2, PROCESSES, str(tmp_path / "two"), "1")
+@pytest.mark.parametrize("visual_loss", [0.5, {"kind": "mvot"}], ids=["twgi", "mvot"])
+def test_two_processes_give_the_losses_and_weights_of_one_that_accumulates(tmp_path, visual_loss):
+    launch(1, PROCESSES, str(tmp_path / "one"), "2", json.dumps(visual_loss))
+    launch(2, PROCESSES, str(tmp_path / "two"), "1", json.dumps(visual_loss))
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert len(one) == len(two) == 3
     for first, second in zip(one, two, strict=True):
