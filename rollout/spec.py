@@ -42,8 +42,7 @@ def build_engine(
 ) -> Engine:
     """The engine of a recipe's sections, as plain data."""
     from formats.config import FormatConfig
-    from policy.config import PolicyConfig
-    from policy.registry import load_policy
+    from policy.registry import load_policy, policy_section
 
     fmt = FormatConfig(**format)
-    return Engine(load_policy(PolicyConfig(**policy), words), fmt.build(), RolloutConfig(**rollout), fmt.constrain)
+    return Engine(load_policy(policy_section(policy), words), fmt.build(), RolloutConfig(**rollout), fmt.constrain)

@@ -4,43 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from formats.roles import RECORDED
-from runtime.errors import nearest
+from policy.extra_losses import ExtraLosses, FlowLossConfig, VisualLossConfig
 from runtime.paths import ReadPath
 from runtime.section import Section
 from training.schedules import Schedule, check_schedule
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class VisualLossConfig(Section):
-    """The loss that holds visual codes to their codebook, beside the cross-entropy (family chameleon)."""
-
-    kind: Literal["twgi", "mvot"] = Field(
-        "twgi",
-        description="twgi: a projection of the hidden state is to be the code's codebook vector (Thinking with "
-        "Generated Images, arXiv:2505.22525). mvot: probability on another code costs its distance from the right one "
-        "in the codebook (token discrepancy of MVoT, arXiv:2501.07542)",
-    )
-    weight: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="times the loss, beside the cross-entropy; 0: none. Both papers: 1"
-    )
-    variant: Literal["default", "release"] = Field(
-        "default",
-        description="default: at the position that predicts a learned code, in float32. release: as the paper's code "
-        "has it, in bfloat16; twgi at the code's own position, with a projection that is never trained, mvot with "
-        "distances by code against probabilities by id",
-    )
-
-    @field_validator("kind", "variant", mode="before")
-    @classmethod
-    def _known(cls, value: Any, info: Any) -> Any:
-        known = {"kind": ("twgi", "mvot"), "variant": ("default", "release")}[info.field_name]
-        if value not in known:
-            raise ValueError(f"no such {info.field_name} of visual loss; {nearest(str(value), known)}")
-        return value
 
 
 def _weight_of_twgi(value: Any) -> Any:
@@ -96,6 +68,14 @@ class SftConfig(Section):
         description="imitate images that are wrong on purpose too; else they are "
         "only seen, and their inspection and repair are learned",
     )
+    conditioning_dropout_prob: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of images that are learned under one of their guidance branches' contexts in place of all "
+        "that was written (classifier-free guidance, arXiv:2207.12598); without it guidance asks for contexts that "
+        "were never learned. No effect where the format has no guidance",
+    )
     labels: Literal["default", "release"] = Field(
         "default",
         description="which ids are learned. default: what the policy itself would decide, by segment. release: as in "
@@ -107,8 +87,13 @@ class SftConfig(Section):
         validate_default=True,
         description="a number: the weight of the loss twgi (its paper uses 1); or a mapping of the keys below. 0: none",
     )
+    flow_loss: FlowLossConfig = Field(default_factory=lambda: FlowLossConfig.model_validate({}))
     save_steps: int = Field(200, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(20, ge=1, description="steps between logged metrics")
+
+    def extra_losses(self, seed: int) -> ExtraLosses:
+        """What is learned beside the cross-entropy, where the policy's family has it."""
+        return ExtraLosses(self.visual_loss, self.flow_loss, self.labels == "release", seed)
 
     @model_validator(mode="after")
     def _rate_falls(self) -> SftConfig:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from formats.declared import DeclaredFormat
 from formats.registry import get_format
 from formats.registry import names as formats
-from policy.config import PolicyConfig
+from policy.chameleon.config import ChameleonPolicyConfig
 from policy.registry import check_policy
 from rewards.contract import GIVEN
 from rewards.detectors.registry import BACKENDS, DetectorConfig, build_detector
@@ -204,7 +204,7 @@ VQ = {
 def test_keys_of_a_visual_tokenizer():
     def check(values: dict[str, Any]) -> None:
         try:
-            config = PolicyConfig.model_validate({"tiny": {"vq": values}})
+            config = ChameleonPolicyConfig.model_validate({"tiny": {"vq": values}})
         except ValidationError:
             return
         check_policy(config, (), True)

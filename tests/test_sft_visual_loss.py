@@ -15,19 +15,24 @@ import torch
 from safetensors import safe_open
 
 from formats.registry import get_format
+from policy.base import Extent
+from policy.chameleon.codebook_loss import labels_of
+from policy.chameleon.config import ChameleonPolicyConfig, TinySection
 from policy.chameleon.family import load
-from policy.config import LoraSection, PolicyConfig, TinySection
+from policy.chameleon.learned_padding import plan_with_padding
+from policy.chameleon.replay import divide, plan
+from policy.config import LoraSection
 from record.trajectory import Author, Modality, Segment, Trajectory
 from runtime.errors import UserError
 from runtime.interrupt import Interrupted
 from sft.config import SftConfig
-from sft.data import IGNORE, Collator, rows_after_separator, training_rows
-from sft.losses import visual_targets
-from sft.train import demonstrate, warm_start
+from sft.demonstrations import demonstrate
+from sft.teacher_forcing import examples_after_separator
+from sft.train import warm_start
 from sft.trainer import PROGRESS
 from tasks.shapes.task import ShapesTask
 from tests.chameleon_helpers import prompt_segment, small_policy
-from tests.test_sft import Signal, image, lines, section, text, trainer_of, written
+from tests.test_sft import FMT, IGNORE, Signal, all_of, image, labelled, lines, section, text, trainer_for, written
 from training.tracking import Tracker, read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -70,8 +75,9 @@ def test_there_is_no_visual_loss_unless_it_is_asked_for():
 def test_reconstruction_regresses_the_code_that_a_position_predicts(policy, tmp_path, variant):
     """The hidden state is made by hand: it says which code comes next, so only the right position has no error."""
     wanted = {"kind": "twgi", "variant": variant}
-    trainer = trainer_of(policy, training_rows(written(policy, 3), 256)[0], tmp_path, visual_loss=wanted)
     v, core = policy.vocabulary, policy.core
+    shown = Trajectory("a", {}, "strokes", [prompt_segment(policy, "a"), image(policy, 5)])
+    trainer = trainer_for(policy, [shown], tmp_path, visual_loss=wanted)
     try:
         visual = core.visual_loss
         visual.codebook_KE.copy_(visual.codebook_KE.bfloat16())
@@ -80,48 +86,49 @@ def test_reconstruction_regresses_the_code_that_a_position_predicts(policy, tmp_
         with torch.no_grad():  # the projection reads the first E dimensions
             visual.projection.weight.copy_(torch.eye(dims, width))
             visual.projection.bias.zero_()
-        segment = image(policy, 5)
-        ids = torch.tensor([[v.bos, *segment.ids]], dtype=torch.int64)
-        labels = ids.clone()
-        labels[0, 0] = labels[0, -1] = IGNORE
-        hidden = torch.zeros(1, ids.shape[1], width)
-        codes = torch.as_tensor(v.to_codes(segment.ids[1:-1]))
-        hidden[0, 1 : 1 + len(codes), :dims] = codebook_KE[codes]  # BOI's position predicts the first code
+        (loss,) = trainer.extra
+        replay = plan(trainer.examples[0].passes, v.pad, False, 256, policy.device)
+        prompt, codes = len(shown.segments[0].ids), torch.as_tensor(v.to_codes(shown.segments[1].ids[1:-1]))
+        assert labels_of(replay)[0].tolist() == labelled(shown)[1]
+        hidden = torch.zeros(1, prompt + len(codes) + 2, width)
+        hidden[0, prompt : prompt + len(codes), :dims] = codebook_KE[codes]  # BOI's position predicts the first code
 
-        trainer._codes = visual_targets(trainer.section.visual_loss, v, trainer.code_of_V, ids, labels)
+        def of(hidden) -> float:
+            loss.aim(replay)
+            loss._see(None, None, (hidden,))
+            return float(loss.loss([shown]).detach())
+
         at_the_code_itself = hidden.roll(1, 1)
         exact, late = (hidden, at_the_code_itself) if variant == "default" else (at_the_code_itself, hidden)
-        trainer._take_visual_loss(None, None, (exact,))
-        assert float(trainer._visual.detach()) == pytest.approx(0.0, abs=1e-12)
-        trainer._take_visual_loss(None, None, (late,))
-        assert float(trainer._visual.detach()) > 1e-4
+        assert of(exact) == pytest.approx(0.0, abs=1e-12)
+        assert of(late) > 1e-4
+        assert loss.loss([shown]) is None  # it is taken once
     finally:
         trainer.detach()
-        trainer._visual = None
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_discrepancy_is_that_of_the_full_logits_wherever_a_row_stands(policy, tmp_path, pack):
-    """Row by row through the full logits, distances from the codebook, in numpy: the line that rows share is no
-    matter, nor is the order of the ids, which is not the codes' here."""
-    rows, _ = training_rows(written(policy, 6), 256)
+def test_discrepancy_is_that_of_the_full_logits(policy, tmp_path):
+    """Row by row through the full logits, distances from the codebook, in numpy: the order of the ids, which is not the
+    codes' here, is no matter."""
+    trajectories = written(policy, 6)
     v = policy.vocabulary
     assert (np.diff(v.code_ids) < 0).any()
     book = policy.core.model.vqmodel.quantize.embedding.weight.detach().double().numpy()
     values, text_nll = [], []
-    for row in rows:
+    for trajectory in trajectories:
+        ids, labels = labelled(trajectory)
         with torch.no_grad():
-            logits_TV = policy.core(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
-        for at, label in enumerate(row["labels"]):
+            logits_TV = policy.core(input_ids=torch.tensor([ids])).logits[0].double()
+        for at, label in enumerate(labels):
             if label == IGNORE or at == 0:
                 continue
             text_nll.append(-float(logits_TV[at - 1].log_softmax(-1)[label]))
             if v.code_of[label] >= 0:
                 p = logits_TV[at - 1][v.code_ids.tolist()].softmax(-1).numpy()  # by code
                 values.append(float(p @ np.linalg.norm(book - book[v.code_of[label]], axis=1)))
-    trainer = trainer_of(policy, rows, tmp_path, visual_loss={"kind": "mvot", "weight": 3.0})
+    trainer = trainer_for(policy, trajectories, tmp_path, visual_loss={"kind": "mvot", "weight": 3.0})
     try:
-        loss = trainer.compute_loss(policy.model, Collator(v.pad, pack=pack)(rows))
+        loss = trainer.compute_loss(policy.model, all_of(trajectories))
         assert float(loss.detach()) == pytest.approx(np.mean(text_nll) + 3.0 * np.mean(values), rel=1e-5)
     finally:
         trainer.detach()
@@ -138,12 +145,12 @@ def test_projection_is_trained_and_not_saved(tmp_path):
     tracker = Tracker(tmp_path / "sft")
     tracker.listeners.append(Watch())
     trajectories = [written(policy, 1)[0]] * 12
-    last = warm_start(policy, trajectories, section(max_steps=4, visual_loss=2.0), tmp_path, tracker=tracker)
+    last = warm_start(policy, FMT, trajectories, section(max_steps=4, visual_loss=2.0), tmp_path, tracker=tracker)
     assert (seen[0] - seen[-1]).abs().max() > 1e-3
     words, codes = (
         sum(
             label != IGNORE and (label in set(policy.vocabulary.code_ids.tolist())) == image
-            for label in training_rows(trajectories[:1], 256)[0][0]["labels"]
+            for label in labelled(trajectories[0])[1]
         )
         for image in (False, True)
     )
@@ -174,7 +181,7 @@ def small_thinker(task, lora: LoraSection | None = None):
         "intermediate_size": 32,
         "max_position_embeddings": 256,
     }
-    return load(PolicyConfig(tiny=TinySection(**tiny), lora=lora), task.words)
+    return load(ChameleonPolicyConfig(tiny=TinySection(**tiny), lora=lora), task.words)
 
 
 @pytest.mark.parametrize("kind, variant", ALL)
@@ -190,7 +197,7 @@ def test_it_falls_and_a_stopped_run_goes_on_with_the_very_same_loss(shapes, tmp_
             max_steps=8, logging_steps=2, batch_size=8, learning_rate=1e-2, max_length=200, visual_loss=wanted
         )
         try:
-            warm_start(policy, trajectories, config, folder, tracker=tracker, resume=resume)
+            warm_start(policy, FMT, trajectories, config, folder, tracker=tracker, resume=resume)
         finally:
             tracker.close()
         return {name: tensor.clone() for name, tensor in policy.core.state_dict().items()}
@@ -203,8 +210,8 @@ def test_it_falls_and_a_stopped_run_goes_on_with_the_very_same_loss(shapes, tmp_
 
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", listener=Signal(5, signal.SIGINT))
-    saved = torch.load(tmp_path / "parts" / "sft" / "checkpoint-5" / PROGRESS, weights_only=True)["visual_loss"]
-    assert (saved["kind"], saved["variant"]) == (kind, variant)
+    saved = torch.load(tmp_path / "parts" / "sft" / "checkpoint-5" / PROGRESS, weights_only=True)["losses"]["visual"]
+    assert saved["form"] == f"{kind}, {variant}"
     names = {"twgi": {"projection.weight", "projection.bias"}, "mvot": {"distance_KK"}}
     assert set(saved["state"]) == names[kind]
     resumed = run(tmp_path / "parts", resume=True)
@@ -217,13 +224,12 @@ def test_it_falls_and_a_stopped_run_goes_on_with_the_very_same_loss(shapes, tmp_
 
 def test_what_the_checkpoint_holds_is_what_the_run_goes_on_with(policy, tmp_path):
     """Projection and table are taken from the checkpoint, not made anew; release 0.1's projection is read too."""
-    rows, _ = training_rows(written(policy, 3), 256)
     for kind, key in (("twgi", "projection.weight"), ("mvot", "distance_KK")):
-        trainer = trainer_of(policy, rows, tmp_path, visual_loss={"kind": kind})
+        trainer = trainer_for(policy, written(policy, 3), tmp_path, visual_loss={"kind": kind})
         try:
             fresh = {name: tensor.clone() for name, tensor in policy.core.visual_loss.state_dict().items()}
             marked = {name: tensor + 1 for name, tensor in fresh.items()}
-            states = [{"visual_loss": {"kind": kind, "variant": "default", "state": marked}}]
+            states = [{"losses": {"visual": {"form": f"{kind}, default", "state": marked}}}]
             states += [{"projection": marked}] if kind == "twgi" else []
             for state in states:
                 policy.core.visual_loss.load_state_dict(fresh)
@@ -251,7 +257,7 @@ def test_another_visual_loss_does_not_go_on(tmp_path, written_with, resumed_with
     def run(visual_loss, steps, resume=False):
         policy = small_policy()
         config = section(max_steps=steps, visual_loss=visual_loss)
-        warm_start(policy, written(policy, 4), config, tmp_path, resume=resume)
+        warm_start(policy, FMT, written(policy, 4), config, tmp_path, resume=resume)
         return policy
 
     run(written_with, 1)
@@ -271,14 +277,14 @@ def test_adapters_learn_from_token_discrepancy_alone(shapes, tmp_path):
     weights = {segment.role: 0.0 for trajectory in trajectories for segment in trajectory.segments}
     before = [parameter.detach().clone() for parameter in policy.parameters()]
     config = section(max_steps=2, weight_decay=0.0, role_weights=weights, visual_loss={"kind": "mvot"})
-    warm_start(policy, trajectories, config, tmp_path)
+    warm_start(policy, FMT, trajectories, config, tmp_path)
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 
 # ---- the release's labels ----
 
 
-def test_the_release_learns_everything_after_the_separator_and_padding(policy):
+def test_the_release_learns_everything_after_the_separator_and_padding(policy, tmp_path):
     long = Trajectory(
         "a red circle",
         {},
@@ -292,21 +298,41 @@ def test_the_release_learns_everything_after_the_separator_and_padding(policy):
     )
     short = Trajectory("a", {}, "strokes", [prompt_segment(policy, "a"), text(policy, "plan", "red")])
     v = policy.vocabulary
-    rows, cut = rows_after_separator([long, short], 256, v.sep, {"plan": 2.0})
-    (prompt, rest), ids = (len(long.segments[0].ids), sum(len(s.ids) for s in long.segments[1:])), rows[0]["input_ids"]
-    assert len(ids) == prompt + rest
-    assert rows[0]["labels"] == [IGNORE] * prompt + ids[prompt:]
-    assert rows[0]["labels"].count(v.eoi) == 1  # the forced end marker too
-    assert rows[0]["weights"] == [1.0] * prompt + [2.0, 2.0] + [1.0] * (rest - 2)
+    found, cut = examples_after_separator([long, short], policy, 256)
     assert (cut.rows, cut.shortened, cut.dropped) == (2, 0, 0)
+    prompt, rest = len(long.segments[0].ids), sum(len(s.ids) for s in long.segments[1:])
+    replay, seen = plan_with_padding([p for example in found for p in example.passes], v.pad, False, 256, policy.device)
+    ids, labels = replay.ids_RT.tolist(), labels_of(replay).tolist()
+    assert len(ids[0]) == prompt + rest
+    assert labels[0] == [IGNORE] * prompt + ids[0][prompt:]
+    assert labels[0].count(v.eoi) == 1  # the forced end marker too
+    own, asked = sum(len(s.ids) for s in short.segments), len(short.segments[0].ids)
+    assert labels[1] == [IGNORE] * asked + ids[1][asked:own] + [v.pad] * (len(ids[0]) - own)
+    assert seen[1].tolist() == [1] * own + [0] * (len(ids[0]) - own)
+    assert replay.position_RT[1].tolist() == list(range(len(ids[0])))
 
-    batch = Collator(v.pad, pack=False, learn_padding=True)(rows)
-    own = len(rows[1]["input_ids"])
-    assert batch["labels"][1].tolist() == rows[1]["labels"] + [v.pad] * (len(ids) - own)
-    assert batch["weights"][1, own:].tolist() == [1.0] * (len(ids) - own)
-    assert batch["position_ids"][1].tolist() == list(range(len(ids)))
-    with pytest.raises(ValueError, match="pack=False"):
-        Collator(v.pad, learn_padding=True)
+    # what of it is the loss: every label weighs 1, but a role's as the recipe says
+    trainer = trainer_for(policy, [long, short], tmp_path)
+    trainer.examples, trainer.roles = found, ["observation", "plan", "prompt", "sketch", "padding"]
+    trainer.section = section(labels="release", role_weights={"plan": 2.0})
+    policy.learns_padding = True
+    try:
+        loss = trainer.compute_loss(policy.model, {"index": torch.tensor([0, 1])})
+    finally:
+        policy.learns_padding = False
+        trainer.detach()
+    with torch.no_grad():
+        logits_RTV = policy.core(
+            input_ids=replay.ids_RT, attention_mask=seen, position_ids=replay.position_RT
+        ).logits.double()
+    total = weight = 0.0
+    planned = {0: range(prompt, prompt + 2), 1: range(asked, own)}
+    for row, labels_T in enumerate(labels):
+        for at, label in enumerate(labels_T):
+            if label != IGNORE:
+                w = 2.0 if at in planned[row] else 1.0
+                total, weight = total - w * float(logits_RTV[row, at - 1].log_softmax(-1)[label]), weight + w
+    assert float(loss.detach()) == pytest.approx(total / weight, abs=1e-5)
 
 
 def test_a_run_with_the_releases_labels_and_loss(tmp_path, caplog):
@@ -315,13 +341,13 @@ def test_a_run_with_the_releases_labels_and_loss(tmp_path, caplog):
     longest = max(sum(len(s.ids) for s in t.segments) for t in trajectories)
     changes = {"labels": "release", "visual_loss": {"variant": "release"}, "max_length": longest - 1}
     with caplog.at_level(logging.WARNING, "sft.train"):
-        last = warm_start(policy, trajectories, section(max_steps=2, **changes), tmp_path / "a")
+        last = warm_start(policy, FMT, trajectories, section(max_steps=2, **changes), tmp_path / "a")
     assert math.isfinite(last["loss"]) and last["loss_visual"] > 0
     assert any(f"longer than {longest - 1} ids and were left out whole" in r.getMessage() for r in caplog.records)
 
     trajectories[2].segments[1].ids = np.array([policy.vocabulary.sep, 3], np.int32)
     with pytest.raises(UserError, match=r"demonstration 2 .*hold the separator .id \d+. 2 times"):
-        warm_start(policy, trajectories, section(labels="release"), tmp_path / "b")
+        warm_start(policy, FMT, trajectories, section(labels="release"), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -340,31 +366,61 @@ def release_labels() -> list[dict]:
 
 
 @pytest.mark.parity
-def test_rows_are_labelled_as_the_releases():
+def test_rows_are_labelled_as_the_releases(policy):
+    v = ReleaseVocabulary(policy.vocabulary)
     for number, record in enumerate(release_labels()):
         where = f"line {number + 1}: {record['note']}"
-        trajectories = [
-            Trajectory(
-                "a", {}, "", [Segment("prompt", Author.USER, Modality.TEXT, False, np.array(ids_of(runs), np.int32))]
-            )
-            for runs in record["inputs"]["samples"]
-        ]
+        trajectories = [divided(ids_of(runs)) for runs in record["inputs"]["samples"]]
         want = record["outputs"]
+        reader = ReleaseReader(v)
         if "raises" in want:
             with pytest.raises(UserError, match=r"hold the separator .id 8710. \d+ times"):
-                rows_after_separator(trajectories, RELEASE_LIMIT, RELEASE_SEPARATOR)
+                examples_after_separator(trajectories, reader, RELEASE_LIMIT)
             continue
         if want["kept"] == 0:  # the release has an empty data set; here that is nothing to train on
             with pytest.raises(UserError, match="no demonstration is within 5119 ids"):
-                rows_after_separator(trajectories, RELEASE_LIMIT, RELEASE_SEPARATOR)
+                examples_after_separator(trajectories, reader, RELEASE_LIMIT)
             continue
-        rows, cut = rows_after_separator(trajectories, RELEASE_LIMIT, RELEASE_SEPARATOR)
+        found, cut = examples_after_separator(trajectories, reader, RELEASE_LIMIT)
         assert cut.rows == want["kept"] and cut.dropped == len(trajectories) - want["kept"], where
-        batch = Collator(RELEASE_PAD, pack=False, learn_padding=True)(rows)
-        for key in ("input_ids", "attention_mask", "labels"):
-            assert batch[key].tolist() == [ids_of(runs) for runs in want[key]], f"{where} {key}"
-        # By default the same rows are padded with nothing to learn.
-        plain = Collator(RELEASE_PAD, pack=False)(rows)
-        padding = batch["attention_mask"] == 0
-        assert bool((plain["labels"][padding] == IGNORE).all()), where
-        assert plain["labels"][~padding].tolist() == batch["labels"][~padding].tolist(), where
+        passes = [p for example in found for p in example.passes]
+        replay, seen = plan_with_padding(passes, RELEASE_PAD, False, 256, policy.device)
+        got = {"input_ids": replay.ids_RT, "attention_mask": seen, "labels": labels_of(replay)}
+        for key, value in got.items():
+            assert value.tolist() == [ids_of(runs) for runs in want[key]], f"{where} {key}"
+
+
+def divided(ids) -> Trajectory:
+    """As a demonstration holds them: the prompt up to the first separator, then what is answered."""
+    stop = ids.index(RELEASE_SEPARATOR) + 1 if RELEASE_SEPARATOR in ids else len(ids)
+    segments = [Segment("prompt", Author.USER, Modality.TEXT, False, np.array(ids[:stop], np.int32))]
+    if ids[stop:]:
+        segments.append(Segment("plan", Author.POLICY, Modality.TEXT, True, np.array(ids[stop:], np.int32)))
+    return Trajectory("a", {}, "", segments)
+
+
+class ReleaseVocabulary:
+    """The released tokenizer's size and separator."""
+
+    size, sep = 65536, RELEASE_SEPARATOR
+
+    def __init__(self, own):
+        self.imaging = own.imaging
+
+
+class ReleaseReader:
+    """Of a policy, what rows are made by: everything is ids, as in the family chameleon."""
+
+    family = "chameleon"
+
+    def __init__(self, vocabulary):
+        self.vocabulary = vocabulary
+
+    def forms(self, segment):
+        return ("ids",)
+
+    def extent(self, segment, form, keep=None):
+        return Extent(len(segment.ids), len(segment.ids))
+
+    def passes(self, trajectories, budget=None):
+        return [p for trajectory in trajectories for p in divide(trajectory, budget)]
