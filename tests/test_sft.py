@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples as tried
 from transformers import ChameleonForConditionalGeneration
 from trl import SFTTrainer
 
@@ -37,6 +36,7 @@ from sft.train import _arguments, role_names, warm_start
 from sft.trainer import InterleavedSftTrainer, Means, trainer_of
 from tasks.base import Demonstration
 from tests.chameleon_helpers import WORDS, prompt_segment, small_config, small_policy
+from tests.properties import examples as tried
 from tests.test_trainer_processes import launch
 from training.tracking import Tracker, read_metrics
 
