@@ -10,7 +10,7 @@ import numpy as np
 
 from formats.registry import get_format
 from formats.render import render
-from policy.config import PolicyConfig, TinySection
+from policy.chameleon.config import ChameleonPolicyConfig, TinySection
 from policy.context import resolve
 from policy.registry import load_policy
 from record.trajectory import DecisionKind, Decisions, Modality, SamplingParams, Segment, Trajectory
@@ -30,7 +30,7 @@ def small_policy(width: int, layers: int) -> Any:
         intermediate_size=3 * width,
         max_position_embeddings=1024,
     )
-    return load_policy(PolicyConfig(family="chameleon", tiny=tiny), get_task("shapes").words)
+    return load_policy(ChameleonPolicyConfig(family="chameleon", tiny=tiny), get_task("shapes").words)
 
 
 def thoughts(policy: Any, kind: str, count: int) -> list[Trajectory]:

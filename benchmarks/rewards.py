@@ -321,7 +321,7 @@ def shapes(given: argparse.Namespace) -> dict[str, Any]:
 def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of a step with the judgement after the rollout, and beside it."""
     from formats.registry import get_format
-    from policy.config import PolicyConfig
+    from policy.chameleon.config import ChameleonPolicyConfig
     from policy.registry import load_policy
     from rewards.config import RewardsConfig
     from rewards.manager import RewardManager
@@ -339,7 +339,7 @@ def overlap(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     task = get_task("shapes")
     policy = load_policy(
-        PolicyConfig.model_validate(
+        ChameleonPolicyConfig.model_validate(
             {
                 "family": "chameleon",
                 "tiny": {

@@ -41,8 +41,8 @@ from formats.declared import DeclaredFormat
 from formats.registry import get_format
 from formats.render import render
 from formats.strokes import GRAMMAR
+from policy.chameleon.config import ChameleonPolicyConfig
 from policy.chameleon.grammar import ImageGrammar, ImageLogitsProcessor
-from policy.config import PolicyConfig
 from policy.registry import load_policy
 from record.trajectory import Trajectory, mask_of, ranges_of
 from rollout.config import RolloutConfig
@@ -142,7 +142,7 @@ class Work:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         task = get_task("shapes")
-        self.policy: Any = load_policy(PolicyConfig(family="chameleon", path=options.policy), task.words)
+        self.policy: Any = load_policy(ChameleonPolicyConfig(family="chameleon", path=options.policy), task.words)
         rows = options.prompts * options.members
         self.outlines = None if options.policy else Outlines(self.policy, task.demonstrations("strokes", rows, 0))
         records = task.prompts("train")[: options.prompts]

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from policy.registry import FAMILIES, section_of
 from runtime.paths import ReadPath
 from underdrawing.recipe import Recipe
 
@@ -38,6 +39,11 @@ def page() -> str:
     """The whole page as Markdown."""
     sections = [_table("the recipe itself", Recipe, "", skip_sections=True)]
     for name, field in Recipe.model_fields.items():
+        if name == "policy":  # each family has a section of its own
+            for family in FAMILIES:
+                own, *inner = _section(name, section_of(family))
+                sections += [own.replace("## `policy`", f"## `policy` of the family `{family}`", 1), *inner]
+            continue
         for model in _models_in(field.annotation):
             sections += _section(name, model)
     return HEAD + "\n" + "\n".join(sections)

@@ -105,11 +105,15 @@ class Violation:
 
 @dataclass(frozen=True)
 class Part:
-    """One segment of a demonstration before it has ids: text with its tags, or an image's ids with markers."""
+    """One segment of a demonstration before it has ids: text with its tags, or an image.
+
+    `author`: read where the role is not known yet (formats/render.py: render_parts); else the role says it.
+    """
 
     role: str
     text: str = ""
     image: np.ndarray | None = None
+    author: Author = Author.POLICY
 
 
 class Cursor(Protocol):

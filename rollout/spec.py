@@ -44,7 +44,7 @@ def build_writer(
 ) -> Writer:
     """The writer that a recipe's sections, as plain data, ask for."""
     from formats.config import FormatConfig
-    from policy.config import PolicyConfig
+    from policy.registry import policy_section
     from rollout.registry import make_writer
 
-    return make_writer(PolicyConfig(**policy), FormatConfig(**format), RolloutConfig(**rollout), words)
+    return make_writer(policy_section(policy), FormatConfig(**format), RolloutConfig(**rollout), words)

@@ -1,7 +1,7 @@
 """What a warm start leaves on the disk: whole checkpoints, told from half-written ones, and errors as sentences.
 
 sft/checkpoint-200/       transformers' files (weights, optimiser, schedule, random states, trainer_state.json)
-    progress.pt           what the next line of metrics has gathered so far, and the projection of the visual loss
+    progress.pt           what the next line of metrics has gathered so far; the visual loss's projection or table
     whole.json            written last: size and CRC-32 of every other file
 """
 

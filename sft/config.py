@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from formats.roles import RECORDED
+from policy.extra_losses import ExtraLosses, FlowLossConfig, VisualLossConfig
 from runtime.paths import ReadPath
 from runtime.section import Section
 from training.schedules import Schedule, check_schedule
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _weight_of_twgi(value: Any) -> Any:
+    """A plain number is the weight of twgi's loss."""
+    if isinstance(value, VisualLossConfig | dict):
+        return value
+    try:
+        return {"weight": float(value)}
+    except (TypeError, ValueError):
+        raise ValueError(
+            "want a number, the weight of the loss 'twgi', or a mapping such as {kind: mvot, weight: 1.0}"
+        ) from None
 
 
 class SftConfig(Section):
@@ -55,11 +68,32 @@ class SftConfig(Section):
         description="imitate images that are wrong on purpose too; else they are "
         "only seen, and their inspection and repair are learned",
     )
-    visual_loss: float = Field(
-        0.0, ge=0, description="weight of the visual reconstruction loss (Thinking with Generated Images uses 1)"
+    conditioning_dropout_prob: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of images that are learned under one of their guidance branches' contexts in place of all "
+        "that was written (classifier-free guidance, arXiv:2207.12598); without it guidance asks for contexts that "
+        "were never learned. No effect where the format has no guidance",
     )
+    labels: Literal["default", "release"] = Field(
+        "default",
+        description="which ids are learned. default: what the policy itself would decide, by segment. release: as in "
+        "the code of Thinking with Generated Images, all after the prompt's separator, what the environment wrote, "
+        "images that are wrong on purpose and padding too; a row longer than max_length is left out whole",
+    )
+    visual_loss: Annotated[VisualLossConfig, BeforeValidator(_weight_of_twgi)] = Field(
+        default=0.0,  # type: ignore[assignment]
+        validate_default=True,
+        description="a number: the weight of the loss twgi (its paper uses 1); or a mapping of the keys below. 0: none",
+    )
+    flow_loss: FlowLossConfig = Field(default_factory=lambda: FlowLossConfig.model_validate({}))
     save_steps: int = Field(200, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(20, ge=1, description="steps between logged metrics")
+
+    def extra_losses(self, seed: int) -> ExtraLosses:
+        """What is learned beside the cross-entropy, where the policy's family has it."""
+        return ExtraLosses(self.visual_loss, self.flow_loss, self.labels == "release", seed)
 
     @model_validator(mode="after")
     def _rate_falls(self) -> SftConfig:

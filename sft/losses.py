@@ -1,34 +1,54 @@
-"""The warm start's two losses: cross-entropy over what the policy would decide, and visual reconstruction.
+"""The warm start's losses: cross-entropy over what the policy would decide, and those that its family offers.
 
-Letters: L lines of a batch, T ids, N learned ids, M learned visual codes, D width of the model,
-K codes of E dimensions each.
+Letters: P passes of a batch, S segments, N decisions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sft.data import IGNORE
+from policy.base import Pass, Policy, Scored
+from policy.extra_losses import ExtraLoss, ExtraLosses
+from record.trajectory import DecisionKind
+from runtime.errors import UserError
+
+PADDING = "padding"  # the role of what stands in no segment
 
 
 @dataclass(frozen=True)
-class Targets:
-    """The learned ids of a batch. Each is predicted from the position before it."""
+class Learned:
+    """What the scored decisions of a batch are, as the loss and its log ask."""
 
-    before_N: Tensor  # int64 into the flattened [L * T]: where the hidden state that predicts it stands
-    id_N: Tensor  # int64
-    image_N: Tensor  # bool, a visual code
-    weight_N: Tensor  # float, by its role
+    weight_N: Tensor  # float32, by role
+    role_N: Tensor  # int64, into the roles
+    code_N: Tensor  # bool: a visual code
 
 
-def targets(labels_LT: Tensor, weight_LT: Tensor, is_code_V: Tensor) -> Targets:
-    """Collect the learned ids, line by line. A line's first id has nothing before it and is never learned."""
-    line_N, column_N = (labels_LT[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    id_N = labels_LT[line_N, column_N + 1]
-    return Targets(line_N * labels_LT.shape[1] + column_N, id_N, is_code_V[id_N], weight_LT[line_N, column_N + 1])
+def learned(passes: Sequence[Pass], scored: Scored, roles: Sequence[str], role_weights: Mapping[str, float]) -> Learned:
+    """Weights and roles of decisions, by the segments that they stand in.
+
+    Args:
+        roles: those that `role_N` counts; PADDING is that of what is in no segment.
+        role_weights: 1 where none is given.
+    """
+    number_of = {role: number for number, role in enumerate(roles)}
+    most = max((len(one.trajectory.segments) for one in passes), default=0)
+    # One more column, which index -1 finds: padding.
+    role_PS = np.full((len(passes), most + 1), number_of.get(PADDING, 0), np.int64)
+    weight_PS = np.ones((len(passes), most + 1), np.float32)
+    for number, one in enumerate(passes):
+        own = [segment.role for segment in one.trajectory.segments]
+        role_PS[number, : len(own)] = [number_of.get(role, 0) for role in own]
+        weight_PS[number, : len(own)] = [role_weights.get(role, 1.0) for role in own]
+    at = (scored.pass_N, scored.segment_N)
+    device = scored.logprob_N.device
+    role_N, weight_N = (torch.from_numpy(values).to(device)[at] for values in (role_PS, weight_PS))
+    return Learned(weight_N, role_N, scored.kind_N == DecisionKind.CODE)
 
 
 def weighted_cross_entropy(logprob_N: Tensor, weight_N: Tensor, image_N: Tensor, image_weight: float) -> Tensor:
@@ -37,23 +57,22 @@ def weighted_cross_entropy(logprob_N: Tensor, weight_N: Tensor, image_N: Tensor,
     return -(weight_N * logprob_N).sum() / weight_N.sum().clamp_min(1e-8)
 
 
-class VisualReconstruction(nn.Module):
-    """Mean squared error between a projection of the hidden state and the code's own codebook vector.
+def losses_of(policy: Policy, asked: ExtraLosses) -> list[ExtraLoss]:
+    """The family's own losses that the recipe asks for.
 
-    Thinking with Generated Images (arXiv:2505.22525) adds it to the cross-entropy with weight 1. The hidden state is
-    the one that predicts the code (the position before it), and the projection is trained with the model.
+    Raises UserError for one that the family does not have.
     """
-
-    codebook_KE: Tensor
-
-    def __init__(self, hidden_size: int, codebook_KE: Tensor) -> None:
-        super().__init__()
-        self.projection = nn.Linear(hidden_size, codebook_KE.shape[1])
-        self.register_buffer("codebook_KE", codebook_KE.detach().clone(), persistent=False)
-
-    def forward(self, hidden_MD: Tensor, code_M: Tensor) -> Tensor:
-        """Mean over codes and codebook dimensions; 0 (with a gradient of 0) where there is no code."""
-        if not len(code_M):
-            return self.projection(hidden_MD).sum() * 0.0
-        projected_ME = self.projection(hidden_MD.to(self.projection.weight.dtype))
-        return nn.functional.mse_loss(projected_ME, self.codebook_KE[code_M])
+    own = getattr(policy, "extra_losses", None)
+    found: list[ExtraLoss] = own(asked) if own is not None else []
+    names = {loss.name for loss in found}
+    if asked.visual.weight and "visual" not in names:
+        raise UserError(
+            f"sft.visual_loss: the family '{policy.family}' has no codebook to hold its images to; set "
+            "sft.visual_loss: 0"
+        )
+    if asked.padding and "padding" not in names:
+        raise UserError(
+            f"sft.labels=release: it learns padding, which the family '{policy.family}' has none of; take "
+            "sft.labels=default"
+        )
+    return found

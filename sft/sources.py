@@ -7,8 +7,9 @@ A row of a file is a prompt and what should be thought about it, as TRL's conver
         {"type": "image", "image": "circle.png"},
         {"type": "text", "text": "<inspect> right</inspect>"}]}]}
 
-The format of the recipe divides the text into segments. Stored rollouts serve too: the best of them, as in rejection
-sampling.
+A user's message may show images, and a message of "tool" is what the environment answers, words and images: both are
+seen and not learned. The format of the recipe divides the text into segments. Stored rollouts serve too: the best of
+them, as in rejection sampling.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from formats.base import Format, Part
 from formats.render import render_parts
 from policy.base import Policy
 from record.store import load_trajectories
-from record.trajectory import StopReason, Trajectory
+from record.trajectory import Author, StopReason, Trajectory
 from runtime.errors import UserError
 from sft.config import SftConfig
 from tasks.images import image_file, read_image
@@ -87,8 +88,8 @@ def words_of(path: str, tags: Sequence[str]) -> set[str]:
     else:
         texts = []
         for row in read_rows(path, KEY):
-            prompt, parts = _row(row)
-            texts += [prompt, *(text for kind, text, _ in parts if kind == "text")]
+            prompt, _, parts = _row(row)
+            texts += [prompt, *(part.content for part in parts if part.kind == "text")]
     for tag in tags:
         texts = [text.replace(tag, " ") for text in texts]
     return {word for text in texts for word in text.split()}
@@ -169,19 +170,36 @@ def _best(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
 # ---- rows of messages ----
 
 
+class _Said(NamedTuple):
+    """One part of a message."""
+
+    kind: str  # "text" or "image"
+    content: str  # the text, or the image's file
+    trained: bool  # whether it is imitated
+    author: Author
+
+
 def _rendered(rows: Sequence[Row], fmt: Format, policy: Policy) -> list[Trajectory]:
     made = []
     for number, row in enumerate(rows):
-        prompt, pieces = _row(row)
+        prompt, shown, said = _row(row)
         parts = [
-            Part("", image=read_image(content)) if kind == "image" else Part("", content) for kind, content, _ in pieces
+            Part("", image=read_image(each.content), author=each.author)
+            if each.kind == "image"
+            else Part("", each.content, author=each.author)
+            for each in said
         ]
-        images = [part.image for part in parts if part.image is not None]
-        codes = policy.encode_images(images)
+        media = [read_image(image) for image in shown]
         record = {k: v for k, v in row.values.items() if k not in ("messages", "images", "prompt")}
         try:
             trajectory = render_parts(
-                fmt, prompt, {"prompt": prompt, **record}, parts, [t for _, _, t in pieces], policy.vocabulary, codes
+                fmt,
+                prompt,
+                {"prompt": prompt, **record},
+                parts,
+                [each.trained for each in said],
+                policy.vocabulary,
+                media,
             )
         except UserError as error:
             raise DataError(f"{row.where}: {error}") from error
@@ -190,33 +208,37 @@ def _rendered(rows: Sequence[Row], fmt: Format, policy: Policy) -> list[Trajecto
     return made
 
 
-def _row(row: Row) -> tuple[str, list[tuple[str, str, bool]]]:
-    """The prompt, and the parts of the answer: ("text" or "image", text or file, whether it is imitated)."""
+def _row(row: Row) -> tuple[str, list[str], list[_Said]]:
+    """The prompt's words, the files of the images that it shows, and the parts of the answer."""
     messages = row.values.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{row.where}: 'messages' is a list of messages, not {messages!r}"[:300])
-    prompt, parts = row.values.get("prompt"), []
+    prompt, shown, parts = row.values.get("prompt"), [], []
     given = iter(row.values.get("images") or ())
     for number, message in enumerate(messages, 1):
         where = f"{row.where}, message {number}"
         role = message.get("role") if isinstance(message, dict) else None
         if role == "user" and number == 1 and prompt is None:
-            prompt = "".join(text for kind, text, _ in _parts(message, given, row, where) if kind == "text")
+            asked = list(_parts(message, given, row, where, Author.USER))
+            prompt = "".join(part.content for part in asked if part.kind == "text")
+            shown = [part.content for part in asked if part.kind == "image"]
         elif role == "assistant":
-            parts += list(_parts(message, given, row, where))
+            parts += list(_parts(message, given, row, where, Author.POLICY))
+        elif role == "tool" and parts:
+            parts += list(_parts(message, given, row, where, Author.ENVIRONMENT))
         else:
             raise DataError(
                 f"{where}: a message of '{role}'; the first may be the user's, if there is no 'prompt', and all others "
-                "are the assistant's"
+                "are the assistant's, or a tool's that answers it"
             )
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not (prompt.strip() or shown):
         raise DataError(f"{row.where}: there is no prompt: give 'prompt', or a first message of the user")
-    if not parts:
+    if not any(part.author is Author.POLICY for part in parts):
         raise DataError(f"{row.where}: the assistant says nothing; there is nothing to learn from")
-    return prompt, parts
+    return prompt, shown, parts
 
 
-def _parts(message: dict[str, Any], given: Iterator[Any], row: Row, where: str) -> Iterator[tuple[str, str, bool]]:
+def _parts(message: dict[str, Any], given: Iterator[Any], row: Row, where: str, author: Author) -> Iterator[_Said]:
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -227,13 +249,13 @@ def _parts(message: dict[str, Any], given: Iterator[Any], row: Row, where: str) 
         kind = part.get("type") if isinstance(part, dict) else None
         trained = bool(part.get("trained", True)) if isinstance(part, dict) else True
         if kind == "text" and isinstance(part.get("text"), str):
-            yield "text", part["text"], trained
+            yield _Said("text", part["text"], trained, author)
         elif kind == "image":
             image = part.get("image")
             if image is None:  # a placeholder: the image stands in the column `images`
                 image = next(given, None)
                 if image is None:
                     raise DataError(f"{at}: an image without content, and the column 'images' has none left")
-            yield "image", image_file(image, row.folder, at), trained
+            yield _Said("image", image_file(image, row.folder, at), trained, author)
         else:
             raise DataError(f'{at}: a part is {{"type": "text", "text": ...}} or {{"type": "image", "image": ...}}')

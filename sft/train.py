@@ -1,6 +1,8 @@
-"""The warm start on TRL's SFTTrainer: demonstrations -> weights that write and draw in the recipe's format.
+"""The warm start: demonstrations -> weights that write and draw in the recipe's format. It serves every policy family.
 
-Multi-process runs come from the launcher (`accelerate launch`), as with any SFTTrainer.
+Demonstrations get the contexts and decisions of sampling (teacher_forcing.py); the loss is minus their log-probs by
+`Policy.score`, and what the family learns from beside it (policy/extra_losses.py). Multi-process runs come from the
+launcher (`accelerate launch`), as with any SFTTrainer.
 """
 
 from __future__ import annotations
@@ -10,81 +12,29 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from trl import SFTConfig as TrlSftConfig
 
 from formats.base import Format
-from formats.render import render
-from policy.chameleon.family import ChameleonPolicy
+from policy.base import Policy
 from record.trajectory import Trajectory
 from runtime.errors import UserError
 from runtime.files import write_whole
 from runtime.interrupt import Interrupted, interruptible, name_of
 from sft.checkpoints import chosen, finished_checkpoints, newest, prune, rewind, step_of, writing
 from sft.config import SftConfig
-from sft.data import Collator, Row, role_names, training_rows
-from sft.sources import load_demonstrations
-from sft.trainer import InterleavedSftTrainer, Mirror, StopAtSignal
-from tasks.base import Demonstration, Task
+from sft.losses import losses_of
+from sft.teacher_forcing import Example, examples, examples_after_separator
+from sft.trainer import Mirror, StopAtSignal, trainer_of
 from training.precision import half_precision
 from training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
-SEE_BATCH = 256
-
-
-def demonstrate(task: Task, fmt: Format, policy: ChameleonPolicy, config: SftConfig, seed: int) -> list[Trajectory]:
-    """The trajectories to learn from: the task's demonstrations rendered in the format, or the stored ones."""
-    if config.data is not None:
-        return load_demonstrations(config, fmt, policy, task.prompts("heldout"))
-    demonstrations = task.demonstrations(fmt.name, config.demonstrations, seed)
-    return render_all(demonstrations, fmt, policy, config.learn_mistakes)
-
-
-def render_all(
-    demonstrations: Sequence[Demonstration], fmt: Format, policy: ChameleonPolicy, learn_mistakes: bool = False
-) -> list[Trajectory]:
-    """Demonstrations with their images seen by the policy's visual tokenizer, in batches."""
-    images = [part.image for d in demonstrations for part in d.parts if part.image is not None]
-    codes = []
-    with torch.inference_mode():
-        for begin in range(0, len(images), SEE_BATCH):
-            codes += policy.encode_images(images[begin : begin + SEE_BATCH])
-    trajectories, at = [], 0
-    for group, d in enumerate(demonstrations):
-        count = sum(part.image is not None for part in d.parts)
-        trajectory = render(fmt, d.prompt, d.record, d.parts, policy.vocabulary, codes[at : at + count])
-        trajectory.group = group
-        # An image that is wrong on purpose is there to be inspected and repaired, a needless text to be followed:
-        # neither is imitated.
-        for index in (*d.needless, *(() if learn_mistakes else d.mistakes)):
-            trajectory.segments[index + 1].trained = False
-        trajectories.append(trajectory)
-        at += count
-    return trajectories
-
-
-def check_demonstrations(trajectories: Sequence[Trajectory], fmt: Format) -> None:
-    """Refuse to learn from sentences that the format itself would not accept.
-
-    Raises:
-        UserError: names the first such demonstration, its segment and what would be right.
-    """
-    for index, trajectory in enumerate(trajectories):
-        where = f"demonstration {index} ({trajectory.prompt!r})"
-        if trajectory.format != fmt.name:
-            raise UserError(
-                f"{where}: written in the format '{trajectory.format}', but the recipe's is '{fmt.name}'; "
-                "change format.name or give other demonstrations"
-            )
-        for violation in fmt.violations(trajectory):
-            segment = f", segment {violation.segment}" if violation.segment is not None else ""
-            raise UserError(f"{where}{segment}: {violation.message}")
 
 
 def warm_start(
-    policy: ChameleonPolicy,
+    policy: Policy,
+    fmt: Format,
     trajectories: Sequence[Trajectory],
     config: SftConfig,
     run_dir: Path,
@@ -94,9 +44,10 @@ def warm_start(
     resume: bool | str = False,
     resume_command: str = "give the same command with --resume",
 ) -> dict[str, float]:
-    """Train and save to run_dir/sft/model (the released layout). Returns the last logged metrics.
+    """Train and save to run_dir/sft/model (as Policy.save writes it). Returns the last logged metrics.
 
     Args:
+        fmt: says what each segment of the trajectories is conditioned on.
         tracker: metrics go here as sft/*; rank 0 only.
         resume: go on from the newest checkpoint under run_dir/sft, if there is one; text: from the one of that step or
             in that folder, and what came after it is forgotten. On a CPU a run that was stopped and resumed is the run
@@ -110,7 +61,7 @@ def warm_start(
     """
     if (half := half_precision(policy.model)) is not None:
         raise UserError(half)
-    rows = _rows(policy, trajectories, config)
+    found = _examples(policy, fmt, trajectories, config, seed)
     output_dir = Path(run_dir) / "sft"
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -120,15 +71,14 @@ def warm_start(
             f"{output_dir} already holds a warm start ({finished_checkpoints(output_dir)[-1].name}). Resume it "
             f"({resume_command}), or choose another run_dir"
         )
-    trainer = InterleavedSftTrainer(
-        policy=policy,
+    device = next(policy.model.parameters()).device
+    trainer = trainer_of(
+        policy,
         section=config,
+        examples=found,
         roles=role_names(trajectories),
-        model=policy.model,
-        train_dataset=Dataset.from_list(list(rows)),
-        data_collator=Collator(policy.vocabulary.pad, pack=policy.packs),
-        processing_class=policy.vocabulary.tokenizer,
-        args=_arguments(config, output_dir, seed, policy.device.type == "cpu"),
+        train_dataset=Dataset.from_dict({"index": list(range(len(found)))}),
+        args=_arguments(config, output_dir, seed, device.type == "cpu"),
     )
     if tracker is not None:
         trainer.add_callback(Mirror(tracker, trainer.means))
@@ -167,15 +117,23 @@ def warm_start(
     return trainer.last
 
 
-def _rows(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: SftConfig) -> list[Row]:
+def role_names(trajectories: Sequence[Trajectory]) -> list[str]:
+    """The roles of all segments, sorted: on every process the same."""
+    return sorted({segment.role for trajectory in trajectories for segment in trajectory.segments})
+
+
+def _examples(
+    policy: Policy, fmt: Format, trajectories: Sequence[Trajectory], config: SftConfig, seed: int
+) -> list[Example]:
+    # Before anything is written: those that the family lacks are refused.
+    latents = any(loss.name == "flow" for loss in losses_of(policy, config.extra_losses(seed)))
     max_length = min(config.max_length or policy.max_length, policy.max_length)
-    rows, cut = training_rows(trajectories, max_length, config.role_weights)
-    largest = max(max(row["input_ids"]) for row in rows)
-    if largest >= policy.vocabulary.size:
-        raise UserError(
-            f"{config.data or 'demonstrations'}: holds id {largest}, but the policy's vocabulary has "
-            f"{policy.vocabulary.size}; the trajectories were written by another tokenizer"
-        )
+    release = config.labels == "release"
+    if release:
+        found, cut = examples_after_separator(trajectories, policy, max_length)
+    else:
+        dropout = config.conditioning_dropout_prob
+        found, cut = examples(trajectories, fmt, policy, max_length, dropout, seed, latents)
     if cut.shortened:
         logger.warning(
             "%d of %d demonstrations are longer than %d ids: they lost whole segments from their end, and %d "
@@ -185,7 +143,14 @@ def _rows(policy: ChameleonPolicy, trajectories: Sequence[Trajectory], config: S
             max_length,
             cut.dropped,
         )
-    return rows
+    elif cut.dropped and release:
+        logger.warning(
+            "%d of %d demonstrations are longer than %d ids and were left out whole (sft.labels=release)",
+            cut.dropped,
+            len(trajectories),
+            max_length,
+        )
+    return found
 
 
 def _arguments(config: SftConfig, output_dir: Path, seed: int, cpu: bool) -> TrlSftConfig:
@@ -215,4 +180,5 @@ def _arguments(config: SftConfig, output_dir: Path, seed: int, cpu: bool) -> Trl
         dataloader_pin_memory=not cpu,
         use_cpu=cpu,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # no buffer changes, and a table of distances is too large to send at every step
     )

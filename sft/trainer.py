@@ -1,6 +1,9 @@
-"""TRL's SFTTrainer with a loss that sees visual codes, whole checkpoints, and a log that people and files share.
+"""The warm start's trainer: a loss that `Policy.score` gives, whole checkpoints, and a log that people and files share.
 
-Letters: L lines of a batch, T ids, N learned ids, M learned visual codes, R roles, D width of the model, V vocabulary.
+TRL's SFTTrainer is the harness of a family whose model is one of transformers, with a tokenizer; transformers' own
+Trainer that of any other.
+
+Letters: N decisions of a batch, R roles.
 """
 
 from __future__ import annotations
@@ -8,23 +11,25 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
-from policy.chameleon.family import ChameleonPolicy
-from policy.chameleon.model import DecisionBatch
+from policy.base import Policy
+from policy.extra_losses import ExtraLoss
 from runtime.errors import UserError
 from runtime.interrupt import Interruption
 from sft.checkpoints import WarmStartCheckpointError, prune, write_manifest, writing
 from sft.config import SftConfig
-from sft.losses import Targets, VisualReconstruction, targets, weighted_cross_entropy
+from sft.losses import PADDING, learned, losses_of, weighted_cross_entropy
+from sft.teacher_forcing import Example
 from training.ranks import signal_anywhere
 from training.tracking import Tracker
 
@@ -32,35 +37,44 @@ PROGRESS = "progress.pt"
 KEEP_CHECKPOINTS = 2
 
 
-class InterleavedSftTrainer(SFTTrainer):
-    """SFTTrainer whose loss sees visual codes: unmasked image logits, at learned positions only.
+def index_collator(rows: Sequence[Mapping[str, int]]) -> dict[str, Tensor]:
+    """Which examples a batch is of, int64 [B]: they stay where they are."""
+    return {"index": torch.tensor([row["index"] for row in rows])}
 
-    `roles`: names of the rows' role numbers, by which the loss is logged too.
+
+def trainer_of(policy: Policy, **kwargs: Any) -> WarmStart:
+    """The trainer whose harness fits the policy's model; see WarmStart for the arguments."""
+    model: Any = policy.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tokenizer = getattr(policy.vocabulary, "tokenizer", None)
+    if isinstance(base, PreTrainedModel) and tokenizer is not None:
+        return InterleavedSftTrainer(policy, processing_class=tokenizer, **kwargs)
+    return ModuleTrainer(policy, **kwargs)
+
+
+class WarmStart(Trainer):
+    """A Trainer whose loss is minus the weighted log-probs of demonstrated decisions, and the family's own losses.
+
+    Args:
+        examples: what the data set's indices are of.
+        roles: the names of all roles, by which the loss is logged too; none: it is not.
+        seed: of fresh weights in the family's losses.
     """
 
-    def __init__(self, policy: ChameleonPolicy, section: SftConfig, roles: Sequence[str] = (), **kwargs: Any) -> None:
-        vocabulary = policy.vocabulary
-        self.section = section
-        self.score_chunk = policy.score_chunk
-        self.pad = vocabulary.pad
-        self.code_of_V = torch.full((vocabulary.size,), -1, dtype=torch.int64)  # -1: no visual code
-        self.code_of_V[torch.as_tensor(vocabulary.code_ids, dtype=torch.int64)] = torch.arange(len(vocabulary.code_ids))
+    def __init__(
+        self, policy: Policy, section: SftConfig, examples: Sequence[Example], roles: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        self.policy, self.section, self.examples = policy, section, examples
+        self.roles = [*roles, PADDING] if section.labels == "release" and roles else list(roles)
         self.last: dict[str, float] = {}
-        self.means = Means(roles)
-        self.core: Any = policy.core
-        self._learned: Targets | None = None
-        self._visual: Tensor | None = None
-        self._hook: Any = None
-        if section.visual_loss:
-            # Part of the model while it trains, so that the optimiser, checkpoints and every wrapper see it.
-            codebook_KE = self.core.model.vqmodel.quantize.embedding.weight
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(kwargs["args"].seed)  # on every process the same
-                self.core.visual_reconstruction = VisualReconstruction(self.core.config.hidden_size, codebook_KE)
-            self.core.visual_reconstruction.to(policy.device)
-            self._hook = self.core.model.register_forward_hook(self._reconstruct)
+        self.extra: list[ExtraLoss] = losses_of(policy, section.extra_losses(kwargs["args"].seed))
+        self.means = Means(self.roles, [loss.name for loss in self.extra])
         self._forward = vars(policy.model).get("forward")
-        super().__init__(**kwargs)
+        self._attached: list[ExtraLoss] = []
+        for loss in self.extra:
+            loss.attach()
+            self._attached.append(loss)
+        super().__init__(model=policy.model, data_collator=index_collator, **kwargs)
         self.remove_callback(PrinterCallback)  # the tracker and its listeners say it all
         # Our loss is a batch's own mean: batches that accumulate into a step are averaged by the Trainer.
         self.model_accepts_loss_kwargs = False
@@ -72,53 +86,33 @@ class InterleavedSftTrainer(SFTTrainer):
         vars(model).pop("forward", None)
         if self._forward is not None:
             model.forward = self._forward
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-            del self.core.visual_reconstruction
-        self.core.eval()
+        while self._attached:
+            self._attached.pop().detach()
+        self.policy.model.eval()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        labels_LT = inputs["labels"]
-        self.code_of_V = self.code_of_V.to(labels_LT.device)
-        learned = self._learned = targets(labels_LT, inputs["weights"], self.code_of_V >= 0)
-        count = len(learned.id_N)
-        batch = DecisionBatch(
-            index_KN=learned.before_N[None],
-            weight_KN=None,
-            target_N=learned.id_N,
-            temperature_N=torch.ones(count, device=labels_LT.device),
-            allowed_N=torch.full((count,), -1, device=labels_LT.device),
-            sets=(),
-            chunk=self.score_chunk,
-        )
-        logprob_N, _ = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            position_ids=inputs["position_ids"],
-            decisions=batch,
-        )
-        loss = weighted_cross_entropy(logprob_N, learned.weight_N, learned.image_N, self.section.image_weight)
+        batch = [self.examples[index] for index in inputs["index"].tolist()]
+        passes = [one for example in batch for one in example.passes]
+        with through(self.policy, model):
+            scored = self.policy.score(passes)
+            trajectories = [example.trajectory for example in batch]
+            extra = [(loss, loss.loss(trajectories)) for loss in self.extra]
+        logprob_N = scored.logprob_N
+        by = learned(passes, scored, self.roles, self.section.role_weights)
+        loss = weighted_cross_entropy(logprob_N, by.weight_N, by.code_N, self.section.image_weight)
         nll_N = -logprob_N.detach()
-        self.means.add("loss_text", nll_N[~learned.image_N])
-        self.means.add("loss_image", nll_N[learned.image_N])
-        self.means.add_by_role(nll_N, inputs["roles"].flatten()[learned.before_N + 1])
-        if self._visual is not None:
-            loss = loss + self.section.visual_loss * self._visual
-            self.means.add("loss_visual", self._visual.detach()[None])
-            self._visual = None
+        self.means.add("loss_text", nll_N[~by.code_N])
+        self.means.add("loss_image", nll_N[by.code_N])
+        self.means.add_by_role(nll_N, by.role_N)
+        for own, value in extra:
+            if value is not None:
+                loss = loss + own.weight * value
+                self.means.add(f"loss_{own.name}", value.detach()[None])
         self.means.add("loss", loss.detach()[None])
-        self.means.tokens += int((inputs["input_ids"] != self.pad).sum())
+        self.means.tokens += sum(trajectory.num_tokens() for trajectory in trajectories)
         return (loss, {"logprob": logprob_N}) if return_outputs else loss
-
-    def _reconstruct(self, module: Any, args: Any, output: Any) -> None:
-        # Inside the model's forward, where wrappers such as FSDP have the projection's weight at hand.
-        learned = self._learned
-        assert learned is not None
-        hidden_MD = output[0].reshape(-1, output[0].shape[-1])[learned.before_N[learned.image_N]]
-        self._visual = self.core.visual_reconstruction(hidden_MD, self.code_of_V[learned.id_N[learned.image_N]])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -140,10 +134,7 @@ class InterleavedSftTrainer(SFTTrainer):
                 state = self.means.state(self.accelerator)
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
-                    projection = getattr(self.core, "visual_reconstruction", None)
-                    torch.save(
-                        {"means": state, "projection": projection and projection.state_dict()}, folder / PROGRESS
-                    )
+                    torch.save({"means": state, "losses": self._loss_states()}, folder / PROGRESS)
                     write_manifest(folder)
                     prune(root, KEEP_CHECKPOINTS)
         except WarmStartCheckpointError:
@@ -155,13 +146,31 @@ class InterleavedSftTrainer(SFTTrainer):
         state = torch.load(checkpoint / PROGRESS, map_location="cpu", weights_only=True)
         if self.is_world_process_zero():
             self.means.load(state["means"])
-        if self.section.visual_loss:
-            if state["projection"] is None:
+        saved = state.get("losses", {})
+        if state.get("projection") is not None:  # as release 0.1 wrote the only loss that it had
+            saved = {"visual": {"form": "twgi, default", "state": state["projection"]}}
+        self._load_losses(checkpoint, saved)
+
+    def _loss_states(self) -> dict[str, dict[str, Any]]:
+        """The family's losses by name: their form, and what they hold beside the model's weights."""
+        return {loss.name: {"form": loss.form, "state": loss.state()} for loss in self.extra}
+
+    def _load_losses(self, checkpoint: Path, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take up the family's losses. Another one, or none, would be another run.
+
+        Raises:
+            UserError: the checkpoint holds another loss than the recipe asks for.
+        """
+        own = {loss.name: loss for loss in self.extra}
+        for name in (*own, *(name for name in saved if name not in own)):
+            asked = own[name].form if name in own else "none"
+            held = saved[name]["form"] if name in saved else "none"
+            if asked != held:
                 raise UserError(
-                    f"{checkpoint}: written with sft.visual_loss=0; it cannot go on with "
-                    f"sft.visual_loss={self.section.visual_loss}. Start anew in another run_dir"
+                    f"{checkpoint}: its {name} loss is {held}, that of sft.{name}_loss is {asked}; resume with the "
+                    "recipe that it was written with, or start anew in another run_dir"
                 )
-            self.core.visual_reconstruction.load_state_dict(state["projection"])
+            own[name].load(dict(saved[name]["state"]))
 
     def load_finished(self, checkpoint: Path) -> None:
         """The weights and the last metrics of a checkpoint that nothing is to be trained after: a run that was killed
@@ -182,21 +191,44 @@ class InterleavedSftTrainer(SFTTrainer):
         """Checkpoints get no model card: a card is the author's to write."""
 
 
+class InterleavedSftTrainer(WarmStart, SFTTrainer):
+    """On TRL's SFTTrainer, for models of transformers."""
+
+
+class ModuleTrainer(WarmStart):
+    """On transformers' Trainer, for models that are none of transformers'."""
+
+
+@contextmanager
+def through(policy: Policy, model: nn.Module) -> Iterator[None]:
+    """Within it the policy scores through whatever wraps its model (DDP, FSDP, DeepSpeed), whose hooks see every
+    forward."""
+    own = policy.model
+    if own is model:
+        yield
+        return
+    policy.model = model
+    try:
+        yield
+    finally:
+        policy.model = own
+
+
 class Means:
     """Losses since the last line of metrics: over ids where they are ids', over batches where they are batches'.
 
-    `loss/<role>` is over the role's learned ids, each counted once whatever it weighs in the total.
+    `loss/<role>` is over the role's learned ids, each counted once whatever it weighs in the total; `loss_<name>` is
+    the family's loss of that name.
     """
 
-    NAMES = ("loss", "loss_text", "loss_image", "loss_visual")
-
-    def __init__(self, roles: Sequence[str] = ()) -> None:
+    def __init__(self, roles: Sequence[str] = (), extra: Sequence[str] = ()) -> None:
+        self.names = ("loss", "loss_text", "loss_image", *(f"loss_{name}" for name in extra))
         self.by_role = [f"loss/{role}" for role in roles]
         self.sums = self._empty()  # sum, count
         self.tokens = 0  # of this process, since it was last asked
 
     def _empty(self) -> dict[str, list[float]]:
-        return {name: [0.0, 0.0] for name in (*self.NAMES, *self.by_role)}
+        return {name: [0.0, 0.0] for name in (*self.names, *self.by_role)}
 
     def add(self, name: str, values: Tensor) -> None:
         self.sums[name][0] += float(values.double().sum())

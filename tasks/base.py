@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from formats.base import Part
-from record.trajectory import Trajectory
+from record.trajectory import Media, Trajectory
 
 Split = Literal["train", "heldout"]
 Record = dict[str, Any]  # GenEval's schema: tag, prompt, include, exclude; JSON values
@@ -27,6 +27,7 @@ class Demonstration:
     parts: tuple[Part, ...]
     mistakes: tuple[int, ...] = ()  # indices in `parts` of images that are wrong on purpose: a loss may skip them
     needless: tuple[int, ...] = ()  # of texts that go on where the thought could have ended: seen, never imitated
+    media: tuple[Media, ...] = ()  # what the prompt shows
 
 
 @dataclass(frozen=True, eq=False)

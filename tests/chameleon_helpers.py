@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from policy.base import TokenStep
+from policy.chameleon.config import ChameleonPolicyConfig, TinySection
 from policy.chameleon.family import ChameleonPolicy, load
-from policy.config import LoraSection, PolicyConfig, TinySection
+from policy.config import LoraSection
 from policy.guidance import branch_weights
 from record.trajectory import (
     Author,
@@ -40,7 +41,7 @@ VQ = {
 }  # 4 x 4 codes
 
 
-def small_config(lora: LoraSection | None = None, **changes) -> PolicyConfig:
+def small_config(lora: LoraSection | None = None, **changes) -> ChameleonPolicyConfig:
     tiny = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -50,7 +51,7 @@ def small_config(lora: LoraSection | None = None, **changes) -> PolicyConfig:
         "max_position_embeddings": 256,
         "vq": VQ,
     } | changes
-    return PolicyConfig(tiny=TinySection(**tiny), lora=lora)
+    return ChameleonPolicyConfig(tiny=TinySection(**tiny), lora=lora)
 
 
 def small_policy(lora: LoraSection | None = None, **changes) -> ChameleonPolicy:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from formats.base import AllowedSet, Codes, ContextSpec, Latent, PieceSpec, Span, whole_history
 from policy.base import Categorical, Extent, FlowStep, Pass, Scored, TokenStep, Velocity
+from policy.scoring.flow_matching import FlowMatching
 from policy.scoring.steps import recorded_steps, score_recorded
 from record.trajectory import (
     Author,
@@ -215,6 +216,8 @@ class FakePolicy:
     # ---- images ----
 
     def encode_images(self, images):
+        if self.latent_shape:  # what decode_images makes an image of
+            return [np.arctanh(np.clip(image[0] / 127 - 1, -0.99, 0.99)).astype(np.float32) for image in images]
         return [self.vocabulary.code_ids[image[0, :, 0] - 1] for image in images]
 
     def decode_images(self, contents):
@@ -326,6 +329,27 @@ class FakePolicy:
 
         guided = segment.decisions.sampling.guidance is not None
         return score_recorded(segment, self._answers(trajectory, s, guided, 0, ask), place, at_F)
+
+    def extra_losses(self, asked):
+        learns = self.latent_shape and asked.flow.weight
+        return [FlowMatching(asked.flow, self.velocities, torch.device("cpu"))] if learns else []
+
+    def velocities(self, images, x_B: Tensor, time_B: Tensor) -> Tensor:
+        """What `step` would answer to a FlowStep after each image's recorded context, with gradient."""
+        answers = []
+        for (trajectory, number), x, time in zip(images, x_B, time_B, strict=True):
+            segment = trajectory.segments[number]
+            (context,) = segment.contexts
+            parts = [self._embed_piece(trajectory, piece) for piece in context.pieces]
+            h = torch.cat(parts)
+            keys, values = h @ self.model.key.T, h @ self.model.value.T
+            seen = torch.ones(1, LATENT_SHAPE[0], len(h), dtype=torch.bool)
+            answers.append(self._flow(x[None], time[None], keys[None], values[None], seen).velocity_B[0])
+        return torch.stack(answers)
+
+    def save(self, folder) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.model.state_dict(), folder / "model.pt")
 
     def reference(self):
         return nullcontext()

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from policy.base import score_trajectories
+from policy.chameleon.config import ChameleonPolicyConfig
 from policy.chameleon.family import ChameleonPolicy, load
 from policy.chameleon.model import ModelFileError
 from policy.chameleon.vocabulary import VocabularyError
-from policy.config import PolicyConfig
 from policy.registry import FamilyError, load_policy
 from runtime.errors import UserError
 from tests.chameleon_helpers import WORDS, sampled, small_config, small_policy
@@ -27,7 +27,7 @@ def saved(tmp_path):
 
 
 def reload(folder) -> ChameleonPolicy:
-    return load(PolicyConfig(path=str(folder)))
+    return load(ChameleonPolicyConfig(path=str(folder)))
 
 
 def test_saved_policy_is_the_policy(saved):
@@ -178,11 +178,11 @@ def test_registry():
     by_path = small_config().model_copy(update={"family": "policy.chameleon.family.load"})
     assert isinstance(load_policy(by_path, WORDS), ChameleonPolicy)
     with pytest.raises(FamilyError, match="no 'camelion'; did you mean 'chameleon'"):
-        load_policy(PolicyConfig(family="camelion"))
+        load_policy(ChameleonPolicyConfig(family="camelion"))
     with pytest.raises(FamilyError, match="no module 'nowhere'"):
-        load_policy(PolicyConfig(family="nowhere.load"))
+        load_policy(ChameleonPolicyConfig(family="nowhere.load"))
     with pytest.raises(FamilyError, match="has no function 'missing'"):
-        load_policy(PolicyConfig(family="policy.chameleon.family.missing"))
+        load_policy(ChameleonPolicyConfig(family="policy.chameleon.family.missing"))
 
 
 def test_fresh_weights_are_a_function_of_the_seed():
@@ -206,4 +206,4 @@ def test_wrong_tiny_section_is_refused(key, value, message):
 
 def test_the_head_gets_no_adapters():
     with pytest.raises(ValueError, match="'lm_head' cannot have adapters"):
-        PolicyConfig(lora={"target_modules": ["lm_head"]})
+        ChameleonPolicyConfig(lora={"target_modules": ["lm_head"]})

@@ -240,11 +240,11 @@ def test_adapters_sample_score_and_save(tmp_path):
     scored.logprob_N.sum().backward()
     assert all(parameter.grad is not None for parameter in policy.parameters())
 
+    from policy.chameleon.config import ChameleonPolicyConfig
     from policy.chameleon.family import load
-    from policy.config import PolicyConfig
 
     policy.save(tmp_path / "merged")
-    merged = load(PolicyConfig(path=str(tmp_path / "merged")))
+    merged = load(ChameleonPolicyConfig(path=str(tmp_path / "merged")))
     torch.testing.assert_close(score_trajectories(merged, tuned).logprob_N, scored.logprob_N, atol=1e-5, rtol=0)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from formats.registry import get_format
 from policy.base import score_trajectories
-from policy.config import PolicyConfig
+from policy.chameleon.config import ChameleonPolicyConfig
 from policy.registry import load_policy
 from record.trajectory import DecisionKind, Modality, StopReason
 from rollout.config import RolloutConfig
@@ -30,7 +30,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def policy():
-    policy = load_policy(PolicyConfig(family="chameleon", tiny=TINY))
+    policy = load_policy(ChameleonPolicyConfig(family="chameleon", tiny=TINY))
     vocabulary = policy.vocabulary
     with torch.no_grad():  # fresh weights would write tags and images too seldom
         generator = torch.Generator().manual_seed(1)
@@ -127,7 +127,7 @@ def test_rows_and_neighbours_change_nothing(policy):
 
 
 def test_adapters_write_what_they_score():
-    policy = load_policy(PolicyConfig(family="chameleon", tiny=TINY, lora={"r": 4}))
+    policy = load_policy(ChameleonPolicyConfig(family="chameleon", tiny=TINY, lora={"r": 4}))
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 
 import rl.grpo
 from formats.registry import get_format
-from policy.config import LoraSection, PolicyConfig, TinySection
+from policy.chameleon.config import ChameleonPolicyConfig, TinySection
+from policy.config import LoraSection
 from policy.registry import load_policy
 from record.trajectory import DecisionKind
 from rl.config import GrpoConfig
@@ -53,7 +54,7 @@ class CodeJudge:
 def make(folder: Path, lora: bool = False, separate: bool = False, accelerator=None, **config) -> Run:
     accelerator = accelerator or Accelerator(cpu=True)
     tiny = TinySection(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    policy_config = PolicyConfig(tiny=tiny, lora=LoraSection(r=4, alpha=8.0) if lora else None)
+    policy_config = ChameleonPolicyConfig(tiny=tiny, lora=LoraSection(r=4, alpha=8.0) if lora else None)
     torch.manual_seed(0)  # adapters are initialised at random
     policy = load_policy(policy_config, WORDS)
     rollouts = None

@@ -9,7 +9,8 @@ import pytest
 
 import rl.grpo
 from formats.config import FormatConfig
-from policy.config import LoraSection, PolicyConfig, TinySection
+from policy.chameleon.config import ChameleonPolicyConfig, TinySection
+from policy.config import LoraSection
 from rewards.config import RewardsConfig
 from rewards.manager import RewardManager
 from rollout.config import RolloutConfig
@@ -22,7 +23,7 @@ from tests.test_grpo_chameleon import WORDS, CodeJudge, make
 from training.tracking import read_metrics
 
 TINY = TinySection(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-POLICY = PolicyConfig(tiny=TINY, lora=LoraSection(r=4, alpha=8.0))
+POLICY = ChameleonPolicyConfig(tiny=TINY, lora=LoraSection(r=4, alpha=8.0))
 SAMPLING = RolloutConfig(workers=1, rows=8, max_tokens=60, temperature={"default": 1.0, "sketch": 0.9})
 
 

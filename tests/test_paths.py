@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from policy.registry import section_of
 from runtime.paths import PathError, expand, expand_object, expand_options, find
 from underdrawing.cli import main
 from underdrawing.recipe import Recipe, RecipeError, check_recipe, dump_recipe, load_recipe
@@ -218,9 +219,9 @@ def path_keys(model: Any, prefix: str = "") -> set[str]:
     found = set()
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        inner = getattr(field.annotation, "model_fields", None)
-        if inner is not None:
-            found |= path_keys(field.annotation, f"{key}.")
+        section = section_of("chameleon") if key == "policy" else field.annotation  # its family's own
+        if getattr(section, "model_fields", None) is not None:
+            found |= path_keys(section, f"{key}.")
         elif any(word in f"{name} {field.description}".lower() for word in ("path", "file", "folder", "_dir")):
             found.add(key)
     return found
@@ -311,8 +312,8 @@ def test_a_worker_reads_the_resolved_recipe(places):
         [
             sys.executable,
             "-c",
-            "import sys, json; from policy.config import PolicyConfig\n"
-            "print(PolicyConfig(**json.loads(sys.argv[1])).path)",
+            "import sys, json; from policy.chameleon.config import ChameleonPolicyConfig\n"
+            "print(ChameleonPolicyConfig(**json.loads(sys.argv[1])).path)",
             json.dumps(read.policy.model_dump(mode="json")),
         ],
         capture_output=True,

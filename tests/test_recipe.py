@@ -88,6 +88,13 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
         ("rewards.alarms.fatal=[tool_rat]", ["rewards.alarms.fatal.0: ", "did you mean 'tool_rate'?"]),
         ("rewards.schedules.w={at: {x: 1}}", ["rewards.schedules.w.at.x: Input should be a valid integer"]),
         ("grpo.clip_by_kind.wrd.epsilon=1", ["grpo.clip_by_kind.wrd: ", "did you mean 'word'?"]),
+        ("sft.visual_loss.kind=mvto", ["sft.visual_loss.kind", "did you mean 'mvot'? Known: mvot, twgi"]),
+        ("sft.visual_loss.variant=released", ["sft.visual_loss.variant", "did you mean 'release'?"]),
+        ("sft.visual_loss.weigth=1", ["sft.visual_loss.weigth: unknown key", "did you mean 'weight'?"]),
+        ("sft.visual_loss=-1", ["sft.visual_loss: ", "greater than or equal to 0"]),
+        ("sft.visual_loss=.nan", ["sft.visual_loss: ", "finite number"]),
+        ("sft.visual_loss=mvot", ["sft.visual_loss", "want a number", "{kind: mvot, weight: 1.0}"]),
+        ("sft.visual_loss=null", ["sft.visual_loss", "want a number"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, override: str, words: list[str]):

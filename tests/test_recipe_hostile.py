@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 from formats.declared import DeclaredFormat
 from formats.registry import get_format
 from formats.registry import names as formats
-from policy.config import PolicyConfig
-from policy.registry import check_policy
+from policy.chameleon.config import ChameleonPolicyConfig
+from policy.registry import check_policy, section_of
 from rewards.contract import GIVEN
 from rewards.detectors.registry import BACKENDS, DetectorConfig, build_detector
 from rewards.judge.config import JudgeConfig
@@ -49,7 +49,8 @@ def keys(model: type[BaseModel], before: str = "") -> Iterator[str]:
     """Every key of a section and of those inside, an x for the names that a recipe chooses."""
     for name, field in model.model_fields.items():
         yield before + name
-        for inner in _models_in(field.annotation):
+        inside = [section_of("chameleon")] if before + name == "policy" else _models_in(field.annotation)
+        for inner in inside:  # the policy's section is its family's own
             named = f"{NAMES.get(name, 'x')}." if _is_map(field.annotation) else ""
             yield from keys(inner, f"{before}{name}.{named}")
 
@@ -204,7 +205,7 @@ VQ = {
 def test_keys_of_a_visual_tokenizer():
     def check(values: dict[str, Any]) -> None:
         try:
-            config = PolicyConfig.model_validate({"tiny": {"vq": values}})
+            config = ChameleonPolicyConfig.model_validate({"tiny": {"vq": values}})
         except ValidationError:
             return
         check_policy(config, (), True)

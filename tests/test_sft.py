@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import examples
 from transformers import ChameleonForConditionalGeneration
+from trl import SFTTrainer
 
 from formats.base import Part
 from formats.registry import get_format
@@ -24,17 +24,19 @@ from policy.chameleon.family import load
 from policy.chameleon.model import load_model
 from policy.config import LoraSection
 from record.store import save_trajectories
-from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from record.trajectory import Author, DecisionKind, Modality, Segment, StopReason, Trajectory, full_history
 from runtime.errors import UserError
 from runtime.interrupt import Interrupted
 from sft.checkpoints import finished_checkpoints, newest, write_manifest
 from sft.config import SftConfig
-from sft.data import IGNORE, Collator, lines_of, role_names, training_rows
-from sft.losses import VisualReconstruction, targets, weighted_cross_entropy
-from sft.train import check_demonstrations, demonstrate, render_all, warm_start
-from sft.trainer import InterleavedSftTrainer, Means
+from sft.demonstrations import check_demonstrations, demonstrate, render_all
+from sft.losses import learned, weighted_cross_entropy
+from sft.teacher_forcing import examples
+from sft.train import _arguments, role_names, warm_start
+from sft.trainer import InterleavedSftTrainer, Means, trainer_of
 from tasks.base import Demonstration
 from tests.chameleon_helpers import WORDS, prompt_segment, small_config, small_policy
+from tests.properties import examples as tried
 from tests.test_trainer_processes import launch
 from training.tracking import Tracker, read_metrics
 
@@ -47,6 +49,8 @@ FAST = {
     "save_steps": 100,
 }
 TIMES = {"sft/tokens_per_s"}
+FMT = get_format("strokes", max_images=4)
+IGNORE = -100
 
 
 def section(**changes) -> SftConfig:
@@ -80,22 +84,48 @@ def written(policy, count=12, images=(1, 2, 1), seed=0) -> list[Trajectory]:
     return trajectories
 
 
-def trainer_of(policy, rows, folder, roles=(), **changes) -> InterleavedSftTrainer:
+def trainer_for(policy, trajectories, folder, roles=(), **changes) -> InterleavedSftTrainer:
     from datasets import Dataset
 
-    from sft.train import _arguments
-
     config = section(**changes)
-    return InterleavedSftTrainer(
-        policy=policy,
+    found, _ = examples(trajectories, FMT, policy, policy.max_length)
+    trainer = trainer_of(
+        policy,
         section=config,
+        examples=found,
         roles=roles,
-        model=policy.model,
-        train_dataset=Dataset.from_list(rows),
-        data_collator=Collator(policy.vocabulary.pad),
-        processing_class=policy.vocabulary.tokenizer,
+        train_dataset=Dataset.from_dict({"index": list(range(len(found)))}),
         args=_arguments(config, folder, 0, cpu=True),
     )
+    assert isinstance(trainer, InterleavedSftTrainer)
+    return trainer
+
+
+def all_of(trajectories):
+    """Them all as one batch."""
+    return {"index": torch.arange(len(trajectories))}
+
+
+def labelled(trajectory) -> tuple[list[int], list[int]]:
+    """All ids, and the learned ones where they stand: what the policy itself would decide, so no end marker."""
+    labels: list[int] = []
+    for s in trajectory.segments:
+        ids = s.ids.tolist()
+        learned = ids if s.modality is Modality.TEXT else [*ids[:-1], IGNORE]
+        labels += learned if s.trained else [IGNORE] * len(ids)
+    return [int(i) for s in trajectory.segments for i in s.ids], labels
+
+
+def padded(policy, trajectories):
+    """A row a trajectory, as transformers' and TRL's own collators would have them."""
+    rows = [labelled(trajectory) for trajectory in trajectories]
+    length = max(len(ids) for ids, _ in rows)
+    fill = lambda values, with_: torch.tensor([[*v, *[with_] * (length - len(v))] for v in values])  # noqa: E731
+    return {
+        "input_ids": fill([ids for ids, _ in rows], policy.vocabulary.pad),
+        "labels": fill([labels for _, labels in rows], IGNORE),
+        "attention_mask": fill([[1] * len(ids) for ids, _ in rows], 0),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +151,25 @@ def test_prompt_forced_markers_and_untrained_segments_are_not_learned(policy):
             text(policy, "inspect", "wrong ."),
         ],
     )
-    (row,), cut = training_rows([trajectory], 256)
-    prompt, plan, sketch, observation, bad, inspect = (len(s.ids) for s in trajectory.segments)
-    assert row["input_ids"] == [int(i) for s in trajectory.segments for i in s.ids]
-    expected = (
-        [IGNORE] * prompt
-        + list(trajectory.segments[1].ids)
-        + list(trajectory.segments[2].ids[:-1])
-        + [IGNORE]
-        + [IGNORE] * (observation + bad)
-        + list(trajectory.segments[5].ids)
-    )
-    assert row["labels"] == expected
-    assert row["input_ids"][prompt + plan + sketch - 1] == v.eoi and v.eoi not in row["labels"]
+    (example,), cut = examples([trajectory], FMT, policy, 256)
+    prompt, plan, sketch, observation, bad, inspect = example.trajectory.segments
+    assert plan.decisions.position_N.tolist() == list(range(len(plan.ids)))
+    assert sketch.decisions.position_N.tolist() == list(range(len(sketch.ids) - 1)) and sketch.ids[-1] == v.eoi
+    assert sketch.decisions.kind_N.tolist() == [DecisionKind.WORD] + [DecisionKind.CODE] * v.codes_per_image
+    assert inspect.decisions.position_N.tolist() == list(range(len(inspect.ids)))
+    assert all(s.decisions is None and s.contexts == () for s in (prompt, observation, bad))
+    for s in (plan, sketch, inspect):
+        sampling = s.decisions.sampling
+        assert set(sampling.temperature_N) == {1} and set(sampling.allowed_N) == {-1} and sampling.guidance is None
+        assert np.isnan(s.decisions.logprob_N).all()  # nobody sampled them
+    # the plain history, at consecutive positions
+    assert inspect.contexts == (full_history(trajectory, 5),)
+    assert trajectory.segments[1].decisions is None  # what was given stays as it is
+    assert [one.decisions for one in example.passes] == [len(plan.ids) + len(sketch.ids) - 1 + len(inspect.ids)]
     assert (cut.rows, cut.shortened, cut.dropped) == (1, 0, 0)
 
 
-@examples(0.6)
+@tried(0.6)
 @given(lengths=st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=8), limit=st.integers(3, 90))
 def test_a_long_row_loses_whole_segments_from_its_end(policy, lengths, limit):
     segments = [prompt_segment(policy, "a")]
@@ -145,20 +177,18 @@ def test_a_long_row_loses_whole_segments_from_its_end(policy, lengths, limit):
         segments.append(image(policy, number) if is_image else text(policy, "plan", " ".join(["red"] * words)))
     trajectory = Trajectory("a", {}, "strokes", segments)
     try:
-        (row,), cut = training_rows([trajectory], limit)
+        (example,), cut = examples([trajectory], FMT, policy, limit)
     except UserError as error:
         assert "sft.max_length" in str(error)
         assert len(segments[0].ids) + len(segments[1].ids) > limit
         return
-    ids = row["input_ids"]
-    assert len(ids) <= limit
+    kept = example.trajectory.segments
     ends = np.cumsum([len(s.ids) for s in segments])
-    assert len(ids) in ends  # a segment boundary, so never inside an image
-    kept = list(ends).index(len(ids))
-    assert cut.shortened == (kept + 1 < len(segments))
-    assert kept + 1 == len(segments) or ends[kept + 1] > limit  # and no segment that fits is lost
-    v = policy.vocabulary
-    assert ids.count(v.boi) == ids.count(v.eoi)
+    assert ends[len(kept) - 1] <= limit
+    assert cut.shortened == (len(kept) < len(segments))
+    assert len(kept) == len(segments) or ends[len(kept)] > limit  # no segment that fits is lost
+    for before, after in zip(segments, kept, strict=False):
+        assert before.ids is after.ids  # whole, so no image is cut
 
 
 class OneTask:
@@ -214,31 +244,24 @@ def test_a_mistake_is_seen_and_imitated_only_when_asked_for(policy, learn_mistak
     check_demonstrations([trajectory], fmt)
     roles = [s.role for s in trajectory.segments]
     assert roles[:6] == ["prompt", "plan", "sketch", "inspect", "refine", "redraw"]
-    (row,), _ = training_rows([trajectory], 256)
-    learned = {}
-    start = 0
-    for s in trajectory.segments:
-        learned[s.role] = any(label != IGNORE for label in row["labels"][start : start + len(s.ids)])
-        start += len(s.ids)
+    (example,), _ = examples([trajectory], fmt, policy, 256)
+    learned = {s.role: s.decisions is not None for s in example.trajectory.segments}
     assert learned["sketch"] == learn_mistakes
     assert learned["redraw"] and learned["inspect"] and learned["plan"] and not learned["prompt"]
-    assert (
-        list(trajectory.segments[2].ids)
-        == row["input_ids"][len(trajectory.segments[0].ids) + len(trajectory.segments[1].ids) :][:18]
-    )
 
 
 # ---- the loss ----
 
 
-def by_hand(policy, rows, image_weight=1.0):
-    """Each row by itself, through the full logits."""
+def by_hand(policy, trajectories, image_weight=1.0):
+    """Each one by itself, through the full logits."""
     codes = set(policy.vocabulary.code_ids.tolist())
     total = weight = 0.0
-    for row in rows:
+    for trajectory in trajectories:
+        ids, labels = labelled(trajectory)
         with torch.no_grad():
-            logits_TV = policy.core(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
-        for at, label in enumerate(row["labels"]):
+            logits_TV = policy.core(input_ids=torch.tensor([ids])).logits[0].double()
+        for at, label in enumerate(labels):
             if label != IGNORE and at > 0:
                 w = image_weight if label in codes else 1.0
                 total -= w * float(logits_TV[at - 1].log_softmax(-1)[label])
@@ -248,10 +271,10 @@ def by_hand(policy, rows, image_weight=1.0):
 
 @pytest.mark.parametrize("image_weight", [1.0, 0.25, 0.0])
 def test_loss_is_the_cross_entropy_of_full_unmasked_logits(policy, tmp_path, image_weight):
-    rows, _ = training_rows(written(policy, 6), 256)
-    trainer = trainer_of(policy, rows, tmp_path, image_weight=image_weight)
-    loss = trainer.compute_loss(policy.model, Collator(policy.vocabulary.pad)(rows)).detach()
-    assert float(loss) == pytest.approx(by_hand(policy, rows, image_weight), abs=1e-5)
+    trajectories = written(policy, 6)
+    trainer = trainer_for(policy, trajectories, tmp_path, image_weight=image_weight)
+    loss = trainer.compute_loss(policy.model, all_of(trajectories)).detach()
+    assert float(loss) == pytest.approx(by_hand(policy, trajectories, image_weight), abs=1e-5)
 
 
 def test_weighted_cross_entropy_by_hand():
@@ -263,24 +286,21 @@ def test_weighted_cross_entropy_by_hand():
     assert float(loss) == pytest.approx(1.8)
 
 
-def test_ids_weigh_as_their_role_says_wherever_their_row_stands(policy):
+def test_decisions_weigh_as_their_role_says(policy):
     trajectories = written(policy, 4)
-    rows, _ = training_rows(trajectories, 256, {"inspect": 4.0, "sketch": 0.0})
-    for row, trajectory in zip(rows, trajectories, strict=True):
-        assert row["weights"] == [
-            {"inspect": 4.0, "sketch": 0.0}.get(segment.role, 1.0)
-            for segment in trajectory.segments
-            for _ in segment.ids
-        ]
-    batch = Collator(policy.vocabulary.pad)(rows)
-    learned = targets(batch["labels"], batch["weights"], torch.zeros(policy.vocabulary.size, dtype=torch.bool))
-    expected = sorted(
-        (label, weight)
-        for row in rows
-        for label, weight in zip(row["labels"][1:], row["weights"][1:], strict=True)
-        if label != IGNORE
-    )
-    assert sorted(zip(learned.id_N.tolist(), learned.weight_N.tolist(), strict=True)) == expected
+    found, _ = examples(trajectories, FMT, policy, 256)
+    passes = [one for example in found for one in example.passes]
+    scored = policy.score(passes)
+    by = learned(passes, scored, role_names(trajectories), {"inspect": 4.0, "sketch": 0.0})
+    expected = [
+        {"inspect": 4.0, "sketch": 0.0}.get(segment.role, 1.0)
+        for trajectory in trajectories
+        for segment in trajectory.segments
+        if segment.trained
+        for _ in segment.ids[: len(segment.ids) - (segment.modality is not Modality.TEXT)]
+    ]
+    assert by.weight_N.tolist() == expected
+    assert int(by.code_N.sum()) == 16 * sum(s.modality is not Modality.TEXT for t in trajectories for s in t.segments)
 
 
 def test_on_words_alone_it_is_the_loss_of_transformers_and_trl(policy, tmp_path):
@@ -288,87 +308,36 @@ def test_on_words_alone_it_is_the_loss_of_transformers_and_trl(policy, tmp_path)
         Trajectory("a", {}, "strokes", [prompt_segment(policy, "a red"), text(policy, "plan", words)])
         for words in ("red circle", "a blue square left of a red circle", ".")
     ]
-    rows, _ = training_rows(trajectories, 256)
-    trainer = trainer_of(policy, rows, tmp_path)
-    ours = float(trainer.compute_loss(policy.model, Collator(policy.vocabulary.pad)(rows)))
-    padded = Collator(policy.vocabulary.pad, pack=False)(rows)
-    stock = policy.core(
-        input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], labels=padded["labels"]
-    ).loss
-    assert ours == pytest.approx(float(stock), abs=1e-6)
-    assert float(trainer.compute_loss(policy.model, padded)) == pytest.approx(ours, abs=1e-6)
-    del padded["position_ids"]  # TRL's forward brings its own
-    trls = super(InterleavedSftTrainer, trainer).compute_loss(policy.model, padded)
-    assert ours == pytest.approx(float(trls), abs=1e-6)
+    trainer = trainer_for(policy, trajectories, tmp_path)
+    ours = float(trainer.compute_loss(policy.model, all_of(trajectories)).detach())
+    batch = padded(policy, trajectories)
+    assert ours == pytest.approx(float(policy.core(**batch).loss.detach()), abs=1e-6)
+    trls = SFTTrainer.compute_loss(trainer, policy.model, batch)
+    assert ours == pytest.approx(float(trls.detach()), abs=1e-6)
 
 
 def test_images_are_learned_here_and_not_by_the_stock_forward(policy, tmp_path):
-    rows, _ = training_rows(written(policy, 3), 256)
-    batch = Collator(policy.vocabulary.pad, pack=False)(rows)
+    trajectories = written(policy, 3)
     codes = torch.as_tensor(policy.vocabulary.code_ids.astype(np.int64))
-    only_codes = torch.where(torch.isin(batch["labels"], codes), batch["labels"], IGNORE)
 
     def head_gradient(model, loss):
         model.zero_grad()
         loss.backward()
         return model.lm_head.weight.grad[codes].abs().max().item()
 
-    trainer = trainer_of(policy, rows, tmp_path)
-    ours = trainer.compute_loss(policy.model, batch | {"labels": only_codes})
-    assert float(ours) < 20 and head_gradient(policy.core, ours) > 1e-4
+    weights = {role: 0.0 for role in role_names(trajectories) if role != "sketch"}
+    trainer = trainer_for(policy, trajectories, tmp_path, role_names(trajectories), role_weights=weights)
+    ours = trainer.compute_loss(policy.model, all_of(trajectories))
+    assert float(ours.detach()) < 20 and head_gradient(policy.core, ours) > 1e-4
     policy.core.zero_grad(set_to_none=True)
 
+    batch = padded(policy, trajectories)
+    only_codes = torch.where(torch.isin(batch["labels"], codes), batch["labels"], IGNORE)
     stock = ChameleonForConditionalGeneration(policy.core.config)
     stock.load_state_dict(policy.core.state_dict(), strict=False)
     loss = stock(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=only_codes).loss
     assert not torch.isfinite(loss) or float(loss) > 1e30  # the codes' logits are the dtype's minimum
     assert head_gradient(stock, loss) == 0.0
-
-
-# ---- lines ----
-
-
-@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), more=st.integers(0, 30))
-def test_every_row_is_on_one_line_and_no_line_overflows(lengths, more):
-    capacity = max(lengths) + more
-    lines = lines_of(lengths, capacity)
-    assert sorted(row for line in lines for row in line) == list(range(len(lengths)))
-    assert all(sum(lengths[row] for row in line) <= capacity for line in lines)
-    # best fit never leaves two lines that are at most half full
-    assert sum(2 * sum(lengths[row] for row in line) <= capacity for line in lines) <= 1
-
-
-def test_rows_that_share_a_line_do_not_see_each_other(policy, tmp_path):
-    rows, _ = training_rows(written(policy, 9), 256)
-    packed, padded = (Collator(policy.vocabulary.pad, pack=pack)(rows) for pack in (True, False))
-    assert packed["input_ids"].shape[0] < len(rows) and padded["input_ids"].shape[0] == len(rows)
-    assert (packed["labels"] != IGNORE).sum() == (padded["labels"] != IGNORE).sum()
-    gradients, losses = [], []
-    trainer = trainer_of(policy, rows, tmp_path)
-    for batch in (packed, padded):
-        policy.core.zero_grad()
-        loss = trainer.compute_loss(policy.model, batch)
-        loss.backward()
-        losses.append(float(loss))
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
-    policy.core.zero_grad(set_to_none=True)
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
-
-
-def test_the_first_id_of_a_row_is_never_predicted_by_its_neighbour(policy):
-    rows = [
-        {"input_ids": ids, "labels": ids, "weights": [1.0] * len(ids), "roles": [number] * len(ids)}
-        for number, ids in enumerate(([7, 8, 9, 10], [11, 12], [13, 14]))
-    ]
-    batch = Collator(pad=1)(rows)
-    assert batch["roles"].tolist() == [[0, 0, 0, 0], [1, 1, 2, 2]]
-    assert batch["input_ids"].tolist() == [[7, 8, 9, 10], [11, 12, 13, 14]]
-    assert batch["labels"].tolist() == [[IGNORE, 8, 9, 10], [IGNORE, 12, IGNORE, 14]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
-    assert batch["attention_mask"][1, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    learned = targets(batch["labels"], batch["weights"], torch.zeros(20, dtype=torch.bool))
-    assert learned.before_N.tolist() == [0, 1, 2, 4, 6] and learned.id_N.tolist() == [8, 9, 10, 12, 14]
 
 
 # ---- losses by role ----
@@ -392,22 +361,22 @@ def test_the_loss_by_role_is_the_mean_over_the_roles_learned_ids_and_leaves_the_
     weights = {"inspect": 4.0, "sketch": 0.5}  # what a role weighs in the total is not in its own mean
     roles = role_names(trajectories)
     assert roles == ["inspect", "plan", "prompt", "sketch"]
-    rows, _ = training_rows(trajectories, 256, weights)
-    batch = Collator(policy.vocabulary.pad)(rows)
-    with_roles, without = (trainer_of(policy, rows, tmp_path, names, image_weight=0.25) for names in (roles, ()))
-    losses = [trainer.compute_loss(policy.model, batch).detach() for trainer in (with_roles, without)]
+    with_roles = trainer_for(policy, trajectories, tmp_path, roles, image_weight=0.25, role_weights=weights)
+    without = trainer_for(policy, trajectories, tmp_path, (), image_weight=0.25, role_weights=weights)
+    losses = [trainer.compute_loss(policy.model, all_of(trajectories)).detach() for trainer in (with_roles, without)]
     assert torch.equal(losses[0], losses[1])
     found = with_roles.means.take(with_roles.accelerator)
     assert set(without.means.take(without.accelerator)) == {"loss", "loss_text", "loss_image"}
 
-    # One row at a time, without the collator: the segment of each learned id says its role.
+    # One row at a time, through the full logits: the segment of each learned id says its role.
     codes = set(policy.vocabulary.code_ids.tolist())
     nll: dict[str, list[float]] = {}
-    for row, trajectory in zip(rows, trajectories, strict=True):
+    for trajectory in trajectories:
+        ids, labels = labelled(trajectory)
         with torch.no_grad():
-            logprob_TV = policy.core(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
+            logprob_TV = policy.core(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
         role_T = [segment.role for segment in trajectory.segments for _ in segment.ids]
-        for at, label in enumerate(row["labels"]):
+        for at, label in enumerate(labels):
             if label != IGNORE:
                 for name in (f"loss/{role_T[at]}", "loss_image" if label in codes else "loss_text"):
                     nll.setdefault(name, []).append(-float(logprob_TV[at - 1, label]))
@@ -418,75 +387,6 @@ def test_the_loss_by_role_is_the_mean_over_the_roles_learned_ids_and_leaves_the_
         assert found[name] == pytest.approx(np.mean(values), abs=1e-5)
 
 
-# ---- visual reconstruction ----
-
-
-def test_visual_loss_regresses_the_code_that_a_position_predicts(policy, tmp_path):
-    """The hidden state is made by hand: it says which code comes next, so only the right position has no error."""
-    trainer = trainer_of(policy, training_rows(written(policy, 3), 256)[0], tmp_path, visual_loss=1.0)
-    v, core = policy.vocabulary, policy.core
-    try:
-        visual = core.visual_reconstruction
-        codebook_KE = visual.codebook_KE
-        width, dims = core.config.hidden_size, codebook_KE.shape[1]
-        with torch.no_grad():  # the projection reads the first E dimensions
-            visual.projection.weight.copy_(torch.eye(dims, width))
-            visual.projection.bias.zero_()
-        segment = image(policy, 5)
-        ids = torch.tensor([[v.bos, *segment.ids]], dtype=torch.int64)
-        labels = ids.clone()
-        labels[0, 0] = labels[0, -1] = IGNORE
-        hidden = torch.zeros(1, ids.shape[1], width)
-        codes = torch.as_tensor(v.to_codes(segment.ids[1:-1]))
-        hidden[0, 1 : 1 + len(codes), :dims] = codebook_KE[codes]  # BOI's position predicts the first code
-
-        trainer._learned = targets(labels, torch.ones(labels.shape), trainer.code_of_V >= 0)
-        trainer._reconstruct(None, None, (hidden,))
-        assert float(trainer._visual) == pytest.approx(0.0, abs=1e-12)
-        # one step late, as in the released code of Thinking with Generated Images: hidden at t against the code at t
-        trainer._reconstruct(None, None, (hidden.roll(1, 1),))
-        assert float(trainer._visual) > 1e-4
-    finally:
-        trainer.detach()
-        trainer._visual = None
-
-
-def test_visual_loss_of_no_image_is_zero_with_a_gradient():
-    module = VisualReconstruction(8, torch.randn(5, 3))
-    loss = module(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64))
-    loss.backward()
-    assert float(loss) == 0.0 and float(module.projection.weight.grad.abs().sum()) == 0.0
-
-
-def test_projection_is_trained_and_not_saved(tmp_path):
-    policy = small_policy()
-    seen = []
-
-    class Watch:
-        def on_metrics(self, step, metrics):
-            seen.append(policy.core.visual_reconstruction.projection.weight.detach().clone())
-
-    tracker = Tracker(tmp_path / "sft")
-    tracker.listeners.append(Watch())
-    trajectories = [written(policy, 1)[0]] * 12
-    last = warm_start(policy, trajectories, section(max_steps=4, visual_loss=2.0), tmp_path, tracker=tracker)
-    assert (seen[0] - seen[-1]).abs().max() > 1e-3
-    words, codes = (
-        sum(
-            label != IGNORE and (label in set(policy.vocabulary.code_ids.tolist())) == image
-            for label in training_rows(trajectories[:1], 256)[0][0]["labels"]
-        )
-        for image in (False, True)
-    )
-    cross_entropy = (words * last["loss_text"] + codes * last["loss_image"]) / (words + codes)
-    assert last["loss"] == pytest.approx(cross_entropy + 2 * last["loss_visual"], rel=1e-5)
-    assert not hasattr(policy.core, "visual_reconstruction") and "forward" not in vars(policy.core)
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "sft" / "model" / "model.safetensors", "pt") as weights:
-        assert not [key for key in weights.keys() if "visual_reconstruction" in key]  # noqa: SIM118
-
-
 # ---- runs ----
 
 
@@ -494,7 +394,7 @@ def test_a_run_learns_and_its_saved_folder_gives_the_same_logits(tmp_path):
     policy = small_policy()
     trajectories = written(policy)
     tracker = Tracker(tmp_path / "sft")
-    last = warm_start(policy, trajectories, section(max_steps=25, learning_rate=1e-2), tmp_path, tracker=tracker)
+    last = warm_start(policy, FMT, trajectories, section(max_steps=25, learning_rate=1e-2), tmp_path, tracker=tracker)
     rows = read_metrics(tmp_path / "sft" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [*range(2, 25, 2), 25]
     for name in (
@@ -512,7 +412,7 @@ def test_a_run_learns_and_its_saved_folder_gives_the_same_logits(tmp_path):
     assert rows[-1]["sft/loss"] < 0.6 * rows[0]["sft/loss"]
     assert rows[-1]["sft/loss"] == last["loss"]
     again = load_model(tmp_path / "sft" / "model")
-    ids = torch.tensor([training_rows(trajectories, 256)[0][0]["input_ids"]])
+    ids = torch.tensor([labelled(trajectories[0])[0]])
     with torch.no_grad():
         torch.testing.assert_close(
             again.eval()(input_ids=ids).logits, policy.core(input_ids=ids).logits, atol=0, rtol=0
@@ -530,7 +430,12 @@ def test_batches_that_accumulate_into_a_step_are_averaged(tmp_path):
         trajectories = written(policy, 1) * 8  # alike, so that the whole's mean is the mean of the halves' means
         tracker = Tracker(tmp_path / name / "sft")
         warm_start(
-            policy, trajectories, section(max_steps=1, logging_steps=1, **changes), tmp_path / name, tracker=tracker
+            policy,
+            FMT,
+            trajectories,
+            section(max_steps=1, logging_steps=1, **changes),
+            tmp_path / name,
+            tracker=tracker,
         )
         (row,) = read_metrics(tmp_path / name / "sft" / "metrics.jsonl")
         norms.append((row["sft/loss"], row["sft/grad_norm"]))
@@ -567,6 +472,7 @@ def test_stopped_by_a_signal_and_resumed_is_the_run_that_was_never_stopped(tmp_p
         try:
             warm_start(
                 policy,
+                FMT,
                 written(policy, 14),
                 section(max_steps=7, logging_steps=3, visual_loss=0.5),
                 folder,
@@ -597,7 +503,13 @@ def test_killed_between_the_last_checkpoint_and_the_end_trains_no_further(tmp_pa
         policy = small_policy(lora)
         tracker = Tracker(tmp_path / "sft")
         last = warm_start(
-            policy, written(policy), section(max_steps=3, logging_steps=3), tmp_path, tracker=tracker, resume=resume
+            policy,
+            FMT,
+            written(policy),
+            section(max_steps=3, logging_steps=3),
+            tmp_path,
+            tracker=tracker,
+            resume=resume,
         )
         tracker.close()
         return last, {name: tensor.clone() for name, tensor in policy.core.state_dict().items()}
@@ -622,7 +534,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path):
         policy = small_policy()
         tracker = Tracker(folder / "sft")
         warm_start(
-            policy, written(policy), section(max_steps=steps, save_steps=2), folder, tracker=tracker, resume=resume
+            policy, FMT, written(policy), section(max_steps=steps, save_steps=2), folder, tracker=tracker, resume=resume
         )
 
     run(tmp_path / "whole")
@@ -641,32 +553,34 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     (tmp_path / "sft" / "checkpoint-3").mkdir(parents=True)
     write_manifest(tmp_path / "sft" / "checkpoint-3")
     with pytest.raises(UserError, match="already holds a warm start .checkpoint-3.*--resume"):
-        warm_start(policy, written(policy), section(), tmp_path)
+        warm_start(policy, FMT, written(policy), section(), tmp_path)
 
 
 PROCESSES = """
+import json
 import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
 from sft.train import warm_start
 from tests.chameleon_helpers import small_policy
-from tests.test_sft import section, written
+from tests.test_sft import FMT, section, written
 from training.tracking import Tracker
 
-folder, accumulate = Path(sys.argv[1]), int(sys.argv[2])
+folder, accumulate, visual_loss = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 policy = small_policy()
 tracker = Tracker(folder / "sft") if PartialState(cpu=True).is_main_process else None
-config = section(max_steps=3, logging_steps=1, visual_loss=0.5, gradient_accumulation_steps=accumulate)
-warm_start(policy, written(policy, 16), config, folder, tracker=tracker)
+config = section(max_steps=3, logging_steps=1, visual_loss=visual_loss, gradient_accumulation_steps=accumulate)
+warm_start(policy, FMT, written(policy, 16), config, folder, tracker=tracker)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # imports everything twice
-def test_two_processes_give_the_losses_and_weights_of_one_that_accumulates(tmp_path):
-    launch(1, PROCESSES, str(tmp_path / "one"), "2")
-    launch(2, PROCESSES, str(tmp_path / "two"), "1")
+@pytest.mark.parametrize("visual_loss", [0.5, {"kind": "mvot"}], ids=["twgi", "mvot"])
+def test_two_processes_give_the_losses_and_weights_of_one_that_accumulates(tmp_path, visual_loss):
+    launch(1, PROCESSES, str(tmp_path / "one"), "2", json.dumps(visual_loss))
+    launch(2, PROCESSES, str(tmp_path / "two"), "1", json.dumps(visual_loss))
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert len(one) == len(two) == 3
     for first, second in zip(one, two, strict=True):
@@ -725,7 +639,7 @@ def test_a_corrupt_checkpoint_is_named(tmp_path, spoil, sentence):
     write_manifest(folder)
     spoil(folder)
     with pytest.raises(UserError, match=sentence):
-        warm_start(policy, written(policy), section(), tmp_path, resume=True)
+        warm_start(policy, FMT, written(policy), section(), tmp_path, resume=True)
 
 
 def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path):
@@ -743,7 +657,7 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path):
     tracker.listeners.append(Fill())
     try:
         with pytest.raises(UserError, match="checkpoint-4: cannot be written.*free some space") as error:
-            warm_start(policy, written(policy), section(save_steps=2), tmp_path, tracker=tracker)
+            warm_start(policy, FMT, written(policy), section(save_steps=2), tmp_path, tracker=tracker)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
@@ -756,7 +670,7 @@ def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "sft").write_text("a file")
     policy = small_policy()
     with pytest.raises(UserError, match=f"{tmp_path / 'sft'}: cannot be written"):
-        warm_start(policy, written(policy), section(), tmp_path)
+        warm_start(policy, FMT, written(policy), section(), tmp_path)
 
 
 def test_stored_demonstrations_that_are_missing_or_corrupt_are_named(tmp_path, policy):
@@ -766,7 +680,7 @@ def test_stored_demonstrations_that_are_missing_or_corrupt_are_named(tmp_path, p
     trajectories = render_all([strokes(policy)] * 3, fmt, policy)
     save_trajectories(trajectories, tmp_path / "stored")
     loaded = demonstrate(OneTask([]), fmt, policy, section(data=str(tmp_path / "stored")), 0)
-    assert training_rows(loaded, 256) == training_rows(trajectories, 256)
+    assert [labelled(trajectory) for trajectory in loaded] == [labelled(trajectory) for trajectory in trajectories]
     table = tmp_path / "stored" / "segments.parquet"
     table.write_bytes(table.read_bytes()[:-40])
     with pytest.raises(UserError, match="segments.parquet"):
@@ -789,28 +703,28 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path):
     trajectories = written(policy)
     trajectories[3].segments[1].ids[0] = policy.vocabulary.size + 5
     with pytest.raises(UserError, match="written by another tokenizer"):
-        warm_start(policy, trajectories, section(), tmp_path)
+        warm_start(policy, FMT, trajectories, section(), tmp_path)
 
 
 def test_weights_of_16_bits_are_refused(tmp_path):
     config = small_config().model_copy(update={"dtype": "bfloat16"})
     policy = load(config, WORDS)
     with pytest.raises(UserError, match="is to be trained in bfloat16, .*policy.dtype: float32, or train adapters"):
-        warm_start(policy, written(policy), section(), tmp_path)
+        warm_start(policy, FMT, written(policy), section(), tmp_path)
     assert not (tmp_path / "sft").exists()
     adapted = load(config.model_copy(update={"lora": LoraSection(r=4, alpha=8)}), WORDS)
     tracker = Tracker(tmp_path / "sft")
-    assert warm_start(adapted, written(adapted), section(max_steps=1), tmp_path, tracker=tracker)["loss"] > 0
+    assert warm_start(adapted, FMT, written(adapted), section(max_steps=1), tmp_path, tracker=tracker)["loss"] > 0
 
 
 def test_nothing_to_learn_from_is_a_sentence(policy):
     trajectory = Trajectory("a", {}, "strokes", [prompt_segment(policy, "a")])
     with pytest.raises(UserError, match="no demonstration has a trained segment"):
-        training_rows([trajectory], 256)
+        examples([trajectory], FMT, policy, 256)
 
 
 def test_done_says_how_far_it_came(tmp_path):
     policy = small_policy()
-    last = warm_start(policy, written(policy), section(max_steps=2), tmp_path)
+    last = warm_start(policy, FMT, written(policy), section(max_steps=2), tmp_path)
     done = json.loads((Path(tmp_path) / "sft" / "done.json").read_text())
     assert done["steps"] == 2 and done["loss"] == last["loss"]

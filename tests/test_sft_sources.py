@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 from formats.registry import get_format
-from policy.config import PolicyConfig
+from policy.chameleon.config import ChameleonPolicyConfig
 from policy.registry import load_policy
 from record.store import load_trajectories, save_trajectories
 from record.trajectory import StopReason
 from runtime.errors import UserError
 from sft.config import SftConfig
+from sft.demonstrations import demonstrate, render_all, see
 from sft.sources import load_demonstrations, words_of
-from sft.train import demonstrate, render_all
 from tasks.registry import get_task
 from training.tracking import read_metrics
 from underdrawing.build import build_task
@@ -31,7 +31,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "in
 
 @pytest.fixture(scope="module")
 def policy():
-    return load_policy(PolicyConfig(tiny=TINY), TASK.words)
+    return load_policy(ChameleonPolicyConfig(tiny=TINY), TASK.words)
 
 
 def as_row(demonstration, folder: Path, number: int, column: bool = False) -> dict:
@@ -64,6 +64,7 @@ def export(folder: Path, count=6, column=False) -> str:
 @pytest.mark.parametrize("column", [False, True], ids=["inline", "images-column"])
 def test_messages_render_as_the_tasks_own_demonstrations(tmp_path, policy, column):
     read = load_demonstrations(SftConfig(data=export(tmp_path, column=column)), FMT, policy)
+    see(read, policy)
     own = render_all(TASK.demonstrations("strokes", 6, seed=0), FMT, policy)
     assert len(read) == 6
     for one, other in zip(read, own, strict=True):
@@ -244,7 +245,7 @@ def test_prompts_of_ones_own_train_a_policy_without_code(tmp_path, caplog):
     assert all(t.rewards["wanted"] is not None for t in written)
 
     # The best of them are demonstrations again, once it writes well: two steps teach no format.
-    policy = load_policy(PolicyConfig(path=str(tmp_path / "run/sft/model")))
+    policy = load_policy(ChameleonPolicyConfig(path=str(tmp_path / "run/sft/model")))
     good = load_demonstrations(SftConfig(data=demonstrations), get_format("strokes", max_images=4), policy)
     for trajectory, well in zip(written, good, strict=False):
         trajectory.segments[1:], trajectory.stop, trajectory.reward = well.segments[1:], StopReason.END, 1.0

@@ -10,7 +10,7 @@ import torch
 
 from formats.config import FormatConfig
 from formats.registry import get_format
-from policy.config import PolicyConfig, TinySection
+from policy.chameleon.config import ChameleonPolicyConfig, TinySection
 from rollout.capabilities import Capabilities, WriterError, check_capabilities
 from rollout.config import RolloutConfig
 from rollout.native import NativeWriter
@@ -147,7 +147,10 @@ def broken(policy, fmt, rollout, words):
 
 
 def made(name: str):
-    return make_writer(PolicyConfig(tiny=TINY), FormatConfig(), RolloutConfig(writer=name, **ROLLOUT), ["a", "dot"])
+    section = ChameleonPolicyConfig(tiny=TINY)
+    return make_writer(section, FormatConfig(), RolloutConfig(writer=name, **ROLLOUT), ["a", "dot"])
+        ChameleonPolicyConfig(tiny=TINY), FormatConfig(), RolloutConfig(writer=name, **ROLLOUT), ["a", "dot"]
+    )
 
 
 def test_writers_are_found_by_name_and_by_dotted_path():

@@ -81,7 +81,7 @@ def words(recipe: Recipe, task: Task, weights: Path | None = None) -> list[str]:
     """
     if weights is not None or recipe.policy.path is not None or recipe.sft.data is None:
         return list(task.words)
-    return sorted({*task.words, *words_of(recipe.sft.data, recipe.policy.tiny.tags)})
+    return sorted({*task.words, *words_of(recipe.sft.data, recipe.policy.fresh_tags)})
 
 
 def prompts(recipe: Recipe, task: Task, fmt: Format, policy: Policy, split: Split) -> Sequence[Record]:

@@ -261,7 +261,7 @@ def _dry_run(
 
     task, fmt = preflight(recipe, rolls_out, trains)
     if not rolls_out and recipe.sft.data is not None:
-        check_data(recipe.sft, recipe.policy.tiny.tags)
+        check_data(recipe.sft, recipe.policy.fresh_tags)
     with build.build_reward_manager(recipe, task, fmt):
         pass
     build.check_run_dir(recipe)

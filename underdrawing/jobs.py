@@ -42,9 +42,9 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
         Busy: another process trains in the run's folder.
         Interrupted: a signal stopped it; says what is saved.
     """
-    from policy.chameleon.family import ChameleonPolicy
     from sft.checkpoints import finished_checkpoints
-    from sft.train import check_demonstrations, demonstrate, warm_start
+    from sft.demonstrations import check_demonstrations, demonstrate
+    from sft.train import warm_start
 
     def saved() -> Path | None:
         return next(reversed(finished_checkpoints(recipe.run_dir / "sft")), None)
@@ -60,11 +60,6 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
             trained = checkpoint.latest(recipe.run_dir / "checkpoints") is not None
             build.write_recipe(recipe, refused=trained or (not resume and saved() is not None))
         policy = build.build_policy(recipe, task)
-        if not isinstance(policy, ChameleonPolicy):
-            raise UserError(
-                f"policy.family: '{recipe.policy.family}' has no warm start; `underdrawing sft` serves the "
-                "family 'chameleon'"
-            )
         demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
         check_demonstrations(demonstrations, fmt)
         tracker = None
@@ -76,6 +71,7 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
             tracker.listeners.append(progress)
         warm_start(
             policy,
+            fmt,
             demonstrations,
             recipe.sft,
             recipe.run_dir,

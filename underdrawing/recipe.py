@@ -11,13 +11,22 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from formats.config import FormatConfig
 from policy.config import PolicyConfig
+from policy.registry import DEFAULT, policy_section, section_of
 from rewards.config import RewardsConfig
 from rl.config import GrpoConfig
 from rollout.config import FlowConfig, RolloutConfig
@@ -60,13 +69,17 @@ class EvaluateConfig(Section):
     )
 
 
+def _policy(value: Any, info: ValidationInfo) -> PolicyConfig:
+    return policy_section(value, info.context)
+
+
 class Recipe(Section):
     """A whole run. `underdrawing sft`, `grpo`, `rollout` and `evaluate` read the sections that they need."""
 
     name: str = Field(description="names the run in W&B and the report")
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="of weights, demonstrations, prompts and sampling noise")
     run_dir: WritePath = Field(Path("runs/run"), description="everything the run writes")
-    policy: PolicyConfig
+    policy: Annotated[SerializeAsAny[PolicyConfig], PlainValidator(_policy)]
     task: TaskConfig
     format: FormatConfig
     sft: SftConfig = Field(default_factory=SftConfig)
@@ -208,7 +221,7 @@ def _sentences(errors: Sequence[Any], data: dict[str, Any]) -> list[str]:
         if kinds and any(len(other) > len(keys) and other[: len(keys)] == keys for other in faults):
             continue
         told = [error for error in told if not error["type"].endswith("_type")] or told
-        message = " or ".join(dict.fromkeys(_message(error, keys) for error in told))
+        message = " or ".join(dict.fromkeys(_message(error, keys, data) for error in told))
         given = told[0].get("input")
         shown = f" (given: {given!r})" if keys and not isinstance(given, dict | list) and _shows(told[0]) else ""
         lines.append(f"{'.'.join(keys)}: {message}{shown}" if keys else message)
@@ -232,9 +245,9 @@ def _shows(error: Any) -> bool:
     return error["type"] not in ("extra_forbidden", "missing")
 
 
-def _message(error: Any, keys: Sequence[str]) -> str:
+def _message(error: Any, keys: Sequence[str], data: Any) -> str:
     if error["type"] == "extra_forbidden":
-        return f"unknown key; {nearest(keys[-1], _known_keys(keys[:-1]))}"
+        return f"unknown key; {nearest(keys[-1], _known_keys(keys[:-1], data))}"
     if error["type"] == "missing":
         return "missing"
     if error["type"] == "literal_error":
@@ -250,9 +263,12 @@ def _closest(name: Any, known: Sequence[str]) -> str:
     return f"; {hint}" if hint else ""
 
 
-def _known_keys(loc: Sequence[str]) -> list[str]:
+def _known_keys(loc: Sequence[str], data: Any) -> list[str]:
     """Field names of the model found by walking `loc` down from Recipe."""
     models: list[type[BaseModel]] = [Recipe]
+    if loc[:1] == ("policy",):  # each family has a section of its own
+        family = data["policy"].get("family", DEFAULT)
+        models, loc = [section_of(family if isinstance(family, str) else DEFAULT)], loc[1:]
     for part in loc:
         following: list[type[BaseModel]] = []
         for model in models:

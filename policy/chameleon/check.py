@@ -10,15 +10,16 @@ import torch
 from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
+from policy.chameleon.config import ChameleonPolicyConfig
 from policy.chameleon.model import InterleavedChameleon, read_config
 from policy.chameleon.tiny import tiny_config, tiny_tokenizer, tiny_vq
 from policy.chameleon.vocabulary import ChameleonVocabulary, load_tokenizer
-from policy.config import LoraSection, PolicyConfig
+from policy.config import LoraSection
 from policy.devices import check_device
 from runtime.errors import UserError, nearest
 
 
-def check(config: PolicyConfig, words: Sequence[str], trains: bool) -> None:
+def check(config: ChameleonPolicyConfig, words: Sequence[str], trains: bool) -> None:
     """The family's check in policy/registry.py.
 
     Args:
@@ -50,7 +51,7 @@ def check(config: PolicyConfig, words: Sequence[str], trains: bool) -> None:
         check_adapters(model, config.lora)
 
 
-def vocabulary(config: PolicyConfig) -> tuple[ChameleonVocabulary, int]:
+def vocabulary(config: ChameleonPolicyConfig) -> tuple[ChameleonVocabulary, int]:
     """The vocabulary and the context's length of the model at config.path, which is read without its weights."""
     assert config.path is not None
     tokenizer, model_config = load_tokenizer(config.path), read_config(Path(config.path))
@@ -82,7 +83,7 @@ def _check_fits(model: InterleavedChameleon) -> None:
         )
 
 
-def _check_attention(config: PolicyConfig) -> None:
+def _check_attention(config: ChameleonPolicyConfig) -> None:
     if config.attn_implementation != "flash_attention_2":
         return
     instead = "or set policy.attn_implementation: sdpa"

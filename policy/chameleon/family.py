@@ -8,7 +8,7 @@ Letters: B rows of a call, T ids, V vocabulary, N decisions of all trajectories 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ from torch import Tensor, nn
 
 from policy.base import Categorical, Extent, FlowStep, Pass, Scored, TokenStep
 from policy.chameleon.check import check_adapters
+from policy.chameleon.codebook_loss import CodebookLoss
+from policy.chameleon.config import ChameleonPolicyConfig
+from policy.chameleon.learned_padding import LearnedPadding, plan_with_padding
 from policy.chameleon.model import InterleavedChameleon, load_model, save_model
-from policy.chameleon.replay import divide, plan
+from policy.chameleon.replay import Replay, divide, plan
 from policy.chameleon.tiny import tiny_model
 from policy.chameleon.vocabulary import ChameleonVocabulary, load_tokenizer
-from policy.config import LoraSection, PolicyConfig
+from policy.config import LoraSection
 from policy.decoding.cache import RowCache
 from policy.decoding.decode import Decode
+from policy.extra_losses import ExtraLoss, ExtraLosses
 from policy.guidance import combine
 from policy.scoring.row_attention import ROWS, packs
 from policy.scoring.rows import context_ids, piece_ids
@@ -59,6 +63,8 @@ class ChameleonPolicy:
         self.core = model  # the model under whatever wraps `self.model`
         self.model: nn.Module = _with_adapters(model, lora) if lora else model
         self.has_adapters = lora is not None
+        self.before_forward: list[Callable[[Replay], None]] = []  # told of every forward of `score` before it runs
+        self.learns_padding = False
         self._decode: Decode | None = None
         self._frozen: list[Tensor] | None = None
         self._versions = self._weights_version()
@@ -242,14 +248,20 @@ class ChameleonPolicy:
         reference: Scored | None = None,
         entropy: bool = False,
     ) -> Scored:
-        replay = plan(passes, self.vocabulary.pad, entropy, self.score_chunk, self.device, self.packs)
+        mask_RT = None
+        if self.learns_padding:
+            replay, mask_RT = plan_with_padding(passes, self.vocabulary.pad, entropy, self.score_chunk, self.device)
+        else:
+            replay = plan(passes, self.vocabulary.pad, entropy, self.score_chunk, self.device, self.packs)
+        for tell in self.before_forward:
+            tell(replay)
         if replay.batch is None:
             logprob_N, entropy_N = torch.zeros(0, device=self.device), None
         else:
             # Rather than nothing: without a mask, transformers takes a jump in the position ids for the seam of packed
             # sequences. Padding is on the right, so causality hides it; rows end to end are told apart by their
             # lengths, and a mask of four axes is one that transformers does not make anew.
-            rows: dict[str, Any] = {"attention_mask": torch.ones_like(replay.ids_LT)}
+            rows: dict[str, Any] = {"attention_mask": torch.ones_like(replay.ids_LT) if mask_RT is None else mask_RT}
             if replay.row_lengths is not None:
                 rows = {
                     "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
@@ -277,6 +289,13 @@ class ChameleonPolicy:
             divergence_N,
             entropy_N,
         )
+
+    def extra_losses(self, asked: ExtraLosses) -> list[ExtraLoss]:
+        """See policy/extra_losses.py."""
+        losses: list[ExtraLoss] = [LearnedPadding(self)] if asked.padding else []
+        if asked.visual.weight:
+            losses.append(CodebookLoss(self, asked.visual, asked.seed))
+        return losses
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -353,7 +372,7 @@ def _with_adapters(model: InterleavedChameleon, lora: LoraSection) -> nn.Module:
     )
 
 
-def load(config: PolicyConfig, words: Sequence[str] = ()) -> ChameleonPolicy:
+def load(config: ChameleonPolicyConfig, words: Sequence[str] = ()) -> ChameleonPolicy:
     """The family's entry in policy/registry.py."""
     dtype: Any = getattr(torch, config.dtype)
     attention = ROWS if config.attn_implementation == "sdpa" else config.attn_implementation

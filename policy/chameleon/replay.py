@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -272,3 +273,9 @@ def _position(
         index_KN[position] = start_R[number] + np.maximum(before_N, 0)
         weight_KN[position] = weight_N
     return index_KN, weight_KN
+
+
+def undecided(trajectory: Trajectory) -> Any:
+    """A plan of all ids of a trajectory in one row, with nothing to score in it."""
+    ids_T = np.concatenate([segment.ids for segment in trajectory.segments]).astype(np.int32)
+    return _Plan((Row(0, FULL, ids_T, np.arange(len(ids_T), dtype=np.int32), {}),), ())

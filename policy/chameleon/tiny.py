@@ -14,10 +14,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import ChameleonConfig, PreTrainedTokenizerFast
 
+from policy.chameleon.config import SHAPES_VQ, TinySection
 from policy.chameleon.model import InterleavedChameleon
 from policy.chameleon.vocabulary import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP, UNK, VocabularyError, code_name
 from policy.chameleon.vq import ChameleonVQ, TokenizerError, load_shapes_vq, load_vq, vq_config
-from policy.config import SHAPES_VQ, TinySection
 from runtime.errors import UserError, first_line
 
 # What torch and transformers raise for sizes and kinds that make no network.
