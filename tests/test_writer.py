@@ -149,8 +149,6 @@ def broken(policy, fmt, rollout, words):
 def made(name: str):
     section = ChameleonPolicyConfig(tiny=TINY)
     return make_writer(section, FormatConfig(), RolloutConfig(writer=name, **ROLLOUT), ["a", "dot"])
-        ChameleonPolicyConfig(tiny=TINY), FormatConfig(), RolloutConfig(writer=name, **ROLLOUT), ["a", "dot"]
-    )
 
 
 def test_writers_are_found_by_name_and_by_dotted_path():
