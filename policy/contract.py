@@ -186,7 +186,7 @@ class _Check:
                 )
 
     def step(self, place: _Place) -> None:
-        """Ids that are fed one by one leave what a prefill with them leaves; where a policy sampled them, so does it."""
+        """Ids that are fed one by one leave what a prefill with them leaves."""
         trajectory, context, n = place.trajectory, place.context, place.segment
         segment = trajectory.segments[n]
         count = min(len(segment.ids), 4)
@@ -269,12 +269,12 @@ class _Check:
         both = self._velocity(cache, [0, 1], x, time)
         for row in range(2):
             alone = self._velocity(cache, [2], x[row : row + 1], time[row : row + 1])[0]
-            self.equal(both[row], alone, "denoising", f"{place}: a row's velocity depends on its neighbours or its past")
+            self.equal(
+                both[row], alone, "denoising", f"{place}: a row's velocity depends on its neighbours or its past"
+            )
         after = self.feed(cache, [0], self.ids[:1])[0]
         self.prefill(cache, 1, trajectory, context)
-        self.equal(
-            after, self.feed(cache, [1], self.ids[:1])[0], "denoising", f"{place}: a FlowStep entered the cache"
-        )
+        self.equal(after, self.feed(cache, [1], self.ids[:1])[0], "denoising", f"{place}: a FlowStep entered the cache")
 
     def _velocity(self, cache: Any, rows: list[int], x: Tensor, time: Tensor) -> Tensor:
         answer = self.policy.step(cache, rows, FlowStep(x, time))
@@ -437,7 +437,9 @@ class _Check:
             self.require(
                 one.decisions == decisions, "passes", f"{name}: one says {one.decisions} decisions and has {decisions}"
             )
-            self.require(one.cost > 0 and bool(one.modules), "passes", f"{name}: one costs nothing or touches no module")
+            self.require(
+                one.cost > 0 and bool(one.modules), "passes", f"{name}: one costs nothing or touches no module"
+            )
             self.require(
                 budget is None or one.cost <= budget or len(one.segments) == 1,
                 "passes",
@@ -467,7 +469,9 @@ class _Check:
         divergence_N = ours.divergence_N
         known = divergence_N is not None and len(divergence_N) == len(ours.logprob_N)
         self.require(known, "reference", "a divergence of each decision is due where a reference is given")
-        off = float((ours.log_ratio_N - (ours.logprob_N - theirs.logprob_N)).abs().max()) if len(ours.logprob_N) else 0.0
+        off = (
+            float((ours.log_ratio_N - (ours.logprob_N - theirs.logprob_N)).abs().max()) if len(ours.logprob_N) else 0.0
+        )
         self.require(off <= self.tolerance, "score", f"with `old` given, ratios are not against it: off by {off:.2g}")
 
     def saved(self, load: Callable[[Path], Policy], whole: LogProbs) -> None:

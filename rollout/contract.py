@@ -1,4 +1,4 @@
-"""What a family must keep in the engine, whoever wrote it. Run it on your own: `check_family(my_policy, fmt, requests)`.
+"""What a family must keep in the engine, whoever wrote it. Run it on your own: `check_family(policy, fmt, requests)`.
 
 Sampling is a function of (seed, group, member, decision): which rows, neighbours and refills a trajectory had changes
 nothing. A failure is an AssertionError whose first words are the family and the promise.

@@ -5,11 +5,13 @@ The driver makes requests, pool/ spreads them over writers, and each turns its o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from record.trajectory import Media
 from runtime.errors import UserError
+from tasks.media import media_of
 
 
 class RolloutError(UserError):
@@ -31,3 +33,11 @@ class RolloutRequest:
     seed: int = 0
     # What the prompt shows: images, uint8 [height, width, 3], and frames.
     media: tuple[Media, ...] = field(default=(), compare=False)
+
+
+def request_of(group: int, record: dict[str, Any], members: Sequence[int], seed: int) -> RolloutRequest:
+    """What a task's record asks for, with what its prompt shows.
+
+    Raises UserError for an image or a video that cannot be read.
+    """
+    return RolloutRequest(group, record["prompt"], record, tuple(members), seed, media_of(record))

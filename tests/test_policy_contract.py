@@ -20,11 +20,11 @@ from rollout.contract import check_family
 from rollout.engine.engine import Engine
 from rollout.requests import RolloutRequest
 from tests.chameleon_helpers import small_config, small_policy
+from tests.fakes import FakeFormat, FakePolicy
 from tests.families.bagel import LATENT_SLOTS, PATCHES, Bagel
 from tests.families.lvm import Lvm
 from tests.families.qwen import Qwen
 from tests.families.thinker import Thinker
-from tests.fakes import FakeFormat, FakePolicy
 from tests.test_families import CASES, engine, requests
 
 
@@ -298,7 +298,10 @@ class NeighboursCountInTheRecordToo(NeighboursCount):
 @pytest.mark.parametrize(
     "fault, words",
     [
-        (NeighboursCount, "layout: sampled all at once, segment . .'state'. of trajectory .* nats from what was sampled"),
+        (
+            NeighboursCount,
+            "layout: sampled all at once, segment . .'state'. of trajectory .* nats from what was sampled",
+        ),
         (NeighboursCountInTheRecordToo, "layout: sampled in 1 row.*, trajectory .*, segment .* another than all at"),
     ],
 )

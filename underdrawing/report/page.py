@@ -26,6 +26,7 @@ from record.trajectory import Author, Trajectory
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
 from training.tracking import read_metrics
+from training.wandb_mirror import filmstrip, pictures_of
 from underdrawing.report.charts import PALETTE, Series, bars, line_chart
 
 # Curves in the order of what one looks at first: (title, patterns of metric names, y range).
@@ -312,6 +313,7 @@ class Frame:
     tokens: int
     seen: Seen | None = None  # None: nobody looked
     parts: Sequence[tuple[str, float | None]] = ()  # rewards of this image alone
+    pictures: int = 1  # side by side in `image`
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,8 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
     """A trajectory as a filmstrip; `seen` is by segment."""
     frames = []
     for index, segment in enumerate(trajectory.segments):
-        if segment.author is Author.USER:
+        pictures = pictures_of(segment)
+        if segment.author is Author.USER and not pictures:  # the prompt's words stand above
             continue
         advantage = None
         if trajectory.advantage_S is not None and segment.trained:
@@ -344,11 +347,12 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
                 segment.role,
                 str(segment.author),
                 _tagged(segment.text),
-                data_uri(segment.image) if segment.image is not None else "",
+                data_uri(filmstrip(pictures, height=0)) if pictures else "",
                 advantage,
                 credit,
                 len(segment.ids),
                 (seen or {}).get(index),
+                pictures=max(1, len(pictures)),
             )
         )
     return Film(
