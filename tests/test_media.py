@@ -14,6 +14,8 @@ from PIL import Image
 from formats.registry import get_format
 from formats.segments import media_segment
 from policy.base import score_trajectories
+from policy.config import PolicyConfig, TinySection
+from policy.registry import load_policy
 from record.store import load_trajectories, save_trajectories
 from record.trajectory import Author, Frames, Modality
 from rollout.config import RolloutConfig
@@ -32,6 +34,7 @@ from tests.families.bagel import Bagel, BagelFormat
 from tests.families.lvm import Lvm, Planner
 from tests.families.thinker import Thinker, Watch, more_frames
 from training.wandb_mirror import filmstrip, pictures_of
+from underdrawing.cli import main
 from underdrawing.report.page import ReportData, film_of, render
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -269,3 +272,51 @@ def test_frames_that_the_environment_brought_are_shown():
     pictures = pictures_of(media_segment("frames", video, Author.ENVIRONMENT))
     assert [int(p.max()) for p in pictures] == [0, 200]
     assert filmstrip(pictures, height=0).shape == (4, 12, 3)
+
+
+def test_grpo_and_rollouts_on_prompts_with_pictures(tmp_path, capsys, monkeypatch):
+    """The commands, on a tiny Chameleon and four questions about pictures."""
+    monkeypatch.chdir(tmp_path)
+    colors = {"red": RED, "green": GREEN, "blue": BLUE, "black": (0, 0, 0)}
+    questions = []
+    for name, color in colors.items():
+        plain(color, (32, 32)).save(tmp_path / f"{name}.png")
+        questions.append({"question": f"a {name} circle", "pic": f"{name}.png"})
+    rows(tmp_path, *questions)
+    (tmp_path / "own.py").write_text(
+        "def ids(completion_ids, **columns):\n    return [float(sum(own) % 7) for own in completion_ids]\n"
+    )
+    tiny = TinySection(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    load_policy(PolicyConfig(tiny=tiny), ["a", "circle", *colors]).save(tmp_path / "model")
+    recipe = {
+        "name": "pictures",
+        "run_dir": "run",
+        "policy": {"path": "model"},
+        "task": {
+            "dataset": {"path": "rows.jsonl", "columns": {"prompt": "question"}, "images": ["pic"], "show": ["pic"]}
+        },
+        "format": {"name": "strokes", "max_images": 1},
+        "rollout": {"workers": 0, "rows": 4, "max_tokens": 20},
+        "rewards": {"parts": {"ids": {"function": "own.py:ids"}}, "total": "ids"},
+        "grpo": {"steps": 1, "prompts_per_step": 2, "num_generations": 2},
+        "evaluate": {"prompts": 1},
+        "track": {"wandb": "disabled"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert main(["grpo", "recipe.yaml"]) == 0, capsys.readouterr().err
+    assert main(["rollout", "recipe.yaml", "--prompts", "1", "--samples", "2", "--out", "written"]) == 0
+    written = load_trajectories(tmp_path / "written")
+    trained = load_trajectories(next((tmp_path / "run/trajectories").iterdir()))
+    for trajectory in (*trained, *written):
+        shown = [s.image for s in trajectory.segments if s.author is Author.USER and s.image is not None]
+        assert len(shown) == 1 and shown[0][0, 0].tolist() == list(colors[trajectory.prompt.split()[1]])
+    assert main(["view", "run"]) == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert film_of(trained[0]).frames[0].image in page
+
+    recipe["task"]["dataset"]["show"] = []
+    (tmp_path / "words.yaml").write_text(json.dumps(recipe | {"run_dir": "words"}))
+    assert main(["rollout", "words.yaml", "--prompts", "1", "--weights", "model", "--out", "unseen"]) == 0
+    assert all(
+        s.image is None for t in load_trajectories(tmp_path / "unseen") for s in t.segments if s.role == "prompt"
+    )
