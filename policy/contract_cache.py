@@ -47,6 +47,7 @@ class CacheCheck:
         self.require(bool(self.written), "trajectories", "they hold no segment that the policy wrote")
         sampled = {int(id) for _, _, segment in self.written for id in segment.ids}
         self.ids = sorted(sampled)[:3] * 3  # to be fed; any that it knows
+        self.appended: dict[tuple[str, str, str, bool, bool], int] = {}  # by kind of piece, how many were tried
 
     def require(self, holds: bool, promise: str, sentence: str) -> None:
         assert holds, f"{self.policy.family}: {promise}: {sentence}"
@@ -117,6 +118,11 @@ class CacheCheck:
         for count in range(len(context.pieces)):
             # From nothing, the first piece is appended: a row may begin empty.
             before, last = context.pieces[:count], context.pieces[count]
+            segment = trajectory.segments[last.segment]
+            kind = (segment.role, str(segment.modality), last.form, last.keep is None, count == 0)
+            self.appended[kind] = self.appended.get(kind, 0) + 1
+            if self.appended[kind] > PLACES:
+                continue
             extent = extent_of(self.policy, trajectory, last)
             longer = Context(context.branch, context.pieces[: count + 1], last.start + extent.positions)
             slots = slots_of(self.policy, trajectory, longer)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from formats.contract import check_format
 from policy.base import score_trajectories
 from record.trajectory import Author, DecisionKind, Frames, Modality, StopReason
 from rollout.config import RolloutConfig
@@ -46,12 +47,12 @@ class Case:
 CASES = {
     "bagel": Case(
         Bagel,
-        BagelFormat(max_images=3, max_tokens=3),
+        BagelFormat(max_images=2, max_tokens=3),
         (("red dot", ()), ("left", (picture(1),)), ("big blue dot right", (picture(2), picture(3, 4, 4)))),
         guidance=True,
         rows=3,
     ),
-    "bagel unguided": Case(Bagel, BagelFormat(False, max_images=3, max_tokens=3), (("red dot", ()), ("left", ()))),
+    "bagel unguided": Case(Bagel, BagelFormat(False, max_images=2, max_tokens=3), (("red dot", ()), ("left", ()))),
     "qwen": Case(
         Qwen,
         look(),
@@ -133,6 +134,12 @@ def test_every_layout_samples_the_same_and_scores_what_it_sampled(name, monkeypa
     assert len({str(contents(t)) for t in layouts["alone"]}) > count // 2, "members differ"
     other = case.policy(seed=1)  # the check can fail: other weights, other log-probs
     assert gap(other, layouts["alone"]) > 0.01
+
+
+@pytest.mark.parametrize("name", ["bagel", "lvm"])
+def test_every_format_keeps_its_contract_with_its_family(name):
+    case = CASES[name]
+    check_format(case.fmt, case.policy().vocabulary, [], walks=8)
 
 
 # ---- what each family is told apart by ----

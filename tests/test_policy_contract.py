@@ -33,7 +33,7 @@ def written(name: str, policy=None, members: int = 2):
     return rollouts.policy, rollouts.run(requests(CASES[name], members))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["bagel", "qwen", "lvm", "thinker"])
 def test_every_fake_family_keeps_the_contract(name):
     policy, trajectories = written(name)
     check_policy(policy, trajectories, load=type(policy).load)
