@@ -41,6 +41,9 @@ class ShownSlots:
     def _size(self, item: dict[str, Any]) -> Any:
         path = item.get("image")
         if isinstance(path, str) and not path.startswith("data:"):
-            with Image.open(path) as image:
-                return image.size
+            try:
+                with Image.open(path) as image:
+                    return image.size
+            except OSError:
+                pass  # media_of says what is wrong with it
         return repr(item)

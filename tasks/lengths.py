@@ -47,7 +47,10 @@ def fitting(
     mends: set[str] = set()
     for record in records:
         encoded = True
-        pictures = items_of(record)
+        try:
+            pictures = items_of(record)
+        except UserError as error:
+            raise PromptError(f"the prompt '{_short(record['prompt'])}' ({split}): {error}") from None
         if pictures and not hasattr(fmt, "prompt"):
             raise PromptError(
                 f"format '{fmt.name}': its prompts are words alone, and '{_short(record['prompt'])}' ({split}) shows "
@@ -55,10 +58,18 @@ def fitting(
             )
         try:
             length = len(fmt.prompt_ids(record["prompt"], vocabulary))
-            length += shown(record) if shown is not None and pictures else 0
             reason = f"has {length} ids, and at most {longest} fit" if length > longest else ""
         except UserError as error:
-            reason, encoded = f"cannot be encoded ({error})", False
+            length, reason, encoded = 0, f"cannot be encoded ({error})", False
+        if pictures and shown is not None and encoded:
+            try:
+                length += shown(record)
+                reason = f"has {length} ids and slots of what it shows, and at most {longest} fit"
+                reason = reason if length > longest else ""
+            except UserError as error:
+                refused.append((record["prompt"], f"cannot be shown ({error})"))
+                mends.add("change")
+                continue
         if reason:
             refused.append((record["prompt"], reason))
             mends.add("shorten" if encoded else "reword")

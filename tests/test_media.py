@@ -203,12 +203,19 @@ def test_what_is_shown_counts_among_what_fits(tmp_path):
     config = TaskConfig(max_prompt_length=words + 18, overlong_prompts="drop")
     kept = fitting(records, fmt, policy.vocabulary, policy.max_length, config, "train", shown)
     assert kept == [records[0], records[2]]
+    lost = [{"prompt": "red", "media": [{"image": "lost.png"}]}]
+    with pytest.raises(UserError, match=r"'red', cannot be shown \(media, item 1: the image .*lost.png cannot be read"):
+        fitting(lost, fmt, policy.vocabulary, policy.max_length, TaskConfig(), "train", shown)
+    with pytest.raises(UserError, match=r"the prompt 'red' \(train\): media: a list of .* is expected, not str"):
+        fitting([{"prompt": "red", "media": "a.png"}], fmt, policy.vocabulary, 99, TaskConfig(), "train")
 
 
 def test_what_a_family_or_a_format_cannot_show_is_named(tmp_path):
     video = {"prompt": "red", "media": [{"video": str(gif(tmp_path / "walk.gif", 3))}]}
     policy = small_policy()
-    with pytest.raises(UserError, match=r"1 of 1 prompts \(train\) .*'red', cannot .*'prompt' holds 3 frames"):
+    with pytest.raises(
+        UserError, match=r"1 of 1 prompts \(train\) .*'red', cannot be shown .*'prompt' holds 3 frames.*; change them$"
+    ):
         fitting([video], get_format("strokes"), policy.vocabulary, 200, TaskConfig(), "train", ShownSlots(policy))
     with pytest.raises(UserError, match=r"'fake_plain': its prompts are words alone, and 'red' \(train\) shows 1 "):
         fitting([video], FakeFormat(), FakeVocabulary(), 200, TaskConfig(), "train")
