@@ -25,6 +25,7 @@ from rollout.shown import ShownSlots
 from runtime.errors import UserError
 from tasks import dataset
 from tasks.config import DatasetConfig, TaskConfig
+from tasks.images import data_url
 from tasks.lengths import fitting
 from tasks.media import media_of
 from tasks.videos import read_video, video_file
@@ -112,12 +113,10 @@ def test_pictures_of_the_datasets_library_are_shown(tmp_path):
 
 
 def test_a_data_url_and_a_list_of_frames_are_media(tmp_path):
-    held = io.BytesIO()
-    plain(BLUE).save(held, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    drawn = np.random.default_rng(0).integers(0, 256, (5, 3, 3), np.uint8)
     frames = [str(png(tmp_path / f"{n}.png", (n, 0, 0))) for n in range(6)]
-    image, video = media_of({"media": [{"image": url}, {"video": frames, "frames": 3}]})
-    assert image[0, 0].tolist() == list(BLUE)
+    image, video = media_of({"media": [{"image": data_url(drawn)}, {"video": frames, "frames": 3}]})
+    np.testing.assert_array_equal(image, drawn)
     assert video.time_F.tolist() == [0, 2, 4] and video.frames_F[:, 0, 0, 0].tolist() == [0, 2, 4]
 
 

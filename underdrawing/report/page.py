@@ -5,8 +5,6 @@ Reads only the record (stored trajectories), metrics.jsonl and the evaluations' 
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-from PIL import Image
 
 from evals.kept import COMPARED_UNDER, DURING
 from evals.measures import FINAL_IMAGE, FIRST_SKETCH, REWARD
@@ -25,6 +21,7 @@ from record.store import load_trajectories
 from record.trajectory import Author, Trajectory
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
+from tasks.images import data_url
 from training.tracking import read_metrics
 from training.wandb_mirror import filmstrip, pictures_of
 from underdrawing.report.charts import PALETTE, Series, bars, line_chart
@@ -347,7 +344,7 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
                 segment.role,
                 str(segment.author),
                 _tagged(segment.text),
-                data_uri(filmstrip(pictures, height=0)) if pictures else "",
+                data_url(filmstrip(pictures, height=0)) if pictures else "",
                 advantage,
                 credit,
                 len(segment.ids),
@@ -375,12 +372,6 @@ def _tagged(text: str) -> list[tuple[str, str]]:
         at = match.end()
     out.append(("", text[at:].strip()))
     return [(tag, body) for tag, body in out if tag or body]
-
-
-def data_uri(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
