@@ -334,3 +334,15 @@ def test_what_was_not_written_is_no_check():
     assert asked[0].segments[0].modality is Modality.IMAGE_TOKENS
     with pytest.raises(AssertionError, match="lvm_like: trajectories: they hold no segment that the policy wrote"):
         check_policy(Lvm(), asked)
+
+
+def test_a_lie_of_a_real_family_is_named(monkeypatch):
+    policy = small_policy()
+    config = RolloutConfig(rows=2, max_tokens=60)
+    trajectories = Engine(policy, get_format("strokes", max_images=1), config).run([RolloutRequest(0, "a red circle")])
+    truth = policy.extent
+    monkeypatch.setattr(
+        policy, "extent", lambda segment, form, keep=None: Extent(truth(segment, form, keep).slots + 1, 1)
+    )
+    with pytest.raises(AssertionError, match="chameleon: extent: .* but it takes fewer"):
+        check_policy(policy, trajectories)
