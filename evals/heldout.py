@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from record.trajectory import Trajectory
-from rollout.requests import RolloutRequest
+from rollout.requests import request_of
 from runtime.errors import UserError
 from tasks.base import Evaluation
 
@@ -127,10 +127,7 @@ def evaluate(
         raise EvaluationError("there are no held-out prompts to evaluate on")
     for evaluation in evaluations:
         evaluation.check(records)
-    requests = [
-        RolloutRequest(number, record["prompt"], record, tuple(range(samples)), seed, flow=flow)
-        for number, record in enumerate(records)
-    ]
+    requests = [request_of(number, record, range(samples), seed, flow) for number, record in enumerate(records)]
     result = rollouts.generate(requests, each=each)
     if result.failed:
         first = result.failed[0]

@@ -17,7 +17,7 @@ from rl.forks import Forks, roll_out_forks, shown_first
 from rl.ledger import Ledger
 from rl.prompts import PromptCursor
 from rl.run import Run
-from rollout.requests import RolloutRequest
+from rollout.requests import RolloutRequest, request_of
 
 SUMMED = ("rollout/trajectories", "rollout/tokens", "rollout/decisions", "rollout/images", "rollout/prompts",
           "rollout/refills", "rollout/reprefills", "rollout/groups", "rollout/groups_failed")  # fmt: skip
@@ -26,7 +26,7 @@ SUMMED = ("rollout/trajectories", "rollout/tokens", "rollout/decisions", "rollou
 def next_requests(run: Run, cursor: PromptCursor, count: int) -> list[RolloutRequest]:
     """One request a prompt; groups are numbered through the run, which makes their noise their own."""
     members = tuple(range(run.config.num_generations))
-    return [RolloutRequest(group, record["prompt"], record, members, run.seed) for group, record in cursor.take(count)]
+    return [request_of(group, record, members, run.seed) for group, record in cursor.take(count)]
 
 
 def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger, dict[str, float]]:

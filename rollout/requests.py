@@ -5,12 +5,14 @@ The driver makes requests, pool/ spreads them over writers, and each turns its o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from record.trajectory import Media, Segment
 from rollout.config import FlowConfig
 from runtime.errors import UserError
+from tasks.media import media_of
 
 RequestKey = tuple[int, tuple[int, int] | None]  # group, parent
 
@@ -47,3 +49,13 @@ class RolloutRequest:
     def key(self) -> RequestKey:
         """What tells the requests of one generation apart."""
         return self.group, self.parent
+
+
+def request_of(
+    group: int, record: dict[str, Any], members: Sequence[int], seed: int, flow: FlowConfig | None = None
+) -> RolloutRequest:
+    """What a task's record asks for, with what its prompt shows.
+
+    Raises UserError for an image or a video that cannot be read.
+    """
+    return RolloutRequest(group, record["prompt"], record, tuple(members), seed, media_of(record), flow=flow)

@@ -15,7 +15,8 @@ from formats.base import Part
 from record.trajectory import Media, Trajectory
 
 Split = Literal["train", "heldout"]
-Record = dict[str, Any]  # GenEval's schema: tag, prompt, include, exclude; JSON values
+# GenEval's schema: tag, prompt, include, exclude; JSON values. `media` names what the prompt shows (media.py)
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)

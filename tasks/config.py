@@ -43,6 +43,17 @@ class DatasetConfig(Section):
         description="Columns (by our names) that hold an image or a list of images: paths beside the data, data URLs, "
         "or bytes. Each is checked; the record has paths.",
     )
+    videos: list[str] = Field(
+        default_factory=list,
+        description="Columns (by our names) that hold a video: a path beside the data, bytes, or a list of its frames "
+        "as images. Animated images are read by Pillow, all others by PyAV. Each is checked; the record has paths.",
+    )
+    show: list[str] = Field(
+        default_factory=list,
+        description="Which of `images` and `videos` the prompt shows to the policy, in this order, before its words. "
+        "The others are for rewards.",
+    )
+    frames: int = Field(8, ge=1, description="Frames that a prompt shows of a video, at equal distances.")
     where: dict[str, Range] = Field(
         default_factory=dict,
         description="Keep rows whose number in a column lies in a range, both ends included, null for none: "

@@ -6,8 +6,9 @@
         columns: {prompt: question, ground_truth: answer}
         images: [diagram]
 
-A record is a row under our column names: `prompt` is text, images are paths, everything else is as it was. Order is the
-data's own; rl/prompts.py draws from it, and its position is kept in checkpoints.
+A record is a row under our column names: `prompt` is text, images and videos are paths, everything else is as it was;
+what the prompt shows is named in `media` (media.py). Order is the data's own; rl/prompts.py draws from it, and its
+position is kept in checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from runtime.errors import UserError, nearest
 from tasks.base import Demonstration, Record, Split
 from tasks.config import DatasetConfig
 from tasks.images import image_file
+from tasks.media import MEDIA, items_of
 from tasks.rows import DataError, Row, read_rows
+from tasks.videos import video_file
 
 logger = logging.getLogger(__name__)
 KEY = "task.dataset"
@@ -127,10 +130,25 @@ def _check_columns(config: DatasetConfig, row: Row) -> None:
             f"{{prompt: {next(iter(row.values), '...')}}}. Columns: {', '.join(row.values)}"
         )
     ours_all = {taken.get(column, column) for column in row.values}
-    for kind, names in (("images", config.images), ("where", list(config.where))):
+    for kind, names in (("images", config.images), ("videos", config.videos), ("where", list(config.where))):
         for name in names:
             if name not in ours_all:
                 raise DataError(f"{KEY}.{kind}: no column '{name}'; {nearest(name, ours_all)}")
+    pictures = [*config.images, *config.videos]
+    for name in config.show:
+        if name not in pictures:
+            raise DataError(
+                f"{KEY}.show: '{name}' is none of the columns in {KEY}.images and {KEY}.videos"
+                + (f"; {nearest(name, pictures)}" if pictures else "; name it in one of them")
+            )
+    both = set(config.images) & set(config.videos)
+    if both:
+        raise DataError(f"{KEY}.videos: '{min(both)}' is named in {KEY}.images too; a column holds one or the other")
+    if config.show and MEDIA in ours_all:
+        raise DataError(
+            f"{KEY}.show: the data has a column '{MEDIA}', which says by itself what the prompt shows; leave out "
+            f"`show`, or call the column something else in columns, such as {{its_{MEDIA}: {MEDIA}}}"
+        )
 
 
 def _record(config: DatasetConfig, row: Row) -> Record:
@@ -139,18 +157,28 @@ def _record(config: DatasetConfig, row: Row) -> Record:
     for column in (*config.columns, "prompt"):
         if column not in record:
             raise DataError(f"{row.where}: the column '{config.columns.get(column, column)}' is missing")
-    record["prompt"] = _prompt(record["prompt"], f"{row.where}, column '{config.columns.get('prompt', 'prompt')}'")
-    for column in config.images:
+    for column in (*config.images, *config.videos):
         where = f"{row.where}, column '{config.columns.get(column, column)}'"
-        record[column] = _images(record.get(column), row.folder, where)
+        take = _images if column in config.images else _video
+        record[column] = take(record.get(column), row.folder, where)
+    shown = [item for column in config.show for item in _items(config, column, record[column])]
+    if not shown:
+        shown = _given(record, row)
+    if shown:
+        record[MEDIA] = shown
+    where = f"{row.where}, column '{config.columns.get('prompt', 'prompt')}'"
+    record["prompt"] = _prompt(record["prompt"], where, wordless=bool(shown))
     return {
         column: _plain(value, f"{row.where}, column '{config.columns.get(column, column)}'")
         for column, value in record.items()
     }
 
 
-def _prompt(value: Any, where: str) -> str:
-    """Text, or the text of messages as TRL's conversational data sets have them: an optional system's and a user's."""
+def _prompt(value: Any, where: str, wordless: bool = False) -> str:
+    """Text, or the text of messages as TRL's conversational data sets have them: an optional system's and a user's.
+
+    It may be empty where pictures ask (`wordless`).
+    """
     if isinstance(value, list):
         for message in value:
             if not isinstance(message, dict) or message.get("role") not in ("system", "user"):
@@ -159,9 +187,11 @@ def _prompt(value: Any, where: str) -> str:
                     f"{where}: a message of '{role}'; a prompt is one turn, an optional system message and the user's"
                 )
         value = "\n".join(text for message in value if (text := _text(message.get("content"), where)))
+    if value is None and wordless:
+        return ""
     if not isinstance(value, str):
         raise DataError(f"{where}: a prompt is text or a list of messages, not {type(value).__name__}")
-    if not value.strip():
+    if not value.strip() and not wordless:
         raise DataError(f"{where}: the prompt is empty")
     return value
 
@@ -180,6 +210,36 @@ def _images(value: Any, folder: Path, where: str) -> str | list[str] | None:
     if isinstance(value, list):
         return [image_file(item, folder, f"{where}, image {number}") for number, item in enumerate(value, 1)]
     return image_file(value, folder, where)
+
+
+def _given(record: Record, row: Row) -> list[dict[str, Any]]:
+    """What a record says by itself that it shows: one that `underdrawing difficulty` wrote, for one."""
+    where = f"{row.where}, column '{MEDIA}'"
+    try:
+        items = items_of(record)
+    except UserError as error:
+        raise DataError(
+            f"{row.where}: {error}; if the prompt is not to show it, call the column something else in {KEY}.columns"
+        ) from None
+    return [
+        {**item, "image": image_file(item["image"], row.folder, f"{where}, item {number}")}
+        if "image" in item
+        else {**item, "video": video_file(item["video"], row.folder, f"{where}, item {number}")}
+        for number, item in enumerate(items, 1)
+    ]
+
+
+def _video(value: Any, folder: Path, where: str) -> str | list[str] | None:
+    return None if value is None or value == "" else video_file(value, folder, where)
+
+
+def _items(config: DatasetConfig, column: str, value: str | list[str] | None) -> list[dict[str, Any]]:
+    """What a column adds to `media`; nothing where its cell is empty."""
+    if value is None:
+        return []
+    if column in config.videos:
+        return [{"video": value, "frames": config.frames}]
+    return [{"image": path} for path in (value if isinstance(value, list) else [value])]
 
 
 def _plain(value: Any, where: str) -> Any:

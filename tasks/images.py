@@ -71,6 +71,13 @@ def read_image(path: str | Path) -> np.ndarray:
         return np.asarray(Image.alpha_composite(ground, seen).convert("RGB"))
 
 
+def data_url(image: np.ndarray) -> str:
+    """uint8 [height, width, 3] as text that a record can hold: a task that draws its pictures shows them so."""
+    content = BytesIO()
+    Image.fromarray(image).save(content, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+
+
 def _check(content: bytes, where: str) -> None:
     try:
         with Image.open(BytesIO(content)) as image:

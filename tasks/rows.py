@@ -188,10 +188,13 @@ def _library_rows(found: Any, path: str, key: str, split: str | None, folder: Pa
         if split not in found:
             raise DataError(f"{key}: {path} has the splits {', '.join(found)}; name one of them in `split`")
         found = found[split]
-    # As bytes and paths: images are decoded where they are checked, and named there if they are broken.
+    # As bytes and paths: images and videos are decoded where they are checked, and named there if they are broken.
     for column, feature in found.features.items():
-        if isinstance(feature, datasets.Image):
-            found = found.cast_column(column, datasets.Image(decode=False))
+        many = isinstance(feature, datasets.List | datasets.LargeList)
+        held = feature.feature if many else feature
+        if isinstance(held, datasets.Image | datasets.Video):
+            plain = type(held)(decode=False)
+            found = found.cast_column(column, type(feature)(plain) if many else plain)
     where = f"{path} ({split})" if split else path
     return [Row(f"{where} row {number}", folder, dict(values)) for number, values in enumerate(found, 1)]
 

@@ -239,17 +239,17 @@ class FakePolicy:
         return branches["uncond"] + guidance.scales["text"] * (branches["full"] - branches["uncond"])
 
     def passes(self, trajectories, budget=None) -> list[Pass]:
-        return [one_pass(trajectory) for trajectory in trajectories]
+        return [part for trajectory in trajectories for part in divided(one_pass(trajectory), budget)]
 
     def score(
         self, passes, old: Scored | None = None, reference: Scored | None = None, entropy: bool = False
     ) -> Scored:
         columns: dict[str, list] = {name: [] for name in ("t", "s", "kind", "logprob", "behaviour", "entropy")}
         flows = []
-        for t, trajectory in enumerate(one.trajectory for one in passes):
-            for s, segment in enumerate(trajectory.segments):
-                if segment.decisions is None or not segment.trained:
-                    continue
+        for t, one in enumerate(passes):
+            trajectory = one.trajectory
+            for s in one.segments:
+                segment = trajectory.segments[s]
                 chosen = np.flatnonzero(~segment.decisions.sampling.greedy_N)
                 scored = [
                     self._score_one(trajectory, s, n)
@@ -360,6 +360,19 @@ def one_pass(trajectory: Trajectory) -> Pass:
     trained = tuple(i for i, s in enumerate(trajectory.segments) if s.trained and s.decisions is not None)
     decisions = sum(int((~trajectory.segments[i].decisions.sampling.greedy_N).sum()) for i in trained)
     return Pass(trajectory, trained, trajectory.num_tokens(), frozenset({"model"}), decisions)
+
+
+def divided(whole: Pass, budget: int | None) -> list[Pass]:
+    """A pass for each segment where the whole costs more than the budget."""
+    if budget is None or whole.cost <= budget:
+        return [whole]
+    segments = [whole.trajectory.segments[n] for n in whole.segments]
+    decisions = [int((~segment.decisions.sampling.greedy_N).sum()) for segment in segments]
+    costs = [sum(len(s.ids) for s in whole.trajectory.segments[: n + 1]) for n in whole.segments]
+    return [
+        Pass(whole.trajectory, (n,), cost, whole.modules, count)
+        for n, cost, count in zip(whole.segments, costs, decisions, strict=True)
+    ]
 
 
 class FakeCursor:

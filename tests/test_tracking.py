@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
+from record.trajectory import Author, Frames, Modality, Segment, StopReason, Trajectory
 from runtime.errors import UserError
 from tests.wandb_server import WandbServer, wandb_server
 from training.tracking import TrackConfig, Tracker, read_metrics
@@ -330,8 +330,9 @@ def test_wandb_mirrors_every_step_on_its_own_axis_and_a_table_with_images(tmp_pa
         assert json.loads(row["parts"]) == {"detect": 1.0} and row["stop"] == "end"
         assert row["continues"] == "continues member 2 after segment 1"
         image = Image.open(files[row["images"]["path"]]).convert("RGB")
-        assert np.array_equal(np.asarray(image), filmstrip(drawn.images()))
-        assert row["images"]["caption"] == "sketch, redraw"
+        shown = [drawn.segments[0].image, *drawn.segments[1].frames.frames_F]
+        assert np.array_equal(np.asarray(image), filmstrip([*shown, *drawn.images()]))
+        assert row["images"]["caption"] == "prompt, prompt, prompt, sketch, redraw"
 
 
 def test_a_filmstrip_shows_every_image_in_order() -> None:
@@ -345,10 +346,14 @@ def test_a_filmstrip_shows_every_image_in_order() -> None:
 
 
 def drawn_trajectory(prompt: str) -> Trajectory:
-    """A thought of words and one image, judged."""
+    """A prompt with an image and frames, and a thought of words and two images, judged."""
+    shown = np.full((8, 4, 3), 90, np.uint8)
+    frames = Frames(np.full((2, 4, 4, 3), 60, np.uint8), np.arange(2, dtype=np.float32))
     image = np.zeros((8, 8, 3), np.uint8)
     image[2:5, 2:5] = (255, 0, 0)
     segments = [
+        Segment("prompt", Author.USER, Modality.IMAGE, False, image=shown),
+        Segment("prompt", Author.USER, Modality.VIDEO_FRAMES, False, frames=frames),
         Segment("prompt", Author.USER, Modality.TEXT, False, np.array([1, 2], np.int32), prompt),
         Segment("plan", Author.POLICY, Modality.TEXT, True, np.array([3, 4], np.int32), "draw it"),
         Segment("sketch", Author.POLICY, Modality.IMAGE_TOKENS, True, np.arange(6, dtype=np.int32), image=image),

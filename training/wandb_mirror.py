@@ -29,12 +29,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from record.trajectory import Trajectory
+from record.trajectory import Author, Segment, Trajectory
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
 STRIP_HEIGHT, STRIP_GAP = 128, 4  # px
+SHOWN_FRAMES = 4  # of a video
 SUPERSEDED = "superseded"
 # Seconds after which a line is in W&B's offline log; W&B's own 15 are lost when the process is killed.
 FLUSH_S = 1.0
@@ -182,21 +183,33 @@ class WandbMirror:
             self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
         for t in sample:
             # One image a cell, which every view of W&B shows.
-            shown = [(segment.role, segment.image) for segment in t.segments if segment.image is not None]
+            shown = [(segment.role, picture) for segment in t.segments for picture in pictures_of(segment)]
             images = (
                 wandb.Image(filmstrip([image for _, image in shown]), caption=", ".join(role for role, _ in shown))
                 if shown
                 else None
             )
-            trajectory = "\n".join(f"[{s.role}] {s.text}" for s in t.segments[1:])
+            written = [segment for segment in t.segments if segment.author is not Author.USER]
+            trajectory = "\n".join(f"[{s.role}] {s.text}" for s in written)
             values = (t.prompt, trajectory, images, t.reward, json.dumps(t.rewards), str(t.stop), t.continues)
             self._table.add_data(step, *values)
 
 
-def filmstrip(images: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 [height, width, 3]: images side by side in their order, small ones enlarged by a whole factor."""
+def pictures_of(segment: Segment) -> list[np.ndarray]:
+    """What a segment shows: its image, or a few of its frames at equal distances. Empty where it is words."""
+    if segment.image is not None:
+        return [segment.image]
+    if segment.frames is None:
+        return []
+    frames_F = segment.frames.frames_F
+    count = min(len(frames_F), SHOWN_FRAMES)
+    return [frames_F[len(frames_F) * n // count] for n in range(count)]
+
+
+def filmstrip(images: Sequence[np.ndarray], height: int = STRIP_HEIGHT) -> np.ndarray:
+    """uint8 [height, width, 3]: images side by side in their order, enlarged by a whole factor up to `height` px."""
     tall = max(image.shape[0] for image in images)
-    times = max(1, STRIP_HEIGHT // tall)
+    times = max(1, height // tall)
     frames = [
         np.pad(
             image.repeat(times, 0).repeat(times, 1),

@@ -21,6 +21,7 @@ from policy.registry import FAMILIES, load_policy, load_vocabulary
 from rewards.alarms import Alarms
 from rewards.loader import is_own
 from rewards.manager import RewardManager
+from rollout.shown import ShownSlots
 from runtime.errors import UserError, writing
 from runtime.ray_cluster import Cluster, start_ray
 from sft.sources import words_of
@@ -91,7 +92,9 @@ def prompts(recipe: Recipe, task: Task, fmt: Format, policy: Policy, split: Spli
         PromptError: one that it cannot, where the recipe does not say to leave such out.
     """
     records = task.prompts(split)
-    return fitting(records, fmt, policy.vocabulary, policy.max_length, recipe.task, split) if records else records
+    if not records:
+        return records
+    return fitting(records, fmt, policy.vocabulary, policy.max_length, recipe.task, split, ShownSlots(policy))
 
 
 def build_reward_manager(

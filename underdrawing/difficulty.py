@@ -18,7 +18,7 @@ from record.trajectory import Trajectory
 from rewards.manager import RewardManager
 from rollout.open import open_rollouts
 from rollout.pool.contract import Rollouts
-from rollout.requests import RolloutRequest
+from rollout.requests import request_of
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
 from runtime.interrupt import stopping, uninterrupted
@@ -96,10 +96,7 @@ def _counted(
     part: str | None,
     seed: int,
 ) -> list[Record]:
-    requests = [
-        RolloutRequest(start + number, record["prompt"], record, tuple(range(samples)), seed)
-        for number, record in enumerate(records)
-    ]
+    requests = [request_of(start + number, record, range(samples), seed) for number, record in enumerate(records)]
     result = rollouts.generate(requests)
     manager.score(result.groups)
     by_group = {group[0].group: group for group in result.groups}

@@ -15,7 +15,7 @@ from rl.grpo import train
 from rl.run import Run
 from rollout.config import RolloutConfig
 from rollout.open import open_rollouts
-from rollout.requests import RolloutRequest
+from rollout.requests import request_of
 from runtime.errors import UserError
 from runtime.interrupt import stopping, uninterrupted
 from runtime.locks import beside, only_writer
@@ -208,10 +208,7 @@ def run_rollout(
             build.words(recipe, task, weights),
         )
         closing.callback(rollouts.close)
-        requests = [
-            RolloutRequest(group, record["prompt"], record, tuple(range(samples)), recipe.seed)
-            for group, record in enumerate(records)
-        ]
+        requests = [request_of(group, record, range(samples), recipe.seed) for group, record in enumerate(records)]
         try:
             result = rollouts.generate(requests, each=groups.__setitem__)
             if result.failed:

@@ -263,7 +263,7 @@ class Batch(Rows):
         start = sequence.start
         need = self._begin(i, sequence)
         if self.room_A[i] <= 0 or not self._begins_with_room(i, sequence):
-            if need is Need.MORE:  # what the environment said does not fit
+            if need is not Need.NOTHING:  # what the environment said does not fit
                 sequence.drop_environment()
             self._stop(i, sequence, self._limit(i, sequence))
             finished.add(i)
@@ -318,6 +318,8 @@ class Batch(Rows):
                 "and there is none"
             )
         segment = self.engine.environment(sequence.trajectory)
+        if segment.modality is not Modality.TEXT:
+            self.policy.perceive([segment])
         sequence.environment([segment])
         sequence.cursor.observe(segment.role)
 

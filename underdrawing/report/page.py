@@ -5,8 +5,6 @@ Reads only the record (stored trajectories), metrics.jsonl and the evaluations' 
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-from PIL import Image
 
 from evals.kept import COMPARED_UNDER, DURING
 from evals.measures import FINAL_IMAGE, FIRST_SKETCH, REWARD
@@ -25,7 +21,9 @@ from record.store import load_trajectories
 from record.trajectory import Author, Trajectory
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
+from tasks.images import data_url
 from training.tracking import read_metrics
+from training.wandb_mirror import filmstrip, pictures_of
 from underdrawing.report.charts import PALETTE, Series, bars, line_chart
 
 # Curves in the order of what one looks at first: (title, patterns of metric names, y range).
@@ -314,6 +312,7 @@ class Frame:
     seen: Seen | None = None  # None: nobody looked
     parts: Sequence[tuple[str, float | None]] = ()  # rewards of this image alone
     inherited: bool = False  # it is the parent's
+    pictures: int = 1  # side by side in `image`
 
 
 @dataclass(frozen=True)
@@ -332,7 +331,8 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
     """A trajectory as a filmstrip; `seen` is by segment."""
     frames = []
     for index, segment in enumerate(trajectory.segments):
-        if segment.author is Author.USER:
+        pictures = pictures_of(segment)
+        if segment.author is Author.USER and not pictures:  # the prompt's words stand above
             continue
         advantage = None
         if trajectory.advantage_S is not None and segment.trained:
@@ -347,12 +347,13 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
                 segment.role,
                 str(segment.author),
                 _tagged(segment.text),
-                data_uri(segment.image) if segment.image is not None else "",
+                data_url(filmstrip(pictures, height=0)) if pictures else "",
                 advantage,
                 credit,
                 len(segment.ids),
                 (seen or {}).get(index),
                 inherited=trajectory.parent is not None and index < trajectory.parent[1],
+                pictures=max(1, len(pictures)),
             )
         )
     return Film(
@@ -376,12 +377,6 @@ def _tagged(text: str) -> list[tuple[str, str]]:
         at = match.end()
     out.append(("", text[at:].strip()))
     return [(tag, body) for tag, body in out if tag or body]
-
-
-def data_uri(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:

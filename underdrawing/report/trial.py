@@ -12,8 +12,9 @@ from typing import Any
 from record.trajectory import Trajectory
 from rewards.contract import policy_images
 from rewards.detectors.base import Detections
+from tasks.images import data_url
 from underdrawing.report.charts import PALETTE
-from underdrawing.report.page import Film, Frame, Seen, SeenBox, data_uri, film_of, from_template, write_page
+from underdrawing.report.page import Film, Frame, Seen, SeenBox, film_of, from_template, write_page
 
 BINS = 14
 
@@ -135,7 +136,7 @@ def image_films(
                     names[id(trajectory)],
                     "policy",
                     [],
-                    data_uri(image),
+                    data_url(image),
                     None,
                     "",
                     0,
