@@ -7,14 +7,16 @@ of the next prompts. The ledger accounts for every group of every round.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from record.trajectory import Trajectory
 from rl.advantages import compute_advantages
 from rl.batches import drop_untrainable
-from rl.ledger import Ledger
+from rl.ledger import FAILED, Ledger
 from rl.prompts import PromptCursor
 from rl.run import Run
+from rollout.pool.contract import NOT_REPEATABLE
 from rollout.requests import RolloutRequest
 
 SUMMED = ("rollout/trajectories", "rollout/tokens", "rollout/decisions", "rollout/images", "rollout/prompts",
@@ -33,14 +35,14 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     config = run.config
     groups: list[list[Trajectory]] = []
     rounds: list[tuple[int, Mapping[str, float]]] = []  # trajectories, metrics
-    failed, replaced, wanted = 0, dict[str, int](), config.prompts_per_step
+    failed, replaced, wanted = Counter[str](), dict[str, int](), config.prompts_per_step
     for number in range(config.max_rollout_rounds):
         requests = next_requests(run, cursor, wanted)
         pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=number == 0)
         rolled_out = run.rollouts.generate(requests, each=pending.add)
         report = pending.finish(rolled_out.groups)
         groups += rolled_out.groups
-        failed += len(rolled_out.failed)
+        failed.update(NOT_REPEATABLE if lost.reason == NOT_REPEATABLE else FAILED for lost in rolled_out.failed)
         rounds.append((sum(map(len, rolled_out.groups)), {**rolled_out.metrics, **report.metrics}))
         ledger = compute_advantages(groups, config, failed)
         drop_untrainable(ledger, config)
@@ -70,7 +72,9 @@ def merged(rounds: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float
     for name in names:
         found = [(weight, metrics[name]) for weight, metrics in rounds if name in metrics]
         total = sum(weight for weight, _ in found)
-        if name in SUMMED or name.startswith(("time/", "judge/asked", "judge/retried", "rollout/restarts")):
+        if name in SUMMED or name.startswith(
+            ("time/", "judge/asked", "judge/retried", "rollout/restarts", "rollout/tools/")
+        ):
             together[name] = sum(value for _, value in found)
         elif total:
             together[name] = sum(weight * value for weight, value in found) / total

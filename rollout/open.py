@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from policy.base import Policy
@@ -11,15 +11,23 @@ from rollout.engine.engine import Engine
 from rollout.pool.contract import Rollouts
 from rollout.pool.local import LocalRollouts
 from rollout.spec import engine_spec
+from rollout.tools.config import ToolConfig
+from rollout.tools.registry import build_tools
 
 
 def open_rollouts(
-    policy: Policy, policy_config: Any, format_config: Any, config: RolloutConfig, words: Sequence[str] = ()
+    policy: Policy,
+    policy_config: Any,
+    format_config: Any,
+    config: RolloutConfig,
+    words: Sequence[str] = (),
+    tools: Mapping[str, ToolConfig] | None = None,
 ) -> Rollouts:
     """The pool that the recipe asks for: actors that load a policy of their own, or, with `workers: 0`, an engine in
     this process that samples with `policy` itself."""
     if config.workers == 0:
-        return LocalRollouts(Engine(policy, format_config.build(), config, format_config.constrain), config.threads)
+        engine = Engine(policy, format_config.build(), config, format_config.constrain, build_tools(tools or {}))
+        return LocalRollouts(engine, config.threads)
     from rollout.pool.ray_rollouts import RayRollouts
 
-    return RayRollouts(engine_spec(policy_config, format_config, config, words), config)
+    return RayRollouts(engine_spec(policy_config, format_config, config, words, tools), config)

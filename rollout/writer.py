@@ -6,7 +6,6 @@ Letters: N decisions of a probe's trajectories.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -53,6 +52,9 @@ class RolloutWorker:
         with torch.no_grad():
             return policy.score(policy.passes(trajectories)).logprob_N.float().cpu().numpy().copy()
 
+    def close(self) -> None:
+        self.engine.close()
+
     def stats(self) -> dict[str, float]:
         """The engine's counts of its last call."""
-        return {name: float(value) for name, value in asdict(self.engine.stats).items()}
+        return self.engine.stats.counts()

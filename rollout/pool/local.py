@@ -91,7 +91,8 @@ class LocalRollouts:
         return [WorkerHealth(self._worker.name, "idle", self.version, os.getpid())]
 
     def close(self) -> None:
-        """Nothing is held but memory."""
+        """End what works beside the engine: its tools."""
+        self._worker.close()
 
 
 @contextmanager
