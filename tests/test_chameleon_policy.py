@@ -96,7 +96,9 @@ def test_append_equals_stepping():
         cache = policy.allocate(2, 64)
         contexts = [(each, full_history(each, 1)) for each in trajectories]
         policy.prefill(cache, [0, 1], contexts)
-        appended = policy.append(cache, [0, 1], [(each, Piece(1, "ids", len(each.segments[0].ids))) for each in trajectories])
+        appended = policy.append(
+            cache, [0, 1], [(each, Piece(1, "ids", len(each.segments[0].ids))) for each in trajectories]
+        )
         policy.prefill(cache, [0, 1], contexts)
         for place in range(len(trajectories[0].segments[1].ids)):
             ids = torch.tensor([int(each.segments[1].ids[place]) for each in trajectories])
