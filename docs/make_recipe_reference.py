@@ -45,7 +45,7 @@ def page() -> str:
                 sections += [own.replace("## `policy`", f"## `policy` of the family `{family}`", 1), *inner]
             continue
         for model in _models_in(field.annotation):
-            sections += _section(name, model)
+            sections += _section(_key(name, field), model)
     return HEAD + "\n" + "\n".join(sections)
 
 
@@ -54,9 +54,12 @@ def _section(path: str, model: type[BaseModel]) -> list[str]:
     tables = [_table(f"`{path}`", model, path)]
     for name, field in model.model_fields.items():
         for inner in _models_in(field.annotation):
-            key = f"{path}.{name}" + (".<name>" if typing.get_origin(field.annotation) is dict else "")
-            tables += _section(key, inner)
+            tables += _section(f"{path}.{_key(name, field)}", inner)
     return tables
+
+
+def _key(name: str, field: FieldInfo) -> str:
+    return name + (".<name>" if typing.get_origin(field.annotation) is dict else "")
 
 
 def _table(title: str, model: type[BaseModel], path: str, skip_sections: bool = False) -> str:

@@ -72,7 +72,10 @@ class Vocabulary(Protocol):
         """Ids that may never be sampled, int32: placeholders of seen images, ids without a meaning."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Raises UserError for words that no ids can say, and for text that spells a marker."""
+        ...
+
     def decode(self, ids: list[int] | np.ndarray) -> str: ...
     def piece(self, id: int) -> str: ...
 
@@ -179,6 +182,8 @@ class Format(Protocol):
     beside_prompt(vocabulary) -> list[Segment]: untrained user segments that stand after the prompt's and that only some
         guidance branches see (a negative prompt).
     roles: the names of its roles, to which a recipe's maps by role are held.
+    calls: the roles after which the environment speaks, to which a recipe's tools are held.
+    answers(role) -> list[str]: the roles in which the environment may answer one of these.
     """
 
     name: str

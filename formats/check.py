@@ -69,6 +69,7 @@ class _Check:
         self.grammar, self.trajectory = grammar, trajectory
         self.found: list[Violation] = []
         self.position = START  # the last role that was read
+        self.answerable = START  # the last role of the policy's
         self.tag = re.compile("|".join(map(re.escape, grammar.tags)) or r"(?!)")
 
     def add(self, segment: int | None, message: str) -> None:
@@ -116,6 +117,11 @@ class _Check:
             if segment is not None and not text and segment.author is not Author.USER:
                 yield index
 
+    def _may_follow(self) -> list[str]:
+        """What may come here. A call that was answered with nothing is followed as if it had been answered."""
+        names = list(self.grammar.follow[self.position])
+        return [*names, *self.grammar.followers(names)] if self.position in self.grammar.calls else names
+
     def _expected(self) -> str:
         return self.grammar.describe(self.grammar.follow[self.position])
 
@@ -124,10 +130,17 @@ class _Check:
         declared = self.grammar.by_name.get(role)
         if declared is None or declared.by_policy:
             self.add(index, f"the environment speaks in the role '{role}', which is none of its; {self._expected()}")
-        elif role not in (*self.grammar.follow[self.position], self.position):  # one call may be answered by several
+        elif role not in (*self.grammar.follow[self.position], *self._answers()):
             self.add(index, f"the environment ({role}) follows '{self.position}'; expected {self._expected()}")
         else:
             self.position = role
+
+    def _answers(self) -> list[str]:
+        """The roles in which the last call may still be answered: by several segments, where it was by one."""
+        by_name = self.grammar.by_name
+        if self.position not in by_name or by_name[self.position].by_policy:
+            return []
+        return [name for name in self.grammar.follow[self.answerable] if name != END and not by_name[name].by_policy]
 
     def _read_image(self, index: int, segment: Segment, images: int) -> None:
         role = self.grammar.by_name.get(segment.role)
@@ -137,13 +150,13 @@ class _Check:
                 f"an image in the role '{segment.role}', which is none of an image; expected {self._expected()}",
             )
             return
-        if segment.role not in self.grammar.follow[self.position]:
+        if segment.role not in self._may_follow():
             self.add(index, f"an image ({segment.role}) follows '{self.position}'; expected {self._expected()}")
         if images > self.grammar.max_images:
             self.add(index, f"image {images} ({segment.role}); at most {self.grammar.max_images} are allowed")
         if not len(segment.ids) and segment.image is None and segment.latent is None:
             self.add(index, f"'{segment.role}' holds no image")
-        self.position = segment.role
+        self.position = self.answerable = segment.role
 
     # ---- text ----
 
@@ -182,23 +195,19 @@ class _Check:
                 return read
             opening = next((tag for tag in self.grammar.openings if text.startswith(tag, position)), None)
             free = next(
-                (
-                    name
-                    for name in self.grammar.follow[self.position]
-                    if name != END and self.grammar.by_name[name].is_free
-                ),
+                (name for name in self._may_follow() if name != END and self.grammar.by_name[name].is_free),
                 None,
             )
             if opening is not None:
                 role = self.grammar.openings[opening]
                 here = run.segment_at(position + len(opening) - 1)
-                if role.name not in self.grammar.follow[self.position]:
+                if role.name not in self._may_follow():
                     self.add(here, f"{opening} ({role.name}) follows '{self.position}'; expected {self._expected()}")
-                self.position = role.name
+                self.position = self.answerable = role.name
                 read.append(role.name)
                 position = self._read_bodies(run, role, here, position)
             elif free is not None:
-                self.position = free
+                self.position = self.answerable = free
                 read.append(free)
                 stray = self.tag.search(text, position)
                 if stray:
@@ -265,5 +274,5 @@ class _Check:
                 self.add(last, f"stopped by {stop} after {self.position}; expected {self._expected()}")
         elif last is None:
             self.add(None, f"nothing was written; expected {self._expected()}")
-        elif END not in self.grammar.follow[self.position] and not broken:
+        elif END not in self._may_follow() and not broken:
             self.add(last, f"the turn ends after '{self.position}'; expected {self._expected()}")

@@ -16,7 +16,7 @@ from runtime.section import Section
 class FormatConfig(Section):
     name: ObjectPath = Field(
         "strokes",
-        description="The way of thinking: strokes, subgoals, self_critique, a registered "
+        description="The way of thinking: strokes, subgoals, self_critique, look, a registered "
         "name, or the dotted path of a factory.",
     )
     max_images: int | None = Field(

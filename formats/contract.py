@@ -5,7 +5,7 @@ The built-in formats are held to it in the tests; a failure is an AssertionError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -49,10 +49,19 @@ def spans_to_trajectory(
     spans: Sequence[Span],
     stop: StopReason = StopReason.END,
     prompt: str = "",
+    answers: Mapping[int, str] | None = None,
 ) -> Trajectory:
-    """The record of ids that a cursor has divided, without decisions or images; the prompt has no ids."""
+    """The record of ids that a cursor has divided, without decisions or images; the prompt has no ids.
+
+    Args:
+        answers: in which role the environment spoke, by how many spans there were then.
+    """
     segments = [Segment("prompt", Author.USER, Modality.TEXT, False, text=prompt)]
-    for span in spans:
+    for number, span in enumerate([*spans, None]):
+        if (role := (answers or {}).get(number)) is not None:
+            segments.append(Segment(role, Author.ENVIRONMENT, Modality.TEXT, False, text="."))
+        if span is None:
+            break
         ids_T = np.asarray(ids[span.start : span.stop], np.int32)
         text = vocabulary.decode(ids_T) if span.modality is Modality.TEXT else ""
         segments.append(Segment(span.role, fmt.author(span.role), span.modality, fmt.trained(span.role), ids_T, text))
@@ -72,19 +81,26 @@ def _check_demonstration(fmt: Format, vocabulary: Vocabulary, parts: Sequence[Pa
     codes = [image for part in parts if part.image is not None] if isinstance(imaging, Codes) else None
     trajectory = render(fmt, "", {}, parts, vocabulary, codes)
     turn = trajectory.segments[1:]
+    own = [segment for segment in turn if segment.author is Author.POLICY]
     assert [s.role for s in turn[: len(parts)]] == [part.role for part in parts], f"{fmt.name}: rendering changed roles"
     cursor = fmt.cursor(vocabulary)
-    ids = [int(id) for segment in turn for id in segment.ids]
-    for id in ids:
-        forced = cursor.forced()
-        if forced is None:
-            assert _holds(cursor.allowed(), id), f"{fmt.name}: the demonstration's id {id} is not allowed"
-        else:
-            assert forced == id, f"{fmt.name}: id {forced} is forced where the demonstration has {id}"
-        cursor.advance(id)
+    for number, segment in enumerate(turn):
+        if segment.author is Author.ENVIRONMENT:
+            last = number + 1 == len(turn) or turn[number + 1].author is Author.POLICY
+            assert cursor.awaits, f"{fmt.name}: its cursor awaits nobody where the demonstration has '{segment.role}'"
+            if last:
+                cursor.observe(segment.role)
+            continue
+        for id in segment.ids.tolist():
+            forced = cursor.forced()
+            if forced is None:
+                assert _holds(cursor.allowed(), id), f"{fmt.name}: the demonstration's id {id} is not allowed"
+            else:
+                assert forced == id, f"{fmt.name}: id {forced} is forced where the demonstration has {id}"
+            cursor.advance(id)
     assert cursor.stopped, f"{fmt.name}: the demonstration's end does not end the turn"
     found = [(span.role, span.modality, span.stop - span.start) for span in cursor.spans]
-    expected = [(segment.role, segment.modality, len(segment.ids)) for segment in turn]
+    expected = [(segment.role, segment.modality, len(segment.ids)) for segment in own]
     assert found == expected, f"{fmt.name}: parsed {found}, rendered {expected}"
     for index, segment in enumerate(trajectory.segments):
         if segment.author is Author.POLICY:
@@ -110,11 +126,12 @@ def _check_walk(fmt: Format, vocabulary: Vocabulary, constrain: str, limit: int,
     count = imaging.count if isinstance(imaging, Codes) else 0
     opening, closing = (None, None) if isinstance(imaging, SeenOnly) else (imaging.open, imaging.close)
     never = {int(id) for id in vocabulary.never}
-    images = 0
+    images, answers = 0, dict[int, str]()
     left: int | None = None  # codes that the open image still needs, as the format's promise has it; None: no image
     while not cursor.stopped and len(ids) < limit:
         if cursor.awaits:
-            cursor.observe(str(rng.choice(_answers(fmt, cursor.spans[-1].role))))
+            answers[len(cursor.spans)] = str(rng.choice(_answers(fmt, cursor.spans[-1].role)))
+            cursor.observe(answers[len(cursor.spans)])
             continue
         if left is None and opening is None and cursor.in_image:
             left, images = count, images + 1
@@ -144,7 +161,7 @@ def _check_walk(fmt: Format, vocabulary: Vocabulary, constrain: str, limit: int,
     edges = [0, *(span.stop for span in cursor.spans)]
     assert [s.start for s in cursor.spans] == edges[:-1] and edges[-1] == len(ids), f"{fmt.name}: spans do not tile"
     assert cursor.images == images <= fmt.max_images, f"{fmt.name}: more images than max_images"
-    trajectory = spans_to_trajectory(fmt, vocabulary, ids, cursor.spans, stop)
+    trajectory = spans_to_trajectory(fmt, vocabulary, ids, cursor.spans, stop, answers=answers)
     found = fmt.violations(trajectory)
     if constrain == "full" and stop is StopReason.END:
         assert not found, f"{fmt.name}: the full constraint let this through: {found[0].message}"

@@ -182,6 +182,11 @@ class DeclaredFormat:
         return [name for name in self.grammar.follow.get(role, ()) if name in self.environment_roles]
 
     @property
+    def calls(self) -> tuple[str, ...]:
+        """The roles after which the environment speaks, in the order of declaration."""
+        return tuple(role.name for role in self.grammar.roles if role.name in self.grammar.calls)
+
+    @property
     def environment_roles(self) -> list[str]:
         return [role.name for role in self.grammar.roles if not role.by_policy]
 
@@ -213,7 +218,8 @@ class DeclaredFormat:
         """By the number of the image, for its role may not be known before it is drawn. None for text."""
         if not self.guidance_kinds or trajectory.segments[segment].modality is Modality.TEXT:
             return None
-        number = len(self._images_before(trajectory, segment))
+        before = self._images_before(trajectory, segment)
+        number = sum(trajectory.segments[i].author is Author.POLICY for i in before)
         kind = self.guidance_kinds[min(number, len(self.guidance_kinds) - 1)]
         branches = BRANCHES[kind]
         scales = {name: scale for name, scale in self.scales.items() if name == "full" or name in branches}

@@ -8,6 +8,7 @@ from typing import Any
 
 from formats.base import Format
 from formats.declared import DeclaredFormat
+from formats.look import look
 from formats.self_critique import self_critique
 from formats.strokes import strokes
 from formats.subgoals import subgoals
@@ -17,8 +18,8 @@ from runtime.options import checked, make
 
 Factory = Callable[..., Format]
 
-_BUILT_IN: tuple[Factory, ...] = (strokes, subgoals, self_critique)
-_FORMATS: dict[str, Factory] = {"strokes": strokes, "subgoals": subgoals, "self_critique": self_critique}
+_BUILT_IN: tuple[Factory, ...] = (strokes, subgoals, self_critique, look)
+_FORMATS: dict[str, Factory] = {"strokes": strokes, "subgoals": subgoals, "self_critique": self_critique, "look": look}
 
 
 def register(name: str, factory: Factory) -> None:

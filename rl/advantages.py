@@ -10,7 +10,7 @@ Letters: G members of a group, S segments of a trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -23,16 +23,19 @@ EPSILON = 1e-4  # TRL's: added to the standard deviation that advantages are div
 Centred = list[dict[int, float]]  # one a member: segment -> its score less the baseline
 
 
-def compute_advantages(groups: Sequence[Group], config: GrpoConfig, failed: int = 0) -> Ledger:
+def compute_advantages(groups: Sequence[Group], config: GrpoConfig, failed: int | Mapping[str, int] = 0) -> Ledger:
     """Fill `advantage_S` of every trajectory and say which groups are worth training on.
 
     A member without a reward leaves its group's baseline and gets zeros. A group with fewer than two judged members
     in any one state, or whose advantages are all zero, is dropped (its advantages are zeros) and counted in the ledger,
     which is checked.
-    `failed`: groups that were asked for and never came back; they are in the ledger too.
+    `failed`: groups that were asked for and never came back, by reason where there are several; they are in the ledger
+    too.
     """
-    ledger = Ledger(groups_in=len(groups) + failed)
-    ledger.drop(FAILED, failed)
+    lost = failed if isinstance(failed, Mapping) else {FAILED: failed}
+    ledger = Ledger(groups_in=len(groups) + sum(lost.values()))
+    for reason, count in lost.items():
+        ledger.drop(reason, count)
     centre = _by_segment if config.advantage_level == "segment" else _by_trajectory
     centred = {index: centre(group, config) for index, group in enumerate(groups) if _judged(group) >= 2}
     scale = _batch_scale(groups, centred, config)

@@ -8,15 +8,17 @@ group more. The ledger accounts for every group of every round.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from record.trajectory import Trajectory
 from rl.advantages import compute_advantages
 from rl.batches import drop_untrainable
 from rl.forks import Forks, roll_out_forks, shown_first
-from rl.ledger import Ledger
+from rl.ledger import FAILED, Ledger
 from rl.prompts import PromptCursor
 from rl.run import Run
+from rollout.pool.contract import NOT_REPEATABLE, FailedGroup
 from rollout.requests import RolloutRequest, request_of
 
 SUMMED = ("rollout/trajectories", "rollout/tokens", "rollout/decisions", "rollout/images", "rollout/prompts",
@@ -35,14 +37,14 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     config = run.config
     groups: list[list[Trajectory]] = []
     rounds: list[tuple[int, Mapping[str, float]]] = []  # trajectories, metrics
-    failed, replaced, wanted = 0, dict[str, int](), config.prompts_per_step
+    failed, replaced, wanted = Counter[str](), dict[str, int](), config.prompts_per_step
     for number in range(config.max_rollout_rounds):
         requests = next_requests(run, cursor, wanted)
         pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=number == 0)
         rolled_out = run.rollouts.generate(requests, each=pending.add)
         report = pending.finish(rolled_out.groups)
         groups += rolled_out.groups
-        failed += len(rolled_out.failed)
+        failed.update(map(_reason, rolled_out.failed))
         rounds.append((sum(map(len, rolled_out.groups)), {**rolled_out.metrics, **report.metrics}))
         ledger = compute_advantages(groups, config, failed)
         drop_untrainable(ledger, config)
@@ -54,7 +56,8 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     forks = Forks([], [], {})
     if config.fork is not None:
         forks = roll_out_forks(run, groups, config.fork, step)
-        ledger = compute_advantages([*groups, *forks.sets], config, failed + len(forks.failed))
+        failed.update(map(_reason, forks.failed))
+        ledger = compute_advantages([*groups, *forks.sets], config, failed)
         drop_untrainable(ledger, config)
         forks.metrics["forks/trained"] = float(sum(group[0].parent is not None for group in ledger.trained))
     if config.max_rollout_rounds > 1:
@@ -66,6 +69,11 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
         # The tracker keeps as many as it is told to.
         run.tracker.trajectories(step, shown_first(groups, forks.sets))
     return ledger, {**with_forks(merged(rounds), forks.metrics), **measured, **ledger.metrics()}
+
+
+def _reason(lost: FailedGroup) -> str:
+    """Under what the ledger counts a group that never came back."""
+    return NOT_REPEATABLE if lost.reason == NOT_REPEATABLE else FAILED
 
 
 def with_forks(metrics: Mapping[str, float], forks: Mapping[str, float]) -> dict[str, float]:
@@ -94,7 +102,9 @@ def merged(rounds: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float
 
 
 def _is_summed(name: str) -> bool:
-    return name in SUMMED or name.startswith(("time/", "judge/asked", "judge/retried", "rollout/restarts"))
+    return name in SUMMED or name.startswith(
+        ("time/", "judge/asked", "judge/retried", "rollout/restarts", "rollout/tools/")
+    )
 
 
 def _with_rate(metrics: dict[str, float]) -> dict[str, float]:

@@ -119,10 +119,14 @@ class RolloutConfig(Section):
     )
     gpus: RayShare = Field(0.0, description="GPUs of each worker; a fraction shares one among several.")
     timeout_s: Seconds = Field(600.0, gt=0, description="A worker that is silent for so long is replaced.")
-    retries: Retries = Field(2, description="How often a group is rolled out again after a worker failed.")
+    retries: Retries = Field(
+        2,
+        description="How often a group is rolled out again after a worker failed; never where one of its tools "
+        "is not repeatable.",
+    )
     reproducible: bool = Field(
         True,
-        description="Fix which worker writes which group, and the refill order, so that "
+        description="Fix which worker writes which group, the refill order, and when a tool's answer is read, so that "
         "the same seed gives the same trajectories (exactly on the CPU).",
     )
 

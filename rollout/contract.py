@@ -19,8 +19,8 @@ from policy.contract import TOLERANCE, check_policy
 from record.trajectory import Trajectory
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
-from rollout.engine.state import Environment
 from rollout.requests import RolloutRequest
+from rollout.tools.registry import Tools
 
 
 def check_family(
@@ -30,7 +30,7 @@ def check_family(
     config: RolloutConfig | None = None,
     *,
     constrain: str = "images",
-    environment: Environment | None = None,
+    tools: Tools | None = None,
     load: Callable[[Path], Policy] | None = None,
     tolerance: float = TOLERANCE,
 ) -> list[Trajectory]:
@@ -42,6 +42,7 @@ def check_family(
     Args:
         requests: a few groups with some members each; with media, where the family sees any.
         config: sampling as a recipe would have it; its number of rows is not used.
+        tools: answer where the format has the environment speak.
         load: makes the policy of a folder that `save` wrote; None: saving is not checked.
         tolerance: largest difference of two log-probs, in nats.
 
@@ -57,7 +58,11 @@ def check_family(
 
     def run(rows: int, asked: Sequence[RolloutRequest]) -> list[Trajectory]:
         rows_config = config.model_copy(update={"rows": rows * each})
-        return Engine(policy, fmt, rows_config, constrain, environment).run(asked)
+        engine = Engine(policy, fmt, rows_config, constrain, tools)
+        try:
+            return engine.run(asked)
+        finally:
+            engine.close()
 
     whole = run(len(orders), requests)
     _same_law(policy, "all at once", whole, tolerance)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from rollout.capabilities import Capabilities
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
 from rollout.requests import RolloutRequest
+from rollout.tools.registry import Tools
 from rollout.weights.receive import WeightReceiver
 from rollout.weights.wire import Manifest
 from rollout.writer import Writer
@@ -87,18 +87,22 @@ class NativeWriter:
         self._asleep = False
 
     def stats(self) -> dict[str, float]:
-        return {name: float(value) for name, value in asdict(self.engine.stats).items()}
+        return self.engine.stats.counts()
 
     def shares(self, policy: Policy) -> bool:
         return self.policy is policy
 
     def close(self) -> None:
+        """End the tools, and give the cache back."""
+        self.engine.close()
         self.engine.free_cache()
 
 
-def native(policy: PolicyConfig, fmt: FormatConfig, rollout: RolloutConfig, words: Sequence[str]) -> NativeWriter:
+def native(
+    policy: PolicyConfig, fmt: FormatConfig, rollout: RolloutConfig, words: Sequence[str], tools: Tools | None = None
+) -> NativeWriter:
     """The native writer of a recipe's sections, with a policy of its own."""
-    return NativeWriter(Engine(load_policy(policy, words), fmt.build(), rollout, fmt.constrain))
+    return NativeWriter(Engine(load_policy(policy, words), fmt.build(), rollout, fmt.constrain, tools))
 
 
 def as_writer(made: Engine | Writer) -> Writer:

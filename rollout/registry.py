@@ -1,12 +1,13 @@
 """Writers by name: the toolkit's own, and anybody's by dotted path.
 
 A writer's factory is `(policy, fmt, rollout, words) -> Writer`: the recipe's sections PolicyConfig, FormatConfig and
-RolloutConfig, and the words of the task's language. It runs in the process that will write. An attribute `capabilities`
-on it lets a recipe be refused before any process is started.
+RolloutConfig, and the words of the task's language; where the recipe names tools, `tools=` too. It runs in the process
+that will write. An attribute `capabilities` on it lets a recipe be refused before any process is started.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from policy.config import PolicyConfig
 from rollout.capabilities import WriterError, check_capabilities
 from rollout.config import RolloutConfig
 from rollout.native import as_writer
+from rollout.tools.registry import Tools
 from rollout.writer import Writer
 from runtime.errors import nearest
 from runtime.loading import LoadError, load_object
@@ -48,6 +50,14 @@ def writer_factory(name: str) -> Callable[..., Any]:
     return found
 
 
+def _takes_tools(factory: Callable[..., Any]) -> bool:
+    try:
+        taken = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return True  # it will say so itself
+    return "tools" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values())
+
+
 def check_writer_config(config: RolloutConfig, fmt: Format, constrain: str) -> None:
     """What can be known to be wrong before a process is started. Raises WriterError."""
     can = getattr(writer_factory(config.writer), "capabilities", None)
@@ -55,7 +65,13 @@ def check_writer_config(config: RolloutConfig, fmt: Format, constrain: str) -> N
         check_capabilities(config.writer, can, fmt, constrain, config)
 
 
-def make_writer(policy: PolicyConfig, fmt: FormatConfig, config: RolloutConfig, words: Sequence[str] = ()) -> Writer:
+def make_writer(
+    policy: PolicyConfig,
+    fmt: FormatConfig,
+    config: RolloutConfig,
+    words: Sequence[str] = (),
+    tools: Tools | None = None,
+) -> Writer:
     """The writer that the recipe names.
 
     Raises:
@@ -63,9 +79,16 @@ def make_writer(policy: PolicyConfig, fmt: FormatConfig, config: RolloutConfig, 
     """
     factory, where = writer_factory(config.writer), f"rollout.writer: '{config.writer}'"
     if config.writer in WRITERS:
-        made = factory(policy, fmt, config, words)
-    else:
+        made = factory(policy, fmt, config, words, tools)
+    elif tools is None:
         made = make(lambda: factory(policy, fmt, config, words), {}, where)
+    elif _takes_tools(factory):
+        made = make(lambda: factory(policy, fmt, config, words, tools=tools), {}, where)
+    else:
+        raise WriterError(
+            f"{where} takes no tools, and the recipe names {', '.join(tools.by_name)}: give its function an argument "
+            "`tools`, leave the section tools out, or set rollout.writer: native"
+        )
     writer = as_writer(made)
     missing = [name for name in _NEEDED if not hasattr(writer, name)]
     if missing:

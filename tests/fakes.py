@@ -32,6 +32,7 @@ from record.trajectory import (
     mask_of,
     ranges_of,
 )
+from runtime.errors import UserError
 
 WORDS = ["a", "red", "blue", "dot", "big", "small", "left", "right", "fine", "wrong"]
 LATENT_SHAPE = (2, 3)  # two tokens of three channels
@@ -57,6 +58,9 @@ class FakeVocabulary:
         return Codes(self.code_ids, self.codes_per_image, self.boi, self.eoi)
 
     def encode(self, text: str) -> list[int]:
+        unknown = [word for word in text.split() if f" {word}" not in self.pieces]
+        if unknown:
+            raise UserError(f"no word '{unknown[0]}'")
         return [self.pieces.index(f" {word}") for word in text.split()]
 
     def decode(self, ids) -> str:

@@ -21,7 +21,7 @@ from underdrawing.recipe import check_recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs/README.md", *sorted(ROOT.glob("docs/*.md"))]
-EXECUTED = [*DOCUMENTS[:2], ROOT / "docs/rewards.md", ROOT / "docs/tasks.md"]
+EXECUTED = [*DOCUMENTS[:2], ROOT / "docs/rewards.md", ROOT / "docs/tasks.md", ROOT / "docs/tools.md"]
 # A hidden `<!-- check ... -->` holds the assertions on a block that would read worse with them.
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$|^<!-- (check)\n(.*?)^-->$", re.M | re.S)
 

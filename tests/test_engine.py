@@ -15,7 +15,6 @@ from record.trajectory import (
     DecisionKind,
     Modality,
     Piece,
-    Segment,
     StopReason,
     mask_of,
     ranges_of,
@@ -40,7 +39,7 @@ def engine(
     view: str = "plain",
     guidance: float | None = None,
     max_images: int = 3,
-    environment=None,
+    tools=None,
     max_length=96,
     begins_with_image: bool = False,
     lingers: bool = False,
@@ -51,7 +50,7 @@ def engine(
     fmt = FakeFormat(view, max_images, guidance, begins_with_image, lingers, asks)
     flow = {"steps": 4, "window": 2, "window_range": (0, 2)}
     settings = {"flow": flow, "rows": 5, "max_tokens": 40, "branches": 1, "guidance": guidance is not None} | config
-    return Engine(policy, fmt, RolloutConfig(**settings), environment=environment)
+    return Engine(policy, fmt, RolloutConfig(**settings), tools=tools)
 
 
 def contents(trajectory) -> list:
@@ -346,55 +345,6 @@ def test_inference_mode_does_not_leak_to_the_reader():
     for trajectory in engine().stream(requests(1, 2)):
         assert not torch.is_inference_mode_enabled()
         assert trajectory.segments
-
-
-# ---- the environment ----
-
-
-def judge_of(policy):
-    """A small real environment: counts the words of the sentence."""
-
-    def answer(trajectory):
-        said = trajectory.segments[-1]
-        assert said.ids[-1] == policy.vocabulary.stop
-        word = "big" if len(said.ids) > 3 else "small"
-        ids = np.array(policy.vocabulary.encode(f"{word} right"), np.int32)
-        return Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, ids, f"{word} right")
-
-    return answer
-
-
-@pytest.mark.parametrize("view", ["plain", "flow"])
-def test_the_environment_answers_between_segments(view):
-    rollouts = engine(view, asks=2)
-    rollouts.environment = judge_of(rollouts.policy)
-    trajectories = rollouts.run(requests(5, 4))
-    on_metrics = [(t, i) for t in trajectories for i, s in enumerate(t.segments) if s.author is Author.ENVIRONMENT]
-    assert len(on_metrics) > 5
-    for trajectory, index in on_metrics:
-        segment = trajectory.segments[index]
-        assert segment.decisions is None and not segment.trained
-        said = trajectory.segments[index - 1]
-        assert segment.text == ("big right" if len(said.ids) > 3 else "small right")
-        if index + 1 < len(trajectory.segments):
-            assert index in [p.segment for p in trajectory.segments[index + 1].contexts[0].pieces]
-    assert float(score_trajectories(rollouts.policy, trajectories).log_ratio_N.detach().abs().max()) < 1e-5
-    narrow = Engine(
-        rollouts.policy, rollouts.fmt, rollouts.config.model_copy(update={"rows": 2}), environment=rollouts.environment
-    )
-    assert [contents(t) for t in narrow.run(requests(5, 4))] == [contents(t) for t in trajectories]
-
-
-def test_an_answer_that_does_not_fit_is_not_begun():
-    rollouts = engine(max_length=12, max_tokens=90, asks=2)
-
-    def long_answer(trajectory):
-        return Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, np.full(9, 6, np.int32), "")
-
-    rollouts.environment = long_answer
-    trajectories = rollouts.run(requests(5, 4))
-    assert all(s.author is not Author.ENVIRONMENT for t in trajectories for s in t.segments)
-    assert any(t.stop is StopReason.MAX_CONTEXT for t in trajectories)
 
 
 def test_a_larger_vocabulary_and_an_unconstrained_set():

@@ -21,6 +21,7 @@ from tests.families.bagel import LATENT_SLOTS, PATCHES, Bagel, BagelFormat
 from tests.families.lvm import Lvm, Planner
 from tests.families.qwen import Qwen, crop, look
 from tests.families.thinker import Thinker, Watch, more_frames
+from tests.tool_helpers import answering
 
 
 def picture(seed: int, height: int = 8, width: int = 6) -> np.ndarray:
@@ -37,7 +38,7 @@ class Case:
     policy: Any
     fmt: Any
     prompts: tuple[tuple[str, tuple], ...]  # what the user says, and shows
-    environment: Any = None
+    tools: Any = None
     constrain: str = "full"
     max_tokens: int = 60
     guidance: bool = False
@@ -57,10 +58,10 @@ CASES = {
         Qwen,
         look(),
         (("red dot", (picture(4),)), ("left", (picture(5, 4, 10), picture(6, 12, 2))), ("big", (picture(7, 2, 2),))),
-        crop,
+        answering(crop),
     ),
     "lvm": Case(Lvm, Planner(), (("", (picture(8),)), ("", (picture(9, 5, 5),))), constrain="images"),
-    "thinker": Case(Thinker, Watch(), (("red", (video(1, 5),)), ("left dot", (video(2, 2),))), more_frames),
+    "thinker": Case(Thinker, Watch(), (("red", (video(1, 5),)), ("left dot", (video(2, 2),))), answering(more_frames)),
 }
 
 
@@ -81,7 +82,7 @@ def engine(case: Case, rows: int = 3, policy=None, **config) -> Engine:
         "temperature": {"default": 0.9},
     } | config
     policy = policy or case.policy()
-    return Engine(policy, case.fmt, RolloutConfig(**settings), case.constrain, case.environment)
+    return Engine(policy, case.fmt, RolloutConfig(**settings), case.constrain, case.tools)
 
 
 def contents(trajectory) -> list:

@@ -24,11 +24,13 @@ from rollout.engine.flow import behaviour_mean
 from rollout.forks import follow, fork
 from rollout.pool.contract import WorkersError, check_requests
 from rollout.requests import RolloutError, RolloutRequest
+from rollout.tools.registry import Tools
 from tests.fakes import FakeCursor, FakeFormat
-from tests.test_engine import CASES, engine, judge_of, requests
+from tests.test_engine import CASES, engine, requests
 from tests.test_engine_chameleon import CASES as CHAMELEON
 from tests.test_engine_chameleon import policy, rollouts  # noqa: F401
 from tests.test_formats_contract import vocabulary_of
+from tests.tool_helpers import Counting
 
 LAYOUTS = [
     "plain",
@@ -176,7 +178,7 @@ def test_forks_depend_on_their_names_only():
 
 def test_the_environment_s_words_are_part_of_a_prefix():
     rollouts = engine("plain", asks=2)
-    rollouts.environment = judge_of(rollouts.policy)
+    rollouts = Engine(rollouts.policy, rollouts.fmt, rollouts.config, tools=Tools([Counting()]))
     trunk = rollouts.run(requests(4, 2))
     asked = [r for r in forks_of(trunk, (0,)) if any(s.author is Author.ENVIRONMENT for s in r.prefix)]
     assert len(asked) > 5

@@ -41,6 +41,9 @@ def walk(fmt, vocabulary, constrain, data, limit=200, lean=True):
     """Sample until the turn ends or the limit is met. Returns ids, cursor, stop reason."""
     cursor, ids = fmt.cursor(vocabulary, constrain), []
     while not cursor.stopped and len(ids) < limit:
+        if cursor.awaits:
+            cursor.observe(data.draw(st.sampled_from(fmt.answers(cursor.spans[-1].role))))
+            continue
         id = cursor.forced()
         if id is None:
             allowed = np.flatnonzero(mask_of(cursor.allowed().ranges, vocabulary.size))
@@ -74,7 +77,7 @@ def assert_tiled(spans, ids, vocabulary):
 @examples(0.4)
 @given(data=st.data(), images=st.integers(2, 4), tokens=st.integers(1, 6))
 def test_what_the_full_constraint_emits_is_well_formed(name, vocabulary, data, images, tokens):
-    texts = {role.name: tokens for role in get_format(name).grammar.roles if not role.is_image}
+    texts = {role.name: tokens for role in get_format(name).grammar.written}
     fmt = get_format(name, max_images=images, max_tokens=texts)
     ids, cursor, stop = walk(fmt, vocabulary, "full", data, limit=400)
     assert stop is StopReason.END  # there was always a way to the end, and the limits lead to it
@@ -102,7 +105,15 @@ def test_random_walks_never_crash_and_their_spans_tile_the_ids(name, vocabulary,
         assert violation.message
     if not found:  # what is accepted is a sentence of the declaration, role by role
         places = [START, *(s.role for s in trajectory.segments[1:] if s.role != END), END]
-        assert all(after in fmt.grammar.follow[before] for before, after in zip(places, places[1:], strict=False))
+        assert all(
+            after in after_answers(fmt.grammar, before) for before, after in zip(places, places[1:], strict=False)
+        )
+
+
+def after_answers(grammar, role):
+    """What the policy may write after a role, whatever the environment says in between."""
+    names = grammar.follow[role]
+    return grammar.followers(names) if role in grammar.calls else names
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES.values(), ids=VOCABULARIES)
@@ -523,6 +534,16 @@ DEMONSTRATIONS = {
         ("final", None),
     ],
     "self_critique": [("sketch", None), ("critique", "wrong add red"), ("redraw", None)],
+    "look": [
+        ("plan", "<ins>red circle</ins>"),
+        ("sketch", None),
+        ("look", "<look>red</look>"),
+        ("crop", None),
+        ("inspect", "<inspect>wrong</inspect>"),
+        ("look", "<look>wrong</look>"),
+        ("error", "wrong"),
+        ("inspect", "<inspect>fine</inspect>"),
+    ],
 }
 
 
@@ -536,6 +557,11 @@ def test_a_demonstration_is_rendered_and_parsed_back(name, vocabulary):
     trajectory = render(fmt, "red circle", {"tag": "x"}, parts, vocabulary, codes)
     assert fmt.violations(trajectory) == [] and trajectory.stop is StopReason.DEMONSTRATION
     prompt, *turn = trajectory.segments
+    answers = [s for s in turn if s.author is Author.ENVIRONMENT]
+    assert [s.role for s in answers] == (["crop", "error"] if name == "look" else [])
+    assert not any(s.trained for s in answers)
+    turn = [s for s in turn if s.author is Author.POLICY]
+    parts = [part for part in parts if fmt.author(part.role) is Author.POLICY]
     assert (prompt.role, prompt.author, prompt.trained) == ("prompt", Author.USER, False)
     assert prompt.ids.tolist() == fmt.prompt_ids("red circle", vocabulary)
     ids = np.concatenate([s.ids for s in turn])
@@ -544,7 +570,10 @@ def test_a_demonstration_is_rendered_and_parsed_back(name, vocabulary):
     assert [(s.role, s.modality, s.stop - s.start) for s in spans] == [(s.role, s.modality, len(s.ids)) for s in turn]
     for span, part in zip(spans, parts, strict=False):
         if part.image is None:
-            assert vocabulary.decode(ids[span.start : span.stop]).split() == part.text.split() or name == "strokes"
+            assert vocabulary.decode(ids[span.start : span.stop]).split() == part.text.split() or name in (
+                "strokes",
+                "look",
+            )
             assert fmt.bodies(
                 Segment(span.role, Author.POLICY, TEXT, True, text=vocabulary.decode(ids[span.start : span.stop]))
             ) == fmt.bodies(Segment(part.role, Author.POLICY, TEXT, True, text=part.text))

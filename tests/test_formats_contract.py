@@ -47,6 +47,16 @@ DEMONSTRATIONS = {
         [draw("sketch"), Part("critique", "fine"), draw("redraw")],
         [draw("sketch"), Part("critique", "wrong"), draw("redraw"), Part("critique", "fine"), draw("redraw")],
     ],
+    "look": [
+        [
+            Part("plan", "<ins> red </ins>"),
+            draw("sketch"),
+            Part("look", "<look> red </look>"),
+            *answer,
+            Part("inspect", "<inspect> fine </inspect>"),
+        ]
+        for answer in ([draw("crop")], [Part("error", "wrong")], [draw("crop"), draw("crop"), Part("error", "wrong")])
+    ],
 }
 
 

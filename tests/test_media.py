@@ -14,7 +14,7 @@ from PIL import Image
 from formats.registry import get_format
 from formats.segments import media_segment
 from policy.base import score_trajectories
-from policy.config import PolicyConfig, TinySection
+from policy.chameleon.config import ChameleonPolicyConfig, TinySection
 from policy.registry import load_policy
 from record.store import load_trajectories, save_trajectories
 from record.trajectory import Author, Frames, Modality
@@ -34,6 +34,7 @@ from tests.fakes import FakeFormat, FakeVocabulary
 from tests.families.bagel import Bagel, BagelFormat
 from tests.families.lvm import Lvm, Planner
 from tests.families.thinker import Thinker, Watch, more_frames
+from tests.tool_helpers import answering
 from training.wandb_mirror import filmstrip, pictures_of
 from underdrawing.cli import main
 from underdrawing.report.page import ReportData, film_of, render
@@ -239,17 +240,19 @@ ENDS = {
     "chameleon": (small_policy, get_format("strokes", max_images=2, max_tokens=3), image_record, None),
     "bagel": (Bagel, BagelFormat(False, max_tokens=3), image_record, None),
     "lvm": (Lvm, Planner(), picture_record, None),
-    "thinker": (Thinker, Watch(), video_record, more_frames),
+    "thinker": (Thinker, Watch(), video_record, answering(more_frames)),
 }
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_from_a_record_to_the_report(name, tmp_path):
-    make, fmt, record_in, environment = ENDS[name]
+    make, fmt, record_in, tools = ENDS[name]
     record, policy = record_in(tmp_path), make()
     constrain = "images" if name == "lvm" else "full"
     config = RolloutConfig(rows=2, max_tokens=80, flow={"steps": 3})
-    written = Engine(policy, fmt, config, constrain, environment).run([request_of(0, record, range(3), 0)])
+    engine = Engine(policy, fmt, config, constrain, tools)
+    written = engine.run([request_of(0, record, range(3), 0)])
+    engine.close()
     save_trajectories(written, tmp_path / "stored")
     stored = load_trajectories(tmp_path / "stored")
     shown = [s for s in stored[0].segments if s.author is Author.USER and s.modality is not Modality.TEXT]

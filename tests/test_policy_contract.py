@@ -313,9 +313,7 @@ def test_a_family_whose_rows_are_not_their_own_is_named(fault, words):
 
 def test_the_layouts_of_a_sound_family_agree():
     case = CASES["qwen"]
-    found = check_family(
-        case.policy(), case.fmt, requests(case, 2)[1:2], constrain=case.constrain, environment=case.environment
-    )
+    found = check_family(case.policy(), case.fmt, requests(case, 2)[1:2], constrain=case.constrain, tools=case.tools)
     assert [(t.group, t.member) for t in found] == [(1, 0), (1, 1)]
 
 

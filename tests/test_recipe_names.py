@@ -127,7 +127,7 @@ def test_no_map_by_name_is_unchecked():
     assert by_role == {"rollout.temperature", "grpo.role_weights", "sft.role_weights"}
     # Keyed by what the recipe itself declares, by what pydantic checks, or handed on to what checks its own.
     declared = {"rewards.parts", "rewards.schedules", "grpo.segment_reward_weights"}
-    declared |= {"grpo.clip_by_kind", "grpo.kind_weights"}
+    declared |= {"grpo.clip_by_kind", "grpo.kind_weights", "tools"}
     handed_on = {"task.options", "format.options"}
     assert set(told) - by_role == declared | handed_on
 

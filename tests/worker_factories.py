@@ -15,6 +15,8 @@ import torch
 
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
+from rollout.tools.config import ToolConfig
+from rollout.tools.registry import build_tools
 from runtime.errors import UserError
 from tests.fakes import FakeFormat, FakePolicy
 
@@ -83,3 +85,9 @@ def nudge(policy, scale: float = 0.05, seed: int = 0) -> None:
         for parameter in policy.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def calling_engine(rollout: dict, tool: dict) -> Engine:
+    """Its format calls the tool `file` after each of its first two sentences."""
+    tools = build_tools({"file": ToolConfig(tool="tests.tool_helpers.FileTool", options=tool)})
+    return Engine(FakePolicy(), FakeFormat(asks=2), RolloutConfig(**rollout), tools=tools)

@@ -22,6 +22,9 @@ from rewards.alarms import Alarms
 from rewards.loader import is_own
 from rewards.manager import RewardManager
 from rollout.shown import ShownSlots
+from rollout.tools.fitting import check_fit
+from rollout.tools.registry import Tools, build_tools
+from rollout.tools.registry import words_of as tool_words
 from runtime.errors import UserError, writing
 from runtime.ray_cluster import Cluster, start_ray
 from sft.sources import words_of
@@ -62,6 +65,17 @@ def build_format(recipe: Recipe) -> Format:
     return fmt
 
 
+def build_recipe_tools(recipe: Recipe, fmt: Format) -> Tools | None:
+    """The recipe's tools, to which the format is held; None: it has none.
+
+    Raises:
+        ToolsError: a tool that cannot be had, or tools that do not fit the format.
+    """
+    tools = build_tools(recipe.tools)
+    check_fit(fmt, tools)
+    return tools
+
+
 def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Policy:
     """The recipe's policy; with `weights`, a folder in the released layout in place of policy.path.
 
@@ -76,13 +90,15 @@ def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Pol
 
 
 def words(recipe: Recipe, task: Task, weights: Path | None = None) -> list[str]:
-    """What a fresh policy's tokenizer must know: the task's words, and those of demonstrations that it did not write.
+    """What a fresh policy's tokenizer must know: the task's words, those of its tools, and those of demonstrations that
+    neither wrote.
 
     A policy that is loaded from a folder brings its tokenizer.
     """
+    known = list(dict.fromkeys([*task.words, *tool_words(build_tools(recipe.tools))]))
     if weights is not None or recipe.policy.path is not None or recipe.sft.data is None:
-        return list(task.words)
-    return sorted({*task.words, *words_of(recipe.sft.data, recipe.policy.fresh_tags)})
+        return known
+    return sorted({*known, *words_of(recipe.sft.data, recipe.policy.fresh_tags)})
 
 
 def prompts(recipe: Recipe, task: Task, fmt: Format, policy: Policy, split: Split) -> Sequence[Record]:

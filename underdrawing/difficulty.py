@@ -70,7 +70,9 @@ def run_difficulty(
         config = recipe.policy.model_copy(update={"path": str(weights)})
         manager = build.build_reward_manager(recipe, task, fmt)
         closing.callback(manager.close)
-        rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, build.words(recipe, task, weights))
+        rollouts = open_rollouts(
+            policy, config, recipe.format, recipe.rollout, build.words(recipe, task, weights), recipe.tools
+        )
         closing.callback(rollouts.close)
         progress = StepProgress("prompts", len(records))
         closing.callback(progress.close)

@@ -85,7 +85,9 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
             logger.warning("%s: another evaluation was kept there, and is replaced: %s", folder, differs)
         config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
         policy_config = recipe.policy.model_copy(update={"path": str(weights)})
-        rollouts = open_rollouts(policy, policy_config, recipe.format, config, build.words(recipe, task, weights))
+        rollouts = open_rollouts(
+            policy, policy_config, recipe.format, config, build.words(recipe, task, weights), recipe.tools
+        )
         opened.callback(rollouts.close)
         progress, done = StepProgress("held-out prompts", len(records)), itertools.count(1)
         opened.callback(progress.close)
@@ -205,6 +207,10 @@ def settings_of(recipe: Recipe, task: Task, records: Sequence[Record]) -> dict[s
         detector = detector.model_dump(mode="json", exclude={"device", "batch_size", "download"})
     if detector is not None or hasattr(task, "detect"):
         settings["detector"] = detector if detector is not None else f"the task's ({recipe.task.name})"
+    if recipe.tools:
+        settings["tools"] = {
+            name: config.model_dump(mode="json", exclude={"concurrency"}) for name, config in recipe.tools.items()
+        }
     if REWARD in by:
         parts = {
             name: part.model_dump(mode="json", include={"function", "options", "factory"})

@@ -130,7 +130,9 @@ def run_grpo(
             manager = build.build_reward_manager(recipe, task, fmt)
             closing.callback(manager.close)
             config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy
-            rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, build.words(recipe, task, start))
+            rollouts = open_rollouts(
+                policy, config, recipe.format, recipe.rollout, build.words(recipe, task, start), recipe.tools
+            )
             closing.callback(rollouts.close)
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             closing.callback(tracker.close)
@@ -206,6 +208,7 @@ def run_rollout(
             recipe.format,
             recipe.rollout,
             build.words(recipe, task, weights),
+            recipe.tools,
         )
         closing.callback(rollouts.close)
         requests = [request_of(group, record, range(samples), recipe.seed) for group, record in enumerate(records)]

@@ -30,6 +30,7 @@ from policy.registry import DEFAULT, policy_section, section_of
 from rewards.config import RewardsConfig
 from rl.config import GrpoConfig
 from rollout.config import FlowConfig, RolloutConfig
+from rollout.tools.config import ToolsConfig
 from runtime.errors import UserError, nearest
 from runtime.paths import WritePath, reading
 from runtime.section import LARGEST_SEED, Section
@@ -84,6 +85,11 @@ class Recipe(Section):
     format: FormatConfig
     sft: SftConfig = Field(default_factory=SftConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    tools: ToolsConfig = Field(
+        default_factory=dict,
+        description="who answers the policy's calls, in a format in which it makes any, by name; a list of names takes "
+        "all their defaults",
+    )
     rewards: RewardsConfig
     grpo: GrpoConfig = Field(default_factory=GrpoConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)

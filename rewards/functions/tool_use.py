@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.functions.text import blocks
 
-ROLES = ("tool_call", "code", "search", "tool")  # of a policy segment that is a call as a whole
+ROLES = ("tool_call", "code", "search", "tool", "look")  # of a policy segment that is a call as a whole
 TAGS = ("tool_call", "code")  # of a call inside a segment with another role
 FAILED_ROLES = ("error", "tool_error")
 # At the start of what the tool answered, behind any opening tags and labels.

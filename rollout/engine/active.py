@@ -8,6 +8,7 @@ Letters: N decisions of a segment.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,6 +21,8 @@ from rollout.engine.flow import Denoising
 from rollout.engine.sampling import noise_key
 from rollout.requests import RolloutRequest
 from rollout.sampling_table import SamplingTable
+from rollout.tools.answers import Answer
+from rollout.tools.runner import Sessions
 from rollout.writing import SampledIds, SequenceWriter
 
 
@@ -29,6 +32,16 @@ class CachedContext:
 
     pieces: tuple[Piece, ...] = ()
     end: int = 0  # position of the next id
+
+
+@dataclass
+class ParkedCall:
+    """A call that a row waits for."""
+
+    future: Future[Answer]
+    role: str  # that called
+    due: int  # the tick in which its answer is read
+    since: float  # seconds of the process's clock
 
 
 class Need(Enum):
@@ -56,6 +69,8 @@ class ActiveSequence(SequenceWriter):
         self.denoising: Denoising | None = None
         self.undrawn = 0  # images that are not pixels yet
         self.cached = CachedContext()
+        self.parked: ParkedCall | None = None  # a tool is at work, and the row waits for it
+        self.sessions: Sessions | None = None  # of tools; None: none was called
 
     def used(self, written: int) -> int:
         """Slots that the row takes, when `written` ids stand after the prompt and all of them are fed."""

@@ -4,8 +4,8 @@ what is likely.
 Continuous batching: every tick, each active row takes one id (rows in words and rows in images together), then
 one `policy.step` feeds them all. A group's prompt is computed once and copied to its members; a finished row is
 refilled from the queue at once; when the queue is empty the active rows close ranks, so that dead ones cost
-nothing. The loop itself is loop.py, over slots.py; active.py is one trajectory in the making, sampling.py what is
-drawn and the noise, flow.py a latent's steps.
+nothing. Rows whose tool is at work are parked (parking.py). The loop itself is loop.py, over slots.py; active.py is
+one trajectory in the making, sampling.py what is drawn and the noise, flow.py a latent's steps.
 """
 
 from __future__ import annotations

@@ -25,12 +25,14 @@ from record.trajectory import Author, Modality, Segment, StopReason, Trajectory,
 from rollout.config import FlowConfig
 from rollout.engine.active import ActiveSequence, Need
 from rollout.engine.flow import FlowPlan, advance, begin, inputs
+from rollout.engine.parking import Parking
 from rollout.engine.sampling import DeviceMasks, sample, uniforms
 from rollout.engine.slots import Rows
 from rollout.engine.state import EngineState
 from rollout.forks import follow, inherited_segments, place
 from rollout.requests import RolloutError, RolloutRequest
 from rollout.sampling_table import SamplingTable
+from rollout.tools.answers import answer_roles, answer_segments
 from rollout.writing import FORCED, SampledIds
 
 
@@ -54,12 +56,13 @@ class Batch(Rows):
         self.queue = deque((r, m) for r, request in enumerate(self.requests) for m in range(len(request.members)))
         self.kept_prompt: tuple[int, Tensor] | None = None  # request whose prompt the spare row holds, and its logits
         longest = max(slots, default=0) + self.config.max_tokens
-        if engine.environment is not None or self.image_slots > self.image_ids:  # contexts hold more than sampled ids
+        if engine.tools is not None or self.image_slots > self.image_ids:  # contexts hold more than sampled ids
             longest = self.max_length
         self.capacity = min(engine.active_rows, len(self.queue))
         super().__init__(engine, self.capacity, min(longest, self.max_length))
         self.table = SamplingTable(self.vocabulary.size, self.config.temperature)
         self.masks = DeviceMasks(self.table, self.device)
+        self.parking = Parking(engine)
 
     def _prompts(self, engine: EngineState) -> tuple[list[list[Segment]], list[int]]:
         """By request: what the user says and shows, then what guidance sees beside it (a negative prompt); and how many
@@ -142,6 +145,7 @@ class Batch(Rows):
                     return
         finally:
             self.cache = None
+            self.parking.close()
 
     def _tick(self) -> bool:
         """One id for every active row. False when nothing is left to do."""
@@ -152,6 +156,7 @@ class Batch(Rows):
             if not self.sequences:
                 return False
         finished: set[int] = set()
+        self._read_answers(finished)
         self._choose(finished)
         self._denoise(finished)
         self._refill(sorted(finished))
@@ -172,7 +177,7 @@ class Batch(Rows):
         number = table.number
         skip: set[int] = set()
         for i, sequence in enumerate(sequences):
-            if sequence.denoising is not None:
+            if sequence.denoising is not None or sequence.parked is not None or i in finished:
                 skip.add(i)
                 continue
             cursor = sequence.cursor
@@ -235,7 +240,7 @@ class Batch(Rows):
             if id == boi or cursor.stopped or len(cursor.spans) > sequence.closed:
                 self._boundary(i, sequence, id, finished)
         for i in np.flatnonzero(self.room_A[:B] <= 0).tolist():
-            if i not in finished and sequences[i].denoising is None:
+            if i not in finished and sequences[i].denoising is None and sequences[i].parked is None:
                 self._stop(i, sequences[i], self._limit(i, sequences[i]))
                 finished.add(i)
 
@@ -252,18 +257,22 @@ class Batch(Rows):
     def _boundary(self, i: int, sequence: ActiveSequence, id: int, finished: set[int]) -> None:
         """After an id that closed a segment, began an image, or ended the turn. Images without a marker begin here."""
         closed = self._close(i, sequence)
+        if closed and sequence.cursor.awaits:
+            self._call(i, sequence, finished)
+        else:
+            self._go_on(i, sequence, id, finished)
+
+    def _go_on(self, i: int, sequence: ActiveSequence, id: int, finished: set[int], answered: bool = False) -> None:
+        """Begin what follows the segments that are closed, `answered` by the environment or not."""
         cursor = sequence.cursor
-        written = int(self.count_A[i])
-        if closed and cursor.awaits:
-            self._ask(sequence)
         if cursor.stopped:
             self._stop(i, sequence, self._end(sequence, id))
             finished.add(i)
             return
-        start = sequence.start
+        written, start = int(self.count_A[i]), sequence.start
         need = self._begin(i, sequence)
         if self.room_A[i] <= 0 or not self._begins_with_room(i, sequence):
-            if need is not Need.NOTHING:  # what the environment said does not fit
+            if answered:  # what the environment said does not fit
                 sequence.drop_environment()
             self._stop(i, sequence, self._limit(i, sequence))
             finished.add(i)
@@ -309,19 +318,32 @@ class Batch(Rows):
                 sequence.undrawn += 1
         return closed
 
-    def _ask(self, sequence: ActiveSequence) -> None:
+    def _call(self, i: int, sequence: ActiveSequence, finished: set[int]) -> None:
+        """Park the row until its tool has answered. Where nothing could follow the answer, nothing is called."""
+        if self.room_A[i] <= 0:
+            self._stop(i, sequence, self._limit(i, sequence))
+            finished.add(i)
+            return
         if sequence.undrawn:
             self.draw()
-        if self.engine.environment is None:
-            raise RolloutError(
-                f"format '{self.fmt.name}': after '{sequence.trajectory.segments[-1].role}' the environment speaks, "
-                "and there is none"
-            )
-        segment = self.engine.environment(sequence.trajectory)
-        if segment.modality is not Modality.TEXT:
-            self.policy.perceive([segment])
-        sequence.environment([segment])
-        sequence.cursor.observe(segment.role)
+        self.parking.park(sequence)
+
+    def _read_answers(self, finished: set[int]) -> None:
+        """Go on with the rows whose tools have answered: they choose in this very tick. The others stay parked."""
+        for i in self.parking.answered(self.sequences):
+            sequence = self.sequences[i]
+            role, answer = self.parking.take(sequence)
+            segments = answer_segments(answer, self.fmt, role, self.vocabulary)
+            media = [segment for segment in segments if segment.modality is not Modality.TEXT]
+            if media:
+                self.policy.perceive(media)
+            sequence.environment(segments)
+            sequence.cursor.observe(segments[-1].role if segments else answer_roles(self.fmt, role)[0])
+            self._go_on(i, sequence, FORCED, finished, answered=bool(segments))
+        self.prefill_again()
+        self.append()
+        self.reprefill, self.more = [], []
+        self.ready = {i for i, sequence in enumerate(self.sequences) if sequence.parked is not None}
 
     def _end(self, sequence: ActiveSequence, id: int) -> StopReason:
         if sequence.limit is not None:
@@ -349,6 +371,7 @@ class Batch(Rows):
         sequence.cursor.stop()
         self._close(i, sequence)
         trajectory = sequence.finish(reason)
+        self.parking.release(sequence)
         self.wait(sequence)
         self.stats.trajectories += 1
         self.stats.tokens += int(self.count_A[i]) - len(sequence.inherited.ids)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from formats.base import Format
 from policy.base import Policy
-from record.trajectory import Segment, Trajectory
 from rollout.config import RolloutConfig
 from rollout.requests import RolloutError
-
-Environment = Callable[[Trajectory], Segment]
+from rollout.tools.registry import Tools
+from rollout.tools.runner import ToolRunner
 
 
 @dataclass
@@ -33,6 +31,10 @@ class EngineStats:
     reprefills: int = 0  # rows prefilled because a context did not extend the cache
     seconds: float = 0.0
     draw_seconds: float = 0.0
+    tools_parked_seconds: float = 0.0  # that rows waited for a tool, summed over rows
+    tools_waited_seconds: float = 0.0  # in which no row could go on
+    tool_calls: dict[str, int] = field(default_factory=dict)  # by tool; "unreadable": calls of no tool that there is
+    tool_errors: dict[str, int] = field(default_factory=dict)  # those of the calls that were answered with an error
 
     @property
     def tokens_per_s(self) -> float:
@@ -42,9 +44,29 @@ class EngineStats:
     def mean_rows(self) -> float:
         return self.row_ticks / self.ticks if self.ticks else 0.0
 
+    def count_call(self, tool: str, error: bool, seconds: float) -> None:
+        name = tool or "unreadable"
+        self.tool_calls[name] = self.tool_calls.get(name, 0) + 1
+        self.tool_errors[name] = self.tool_errors.get(name, 0) + error
+        self.tools_parked_seconds += seconds
+
+    def counts(self) -> dict[str, float]:
+        """Everything that adds up over calls of the engine and over engines; of tools only where any was called."""
+        values = {name: float(value) for name, value in asdict(self).items() if not name.startswith("tool")}
+        if self.tool_calls:
+            values |= {
+                "tools/parked_s": self.tools_parked_seconds,
+                "tools/waited_s": self.tools_waited_seconds,
+                "tools/calls": float(sum(self.tool_calls.values())),
+                "tools/errors": float(sum(self.tool_errors.values())),
+            }
+            values |= {f"tools/calls/{name}": float(count) for name, count in self.tool_calls.items()}
+            values |= {f"tools/errors/{name}": float(count) for name, count in self.tool_errors.items()}
+        return values
+
     def metrics(self) -> dict[str, float]:
-        values = {**asdict(self), "tokens_per_s": self.tokens_per_s, "mean_rows": self.mean_rows}
-        return {f"rollout/{name}": float(value) for name, value in values.items()}
+        values = {**self.counts(), "tokens_per_s": self.tokens_per_s, "mean_rows": self.mean_rows}
+        return {f"rollout/{name}": value for name, value in values.items()}
 
 
 class EngineState:
@@ -55,8 +77,7 @@ class EngineState:
 
     Args:
         constrain: what decoding is constrained to ("images", or "full": the whole grammar).
-        environment: asked with the trajectory so far wherever the cursor awaits it; returns an untrained segment to
-            add (a tool's answer).
+        tools: answer wherever the cursor awaits the environment.
 
     Raises:
         RolloutError: too few rows for one trajectory and its guidance branches.
@@ -68,11 +89,11 @@ class EngineState:
         fmt: Format,
         config: RolloutConfig,
         constrain: str = "images",
-        environment: Environment | None = None,
+        tools: Tools | None = None,
         version: int = 0,
     ):
         self.policy, self.fmt, self.config = policy, fmt, config
-        self.constrain, self.environment, self.version = constrain, environment, version
+        self.constrain, self.tools, self.version = constrain, tools, version
         self.stats = EngineStats()
         self.branches = config.branches if config.guidance else 0
         self.active_rows = config.rows // (1 + self.branches)
@@ -83,6 +104,20 @@ class EngineState:
             )
         self._cache: Any = None
         self._cache_length = 0
+        self._runner: ToolRunner | None = None
+
+    @property
+    def runner(self) -> ToolRunner | None:
+        """The tools at work, from the first call of the engine on; None: it has no tools."""
+        if self._runner is None and self.tools is not None:
+            self._runner = ToolRunner(self.tools)
+        return self._runner
+
+    def close(self) -> None:
+        """End what works beside the engine. It may be used again."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
 
     def cache(self, length: int) -> Any:
         """The cache, kept from run to run; allocated anew when rows must be longer than ever before."""

@@ -65,6 +65,12 @@ class Assignment:
         self.left.remove(group)
         return True
 
+    def given_up(self, call: Call) -> tuple[int, ...]:
+        """Drop what a failed call left undone: it may not be made again. Returns those groups."""
+        undone = tuple(group for group in call.groups if group in self.left)
+        self.left.difference_update(undone)
+        return undone
+
     def failed(self, slot: int, call: Call) -> tuple[int, ...]:
         """Queue what a failed call left undone. Returns the groups that have no attempt left: they are dropped."""
         undone = tuple(group for group in call.groups if group in self.left)

@@ -23,6 +23,9 @@ from runtime.errors import UserError
 Each = Callable[[int, list[Trajectory]], None]  # (index of the request, its members), as groups finish
 
 
+NOT_REPEATABLE = "not_repeatable"  # the worker was lost, and its tools do not let calls be made again
+
+
 class WorkersError(UserError):
     """Rollout workers that cannot be had, or that keep dying."""
 
@@ -41,7 +44,7 @@ class FailedGroup:
 
     index: int  # of the request
     group: int
-    reason: str  # "crash" (the worker died), "timeout" or "error" (the engine raised)
+    reason: str  # "crash" (the worker died), "timeout", "error" (the engine raised) or NOT_REPEATABLE
     detail: str  # the crash itself
 
 
@@ -124,6 +127,7 @@ def rollout_metrics(counts: Sequence[dict[str, float]], seconds: float, groups: 
         for name in ("trajectories", "tokens", "decisions", "images", "prompts", "refills", "reprefills")
         if name in total
     }
+    metrics |= {f"rollout/{name}": value for name, value in total.items() if name.startswith("tools/")}
     if total.get("ticks"):
         metrics["rollout/mean_rows"] = total["row_ticks"] / total["ticks"]
     return metrics | {

@@ -97,6 +97,7 @@ class LocalRollouts:
         return [WorkerHealth(self._writer.name, "idle", self.version, os.getpid())]
 
     def close(self) -> None:
+        """End what works beside the writer: its tools."""
         self._writer.close()
 
 

@@ -23,6 +23,7 @@ from rollout.config import RolloutConfig
 from rollout.pool.actor import ActorWorker
 from rollout.pool.assignment import Assignment, Call
 from rollout.pool.contract import (
+    NOT_REPEATABLE,
     Each,
     FailedGroup,
     FinishedGroup,
@@ -428,6 +429,14 @@ class RayRollouts:
         self._replace(slot, reason, crash)
         if call is None:
             return []
+        if not self.spec.repeatable:
+            dropped, reason = assignment.given_up(call), NOT_REPEATABLE
+            if dropped:
+                logger.warning(
+                    "dropped, for a tool of theirs is not repeatable: group %s",
+                    ", ".join(str(requests[i].group) for i in dropped),
+                )
+            return [FailedGroup(i, requests[i].group, reason, crash) for i in dropped]
         dropped = assignment.failed(slot.number, call)
         if dropped:
             logger.warning(
