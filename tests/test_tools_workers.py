@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from policy.chameleon.config import ChameleonPolicyConfig
 from record.store import load_trajectories
 from record.trajectory import Author, Trajectory
 from rl.advantages import compute_advantages
