@@ -41,7 +41,7 @@ from rollout.tools.base import Reply, ToolCall
 from rollout.tools.config import ToolConfig
 from rollout.tools.look import Look, LookOptions
 from rollout.tools.registry import Tools, words_of
-from underdrawing.options import Whole
+from underdrawing.options import Number, Whole
 
 TAGS = ["<ins>", "</ins>", "<look>", "</look>", "<inspect>", "</inspect>"]
 
@@ -86,7 +86,7 @@ class Work:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.2, help="that each call of a tool takes")
+    parser.add_argument("--seconds", type=Number(), default=0.2, help="that each call of a tool takes")
     parser.add_argument("--reproducible", action="store_true", help="answers are read a fixed number of ticks later")
     parser.add_argument("--prompts", type=Whole(1), default=32)
     parser.add_argument("--members", type=Whole(1), default=8)

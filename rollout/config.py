@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from formats.roles import DEFAULT, SAMPLED
+from runtime.paths import ObjectPath
 from runtime.ray_options import RayShare
 from runtime.section import Retries, Seconds, Section
 
@@ -101,7 +102,7 @@ class RolloutConfig(Section):
     guidance: bool = Field(False, description="Guide images by the format's branches (each costs a row of the cache).")
     branches: int = Field(4, ge=1, le=64, description="With guidance: rows kept for the branches of each trajectory.")
     flow: FlowConfig = Field(default_factory=FlowConfig, description="How images are denoised.")
-    writer: str = Field(
+    writer: ObjectPath = Field(
         "native",
         description="What writes trajectories. native: the toolkit's own engine; or the dotted path of a function that "
         "builds another writer (docs/writers.md).",

@@ -98,6 +98,8 @@ RAY_FILES = (
     "test_rewards_ray_gpus.py",
     "test_conftest.py",
     "test_doctor.py",
+    "test_inexact.py",
+    "test_tools_workers.py",
 )
 # The longest of the others, which the workers begin with: at the end there are short ones to share out.
 LONG_FILES = (

@@ -134,6 +134,6 @@ def test_adapters_write_what_they_score():
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.3)
     trajectories = rollouts(policy, get_format("self_critique")).run(requests(2, 2))
     with torch.no_grad():
-        assert float(score_trajectories(policy, trajectories).log_ratio_N.abs().max()) < 1e-5
+        assert float(score_trajectories(policy, trajectories).log_ratio_N.abs().max()) < 2e-5
         with policy.reference():
             assert float(score_trajectories(policy, trajectories).log_ratio_N.abs().max()) > 1e-3

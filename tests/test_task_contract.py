@@ -12,7 +12,6 @@ import tiny_models
 from PIL import Image
 
 from formats.registry import get_format
-from formats.registry import names as format_names
 from rewards.detectors.base import Detection
 from rewards.detectors.colors import Colored, ColorNamer
 from rewards.detectors.contract import check_detector
@@ -24,11 +23,12 @@ from tasks import dataset
 from tasks.config import DatasetConfig
 from tasks.contract import check_task
 from tasks.registry import get_task
+from tasks.shapes import demonstrations
 from tasks.shapes.task import ShapesTask
 
 
 def test_the_shapes_keep_the_contract():
-    check_task(get_task("shapes"), [get_format(name) for name in format_names()], demonstrations=6)
+    check_task(get_task("shapes"), [get_format(name) for name in demonstrations.FORMATS], demonstrations=6)
 
 
 def test_a_data_set_of_pictures_keeps_the_contract(tmp_path):

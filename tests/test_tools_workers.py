@@ -61,6 +61,7 @@ def test_a_lost_workers_calls_are_made_again_where_they_may_be(cluster, tmp_path
     assert len(calls.read_text().split()) > len((tmp_path / "others").read_text().split())
 
 
+@pytest.mark.slow
 def test_calls_that_may_not_be_repeated_drop_their_groups(cluster, tmp_path):
     calls, died = tmp_path / "calls", tmp_path / "died"
     rollouts = pool({"path": str(calls), "die": str(died), "repeatable": False}, repeatable=False, workers=2)
@@ -79,6 +80,7 @@ def test_calls_that_may_not_be_repeated_drop_their_groups(cluster, tmp_path):
     again.close()
 
 
+@pytest.mark.slow
 def test_a_recipes_tools_reach_the_workers(cluster):
     from formats.config import FormatConfig
 

@@ -176,6 +176,7 @@ def denoised(policy: FakePolicy, count: int = 24) -> list[Trajectory]:
     return trajectories
 
 
+@pytest.mark.slow
 def test_a_family_that_denoises_learns_images_by_their_velocity(tmp_path):
     policy, fmt = FakePolicy(flow=True), FakeFormat("flow")
     trajectories = denoised(policy)
