@@ -44,6 +44,8 @@ class RolloutRequest:
     parent_group: int | None = None  # the parent's group; None: this one
     prefix: tuple[Segment, ...] = field(default=(), compare=False)  # the parent's first segments, whole
     flow: FlowConfig | None = None  # how its images are denoised; None: as the recipe's rollouts say
+    # Written to try the writer: a call of a tool that is not `repeatable` is not made, and answered by an error.
+    rehearsal: bool = False
 
     @property
     def key(self) -> RequestKey:
