@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from formats.base import Format
 from formats.grammar import BETWEEN, END, OTHER
+from record.trajectory import Author
 from runtime.errors import UserError, nearest
 
 DEFAULT = "default"  # in a map: every role that it does not name
@@ -22,13 +23,20 @@ DEFAULT = "default"  # in a map: every role that it does not name
 
 @dataclass(frozen=True)
 class ByRole:
-    """Marks a map by role, or a list of roles. `besides`: names that it may hold and that are no roles."""
+    """Marks a map by role, or a list of roles.
+
+    Attributes:
+        besides: names that it may hold and that are no roles.
+        written: it is about what the policy writes, so that roles of the environment have no place in it.
+    """
 
     besides: tuple[str, ...] = ()
+    written: bool = False
 
 
-SAMPLED = ByRole((DEFAULT, BETWEEN, OTHER))  # whose turn it is while ids are sampled
+SAMPLED = ByRole((DEFAULT, BETWEEN, OTHER), written=True)  # whose turn it is while ids are sampled
 RECORDED = ByRole((OTHER, END))  # which role a segment of the record has
+WRITTEN = ByRole((OTHER, END), written=True)  # the same, of the policy's segments
 
 
 def roles_of(fmt: Format) -> tuple[str, ...] | None:
@@ -44,10 +52,17 @@ def check_roles(config: BaseModel, fmt: Format, where: str = "") -> None:
         where: the section's key and a point, for the message.
 
     Raises:
-        UserError: a name that is no role; it would be of no effect.
+        UserError: a name that is no role, or the environment's in a map of the policy's; it would be of no effect.
     """
     for key, names, marker in _maps(config, where):
         check_names(names, fmt, key, marker.besides)
+        for name in names if marker.written else ():
+            if name in (roles_of(fmt) or ()) and fmt.author(name) is Author.ENVIRONMENT:
+                own = [role for role in roles_of(fmt) or () if fmt.author(role) is Author.POLICY]
+                raise UserError(
+                    f"{key}: in the role '{name}' of the format '{fmt.name}' the environment speaks, and the policy "
+                    f"writes nothing; its own roles are {', '.join(own)}"
+                )
 
 
 def check_names(names: Iterable[Any], fmt: Format, where: str, besides: Sequence[str] = ()) -> None:

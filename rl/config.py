@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from formats.roles import RECORDED
+from formats.roles import WRITTEN
 from runtime.section import Section
 from training.schedules import Schedule, check_schedule
 
@@ -38,7 +38,7 @@ class ClipConfig(Section):
 class ForkConfig(Section):
     """Candidates at a state: members that continue from where a member began a segment."""
 
-    roles: Annotated[list[str], RECORDED] = Field(
+    roles: Annotated[list[str], WRITTEN] = Field(
         min_length=1, description="Candidates are written where one of these roles began."
     )
     candidates: int = Field(
@@ -136,7 +136,7 @@ class GrpoConfig(Section):
         "modality of a trajectory, then the same. token: mean over all decisions of the batch. "
         "grpo, dr_grpo, dapo, bnpo: as in TRL (dapo is token).",
     )
-    role_weights: Annotated[dict[str, float], RECORDED] = Field(
+    role_weights: Annotated[dict[str, float], WRITTEN] = Field(
         {}, description="Factor on the loss of a role's decisions; 1 if not named. 0 leaves the role out."
     )
     max_completion_length: int = Field(512, ge=1, description="The constant that dr_grpo divides by; nothing is cut.")

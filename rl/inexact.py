@@ -4,7 +4,7 @@ The trainer scores such trajectories anew before an update, so that ratios are o
 then multiplied by the ratio of its own probability to the recorded one, truncated or masked (rl/losses.py). What is
 measured here bears the names of TRL's GRPOTrainer.
 
-Letters: N decisions of a forward, P its passes.
+Letters: N decisions of a forward, P its passes, K kinds of decisions.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def sampling_metrics(
     batches: Sequence[MicroBatch],
     old: Sequence[Scored | None],
     settings: LossSettings,
+    kind_weight_K: Tensor,
 ) -> dict[str, float]:
     """What lies between the writer's log-probs and the trainer's, over the trained decisions of inexact trajectories
     of all processes. Collective. Empty where there are none.
@@ -89,7 +90,7 @@ def sampling_metrics(
     for batch, scored in zip(batches, old, strict=True):
         if scored is None:
             continue
-        counts_N = _counted(batch, scored)
+        counts_N = _counted(batch, scored, kind_weight_K)
         if not counts_N.any():
             continue
         log_ratio_N = (scored.logprob_N - scored.behaviour_N).detach()
@@ -124,9 +125,9 @@ def sampling_metrics(
     return metrics
 
 
-def _counted(batch: MicroBatch, scored: Scored) -> Tensor:
+def _counted(batch: MicroBatch, scored: Scored, kind_weight_K: Tensor) -> Tensor:
     """bool [N]: decisions of inexact trajectories that count in the loss."""
     device = scored.logprob_N.device
     inexact_P = torch.tensor([not one.trajectory.exact for one in batch.passes], device=device)
     weight_N = batch.weight_PS.to(device)[scored.pass_N, scored.segment_N]
-    return inexact_P[scored.pass_N] & (weight_N != 0)
+    return inexact_P[scored.pass_N] & (weight_N * kind_weight_K.to(device)[scored.kind_N] != 0)

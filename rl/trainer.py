@@ -250,7 +250,7 @@ class Trainer:
         }
         if inexact:
             all_batches, all_old = [b for part in minibatches for b in part], [s for part in old for s in part]
-            metrics |= sampling_metrics(self.accelerator, all_batches, all_old, self.settings)
+            metrics |= sampling_metrics(self.accelerator, all_batches, all_old, self.settings, self._kind_weights())
         return metrics if stale or inexact else metrics | {"on_policy_gap": gap}
 
     def score(self, passes: Sequence[Pass]) -> Scored:
@@ -295,18 +295,21 @@ class Trainer:
             )
         device = scored.logprob_N.device
         at = (scored.pass_N, scored.segment_N)
-        weight_K = torch.tensor([self.config.kind_weights.get(_name(kind), 1.0) for kind in DecisionKind])
+        weight_K = self._kind_weights().to(device)
         decisions = ScoredDecisions(
             log_ratio_N=scored.log_ratio_N,
             advantage_N=batch.advantage_PS.to(device)[at],
             kind_N=scored.kind_N,
-            weight_N=batch.weight_PS.to(device)[at] * weight_K.to(device)[scored.kind_N],
+            weight_N=batch.weight_PS.to(device)[at] * weight_K[scored.kind_N],
             trajectory_N=batch.trajectory_P.to(device)[scored.pass_N],
             divergence_N=scored.divergence_N,
             entropy_N=scored.entropy_N,
             behaviour_log_ratio_N=None if old is None else old.logprob_N - old.behaviour_N,
         )
         return with_flow_terms(decisions, scored, old, reference, batch.passes, self.config.flow)
+
+    def _kind_weights(self) -> Tensor:
+        return torch.tensor([self.config.kind_weights.get(_name(kind), 1.0) for kind in DecisionKind])
 
     def _step(self) -> float:
         parameters = list(self._trained().values())

@@ -57,6 +57,8 @@ class FlowConfig(Section):
         low, high = self.window_range or (0, self.steps)
         if not 0 <= low < high <= self.steps:
             raise ValueError(f"window_range is [{low}, {high}]; it lies between 0 and the {self.steps} steps")
+        if self.window_range is not None and self.window is None:
+            raise ValueError(f"window_range is [{low}, {high}], and no window lies in it: give window its steps, too")
         if self.window is not None and self.window > high - low:
             raise ValueError(f"a window of {self.window} steps does not fit between steps {low} and {high}")
         return self

@@ -15,6 +15,7 @@ import numpy as np
 from formats.base import Cursor, Format
 from record.trajectory import Author, Modality, Segment, Trajectory
 from rollout.requests import RolloutError, RolloutRequest
+from rollout.tools.answers import answer_roles
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def fork(
             f"{len(trajectory.segments)}, of which the prompt takes {prompt}"
         )
     group = trajectory.group if group is None else group
+    went_on = segments < len(trajectory.segments) and trajectory.segments[segments].author is Author.POLICY
     return RolloutRequest(
         group,
         trajectory.prompt,
@@ -58,6 +60,7 @@ def fork(
         parent=(trajectory.member, segments),
         parent_group=None if trajectory.group == group else trajectory.group,
         prefix=tuple(trajectory.segments[:segments]),
+        unanswered=went_on,
     )
 
 
@@ -94,6 +97,8 @@ def follow(cursor: Cursor, fmt: Format, request: RolloutRequest) -> Inherited:
             if last:
                 cursor.observe(segment.role)
             continue
+        if cursor.awaits:
+            _answered_with_nothing(cursor, fmt)
         closed = len(cursor.spans)
         try:
             for id in segment.ids:
@@ -112,6 +117,11 @@ def follow(cursor: Cursor, fmt: Format, request: RolloutRequest) -> Inherited:
     return Inherited(ids, sum(len(segment.decisions) for segment in own if segment.decisions is not None))
 
 
+def _answered_with_nothing(cursor: Cursor, fmt: Format) -> None:
+    """A tool may say nothing, which leaves no segment: the policy went on, as the engine has it do."""
+    cursor.observe(answer_roles(fmt, cursor.spans[-1].role)[0])
+
+
 def _close_at(cursor: Cursor, fmt: Format, request: RolloutRequest, count: int) -> None:
     """Close what the cursor still holds open at the end of the prefix, and refuse what nothing may follow."""
     covered = cursor.spans[-1].stop if cursor.spans else 0
@@ -122,6 +132,8 @@ def _close_at(cursor: Cursor, fmt: Format, request: RolloutRequest, count: int) 
         )
     if cursor.stopped:
         raise RolloutError(f"{place(request)}: the turn has ended there, and nothing may follow")
+    if cursor.awaits and request.unanswered:
+        _answered_with_nothing(cursor, fmt)
     if cursor.awaits:
         raise RolloutError(f"{place(request)}: the environment is to speak there; fork after what it says")
     if cursor.images > fmt.max_images:

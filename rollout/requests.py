@@ -43,7 +43,10 @@ class RolloutRequest:
     parent: tuple[int, int] | None = None  # (member, segments): as in Trajectory.parent
     parent_group: int | None = None  # the parent's group; None: this one
     prefix: tuple[Segment, ...] = field(default=(), compare=False)  # the parent's first segments, whole
+    unanswered: bool = False  # where the prefix ends with a call, the environment answered it with nothing
     flow: FlowConfig | None = None  # how its images are denoised; None: as the recipe's rollouts say
+    # Written to try the writer: a call of a tool that is not `repeatable` is not made, and answered by an error.
+    rehearsal: bool = False
 
     @property
     def key(self) -> RequestKey:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from policy.base import Policy
 from record.trajectory import Trajectory
-from rollout.capabilities import Capabilities
+from rollout.capabilities import Capabilities, WriterError
 from rollout.requests import RequestKey, RolloutRequest
 from rollout.weights.receive import UNPUBLISHED
 from rollout.weights.wire import Manifest, WeightSyncError, unpack
@@ -85,6 +85,9 @@ def write_groups(
 
     Args:
         sleeps: the writer is woken before and sent to sleep after.
+
+    Raises:
+        WriterError: it wrote what it was not asked for, or something twice; or its stream ended before all was written.
     """
     wanted = {request.key: request.members for request in requests}
     found: dict[RequestKey, dict[int, Trajectory]] = {key: {} for key in wanted}
@@ -95,16 +98,34 @@ def write_groups(
         for trajectory in stream:
             trajectory.exact = writer.exact
             key = (trajectory.group, trajectory.parent)
-            members = found[key]
+            members = found.get(key)
+            if members is None or trajectory.member not in wanted[key] or trajectory.member in members:
+                raise WriterError(
+                    f"{writer.name} wrote the trajectory {_named(trajectory.member, key)}, which was not asked for, or "
+                    "has been written before: each member of each request is written once, with the request's group "
+                    "and parent"
+                )
             members[trajectory.member] = trajectory
             if len(members) == len(wanted[key]):
                 yield key, [members[member] for member in wanted[key]]
+        for key, members in found.items():
+            lacking = [member for member in wanted[key] if member not in members]
+            if lacking:
+                raise WriterError(
+                    f"{writer.name} ended its stream, and the trajectory {_named(lacking[0], key)} was never written: "
+                    "each member of each request is written once"
+                )
     finally:
         close = getattr(stream, "close", None)  # a reader that leaves ends the writing
         if close is not None:
             close()
         if sleeps:
             writer.sleep()
+
+
+def _named(member: int, key: RequestKey) -> str:
+    group, parent = key
+    return f"{group}-{member}" + ("" if parent is None else f" (continuing member {parent[0]})")
 
 
 def take_up(

@@ -37,6 +37,7 @@ from tests.broken_writers import (
     without_pixels,
 )
 from tests.chameleon_helpers import small_policy
+from tests.worker_factories import calling_engine
 from tests.writer_runs import TrainedFake, fake_engine, fake_run, rounded
 from training import checkpoint
 from training.tracking import read_metrics
@@ -274,6 +275,18 @@ def test_a_run_with_a_broken_writer_ends_before_its_first_step(tmp_path):
         rl.grpo.train(run)
     assert not (tmp_path / "checkpoints").exists() and not list(read_metrics(tmp_path / "metrics.jsonl"))
     assert all(torch.equal(before[name], value) for name, value in run.policy.model.state_dict().items())
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_the_gate_calls_no_tool_that_is_not_repeatable(tmp_path, repeatable):
+    calls = tmp_path / "calls"
+    engine = calling_engine({"rows": 6, "max_tokens": 40}, {"path": str(calls), "repeatable": repeatable})
+    found = check_writer(NativeWriter(engine), TrainedFake(), requests(), engine.fmt)
+    assert found.decisions > 20 and sum(engine.stats.tool_calls.values()) > 2  # they were asked for
+    assert calls.exists() is repeatable
+    engine.run(requests())  # what is no rehearsal calls
+    assert calls.exists()
+    engine.close()
 
 
 def test_a_resumed_run_with_a_broken_writer_loses_nothing(tmp_path):

@@ -185,6 +185,11 @@ def test_nothing_is_called_where_nothing_could_follow():
             {},
             "error: counting answered with an array of uint8 [4, 5, 4], no image",
         ),  # fmt: skip
+        (
+            Replies(Segment("observation", Author.ENVIRONMENT, Modality.IMAGE, False)),
+            {},
+            "error: counting answered with a segment that is to show something and holds no image",
+        ),  # fmt: skip
         (Replies(7), {}, "error: counting answered with int, neither words nor an image"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str | dict) else None,
@@ -260,6 +265,12 @@ def test_a_tool_may_choose_the_role_but_only_one_that_there_is():
     trajectories = engine(Replies(role), asks=1).run(requests(2, 3))
     assert set(said(trajectories)) == {"big dot"}
     assert not any(s.trained for t in trajectories for s in t.segments if s.author is not Author.POLICY)
+
+
+def test_ids_that_the_policy_does_not_have_are_named():
+    foreign = Segment("observation", Author.ENVIRONMENT, Modality.TEXT, False, np.array([7, 400], np.int32))
+    with pytest.raises(RolloutError, match="counting answered 'say' with the id 400, and .* vocabulary has 24"):
+        engine(Replies(foreign), asks=1).run(requests(2, 3))
 
 
 # ---- sessions ----

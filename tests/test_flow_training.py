@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 
 from policy.base import score_trajectories
 from policy.scoring.flow import sampler_of, step
@@ -158,6 +159,11 @@ def test_a_request_may_ask_for_another_sampler_than_the_recipe():
 def test_a_sampler_that_cannot_be_is_told_before_anything_is_sampled():
     with pytest.raises(UserError, match="sampler 'cps': noise_level is 1.5; it is a finite number between 0 and 1"):
         engine(sampler="cps", noise_level=1.5).run(asked())
+
+
+def test_steps_between_which_no_window_lies_are_not_passed_over():
+    with pytest.raises(ValidationError, match=r"window_range is \[0, 3\], and no window lies in it: give window"):
+        FlowConfig(window_range=(0, 3))
 
 
 # ---- a step in the loss ----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from tests.test_engine import CASES, engine, requests
 from tests.test_engine_chameleon import CASES as CHAMELEON
 from tests.test_engine_chameleon import policy, rollouts  # noqa: F401
 from tests.test_formats_contract import vocabulary_of
-from tests.tool_helpers import Counting
+from tests.tool_helpers import Counting, Replies
 
 LAYOUTS = [
     "plain",
@@ -194,6 +194,19 @@ def test_the_environment_s_words_are_part_of_a_prefix():
     n = next(n for n, s in enumerate(called.segments) if s.author is Author.ENVIRONMENT)
     with pytest.raises(RolloutError, match=r"fork of trajectory .* after segment \d+: the environment is to speak"):
         rollouts.run([fork(called, n, (5,))])
+
+
+def test_a_call_that_was_answered_by_nothing_is_no_border():
+    """A tool may say nothing: then no segment stands between the call and what the policy wrote next."""
+    rollouts = engine("plain", asks=2)
+    rollouts = Engine(rollouts.policy, rollouts.fmt, rollouts.config, tools=Tools([Replies()]))
+    trunk = rollouts.run(requests(4, 2))
+    assert sum(rollouts.stats.tool_calls.values()) > 5
+    own = [replace(r, members=(r.parent[0],)) for r in forks_of(trunk, (0,))]
+    by_key = {t.key: t for t in trunk}
+    assert [contents(c) for (c,) in in_order(rollouts, own)] == [
+        contents(by_key[f"{r.group}-{r.parent[0]}"]) for r in own
+    ]
 
 
 def test_a_restart_from_a_buffer_is_a_group_of_its_own(tmp_path):

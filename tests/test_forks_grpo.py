@@ -158,6 +158,10 @@ def test_a_role_that_is_none_is_named_and_one_candidate_is_none():
     with pytest.raises(UserError, match="grpo.fork.roles: the format 'strokes' has no role 'sketsh'.*sketch"):
         check_roles(GrpoConfig(fork={"roles": ["sketsh"]}), get_format("strokes"), "grpo.")
     check_roles(GrpoConfig(fork={"roles": ["sketch", "plan"]}), get_format("strokes"), "grpo.")
+    with pytest.raises(
+        UserError, match="fork.roles: in the role 'crop' .* the environment speaks.* plan, sketch, look"
+    ):
+        check_roles(GrpoConfig(fork={"roles": ["inspect", "crop"]}), get_format("look"), "grpo.")
     for wrong in ({"roles": ["sketch"], "candidates": 1}, {"roles": []}, {}):
         with pytest.raises(ValidationError):
             ForkConfig(**wrong)

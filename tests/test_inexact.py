@@ -121,6 +121,17 @@ def test_what_lies_between_is_measured_in_trls_names():
     assert capped["sampling/importance_sampling_ratio/max"] == pytest.approx(1.2)
 
 
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_truncate"])
+def test_what_counts_for_nothing_is_not_measured(mode):
+    """Words weigh 0: what is said of the factor is said of the codes."""
+    kinds, cap = {"word": 0.0}, 10.0
+    settings = {"exact": False, "importance_sampling_mode": mode, "importance_sampling_cap": cap}
+    metrics, _, _ = updated({"plan": 5.0, "sketch": 0.0}, kind_weights=kinds, **settings)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["importance/mean"] == pytest.approx(metrics["sampling/importance_sampling_ratio/mean"], abs=1e-4)
+
+
 def test_ratios_are_of_the_trainers_own_weights():
     """Without the factor, another engine's log-probs change nothing at all: they are scored anew."""
     _, whole, _ = updated()

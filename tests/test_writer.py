@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from formats.registry import get_format
 from policy.chameleon.config import ChameleonPolicyConfig, TinySection
 from rollout.capabilities import Capabilities, WriterError, check_capabilities
 from rollout.config import RolloutConfig
+from rollout.forks import fork
 from rollout.native import NativeWriter
 from rollout.pool.local import LocalRollouts
 from rollout.registry import check_writer_config, make_writer
@@ -93,6 +95,51 @@ def test_a_pool_that_is_told_to_puts_its_writer_to_sleep_between_generations():
         gc.collect()
         assert held() is None
     assert asleep.probe(one[0])[0].shape == awake.probe(one[0])[0].shape  # scoring needs no cache
+
+
+# ---- groups are accounted for ----
+
+
+class Careless(NativeWriter):
+    """What it writes is not what it was asked for, as `change` has it."""
+
+    def __init__(self, change) -> None:
+        super().__init__(engine(ROLLOUT), "worker 3")
+        self.change = change
+
+    def stream(self, requests):
+        yield from self.change(list(super().stream(requests)))
+
+
+def without_parent(trajectories):
+    for trajectory in trajectories:
+        trajectory.parent = None
+    return trajectories
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda written: written[:-1],
+            "the worker in this process ended its stream, and the trajectory 1-2 was never written",
+        ),
+        (lambda written: [*written, written[0]], "wrote the trajectory 0-0, which was not asked for, or has been"),
+        (lambda written: [replace(written[0], member=7), *written], "wrote the trajectory 0-7, which was not asked"),
+        (lambda written: [replace(written[0], group=9), *written], "wrote the trajectory 9-0, which was not asked"),
+    ],
+)
+def test_what_was_not_asked_for_or_never_came_is_said(change, message):
+    with pytest.raises(WriterError, match=message):
+        LocalRollouts(Careless(lambda written: change(sorted(written, key=lambda t: t.key)))).generate(requests())
+
+
+def test_a_writer_that_knows_no_forks_is_named():
+    (parent,) = NativeWriter(engine(ROLLOUT)).stream([RolloutRequest(0, "a red dot", seed=5)])
+    asked = [fork(parent, 1, (4, 5))]
+    assert len(LocalRollouts(Careless(list)).generate(asked).groups) == 1
+    with pytest.raises(WriterError, match="0-[45], which was not asked for.* with the request's group and parent"):
+        LocalRollouts(Careless(without_parent)).generate(asked)
 
 
 # ---- weights ----

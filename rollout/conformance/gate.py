@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -122,9 +122,12 @@ def conform(
     tolerance: float,
     sampling_tolerance: float,
 ) -> Conformance:
-    """The gate. The writers are left with moved weights: publish the true ones next. See `check_writer`."""
+    """The gate. The writers are left with moved weights: publish the true ones next. See `check_writer`.
+
+    Nothing is learned from what they write, so tools that are not `repeatable` are not called for it.
+    """
     sides.publish(REHEARSAL)
-    trajectories = sides.generate(requests)
+    trajectories = sides.generate([replace(request, rehearsal=True) for request in requests])
     check_record(trajectories, requests, policy, fmt, REHEARSAL)
     places = scored_segments(trajectories)
     if not len(places):

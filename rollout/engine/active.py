@@ -65,6 +65,7 @@ class ActiveSequence(SequenceWriter):
         constrain: str,
     ):
         super().__init__(request, order, fmt, policy, prompt, constrain)
+        self.rehearsal = request.rehearsal
         self.noise = noise_key(request.seed, request.group, self.trajectory.member)
         self.denoising: Denoising | None = None
         self.undrawn = 0  # images that are not pixels yet

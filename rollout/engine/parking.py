@@ -50,6 +50,8 @@ class Parking:
         try:
             call: ToolCall = parse_call(called, self.fmt, names)
             ticks = runner.tools.configs[call.tool].answer_ticks
+            if sequence.rehearsal and not runner.tools.by_name[call.tool].repeatable:
+                raise ToolError(f"{call.tool} is not called in a rehearsal")
             future = runner.call(sequence.sessions, call, trajectory)
         except ToolError as error:
             future = Future()

@@ -43,6 +43,8 @@ def hold_to_limits(found: Any, name: str, config: ToolConfig) -> tuple[Reply, ..
     images, words = 0, 0
     for reply in found:
         media = [reply] if not isinstance(reply, Segment) else [m for m in (reply.image, reply.frames) if m is not None]
+        if isinstance(reply, Segment) and not media and reply.modality is not Modality.TEXT:
+            raise ToolError(f"{name} answered with a segment that is to show something and holds no image")
         for item in media:
             if isinstance(item, Frames):
                 images += int(np.prod(item.frames_F.shape[:3]))
@@ -75,6 +77,13 @@ def answer_segments(answer: Answer, fmt: Format, called: str, vocabulary: Vocabu
     """
     replies: Sequence[Reply] = answer.replies if answer.error is None else (f"error: {answer.error}",)
     segments = [_segment(reply, fmt, called, answer.error is not None, vocabulary) for reply in replies]
+    for segment in segments:
+        unknown = segment.ids[(segment.ids < 0) | (segment.ids >= vocabulary.size)]
+        if len(unknown):
+            raise RolloutError(
+                f"{answer.tool} answered '{called}' with the id {unknown[0]}, and the policy's vocabulary has "
+                f"{vocabulary.size}; leave a segment's ids out, and its words are encoded"
+            )
     return [s for s in segments if len(s.ids) or s.modality is not Modality.TEXT]
 
 
