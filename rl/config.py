@@ -228,6 +228,10 @@ class GrpoConfig(Section):
                 f"num_minibatches is {self.num_minibatches}, but a step has only {self.prompts_per_step} "
                 f"groups (prompts_per_step)"
             )
+        if self.fork is not None and self.fork.members > self.num_generations:
+            raise ValueError(
+                f"fork.members is {self.fork.members}, but a group has only {self.num_generations} (num_generations)"
+            )
         negative = [role for role, weight in self.role_weights.items() if weight < 0]
         if negative:
             raise ValueError(f"role_weights.{negative[0]} is negative; 0 leaves a role out")

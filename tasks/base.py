@@ -75,7 +75,9 @@ class Task(Protocol):
     """
 
     name: str
-    words: list[str]  # every word of its prompts and demonstrations, tags excluded: what a small tokenizer must know
+    # What a small tokenizer must know: every word of its prompts and demonstrations, but tags, and what calls of a tool
+    # say (the tool's own `words`).
+    words: list[str]
 
     def prompts(self, split: Split) -> Sequence[Record]:
         """Records of one split, always the same ones in the same order."""

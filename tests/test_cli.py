@@ -27,6 +27,7 @@ from underdrawing.evaluations import run_evaluate
 from underdrawing.recipe import load_recipe
 
 QUICKSTART = str(ROOT / "configs/shapes/quickstart.yaml")
+LOOK = str(ROOT / "configs/shapes/look.yaml")
 SMALL = [
     "policy.tiny.hidden_size=32",
     "policy.tiny.num_hidden_layers=1",
@@ -99,6 +100,7 @@ def test_every_shipped_recipe_runs_dry(capsys, path: Path, monkeypatch):
         (["grpo", QUICKSTART, "--dry-run", "tools.look.timeout=3"], ["tools.look.timeout", "did you mean 'timeout_s'"]),
         (["grpo", QUICKSTART, "--dry-run", "tools.look.options.sise=3"], ["tools.look.options.sise", "'size'?"]),
         (["grpo", QUICKSTART, "--dry-run", "tools.x.tool=good.py:brigth"], ["tools.x.tool", "'bright'"]),
+        (["grpo", LOOK, "--dry-run", "grpo.fork.roles=[skech]"], ["grpo.fork.roles", "did you mean 'sketch'?"]),
         (
             ["grpo", QUICKSTART, "--dry-run", "format={name: look}", "sft.role_weights={}", "grpo.role_weights={}"],
             ["the role 'look' calls a tool", "tools: [look]"],

@@ -21,8 +21,8 @@ from rollout.engine.engine import Engine
 from rollout.pool.local import LocalRollouts
 from rollout.requests import RolloutRequest
 from rollout.tools.config import ToolConfig
-from rollout.tools.look import crop
 from rollout.tools.registry import Tools, build_tools, words_of
+from tasks.crop import crop
 from tests.tool_helpers import Replies
 from training.wandb_mirror import WandbMirror
 from underdrawing.report.page import film_of

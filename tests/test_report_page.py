@@ -112,6 +112,14 @@ def test_alarms_that_were_raised_are_told(tmp_path: Path) -> None:
     assert "was first raised at step 3" in render(data) and "<h2>Alarms</h2>" in render(data)
 
 
+def test_tool_calls_and_candidates_have_curves() -> None:
+    rows = [
+        {"step": n, "rollout/tools/calls": 8.0, "rollout/tools/errors": 2.0, "forks/reward/mean": 0.5} for n in (1, 2)
+    ]
+    page = render(ReportData("run", "", metrics=rows))
+    assert "Tool calls a step" in page and "rollout/tools/errors" in page and "Reward of candidates" in page
+
+
 def test_a_warm_start_alone_shows_its_loss(tmp_path: Path) -> None:
     (tmp_path / "sft").mkdir()
     rows = [{"step": step, "sft/loss_text": 4.0 / step, "sft/loss_image": 2.0} for step in (5, 10)]

@@ -32,6 +32,7 @@ def test_scale_rewards_takes_trls_booleans():
         ({"loss_type": "gspo"}, "'segment', 'modality'"),
         ({"num_generations": 1}, "greater than or equal to 2"),
         ({"num_minibatches": 20}, "num_minibatches is 20, but a step has only 16 groups"),
+        ({"fork": {"roles": ["a"], "members": 9}}, "fork.members is 9, but a group has only 8"),
         ({"role_weights": {"plan": -1.0}}, "role_weights.plan is negative"),
         ({"segment_reward_weights": {"detect": 2.0}}, "needs advantage_level: segment"),
         ({"clip_by_kind": {"pixel": {}}}, "'word', 'code' or 'flow'"),

@@ -7,12 +7,16 @@ from formats.base import Codes
 from formats.registry import get_format
 from formats.render import render as render_thought
 from formats.render import tags_of
+from record.trajectory import Author, Modality, Segment, Trajectory
 from rewards.functions.geneval import evaluate
+from rollout.tools.base import ToolCall
+from rollout.tools.look import Look
 from runtime.errors import UserError
 from tasks.registry import get_task
 from tasks.shapes.demonstrations import FORMATS
 from tasks.shapes.language import KINDS, claims, holds, parse_plan, requirement
 from tasks.shapes.prompts import HELDOUT, TAGS, compositions
+from tasks.shapes.world import PLACES, place_of
 
 TASK = get_task("shapes")
 COUNT = 600
@@ -30,15 +34,16 @@ def judged(record, image):
     return evaluate(record, objects)[0]
 
 
-def images(demonstration):
-    return [(i, part.image) for i, part in enumerate(demonstration.parts) if part.image is not None]
+def images(demonstration, author=Author.POLICY):
+    """What is drawn, or with another author what is shown."""
+    return [(i, p.image) for i, p in enumerate(demonstration.parts) if p.image is not None and p.author is author]
 
 
 class Words:
     """A vocabulary of whole words: enough to render demonstrations, with room for 512 codes."""
 
     def __init__(self, tags):
-        self.words = ["<pad>", "<s>", "</s>", "<boi>", "<eoi>", *tags, *TASK.words]
+        self.words = ["<pad>", "<s>", "</s>", "<boi>", "<eoi>", *tags, *TASK.words, *Look(Look.Options()).words]
         self.index = {word: i for i, word in enumerate(self.words)}
         self.pad, self.bos, self.eos, self.boi, self.eoi, self.sep = 0, 1, 2, 3, 4, None
         self.code_ids = np.arange(len(self.words), len(self.words) + 512, dtype=np.int32)
@@ -63,14 +68,15 @@ def test_demonstrations_are_sentences_of_their_format(written, name):
     codes = vocabulary.code_ids[:16]
     for shown in written[name][:200]:
         # render raises when a part is no sentence of the format, and encode when a word is unknown
-        thought = render_thought(fmt, shown.prompt, shown.record, shown.parts, vocabulary, [codes] * len(images(shown)))
+        count = len(images(shown)) + len(images(shown, Author.ENVIRONMENT))
+        thought = render_thought(fmt, shown.prompt, shown.record, shown.parts, vocabulary, [codes] * count)
         assert fmt.violations(thought) == []
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_two_to_four_images_and_the_last_is_right(written, name):
     counts = Counter(len(images(shown)) for shown in written[name])
-    assert set(counts) == {2, 3, 4}
+    assert set(counts) == ({1, 2, 3} if name == "look" else {2, 3, 4})
     for shown in written[name]:
         assert judged(shown.record, images(shown)[-1][1]), shown.prompt
 
@@ -100,7 +106,7 @@ def test_tags_are_even_and_prompts_are_train_ones(written, name):
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_every_word_is_known(written, name):
-    known = {*TASK.words, *tags_of(get_format(name))}
+    known = {*TASK.words, *tags_of(get_format(name)), *(Look(Look.Options()).words if name == "look" else ())}
     for shown in written[name]:
         assert {word for part in shown.parts for word in part.text.split()} <= known
         assert set(shown.prompt.split()) <= known
@@ -112,11 +118,13 @@ def inspected(name, shown):
     for i, part in enumerate(shown.parts):
         if name == "strokes" and part.role == "plan":
             stage = requirement(shown.record, part.text)
-        if part.image is not None and i + 1 < len(shown.parts):
-            yield stage, i in shown.mistakes, part.image, shown.parts[i + 1].text
+        if part.image is not None and part.author is Author.POLICY:
+            said = i + (3 if name == "look" else 1)  # after a look and its crop
+            if said < len(shown.parts):
+                yield stage, i in shown.mistakes, part.image, shown.parts[said].text
 
 
-@pytest.mark.parametrize("name", ["strokes", "self_critique"])
+@pytest.mark.parametrize("name", ["strokes", "self_critique", "look"])
 def test_inspections_say_what_is_there_and_are_right(written, name):
     verdicts: Counter = Counter()
     for shown in written[name]:
@@ -154,6 +162,25 @@ def test_a_repair_changes_one_object_and_keeps_the_rest(written):
             assert 1 <= len(before ^ after) <= 2
             seen += 1
     assert seen > 100
+
+
+def test_what_is_looked_at_is_what_the_tool_shows_and_what_is_wrong(written):
+    tool, mistaken = Look(Look.Options()), 0
+    for shown in written["look"]:
+        drawn, looked = images(shown), images(shown, Author.ENVIRONMENT)
+        assert len(drawn) == len(looked)
+        for (i, image), (j, seen) in zip(drawn, looked, strict=True):
+            call, inspected = shown.parts[i + 1], shown.parts[i + 3]
+            assert (call.role, shown.parts[j].role, inspected.role) == ("look", "crop", "inspect") and j == i + 2
+            body = call.text.removeprefix("<look>").removesuffix("</look>").strip()
+            before = Trajectory("", {}, "look", [Segment("sketch", Author.POLICY, Modality.IMAGE, True, image=image)])
+            (answer,) = tool.call(ToolCall("look", body=body), before)
+            assert np.array_equal(answer, seen)
+            for mistake in claims(inspected.text).mistakes:
+                x0, y0, x1, y1 = map(int, body.split())
+                assert PLACES[place_of((x0 + 2, y0 + 2, x1 - 2, y1 - 2))] == mistake.object.place
+                mistaken += 1
+    assert mistaken > 100
 
 
 def test_right_images_show_what_their_plan_describes(written):

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from record.trajectory import Trajectory
 from rollout.tools.base import Reply, ToolCall, ToolError
 from runtime.section import Section
+from tasks.crop import crop
 
 
 class LookOptions(Section):
@@ -75,21 +75,6 @@ class Look:
         if min(box[2] - box[0], box[3] - box[1]) < self.options.smallest:
             raise ToolError(f"the box is too small: each side has at least {self.options.smallest} pixels")
         return box
-
-
-def crop(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """The box of an image, enlarged to the image's size, uint8 [height, width, 3].
-
-    The box first grows around its middle to the image's proportions, inside of the image, so that nothing is distorted.
-    """
-    height, width = image.shape[:2]
-    x0, y0, x1, y1 = box
-    scale = max((x1 - x0) / width, (y1 - y0) / height)
-    wide, high = min(width, round(scale * width)), min(height, round(scale * height))
-    left = int(np.clip(round((x0 + x1 - wide) / 2), 0, width - wide))
-    top = int(np.clip(round((y0 + y1 - high) / 2), 0, height - high))
-    part = Image.fromarray(image[top : top + high, left : left + wide])
-    return np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _four(call: ToolCall) -> list[float]:

@@ -6,7 +6,8 @@ it, and everything else of the image stays as it was. In the others the inspecti
 image is always right. `Demonstration.mistakes` says which images are wrong, for a loss that would rather not learn
 to draw them; `Demonstration.needless` which plan goes on although the image before it was already right.
 
-Formats (formats): strokes, subgoals, self_critique.
+Formats (formats): strokes, subgoals, self_critique, and look, in which the crops are the environment's and the boxes
+are in the words of the tool `look`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from formats.base import Part
+from record.trajectory import Author
 from runtime.errors import UserError, nearest
 from tasks.base import Demonstration, Record
+from tasks.crop import crop
 from tasks.shapes.language import (
     Mistake,
     clause_of,
@@ -31,7 +34,7 @@ from tasks.shapes.language import (
 )
 from tasks.shapes.prompts import TAGS, pool, sample_scene_for, satisfies
 from tasks.shapes.render import render
-from tasks.shapes.world import COLORS, SHAPES, Object, Scene, free_places
+from tasks.shapes.world import BLOCK, COLORS, PATCH, PLACES, SHAPES, Object, Scene, free_places
 
 # Kinds of mistake by tag, with weights: only what GenEval's rules would punish. An extra object is no fault outside
 # counting, nor is a color that nobody asked for.
@@ -46,6 +49,7 @@ MISTAKES: dict[str, dict[str, float]] = {
 ANOTHER_MISTAKE = 0.35  # of the repairs that go wrong once more, while there is room for two images
 TWO_STROKES = 0.25  # of the thoughts on several objects that are drawn in two strokes
 MAX_IMAGES = 4
+MAX_LOOKED_AT = 3  # images in the format look
 
 
 @dataclass(frozen=True)
@@ -256,10 +260,44 @@ def self_critique(record: Record, rng: np.random.Generator, mistake_rate: float)
     return out.finish(record)
 
 
+def look(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
+    """plan, sketch, look, crop, inspect, and again from plan while the image is wrong.
+
+    It looks at what is wrong, or at where something is missing; in a right image at any object. The plan after a wrong
+    image is its repair.
+    """
+    scene = sample_scene_for(record, rng)
+    out = _Writer()
+    text = describe(scene)
+    wrong = min(_how_often(rng), MAX_LOOKED_AT - 1) if rng.random() < mistake_rate else 0
+    for made in _slips(record, scene, rng, wrong):
+        out.say("plan", f"<ins> {text} </ins>")
+        out.draw("sketch", made.scene, wrong=True)
+        _glance(out, made.mistake.object.place or PLACES[0])
+        out.say("inspect", f"<inspect> {inspection(record, made.scene, made.mistake)} </inspect>")
+        text = refinement(made.mistake, made.target)
+    out.say("plan", f"<ins> {text} </ins>")
+    out.draw("sketch", scene)
+    _glance(out, PLACES[scene.objects[rng.integers(len(scene.objects))].place])
+    out.say("inspect", f"<inspect> {inspection(record, scene, None)} </inspect>")
+    return out.finish(record)
+
+
+def _glance(out: _Writer, place: str) -> None:
+    """Ask for the block of a place in the image before, and be shown it."""
+    row, column = divmod(PLACES.index(place), 3)
+    box = (column * PATCH, row * PATCH, column * PATCH + BLOCK, row * PATCH + BLOCK)
+    image = out.parts[-1].image
+    assert image is not None
+    out.say("look", f"<look> {' '.join(map(str, box))} </look>")
+    out.parts.append(Part("crop", image=crop(image, box), author=Author.ENVIRONMENT))
+
+
 FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]] = {
     "strokes": strokes,
     "subgoals": subgoals,
     "self_critique": self_critique,
+    "look": look,
 }
 
 

@@ -29,6 +29,7 @@ from underdrawing.report.charts import PALETTE, Series, bars, line_chart
 # Curves in the order of what one looks at first: (title, patterns of metric names, y range).
 CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (
     ("Reward", (r"reward/mean",), (None, None)),
+    ("Reward of candidates at a state", (r"forks/reward/mean",), (None, None)),
     ("Held-out score", (r"heldout/(first_sketch|final_image)",), (0.0, None)),
     ("Held-out reward", (r"heldout/reward",), (None, None)),
     ("Reward parts", (r"reward/(?!mean$|std$)[^/]+",), (None, None)),
@@ -41,6 +42,7 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("Groups", (r"groups/trained", r"groups/dropped/.*"), (0.0, None)),
     ("Images drawn a step", (r"rollout/images",), (0.0, None)),
     ("Tool use, and how the images of a group differ", (r"rollout/(tool_rate|diversity|duplicates)",), (0.0, None)),
+    ("Tool calls a step, and those answered with an error", (r"rollout/tools/(calls|errors)",), (0.0, None)),
     ("Gradient norm", (r"grad_norm",), (0.0, None)),
     ("Tokens a second", (r"rollout/tokens_per_s", r"perf/trained_tokens_per_s"), (0.0, None)),
     ("Warm-start loss, nats", (r"sft/loss_(text|image)",), (0.0, None)),
