@@ -222,6 +222,19 @@ def test_words_that_the_policy_cannot_say_are_left_out():
     assert set(said(rollouts.run(requests(2, 3)))) == {"big dot"}
 
 
+def test_words_that_are_left_out_are_told_once_however_many_answers_there_are(caplog, monkeypatch):
+    monkeypatch.setattr("rollout.tools.answers._told", set())
+
+    class Various(Counting):
+        async def answer(self, call, trajectory):
+            return [f"unspeakable{sum(self.calls.values())} dot"]
+
+    tool = Various()
+    engine(tool, asks=2, policy=FakePolicy(FakeVocabulary())).run(requests(2, 3))
+    assert sum(tool.calls.values()) > 3
+    assert sum("are shortened to those that the policy knows" in line for line in caplog.messages) == 1
+
+
 def test_a_tool_that_blocks_the_loop_is_named(monkeypatch):
     monkeypatch.setattr(runner, "BLOCKED_S", 0.3)
     monkeypatch.setattr("rollout.engine.parking.POLL_S", 0.05)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 ERROR_ROLES = ("error", "tool_error")  # in which errors are told, where a format has one of them
+_told: set[tuple[str, str]] = set()  # formats and roles whose words were shortened
 _OBSERVATION = "observation"  # the environment's role in a format that names none
 
 
@@ -149,15 +149,17 @@ def _encoded(text: str, fmt: Format, role: str, vocabulary: Vocabulary) -> tuple
     try:
         return [int(i) for i in vocabulary.encode(said)], said
     except UserError as error:
-        _warn_once(str(error))
+        _warn_once(fmt.name, role, error)
     kept = " ".join(word for word in text.split() if _known(word, vocabulary))
     said = f"{tags[0][0]}{kept}{tags[0][1]}" if tags else kept
     return ([int(i) for i in vocabulary.encode(said)], said) if kept else ([], "")
 
 
-@lru_cache(maxsize=64)
-def _warn_once(reason: str) -> None:
-    logger.warning("a tool's words are shortened to those that the policy knows: %s", reason)
+def _warn_once(fmt: str, role: str, error: UserError) -> None:
+    """Once for a role: answers differ, and each would be told."""
+    if (fmt, role) not in _told:
+        _told.add((fmt, role))
+        logger.warning("a tool's words ('%s') are shortened to those that the policy knows: %s", role, error)
 
 
 def _known(word: str, vocabulary: Vocabulary) -> bool:
