@@ -22,17 +22,20 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 SHOWN = 5  # prompts of each split whose media are read
 
 
-def check_task(task: Task, formats: Sequence[Format] = (), *, demonstrations: int = 8, seed: int = 0) -> None:
+def check_task(
+    task: Task, formats: Sequence[Format] = (), *, words: Sequence[str] = (), demonstrations: int = 8, seed: int = 0
+) -> None:
     """Check a task's prompts, its demonstrations in some formats, and what it detects in their images.
 
     Args:
         formats: those in which it has demonstrations; none: they are not checked.
+        words: that demonstrations use beside the task's own (those of a tool that they call).
         demonstrations: how many are asked for in each format.
 
     Raises:
         AssertionError: a promise is broken; the message names the task and the promise.
     """
-    check = _Check(task)
+    check = _Check(task, words)
     check.members()
     records = {split: check.prompts(split) for split in SPLITS}
     check.splits(records["train"], records["heldout"])
@@ -45,8 +48,8 @@ def check_task(task: Task, formats: Sequence[Format] = (), *, demonstrations: in
 
 
 class _Check:
-    def __init__(self, task: Any) -> None:
-        self.task = task
+    def __init__(self, task: Any, words: Sequence[str] = ()) -> None:
+        self.task, self.besides = task, words
         self.name = str(getattr(task, "name", type(task).__name__))
 
     def require(self, holds: bool, promise: str, sentence: str) -> None:
@@ -91,9 +94,9 @@ class _Check:
         self.require(same, "prompts", f"asked twice, {split} is not the same prompts in the same order")
         return records
 
-    def _unknown(self, text: str) -> str:
+    def _unknown(self, text: str, besides: Sequence[str] = ()) -> str:
         """A word that a tokenizer of `words` would not know, tags excluded."""
-        known = set(self.task.words)
+        known = {*self.task.words, *besides}
         for word in re.sub(r"</?\w+>", " ", text).split():
             if word not in known:
                 for part in re.findall(r"\w+|[^\w\s]", word):
@@ -139,7 +142,7 @@ class _Check:
         segments = [Segment("prompt", Author.USER, Modality.TEXT, False, text=one.prompt)]
         for part in one.parts:
             image = part.image is not None
-            unknown = "" if image else self._unknown(part.text)
+            unknown = "" if image else self._unknown(part.text, self.besides)
             self.require(not unknown, "words", f"{where} says '{unknown}', which is none of them")
             segments.append(
                 Segment(

@@ -39,7 +39,7 @@ REFERENCES = (ROOT / os.environ.get("UNDERDRAWING_FIXTURES", "../shared/fixtures
 
 PROFILES = ("ci", "nightly")
 # deadline None: a busy machine is not a slow test. print_blob: the @reproduce_failure line of what was random.
-settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
 
 

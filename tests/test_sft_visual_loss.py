@@ -184,7 +184,9 @@ def small_thinker(task, lora: LoraSection | None = None):
     return load(ChameleonPolicyConfig(tiny=TinySection(**tiny), lora=lora), task.words)
 
 
-@pytest.mark.parametrize("kind, variant", ALL)
+@pytest.mark.parametrize(
+    "kind, variant", [pytest.param(*each, marks=pytest.mark.slow if "release" in each else ()) for each in ALL]
+)
 def test_it_falls_and_a_stopped_run_goes_on_with_the_very_same_loss(shapes, tmp_path, kind, variant):
     task, trajectories = shapes
     wanted = {"kind": kind, "variant": variant, "weight": 2.0}

@@ -18,6 +18,7 @@ from rewards.detectors.contract import check_detector
 from rewards.detectors.encoders import OpenClipConfig
 from rewards.detectors.registry import DetectorConfig, build_detector
 from rewards.detectors.shapes import TaskDetector, shapes_detector
+from rollout.tools.look import Look
 from runtime.errors import UserError
 from tasks import dataset
 from tasks.config import DatasetConfig
@@ -26,9 +27,13 @@ from tasks.registry import get_task
 from tasks.shapes import demonstrations
 from tasks.shapes.task import ShapesTask
 
+LOOK = Look(Look.Options()).words
+
 
 def test_the_shapes_keep_the_contract():
-    check_task(get_task("shapes"), [get_format(name) for name in demonstrations.FORMATS], demonstrations=6)
+    with pytest.raises(AssertionError, match="task 'shapes': words: .* which is none of them"):
+        check_task(get_task("shapes"), [get_format("look")], demonstrations=6)  # its boxes are in the tool's words
+    check_task(get_task("shapes"), [get_format(name) for name in demonstrations.FORMATS], words=LOOK, demonstrations=6)
 
 
 def test_a_data_set_of_pictures_keeps_the_contract(tmp_path):
