@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from formats.base import Format, Vocabulary
+from formats.base import Codes, Format, Vocabulary
 from formats.grammar import PROMPT
 from record.trajectory import Author, Frames, Media, Modality, Segment
 from runtime.errors import UserError
@@ -31,6 +31,16 @@ def media_segment(role: str, media: Media, author: Author) -> Segment:
     if isinstance(media, Frames):
         return Segment(role, author, Modality.VIDEO_FRAMES, False, frames=media)
     return Segment(role, author, Modality.IMAGE, False, image=media)
+
+
+def image_content(segment: Segment, vocabulary: Vocabulary) -> np.ndarray:
+    """What an image is drawn from: its latent, or the ids of its codes without the markers."""
+    if segment.latent is not None:
+        return segment.latent
+    imaging = vocabulary.imaging
+    assert isinstance(imaging, Codes)
+    first = int(imaging.open is not None)
+    return segment.ids[first : first + imaging.count]
 
 
 def prompt_segments(fmt: Format, prompt: str, media: Sequence[Media], vocabulary: Vocabulary) -> list[Segment]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from formats.base import Codes, Latent, SeenOnly
+from formats.segments import image_content
 from policy.base import Pass, Policy, Scored, score_trajectories
 from policy.context import extent_of
 from policy.contract_cache import CacheCheck
@@ -92,7 +93,7 @@ class _Check(CacheCheck):
         drawn = [(t, n, s) for t, n, s in self.written if s.image is not None and s.modality is not Modality.TEXT]
         if not drawn or isinstance(imaging, SeenOnly):
             return
-        contents = [self._content(segment) for _, _, segment in drawn]
+        contents = [image_content(segment, self.policy.vocabulary) for _, _, segment in drawn]
         images = policy.decode_images(contents)
         self.require(len(images) == len(contents), "decode_images", f"{len(images)} images of {len(contents)} contents")
         for (t, n, segment), image in zip(drawn, images, strict=True):
@@ -121,14 +122,6 @@ class _Check(CacheCheck):
                 self.require(shaped, "encode_images", f"{shape} is no float32 {list(policy.latent_shape)}")
         for name in ("encode_images", "decode_images"):
             self.require(len(getattr(policy, name)([])) == 0, name, "nothing of nothing")
-
-    def _content(self, segment: Segment) -> np.ndarray:
-        if segment.latent is not None:
-            return segment.latent
-        imaging = self.policy.vocabulary.imaging
-        assert isinstance(imaging, Codes)
-        first = int(imaging.open is not None)
-        return segment.ids[first : first + imaging.count]
 
     def perceived(self) -> None:
         """Media that others show are taken in alike every time, and have an extent in each of their forms."""

@@ -95,19 +95,27 @@ def _check(content: bytes, where: str) -> None:
 
 
 def _cached(content: bytes) -> Path:
-    folder = cache_folder()
     with Image.open(BytesIO(content)) as image:
         suffix = f".{(image.format or 'img').lower()}"
+    try:
+        return kept(content, suffix)
+    except OSError as error:
+        raise ImageColumnError(not_kept("images", error)) from error
+
+
+def kept(content: bytes, suffix: str) -> Path:
+    """A file of the cache with these bytes, named by their hash, so that equal ones are kept once. Raises OSError."""
+    folder = cache_folder()
     file = folder / f"{hashlib.sha256(content).hexdigest()}{suffix}"
     if not file.is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            temporary.write_bytes(content)
-            os.replace(temporary, file)
-        except OSError as error:
-            raise ImageColumnError(
-                f"{folder}: images of the data set cannot be kept there ({error.strerror or error}); "
-                + remedy(error, "set XDG_CACHE_HOME to another folder")
-            ) from error
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
     return file
+
+
+def not_kept(what: str, error: OSError) -> str:
+    return f"{cache_folder()}: {what} of the data set cannot be kept there ({error.strerror or error}); " + remedy(
+        error, "set XDG_CACHE_HOME to another folder"
+    )

@@ -7,9 +7,7 @@ Letters: F frames.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from record.trajectory import Frames
-from runtime.errors import UserError, first_line, remedy
-from tasks.images import cache_folder, image_file, read_image
+from runtime.errors import UserError, first_line
+from tasks.images import image_file, kept, not_kept, read_image
 
 
 class VideoColumnError(UserError):
@@ -132,17 +130,7 @@ def _pyav(file: Path, where: str) -> Any:
 
 
 def _cached(content: bytes, suffix: str, where: str) -> str:
-    folder = cache_folder()
-    file = folder / f"{hashlib.sha256(content).hexdigest()}{suffix}"
-    if not file.is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            temporary.write_bytes(content)
-            os.replace(temporary, file)
-        except OSError as error:
-            raise VideoColumnError(
-                f"{where}: {folder}: videos of the data set cannot be kept there ({error.strerror or error}); "
-                + remedy(error, "set XDG_CACHE_HOME to another folder")
-            ) from error
-    return str(file)
+    try:
+        return str(kept(content, suffix))
+    except OSError as error:
+        raise VideoColumnError(f"{where}: {not_kept('videos', error)}") from error

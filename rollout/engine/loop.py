@@ -17,19 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.base import Codes, Latent, SeenOnly
-from formats.segments import prompt_segments
+from formats.base import Latent, SeenOnly
 from policy.base import FlowStep, Velocity
-from policy.context import resolve
-from record.trajectory import Author, Modality, Segment, StopReason, Trajectory, ranges_of
+from record.trajectory import Modality, Segment, StopReason, ranges_of
 from rollout.config import FlowConfig
 from rollout.engine.active import ActiveSequence, Need
 from rollout.engine.flow import FlowPlan, advance, begin, inputs
 from rollout.engine.parking import Parking
+from rollout.engine.prompts import image_room, lay_out_prompts
 from rollout.engine.sampling import DeviceMasks, sample, uniforms
 from rollout.engine.slots import Rows
 from rollout.engine.state import EngineState
-from rollout.forks import follow, inherited_segments, place
 from rollout.requests import RolloutError, RolloutRequest
 from rollout.sampling_table import SamplingTable
 from rollout.tools.answers import answer_roles, answer_segments
@@ -45,83 +43,22 @@ class Batch(Rows):
         self.requests = list(requests)
         imaging = self.vocabulary.imaging
         self.open_id = None if isinstance(imaging, SeenOnly) else imaging.open
-        markers = 0 if isinstance(imaging, SeenOnly) else sum(id is not None for id in (imaging.open, imaging.close))
-        self.image_ids = markers + (imaging.count if isinstance(imaging, Codes) else 0)
-        self.image_slots = engine.policy.image_slots
+        self.image = image_room(engine.policy)
         self.imaging_latent = isinstance(imaging, Latent)
         self.plans: dict[str, FlowPlan] = {}  # by what they are made of
         for request in self.requests if self.imaging_latent else ():
             self._plan(request.flow or self.config.flow)  # what cannot be is told before anything is sampled
-        self.prompts, slots = self._prompts(engine)
+        self.prompts, slots = lay_out_prompts(engine, self.requests, self.image)
         self.queue = deque((r, m) for r, request in enumerate(self.requests) for m in range(len(request.members)))
         self.kept_prompt: tuple[int, Tensor] | None = None  # request whose prompt the spare row holds, and its logits
         longest = max(slots, default=0) + self.config.max_tokens
-        if engine.tools is not None or self.image_slots > self.image_ids:  # contexts hold more than sampled ids
+        if engine.tools is not None or self.image.slots > self.image.ids:  # contexts hold more than sampled ids
             longest = self.max_length
         self.capacity = min(engine.active_rows, len(self.queue))
         super().__init__(engine, self.capacity, min(longest, self.max_length))
         self.table = SamplingTable(self.vocabulary.size, self.config.temperature)
         self.masks = DeviceMasks(self.table, self.device)
         self.parking = Parking(engine)
-
-    def _prompts(self, engine: EngineState) -> tuple[list[list[Segment]], list[int]]:
-        """By request: what the user says and shows, then what guidance sees beside it (a negative prompt); and how many
-        slots the first segment's context takes.
-
-        Raises RolloutError where nothing could be written after a prompt.
-        """
-        beside = getattr(self.fmt, "beside_prompt", None)
-        prompts = [
-            inherited_segments(request)
-            if request.parent is not None or request.prefix
-            else [
-                *prompt_segments(self.fmt, request.prompt, request.media, self.vocabulary),
-                *(beside(self.vocabulary) if beside and self.config.guidance else []),
-            ]
-            for request in self.requests
-        ]
-        # What a parent's prefix shows has the ids that it was seen by: codes of an image are not found anew.
-        shown = [
-            segment
-            for segments in prompts
-            for segment in segments
-            if segment.modality is not Modality.TEXT and segment.author is not Author.POLICY and not len(segment.ids)
-        ]
-        if shown:
-            engine.policy.perceive(shown)
-        slots = []
-        for request, segments in zip(self.requests, prompts, strict=True):
-            first = Segment("", Author.POLICY, Modality.TEXT, trained=False)
-            trajectory = Trajectory(request.prompt, request.record, self.fmt.name, [*segments, first])
-            specs = self.fmt.contexts(trajectory, len(segments))
-            slots.append(resolve(engine.policy, trajectory, specs[:1])[0].slots)
-            # Where the first thing is an image without a marker, it begins at once.
-            cursor = self.fmt.cursor(self.vocabulary, engine.constrain)
-            if request.parent is not None:
-                inherited = follow(cursor, self.fmt, request)
-                self._check_state(request, cursor.in_image, len(inherited.ids), slots[-1])
-                continue
-            least = self.image_slots if cursor.in_image else 1
-            if slots[-1] + least > self.max_length:
-                said = request.prompt if len(request.prompt) <= 60 else request.prompt[:57] + "..."
-                takes = f"has {slots[-1]} ids" if not shown else f"takes {slots[-1]} slots with what it shows"
-                raise RolloutError(
-                    f"prompt '{said}' (group {request.group}) {takes}, but the policy's context "
-                    f"holds {self.max_length}, the answer included; shorten the prompt"
-                )
-        return prompts, slots
-
-    def _check_state(self, request: RolloutRequest, in_image: bool, ids: int, slots: int) -> None:
-        """Raises RolloutError where a limit leaves no room for anything after a prefix."""
-        if ids + (self.image_ids if in_image else 1) > self.config.max_tokens:
-            raise RolloutError(
-                f"{place(request)}: {ids} ids stand before it, and rollout.max_tokens is {self.config.max_tokens}"
-            )
-        if slots + (self.image_slots if in_image else 1) > self.max_length:
-            raise RolloutError(
-                f"{place(request)}: what stands before it takes {slots} slots, and the policy's context holds "
-                f"{self.max_length}"
-            )
 
     # ---- the loop ----
 
@@ -171,7 +108,7 @@ class Batch(Rows):
         B = len(sequences)
         number_list = [FORCED] * B
         forced_list = [0] * B
-        image = max(self.image_ids, self.image_slots)
+        image = max(self.image.ids, self.image.slots)
         tight = (self.room_A[:B] < image).tolist() if self.room_A[:B].min() < image else None
         boi = self.open_id
         number = table.number
@@ -365,7 +302,7 @@ class Batch(Rows):
         """Whether an image that begins with the next id fits: its ids, and what it takes once it is seen again."""
         written = int(self.count_A[i])
         ids, slots = self.config.max_tokens - written, self.max_length - sequence.used(written)
-        return ids >= self.image_ids and slots >= self.image_slots
+        return ids >= self.image.ids and slots >= self.image.slots
 
     def _stop(self, i: int, sequence: ActiveSequence, reason: StopReason) -> None:
         sequence.cursor.stop()

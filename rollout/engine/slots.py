@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.base import Codes
+from formats.segments import image_content
 from policy.base import Categorical, FlowStep, TokenStep
 from record.trajectory import Context, Segment, Trajectory
 from rollout.engine.active import ActiveSequence
@@ -185,21 +185,12 @@ class Rows:
         """Turn all collected codes and latents into uint8, once."""
         began = time.perf_counter()
         waiting, self.undrawn = self.undrawn, []
-        contents = [self._content(segment) for _, segment in waiting]
+        contents = [image_content(segment, self.policy.vocabulary) for _, segment in waiting]
         for (sequence, segment), image in zip(waiting, self.policy.decode_images(contents), strict=True):
             segment.image = image
             sequence.undrawn -= 1
         self.stats.images += len(waiting)
         self.stats.draw_seconds += time.perf_counter() - began
-
-    def _content(self, segment: Segment) -> np.ndarray:
-        """What an image is drawn from: its latent, or its codes without the markers."""
-        if segment.latent is not None:
-            return segment.latent
-        imaging = self.policy.vocabulary.imaging
-        assert isinstance(imaging, Codes)
-        first = int(imaging.open is not None)
-        return segment.ids[first : first + imaging.count]
 
     def wait(self, sequence: ActiveSequence) -> None:
         """A trajectory is finished, but for images that are not drawn."""
