@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from formats.registry import get_format
-from policy.config import PolicyConfig
+from policy.chameleon.config import ChameleonPolicyConfig
 from policy.registry import load_policy
 from record.trajectory import Trajectory
 from rollout.config import RolloutConfig
@@ -65,7 +65,7 @@ class Work:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         words = ["a", "red", "circle", *words_of(Tools([SlowLook(0)]))]
-        config = PolicyConfig.model_validate({"tiny": {"tags": TAGS}})
+        config = ChameleonPolicyConfig.model_validate({"tiny": {"tags": TAGS}})
         self.policy = load_policy(config, words)
         self.format = get_format("look", max_tokens={"plan": 8, "look": 4, "inspect": 8}, max_images=3)
         self.requests = [
