@@ -16,6 +16,7 @@ what it would have raised. rl/run.py asks after every step.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,7 +137,7 @@ class Alarms:
         logged = {f"alarm/{r.name}": float(r.raised) for r in readings}
         logged |= {f"alarm/{r.name}/value": r.value for r in readings}
         raised = [r for r in readings if r.raised]
-        new_alarms = [_told(r) for r in raised if r.name not in self._told]
+        new_alarms = [*self._never_seen(metrics), *(_told(r) for r in raised if r.name not in self._told)]
         self._told |= {r.name for r in raised}
         fatal = [r for r in raised if self.config.is_fatal(r.name)]
         if not fatal:
@@ -177,6 +178,21 @@ class Alarms:
             above(rows, "unjudged", "reward/none", config.unjudged, config.window, "of the trajectories had no reward"),
         ]
         return [reading for reading in found if reading is not None]
+
+    def _never_seen(self, metrics: Mapping[str, float]) -> list[str]:
+        """Once a window is full: what the recipe watches and no step has had, most likely for a slip of the pen."""
+        if len(self.history) != self.config.window or "watch" not in self.config.model_fields_set:
+            return []
+        seen = {name for row in self.history for name in row}
+        unseen = [name for name in self.config.watch if name not in seen and not name.startswith("heldout/")]
+        sentences = []
+        for name in unseen:  # evaluations may come later
+            close = difflib.get_close_matches(name, metrics, n=1, cutoff=0.5)
+            sentences.append(
+                f"rewards.alarms.watch: '{name}' is not among the metrics of the first {self.config.window} steps"
+                + (f"; did you mean '{close[0]}'?" if close else "; metrics.jsonl has their names")
+            )
+        return sentences
 
     def _add(self, row: Mapping[str, Any]) -> None:
         kept = {

@@ -198,6 +198,25 @@ def test_an_alarm_is_told_once_and_again_never_though_it_stays():
     assert [len(new_alarms) for new_alarms in told] == [0, 1, 0, 0, 0, 0, 0]
 
 
+def test_a_watched_metric_that_no_step_has_is_told_once_a_window_is_full():
+    alarms = Alarms(AlarmsConfig(window=3, watch=["policy/entrpy", "nowhere", "heldout/other", "policy/entropy"]))
+    told = [alarms.check({"reward/mean": 0.5, "policy/entropy": 1.0})[1] for _ in range(5)]
+    assert told == [
+        [],
+        [],
+        [
+            "rewards.alarms.watch: 'policy/entrpy' is not among the metrics of the first 3 steps; "
+            "did you mean 'policy/entropy'?",
+            "rewards.alarms.watch: 'nowhere' is not among the metrics of the first 3 steps; "
+            "metrics.jsonl has their names",
+        ],
+        [],
+        [],
+    ]
+    usual = Alarms(AlarmsConfig(window=2))
+    assert [usual.check({"reward/mean": 0.5})[1] for _ in range(3)] == [[], [], []]
+
+
 def test_what_was_told_before_a_resumption_is_not_told_again():
     alarms, rows = Alarms(AlarmsConfig(window=2)), []
     for _ in range(3):
