@@ -274,3 +274,26 @@ def test_numbers_are_the_same_words_exactly_where_they_are_the_same_numbers(one,
     assert exact(one, other) == (float(one) == float(other)) == exact(f"it is {one}.", f"It is {other}")
     assert token_f1(one, other) == exact(one, other)
     assert exact(one, f"{float(one):,.10g}") == 1 and number(one) == float(one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("x+5", "x - 5", 0),
+        ("x + 5", "x+5", 1),
+        ("5+x", "5-x", 0),
+        ("2x - y", "2x + y", 0),
+        ("n(n+1)/2", "n(n-1)/2", 0),
+        ("(a+b)*(a-b)", "(a-b)*(a-b)", 0),
+        ("x=5", "x = 5", 1),
+        ("a<b", "a>b", 0),
+        ("F-16", "F16", 1),
+        ("N/A", "na", 1),
+        ("T-shirt", "tshirt", 1),
+        ("x^2", "x\u00b2", 1),
+        ("a - b", "a-b", 1),
+    ],
+)
+def test_what_joins_two_terms_is_part_of_an_answer(one, other, same):
+    assert exact(one, other) == exact(other, one) == same
+    assert exact(f"It is {one}.", f"it is {other}") == same

@@ -32,6 +32,14 @@ _SIGNED = re.compile(rf"{_OPENED}(?:{_OTHER}|{_VARIABLE})")
 _APART = re.compile(rf"(^|[=<>(\[{{,:;+*/^|][ \t]*)([-+])[ \t]+(?={_OPENED}(?:{_OTHER}|{_VARIABLE}(?![ \t]+[^\W\d_])))")
 _EXPONENT = re.compile(r"(?<![\w.])(?:\d+\.?\d*|\.\d+)e$")  # up to the sign of a number's exponent
 _NAME_MARK = re.compile(r"(?<=[^\W_])(?:\+{2,}|[+#](?![^\W_])|(?<![^\W_][^\W_]{2})-$)")  # C++, C#, A+, Disney+, O-
+# An operator between two operands: numbers, single letters with or without digits (2x, x1), brackets. ^ is left out,
+# since x^2 is also written as x2 with a raised 2.
+_TERM = r"(?:\d*[^\W\d_]\d*(?![^\W_])|\d)"
+_OPERATOR = re.compile(
+    rf"(?P<left>(?<![^\W_]){_TERM}|(?<=\d)|[)\]}}])(?P<gap>\s*)(?P<sign>[-+*/=<>])\s*(?=(?P<right>{_TERM}|[(\[{{]))"
+)
+_KEPT = str.maketrans({sign: chr(0xE000 + number) for number, sign in enumerate("-+*/=<>")})  # no punctuation
+_RESTORED = {chr(code): chr(sign) for sign, code in ((sign, ord(kept)) for sign, kept in _KEPT.items())}
 _FRACTION = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
 _POWER = re.compile(r"(?<=[\d.])\s*(?:[x*\u00d7\u22c5\u00b7]|\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
@@ -49,8 +57,10 @@ def squad_normalised(text: str) -> str:
 def normalised(text: str) -> str:
     """SQuAD's normal form (lower case, no punctuation, no articles, single blanks) of the plain words, in which numbers
     stay what they are: -5, 3.5, 1e-5, 3/4, 10:30 and 2024-05-01 keep their marks; 1,000 is 1000, +5 is 5, - 5 and $-5
-    are -5. So do the sign of a variable (-x) and the end of a name (C++, C#, A+, O-)."""
-    bare = _APART.sub(r"\1\2", unshelled(str(text)).lower().replace("\\#", "#").replace("\\+", "+"))
+    are -5. So do the sign of a variable (-x), what joins two terms (x + 5 is x+5, and no x-5) and the end of a name
+    (C++, C#, A+, O-)."""
+    bare = _OPERATOR.sub(_joining, unshelled(str(text)))
+    bare = _APART.sub(r"\1\2", bare.lower().replace("\\#", "#").replace("\\+", "+"))
     bare = re.sub(rf"([-+]?)\s*[{_CURRENCIES}]\s*([-+]?)(?=\.?\d)", r"\1\2", bare)
     bare = _JOINED.sub(r"\2", _THOUSANDS.sub(lambda found: found[0].replace(",", ""), bare))
     of_names = {at for found in _NAME_MARK.finditer(bare) for at in range(*found.span())}
@@ -58,8 +68,18 @@ def normalised(text: str) -> str:
         c if not _is_punctuation(c) or at in of_names or _belongs_to_an_operand(bare, at) else ""
         for at, c in enumerate(bare)
     )
-    kept = re.sub(r"(?<![\w.])\.(?=\d)", "0.", kept)
-    return " ".join(re.sub(rf"(?<!-){_ARTICLES.pattern}(?![-+#])", " ", kept).split())
+    kept = re.sub(r"(?<![\w.])\.(?=\d)", "0.", kept).translate(str.maketrans(_RESTORED))
+    return " ".join(re.sub(rf"(?<![-+*/=<>]){_ARTICLES.pattern}(?![-+#*/=<>])", " ", kept).split())
+
+
+def _joining(found: re.Match[str]) -> str:
+    """The two terms of an operator closed up around it. The hyphen of a name (F-16), the stroke between two letters
+    (N/A) and the sign of an exponent join no terms."""
+    left, sign, right = found["left"], found["sign"], found["right"]
+    named = sign == "-" and not found["gap"] and left[:1].isupper() and right[0].isdigit()
+    exponent = sign in "-+" and right[0].isdigit() and re.fullmatch(r"\d+[eE]", left)
+    either = sign == "/" and left.isalpha() and right.isalpha()
+    return found[0] if named or exponent or either else left + sign.translate(_KEPT)
 
 
 def _is_punctuation(character: str) -> bool:
