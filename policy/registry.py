@@ -16,6 +16,8 @@ from runtime.loading import LoadError, load_object
 from runtime.options import make
 from runtime.paths import ObjectPath
 
+_NEEDED = ("family", "model", "max_length", "vocabulary", "prefill", "step", "passes", "score")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -26,12 +28,14 @@ class Family:
         load: (section, words) -> Policy.
         check: (section, words, trains), which raises UserError for what can be found wrong before weights are loaded.
         vocabulary: section -> (Vocabulary, slots of a row) of the model at its path, read without its weights.
+        denoises: whether it makes images by denoising latents; None: its vocabulary says so once it is loaded.
     """
 
     config: str | type[PolicyConfig]
     load: str | Callable[..., Policy]
     check: str | Callable[..., None] | None = None
     vocabulary: str | Callable[..., tuple[Vocabulary, int]] | None = None
+    denoises: bool | None = None
 
 
 FAMILIES = {
@@ -40,6 +44,7 @@ FAMILIES = {
         "policy.chameleon.family.load",
         "policy.chameleon.check.check",
         "policy.chameleon.check.vocabulary",
+        denoises=False,
     )
 }
 DEFAULT = "chameleon"  # whose section a recipe has that names no family, or a function that says nothing of its keys
@@ -92,7 +97,14 @@ def load_policy(config: PolicyConfig, words: Sequence[str] = ()) -> Policy:
     loader = _object(_family(config.family).load, config.family)
     if config.family in FAMILIES:
         return loader(config, words)
-    return make(lambda: loader(config, words), {}, f"policy.family: '{config.family}'")
+    policy = make(lambda: loader(config, words), {}, f"policy.family: '{config.family}'")
+    missing = [part for part in _NEEDED if not hasattr(policy, part)]
+    if missing:
+        raise FamilyError(
+            f"policy.family: '{config.family}' gave a value of type {type(policy).__name__}, which is no Policy: it "
+            f"has no '{missing[0]}' (policy/base.py says what a policy offers)"
+        )
+    return policy
 
 
 def check_policy(config: PolicyConfig, words: Sequence[str] = (), trains: bool = False) -> None:
@@ -113,6 +125,14 @@ def load_vocabulary(config: PolicyConfig) -> tuple[Vocabulary, int] | None:
         return None
     known: tuple[Vocabulary, int] = _object(read, config.family)(config)
     return known
+
+
+def denoises(config: PolicyConfig) -> bool | None:
+    """Whether the family makes images by denoising latents; None: that is not known before it is loaded.
+
+    Raises FamilyError as `load_policy`.
+    """
+    return _family(config.family).denoises
 
 
 def _family(name: str) -> Family:

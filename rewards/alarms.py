@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import Field
 
 from record.trajectory import Trajectory
-from rewards.functions.tool_use import tool_calls
+from rewards.functions.tool_use import asked
 from runtime.errors import UserError
 from runtime.section import Section
 
@@ -105,13 +105,13 @@ class Alarms:
         self._tools_seen = False
 
     def measure(self, groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
-        """What only the trajectories tell, as metrics of the step: rollout/tool_rate (share of thoughts that call a
+        """What only the trajectories tell, as metrics of the step: rollout/tool_rate (share of thoughts that ask a
         tool; only once any did), rollout/diversity and rollout/duplicates (see `diversity_of`)."""
         trajectories = [trajectory for group in groups for trajectory in group]
         metrics: dict[str, float] = {}
         if not trajectories:
             return metrics
-        rate = sum(bool(tool_calls(t)) for t in trajectories) / len(trajectories)
+        rate = sum(map(asked, trajectories)) / len(trajectories)
         self._tools_seen = self._tools_seen or rate > 0
         if self._tools_seen:
             metrics["rollout/tool_rate"] = rate

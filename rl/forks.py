@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from record.trajectory import Author, Trajectory
 from rl.config import ForkConfig
 from rl.run import Run
-from rollout.forks import fork
+from rollout.forks import fork, stands_in_call
 from rollout.pool.contract import FailedGroup
 from rollout.requests import RolloutRequest
 
@@ -49,16 +49,27 @@ def states(trajectory: Trajectory, config: ForkConfig) -> list[int]:
     return found[: config.occurrences]
 
 
+def outside_calls(run: Run, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
+    """Those that do not continue from within a call that was never closed: what asks a tool is one segment."""
+    if run.fmt is None:
+        return list(requests)
+    fmt, vocabulary = run.fmt, run.policy.vocabulary
+    return [request for request in requests if not stands_in_call(request, fmt, vocabulary)]
+
+
 def roll_out_forks(run: Run, groups: Sequence[Sequence[Trajectory]], config: ForkConfig, step: int) -> Forks:
     """Write and judge the candidates at the states of some groups."""
     assert run.rollouts is not None and run.reward_manager is not None
-    requests = fork_requests(groups, config)
+    asked = fork_requests(groups, config)
+    requests = outside_calls(run, asked)
+    passed_over = {"forks/in_call": float(len(asked) - len(requests))} if len(requests) < len(asked) else {}
     if not requests:
-        return Forks([], [], {"forks/in": 0.0, "forks/candidates": 0.0})
+        return Forks([], [], {"forks/in": 0.0, "forks/candidates": 0.0, **passed_over})
     pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=False)
     rolled_out = run.rollouts.generate(requests, each=pending.add)
     report = pending.finish(rolled_out.groups)
     metrics = {**rolled_out.metrics, **{f"forks/{name}": v for name, v in report.metrics.items() if "reward/" in name}}
+    metrics |= passed_over
     metrics["forks/in"] = float(len(requests))
     metrics["forks/candidates"] = float(sum(map(len, rolled_out.groups)))
     return Forks(rolled_out.groups, rolled_out.failed, metrics)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from formats.base import Cursor, Format
+from formats.base import Cursor, Format, Vocabulary
 from record.trajectory import Author, Modality, Segment, Trajectory
 from rollout.requests import RolloutError, RolloutRequest
 from rollout.tools.answers import answer_roles
@@ -83,10 +83,45 @@ def follow(cursor: Cursor, fmt: Format, request: RolloutRequest) -> Inherited:
     """Bring a fresh cursor to the end of a request's prefix.
 
     Raises:
-        RolloutError: the prefix ends in the midst of an image, after the turn's end or where the environment is to
-            speak, holds more images than the format allows, or is not the format's.
+        RolloutError: the prefix ends in the midst of an image or of a call, after the turn's end or where the
+            environment is to speak, holds more images than the format allows, or is not the format's.
     """
     segments = request.prefix[_prompt_length(request.prefix) :]
+    stops = _replay(cursor, fmt, request, segments)
+    count = stops[-1] if stops else 0
+    if segments and _calls(segments[-1], fmt) and not (cursor.awaits or cursor.stopped):
+        raise RolloutError(
+            f"{place(request)}: the call in '{segments[-1].role}' stands open there, and a tool is asked with one "
+            "whole segment. Fork before the call, or after its answer"
+        )
+    _close_at(cursor, fmt, request, count)
+    if [span.stop for span in cursor.spans] != stops:
+        raise _not_the_formats(request, fmt, f"it reads {[span.role for span in cursor.spans]} there")
+    own = [segment for segment in segments if segment.author is Author.POLICY]
+    ids = np.concatenate([segment.ids for segment in own]).astype(np.int64) if own else NOTHING.ids
+    return Inherited(ids, sum(len(segment.decisions) for segment in own if segment.decisions is not None))
+
+
+def stands_in_call(request: RolloutRequest, fmt: Format, vocabulary: Vocabulary) -> bool:
+    """Whether a request's prefix ends in a call that is not closed, from which `follow` does not go on: an image cut it
+    short, or a limit.
+
+    Raises RolloutError where the prefix is not the format's.
+    """
+    segments = request.prefix[_prompt_length(request.prefix) :]
+    if not segments or not _calls(segments[-1], fmt):
+        return False
+    cursor = fmt.cursor(vocabulary)
+    _replay(cursor, fmt, request, segments)
+    return not (cursor.awaits or cursor.stopped)
+
+
+def _calls(segment: Segment, fmt: Format) -> bool:
+    return segment.author is Author.POLICY and segment.role in getattr(fmt, "calls", ())
+
+
+def _replay(cursor: Cursor, fmt: Format, request: RolloutRequest, segments: Sequence[Segment]) -> list[int]:
+    """Tell a fresh cursor what stands in a prefix. Returns where the policy's segments end among its ids."""
     stops: list[int] = []
     count = 0
     for index, segment in enumerate(segments):
@@ -109,12 +144,7 @@ def follow(cursor: Cursor, fmt: Format, request: RolloutRequest) -> Inherited:
             cursor.end_image()
         count += len(segment.ids)
         stops.append(count)
-    _close_at(cursor, fmt, request, count)
-    if [span.stop for span in cursor.spans] != stops:
-        raise _not_the_formats(request, fmt, f"it reads {[span.role for span in cursor.spans]} there")
-    own = [segment for segment in segments if segment.author is Author.POLICY]
-    ids = np.concatenate([segment.ids for segment in own]).astype(np.int64) if own else NOTHING.ids
-    return Inherited(ids, sum(len(segment.decisions) for segment in own if segment.decisions is not None))
+    return stops
 
 
 def _answered_with_nothing(cursor: Cursor, fmt: Format) -> None:

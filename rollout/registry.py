@@ -93,8 +93,8 @@ def make_writer(
     missing = [name for name in _NEEDED if not hasattr(writer, name)]
     if missing:
         raise WriterError(
-            f"{where} gave a {type(writer).__name__}, which is no Writer: it has no '{missing[0]}' (rollout/writer.py "
-            "lists what it must offer)"
+            f"{where} gave a value of type {type(writer).__name__}, which is no Writer: it has no '{missing[0]}' "
+            "(rollout/writer.py lists what it must offer)"
         )
     check_capabilities(config.writer, writer.capabilities, fmt.build(), fmt.constrain, config)
     return writer

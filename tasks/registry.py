@@ -27,7 +27,10 @@ def get_task(name: str, /, **options: Any) -> Task:
     task = make(_find(_BUILT_IN.get(name, name)), options, f"task.options: '{name}'")
     missing = [part for part in ("name", "words", "prompts", "demonstrations") if not hasattr(task, part)]
     if missing:
-        raise UserError(f"task '{name}' has no '{missing[0]}'; tasks/base.py says what a task offers")
+        raise UserError(
+            f"task.name: '{name}' gave a value of type {type(task).__name__}, which is no Task: it has no "
+            f"'{missing[0]}' (tasks/base.py says what a task offers)"
+        )
     return task
 
 

@@ -28,6 +28,13 @@ def check(config: FakeConfig, words, trains: bool) -> None:
         raise UserError(f"policy.layers: {config.layers} do not fit; at most 9")
 
 
+def load_denoising(config: FakeConfig, words=()) -> FakePolicy:
+    return FakePolicy(seed=config.layers, flow=True)
+
+
 FAMILY = Family(FakeConfig, load, check)
 OWN = "tests.fake_family.FAMILY"
 LAZY = Family("tests.fake_family.FakeConfig", "tests.fake_family.load")
+DENOISING = Family(FakeConfig, load_denoising, denoises=True)
+UNSAID = Family(FakeConfig, load_denoising)  # what its images are is known once it is loaded
+NO_POLICY = Family(FakeConfig, lambda config, words: 3)

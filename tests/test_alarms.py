@@ -12,6 +12,7 @@ from pydantic import ValidationError
 import rl.grpo
 from record.trajectory import Author, Modality, Segment
 from rewards.alarms import NAMES, AlarmRaised, Alarms, AlarmsConfig, diversity_of
+from rewards.functions.tool_use import asked
 from tests.rewards_helpers import image_segment, text, trajectory_of
 from tests.test_grpo import CodeJudge, lines, make
 from training import checkpoint
@@ -296,6 +297,28 @@ def test_tool_rate_is_logged_from_the_first_call_on():
     resumed = Alarms(AlarmsConfig())
     resumed.recall([{"rollout/tool_rate": 0.25}])
     assert resumed.measure([[silent, silent]])["rollout/tool_rate"] == 0
+
+
+def test_tool_rate_counts_calls_that_the_environment_was_asked():
+    look, open_look = text("look", "<look> 4 4 20 20 </look>"), text("look", "<look> 4 4")
+    crop = Segment("crop", Author.ENVIRONMENT, Modality.IMAGE, False, image=gray(0))
+    told = Segment("error", Author.ENVIRONMENT, Modality.TEXT, False, text="error: no box")
+    drawn, said = image_segment("sketch", gray(0)), text("inspect", "<inspect> done </inspect>")
+    thoughts = {
+        "answered": (True, look, crop, said),
+        "answered by an error": (True, look, told, said),
+        "answered last": (True, look, crop),
+        "answered by nothing": (True, look, said),
+        "a limit within the call": (False, drawn, open_look),
+        "an image within the call": (False, open_look, drawn, said),
+        "an answer that did not fit, or no room to ask": (False, drawn, look),
+        "the second time": (True, open_look, drawn, look, crop),
+        "never": (False, drawn, said),
+    }
+    for name, (expected, *segments) in thoughts.items():
+        assert asked(trajectory_of({}, *segments)) is expected, name
+    group = [trajectory_of({}, *segments) for _, *segments in thoughts.values()]
+    assert Alarms(AlarmsConfig()).measure([group])["rollout/tool_rate"] == pytest.approx(5 / 9)
 
 
 def test_no_trajectories_measure_nothing():

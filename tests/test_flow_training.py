@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from policy.base import score_trajectories
@@ -23,7 +25,7 @@ from rl.losses import ClipRange, ScoredDecisions
 from rl.trainer import Trainer, loss_settings
 from rollout.config import FlowConfig, RolloutConfig
 from rollout.engine.engine import Engine
-from rollout.engine.flow import behaviour_mean
+from rollout.engine.flow import FlowPlan, behaviour_mean
 from rollout.requests import RolloutRequest
 from runtime.errors import UserError
 from tests.fakes import FakeFormat, FakePolicy
@@ -97,6 +99,33 @@ def test_an_ode_decides_nothing_and_its_images_differ_by_their_first_noise_alone
         assert len(image.flow.time_M) == 6 and image.image is not None
     assert len({image_of(t).latent.tobytes() for t in own}) == 3
     assert len({image_of(t).latent.tobytes() for t in shared}) == 1
+
+
+@given(
+    st.sampled_from(["sde", "cps", "dance", "ode"]),
+    st.none() | st.sampled_from([0.0, 0.5]),
+    st.integers(1, 4),
+    st.data(),
+)
+def test_a_plan_decides_where_some_groups_images_hold_a_decision(sampler, noise_level, steps, data):
+    window = data.draw(st.none() | st.integers(1, steps))
+    bounds = None
+    if window is not None:
+        low = data.draw(st.integers(0, steps - window))
+        bounds = (low, data.draw(st.integers(low + window, steps)))
+    flow = FlowConfig(sampler=sampler, noise_level=noise_level, steps=steps, window=window, window_range=bounds)
+    plan = FlowPlan(flow)
+    if steps == 1 and window is None and plan.noisy_T.any():
+        assert not plan.decides  # its one step is the last, which only a window trains
+        with pytest.raises(UserError, match="a schedule of 1 step has none to train"):
+            plan.stochastic(0, 0)
+    else:
+        assert plan.decides == any(plan.stochastic(0, group).any() for group in range(60))
+
+
+def test_one_deterministic_step_is_a_picture():
+    (group,) = written(groups=1, sampler="ode", steps=1)
+    assert all(image_of(t).image is not None and not (image_of(t).decisions.kind_N == FLOW).any() for t in group)
 
 
 def test_with_shared_noise_members_begin_alike_and_go_apart():

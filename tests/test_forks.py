@@ -4,6 +4,7 @@ once."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,17 +20,21 @@ from policy.base import score_trajectories
 from record.store import load_trajectories, save_trajectories
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from rl.batches import scored_decisions
+from rl.forks import outside_calls
+from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
 from rollout.engine.flow import behaviour_mean
-from rollout.forks import follow, fork
+from rollout.forks import follow, fork, stands_in_call
 from rollout.pool.contract import WorkersError, check_requests
 from rollout.requests import RolloutError, RolloutRequest
-from rollout.tools.registry import Tools
+from rollout.tools.config import ToolConfig
+from rollout.tools.registry import Tools, build_tools
 from tests.fakes import FakeCursor, FakeFormat
 from tests.test_engine import CASES, engine, requests
 from tests.test_engine_chameleon import CASES as CHAMELEON
 from tests.test_engine_chameleon import policy, rollouts  # noqa: F401
 from tests.test_formats_contract import vocabulary_of
+from tests.test_look import numerate_policy
 from tests.tool_helpers import Counting, Replies
 
 LAYOUTS = [
@@ -427,3 +432,46 @@ def test_chameleon_forks_in_the_shipped_formats(policy, case, constrain):  # noq
         for child in children:
             if child.stop is StopReason.END:
                 assert writer.fmt.violations(child) == []
+
+
+# ---- calls of tools ----
+
+
+def test_a_call_that_stands_open_is_no_state_and_all_others_go_on_as_they_were_written():
+    """Words are free under `images`, so that an image may begin inside <look>, whose call then never comes about."""
+    thinker, fmt = numerate_policy("<ins>", "</ins>", "<look>", "</look>"), get_format("look")
+    tools = build_tools({"look": ToolConfig()})
+    writer = Engine(thinker, fmt, RolloutConfig(rows=8, max_tokens=80), "images", tools)
+    trunk = writer.run([RolloutRequest(g, "a red circle", {}, (0, 1, 2, 3), 5) for g in range(2)])
+    # A call that was answered, as it stood before its last id.
+    request = next(r for r in forks_of(trunk, (8,)) if r.prefix[-1].author is Author.ENVIRONMENT)
+    call = next(n for n, s in enumerate(request.prefix) if s.role == "look" and "</look>" in s.text)
+    half = replace(request.prefix[call], ids=request.prefix[call].ids[:-1], text="<look> 4", decisions=None)
+    cut = replace(request, parent=(request.parent[0], call + 1), prefix=(*request.prefix[:call], half))
+    with pytest.raises(RolloutError, match=rf"after segment {call}: the call in 'look' stands open .* Fork before the"):
+        writer.run([cut])
+
+    def stands_open(request: RolloutRequest) -> bool:
+        last = request.prefix[-1]
+        return last.role == "look" and last.author is Author.POLICY and "</look>" not in last.text
+
+    asked = [cut, *forks_of(trunk, (8, 9))]
+    others = [r for r in asked if not stands_open(r)]
+    assert [stands_in_call(r, fmt, thinker.vocabulary) for r in asked] == [stands_open(r) for r in asked]
+    assert outside_calls(SimpleNamespace(fmt=fmt, policy=thinker), asked) == others and len(others) > 8
+    some = [r for r in others if r.parent[1] > 1][::3]
+    by_key = {t.key: t for t in trunk}
+    own = [replace(r, members=(r.parent[0],)) for r in some]
+    assert [contents(c) for (c,) in in_order(writer, own)] == [
+        contents(by_key[f"{r.group}-{r.parent[0]}"]) for r in own
+    ]
+    children = [child for group in in_order(writer, some) for child in group]
+    with torch.no_grad():
+        assert float(score_trajectories(thinker, children).log_ratio_N.abs().max()) < 1e-5
+    answered = 0
+    for child in children:
+        for before, answer in pairwise(child.segments):
+            if answer.author is Author.ENVIRONMENT:
+                assert before.text.startswith("<look>") and before.text.endswith("</look>")
+                answered += 1
+    assert answered

@@ -19,7 +19,9 @@ from rollout.tools.fitting import check_fit
 from rollout.tools.look import Look, LookOptions, crop
 from rollout.tools.parse import parse_call
 from rollout.tools.registry import Tools, ToolsError, build_tools, words_of
+from tests.test_cli import ROOT
 from tests.tool_helpers import Blocking, Counting, Hanging, Raising, Replies
+from underdrawing.recipe import RecipeError, load_recipe
 
 CHAT = DeclaredFormat(
     Grammar(
@@ -226,6 +228,24 @@ def test_tools_that_cannot_be_had_are_named(configs, message):
     with pytest.raises(Exception, match=message) as caught:
         build_tools({name: ToolConfig(**config) for name, config in configs.items()})
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ("look", "tools: a list of names, as in tools=[look], or a map of them to their keys is wanted, not a name "
+         "(given: 'look')"),
+        ("3", "tools: a list of names, as in [look], or a map of them to their keys is wanted: {look: {timeout_s: 5}}"),
+        ("[{look: {}}]", "tools: a list of names, as in [look], or a map of them"),
+        ("{look: 3}", "tools.look: Input should be a mapping of keys to values"),
+        ("{look: {timeout: 3}}", "tools.look.timeout: unknown key; did you mean 'timeout_s'"),
+    ],
+)  # fmt: skip
+def test_tools_on_the_command_line_are_a_list_or_a_map(given, sentence):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(ROOT / "configs/shapes/look.yaml", [f"tools={given}"])
+    assert sentence in str(caught.value) and caught.value.exit_code == 2
+    assert list(load_recipe(ROOT / "configs/shapes/look.yaml", ["tools=[look]"]).tools) == ["look"]
 
 
 @pytest.mark.parametrize(

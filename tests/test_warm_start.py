@@ -330,7 +330,8 @@ ASKS = Grammar(
 )
 
 
-def asker():
+@pytest.fixture(scope="module")
+def asking():
     """The format, and a Chameleon whose tokenizer knows its tags."""
     from policy.registry import load_policy
     from tests.chameleon_helpers import WORDS, small_config
@@ -344,9 +345,8 @@ def picture(policy, value) -> np.ndarray:
     return np.full((size, size, 3), value, np.uint8)
 
 
-def test_images_in_prompts_and_answers_are_perceived_condition_what_follows_and_are_not_learned(tmp_path):
-    fmt, policy = asker()
-    v = policy.vocabulary
+def shown_and_answered(policy, value=200) -> Demonstration:
+    """A prompt that shows an image, and a call that is answered by another one and a word."""
     parts = (
         Part("think", "<think> a circle </think>"),
         Part("call", "<call> left </call>"),
@@ -355,8 +355,13 @@ def test_images_in_prompts_and_answers_are_perceived_condition_what_follows_and_
         Part("think", "<think> red </think>"),
         Part("answer", "<answer> red circle </answer>"),
     )
-    shown = Demonstration("a red circle", {}, parts, media=(picture(policy, 200),))
-    (trajectory,) = render_all([shown], fmt, policy)
+    return Demonstration("a red circle", {}, parts, media=(picture(policy, value),))
+
+
+def test_images_in_prompts_and_answers_are_perceived_condition_what_follows_and_are_not_learned(asking, tmp_path):
+    fmt, policy = asking
+    v = policy.vocabulary
+    (trajectory,) = render_all([shown_and_answered(policy)], fmt, policy)
     roles = [(s.role, s.author) for s in trajectory.segments]
     first = next(i for i, s in enumerate(trajectory.segments) if s.author is Author.POLICY)
     assert [role for role, _ in roles[first:]] == ["think", "call", "crop", "note", "think", "answer"]
@@ -384,7 +389,7 @@ def test_images_in_prompts_and_answers_are_perceived_condition_what_follows_and_
     assert scored.logprob_N.tolist() == pytest.approx(by_hand, abs=1e-4)
 
     # another image in the prompt, other log-probs of what is learned
-    (other,) = render_all([Demonstration("a red circle", {}, parts, media=(picture(policy, 90),))], fmt, policy)
+    (other,) = render_all([shown_and_answered(policy, 90)], fmt, policy)
     (changed,), _ = examples([other], fmt, policy, 256)
     with torch.no_grad():
         assert (policy.score(changed.passes).logprob_N - scored.logprob_N).abs().max() > 1e-3
@@ -393,12 +398,12 @@ def test_images_in_prompts_and_answers_are_perceived_condition_what_follows_and_
     )
 
 
-def test_a_file_of_messages_shows_images_and_has_answers_of_a_tool(tmp_path):
+def test_a_file_of_messages_shows_images_and_has_answers_of_a_tool(asking, tmp_path):
     import json
 
     from PIL import Image
 
-    fmt, policy = asker()
+    fmt, policy = asking
     for name, value in (("asked", 200), ("crop", 30)):
         Image.fromarray(picture(policy, value)).save(tmp_path / f"{name}.png")
 
@@ -421,15 +426,7 @@ def test_a_file_of_messages_shows_images_and_has_answers_of_a_tool(tmp_path):
         return found
 
     (read,) = load(messages)
-    parts = (
-        Part("think", "<think> a circle </think>"),
-        Part("call", "<call> left </call>"),
-        Part("crop", image=picture(policy, 30)),
-        Part("note", "fine"),
-        Part("think", "<think> red </think>"),
-        Part("answer", "<answer> red circle </answer>"),
-    )
-    (own,) = render_all([Demonstration("a red circle", {}, parts, media=(picture(policy, 200),))], fmt, policy)
+    (own,) = render_all([shown_and_answered(policy)], fmt, policy)
     assert [(s.role, s.author, s.trained, s.ids.tolist()) for s in read.segments] == [
         (s.role, s.author, s.trained, s.ids.tolist()) for s in own.segments
     ]
@@ -442,8 +439,8 @@ def test_a_file_of_messages_shows_images_and_has_answers_of_a_tool(tmp_path):
         load([messages[0], messages[2]])
 
 
-def test_an_answer_of_another_kind_than_the_format_has_is_named():
-    fmt, policy = asker()
+def test_an_answer_of_another_kind_than_the_format_has_is_named(asking):
+    fmt, policy = asking
     (call, image) = Part("", "<think> a </think><call> left </call>"), Part("", "red", author=Author.ENVIRONMENT)
     grammar = Grammar(
         name="asks",

@@ -212,7 +212,7 @@ def test_writers_are_found_by_name_and_by_dotted_path():
             "rollout.writer: 'tests.test_writer.twn': .* has no function 'twn'; did you mean 'twin'",
         ),
         ("tests.test_writer.ROLLOUT", "is dict, and no function that builds a writer"),
-        ("tests.test_writer.no_writer", "gave a object, which is no Writer: it has no 'name'"),
+        ("tests.test_writer.no_writer", "gave a value of type object, which is no Writer: it has no 'name'"),
         ("tests.test_writer.broken", "'tests.test_writer.broken' cannot be made: ImportError: no module named vllm"),
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from formats.base import Format
+from formats.base import Format, Latent
 from formats.roles import check_names, check_roles
 from policy.base import Policy
 from policy.registry import FAMILIES, load_policy, load_vocabulary
@@ -34,6 +34,7 @@ from tasks.lengths import fitting
 from tasks.registry import get_task
 from training import checkpoint
 from training.tracking import Tracker
+from underdrawing.denoising import check_denoising
 from underdrawing.recipe import Recipe, dump_recipe
 
 
@@ -81,12 +82,20 @@ def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Pol
 
     Raises:
         CheckpointError: the weights are a checkpoint's, and that is not as it was written.
+        UserError: the recipe says of denoising what is of no effect in its family.
     """
     config = recipe.policy.model_copy(update={"path": str(weights)}) if weights else recipe.policy
     folder = Path(config.path).resolve() if config.path else None
     if folder is not None and folder.name == "weights" and checkpoint.is_checkpoint(folder.parent):
         checkpoint.verify(folder.parent)  # its weights bear no checksums of their own
-    return load_policy(config, words(recipe, task, weights))
+    policy = load_policy(config, words(recipe, task, weights))
+    check_denoising(recipe, denoises(policy))
+    return policy
+
+
+def denoises(policy: Policy) -> bool:
+    """Whether it makes images by denoising latents."""
+    return isinstance(policy.vocabulary.imaging, Latent)
 
 
 def words(recipe: Recipe, task: Task, weights: Path | None = None) -> list[str]:

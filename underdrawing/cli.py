@@ -256,10 +256,11 @@ def _dry_run(
     from sft.sources import check_data
     from underdrawing import build
     from underdrawing.evaluations import check_evaluation, check_named
-    from underdrawing.preflight import preflight
+    from underdrawing.preflight import check_tags, preflight
     from underdrawing.recipe import dump_recipe
 
     task, fmt = preflight(recipe, rolls_out, trains)
+    # The other commands begin with weights, and may run where what these were taught with is not.
     if not rolls_out and recipe.sft.data is not None:
         check_data(recipe.sft, recipe.policy.fresh_tags)
     with build.build_reward_manager(recipe, task, fmt):
@@ -267,7 +268,10 @@ def _dry_run(
     build.check_run_dir(recipe)
     check_named(recipe, task)
     if rolls_out:
-        build.check_prompts(recipe, task, fmt, build.known_weights(recipe, weights), splits)
+        there = build.known_weights(recipe, weights)
+        if there is None:  # these begin with a warm start, which will make the tokenizer
+            check_tags(recipe, fmt)
+        build.check_prompts(recipe, task, fmt, there, splits)
     if evaluates:
         check_evaluation(recipe, task, fmt)
     print(dump_recipe(recipe), end="")

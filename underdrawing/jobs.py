@@ -23,6 +23,7 @@ from tasks.base import Split
 from training import checkpoint
 from training.ranks import run_on_main
 from underdrawing import build
+from underdrawing.denoising import check_denoising
 from underdrawing.evaluations import check_named, during_training
 from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
@@ -113,6 +114,7 @@ def run_grpo(
         check_named(recipe, task)
         start = build.starting_weights(recipe, weights)
         policy = build.build_policy(recipe, task, start)
+        check_denoising(recipe, build.denoises(policy), fmt)
         newest = saved()
         if isinstance(resume, str):
             newest = checkpoint.chosen(recipe.run_dir / "checkpoints", resume)

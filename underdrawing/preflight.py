@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from formats.base import Format
-from policy.registry import check_policy
+from policy.registry import FAMILIES, check_policy, denoises
 from rollout.registry import check_writer_config
 from runtime.errors import UserError
 from tasks.base import Task
 from underdrawing import build, search_path
+from underdrawing.denoising import check_denoising
 from underdrawing.recipe import Recipe
 
 
@@ -31,8 +32,25 @@ def preflight(recipe: Recipe, rolls_out: bool = True, trains: bool = False) -> t
         check_writer_config(recipe.rollout, fmt, recipe.format.constrain)
         build.build_recipe_tools(recipe, fmt)
     # A tiny policy's tokenizer is made by the warm start, of the task's words; all others read it from its folder.
+    if not rolls_out:
+        check_tags(recipe, fmt)
     check_policy(recipe.policy, () if rolls_out else build.words(recipe, task), trains)
+    check_denoising(recipe, denoises(recipe.policy), fmt if rolls_out and trains else None)
     return task, fmt
+
+
+def check_tags(recipe: Recipe, fmt: Format) -> None:
+    """Raises UserError where the tokenizer that a warm start makes could not spell one of the format's tags."""
+    grammar, made = getattr(fmt, "grammar", None), recipe.policy.fresh_tags
+    if grammar is None or recipe.policy.path is not None or recipe.policy.family not in FAMILIES or not made:
+        return
+    known = {*made, *getattr(getattr(recipe.policy, "tiny", None), "words", ())}
+    for tag in grammar.tags:
+        if tag not in known:
+            raise UserError(
+                f"policy.tiny.tags: the format '{fmt.name}' has the tag '{tag}', which the fresh tokenizer would not "
+                f"know; add it: {[*made, *(other for other in grammar.tags if other not in known)]}"
+            )
 
 
 def _check_working_folder(recipe: Recipe) -> None:

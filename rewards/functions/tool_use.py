@@ -23,6 +23,7 @@ _FAILURE = re.compile(
     r"(?:execution error|error|traceback|exception|code execution failed|failed|invalid)\b",
     re.I,
 )
+_OPENING = re.compile(r"\s*<([^<>/]+)>")
 _GLUE = re.compile(r"<\|im_start\|>\s*\w*|<\|im_end\|>|<\|vision_start\|>|<\|vision_end\|>|<\|image_pad\|>")
 
 
@@ -53,6 +54,17 @@ def tool_calls(trajectory: Trajectory, roles: Sequence[str] = ROLES, tags: Seque
     return calls + _answered(pending, answers)
 
 
+def asked(trajectory: Trajectory) -> bool:
+    """Whether the environment was asked anything: a call was answered, or it was closed and the policy went on after an
+    answer of nothing. What was not closed before an image or a limit asked nobody."""
+    segments = trajectory.segments
+    for call in tool_calls(trajectory):
+        following = segments[call.segment + 1 : call.segment + 2]
+        if following and (following[0].author is Author.ENVIRONMENT or not _stands_open(segments[call.segment])):
+            return True
+    return False
+
+
 def failed(segment: Segment) -> bool:
     """Whether an environment segment is an error: by its role, or by how its words begin."""
     return segment.role in FAILED_ROLES or (segment.image is None and _FAILURE.match(_words(segment)) is not None)
@@ -69,6 +81,12 @@ def _calls_in(segment: Segment, roles: Sequence[str], tags: Sequence[str]) -> in
         return 0
     inside = sum(len(blocks(segment.text, tag)) for tag in tags)
     return max(inside, 1) if segment.role in roles else inside
+
+
+def _stands_open(call: Segment) -> bool:
+    """The tag that it begins with is not closed."""
+    opening = _OPENING.match(call.text)
+    return opening is not None and f"</{opening[1]}>" not in call.text
 
 
 def _words(segment: Segment) -> str:

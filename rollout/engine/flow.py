@@ -45,8 +45,17 @@ class FlowPlan:
         taken = step(self.sampler, one, one, self.time_T[:-1], self.time_T[1:], one)
         return (taken.noise_std_B > 0).numpy()
 
+    @property
+    def decides(self) -> bool:
+        """Whether any group's images hold a decision: windows of all groups together cover their whole range."""
+        steps = len(self.noisy_T)
+        low, high = (0, steps - 1) if self.config.window is None else self.config.window_range or (0, steps)
+        return bool(self.noisy_T[low:high].any())
+
     def stochastic(self, seed: int, group: int) -> np.ndarray:
         """bool [T]: a group's decisions. Its members share the window, so that they can be compared."""
+        if not self.noisy_T.any():
+            return self.noisy_T  # of which there may be one alone: it needs no window
         key = (seed, group)
         if key not in self._windows:
             steps, size = len(self.noisy_T), self.config.window

@@ -37,8 +37,18 @@ class ToolConfig(Section):
 
 
 def _listed(value: Any) -> Any:
-    """A list of names is a map of them with all defaults."""
-    return {name: {} for name in value} if isinstance(value, list) and all(isinstance(n, str) for n in value) else value
+    """A list of names is a map of them with all defaults. Raises ValueError for what is neither."""
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return {name: {} for name in value}
+    if isinstance(value, str):
+        raise ValueError(
+            f"a list of names, as in tools=[{value}], or a map of them to their keys is wanted, not a name"
+        )
+    if not isinstance(value, dict):
+        raise ValueError(
+            "a list of names, as in [look], or a map of them to their keys is wanted: {look: {timeout_s: 5}}"
+        )
+    return value
 
 
 ToolsConfig = Annotated[dict[str, ToolConfig], BeforeValidator(_listed)]

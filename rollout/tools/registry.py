@@ -71,7 +71,10 @@ def _build(name: str, config: ToolConfig) -> Tool:
     tool: Tool = make(lambda: found(*_options(name, found, config.options)), {}, where)
     for part in ("open", "repeatable"):
         if not hasattr(tool, part):
-            raise ToolsError(f"{where} has no '{part}'; rollout/tools/base.py says what a tool offers")
+            raise ToolsError(
+                f"{where} gave a value of type {type(tool).__name__}, which is no Tool: it has no '{part}' "
+                "(rollout/tools/base.py says what a tool offers)"
+            )
     return tool
 
 
