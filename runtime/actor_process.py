@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.processes import MARK, end_tree, family, lives, new_mark
+from runtime.ray_cluster import ClusterError, check_alive
 
 LOOKS, LOOK_S = 40, 0.05  # how long a stack is waited for
 REMOTE_END_S = 10.0  # how long another node may take to end a process
@@ -122,6 +123,14 @@ def end_actors(actors: Iterable[tuple[Any, ActorProcess | None]]) -> None:
     if not ray.is_initialized():
         return
     ending = [(actor, process) for actor, process in actors if actor is not None]
+    try:
+        check_alive()
+    except ClusterError:  # it ends nothing more, and would end a program that waits for it
+        for actor, process in ending:
+            if process is not None:
+                process.end()
+            ray.kill(actor)
+        return
     # Before they end: what they started is found by its parent where it has lost the mark.
     here = [(process, *family(process.pid)) for _, process in ending if process is not None and process.is_local()]
     for actor, process in ending:
