@@ -192,7 +192,8 @@ class Policy(Protocol):
 
     def passes(self, trajectories: Sequence[Trajectory], budget: int | None = None) -> list[Pass]:
         """What scores the trained decisions of trajectories, in their order. A trajectory is divided at segments where
-        it would take more than `budget` slots as forwarded; None: it is not divided."""
+        it would take more than `budget` slots as forwarded; None: it is not divided. A pass of several segments takes
+        no more than the budget or, where that is more, than the trajectory's dearest segment alone."""
         ...
 
     def score(

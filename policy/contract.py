@@ -18,7 +18,7 @@ import torch
 
 from formats.base import Codes, Latent, SeenOnly
 from formats.segments import image_content
-from policy.base import Pass, Policy, Scored, score_trajectories
+from policy.base import Pass, Policy, Scored, forwarded, score_trajectories
 from policy.context import extent_of
 from policy.contract_cache import CacheCheck
 from record.trajectory import Author, DecisionKind, Modality, Piece, Segment, Trajectory
@@ -220,16 +220,32 @@ class _Check(CacheCheck):
             self.require(
                 one.cost > 0 and bool(one.modules), "passes", f"{name}: one costs nothing or touches no module"
             )
+            slots = forwarded([one])
+            if budget is None or slots <= budget or len(one.segments) == 1:
+                continue
+            dearest = self._dearest(t)
             self.require(
-                budget is None or one.cost <= budget or len(one.segments) == 1,
+                slots <= dearest,
                 "passes",
-                f"{name}: one costs {one.cost} and could be divided, for it scores {len(one.segments)} segments",
+                f"{name}: one takes {slots} slots and could be divided, for it scores {len(one.segments)} segments, "
+                f"and the dearest one of the trajectory takes {dearest} alone",
             )
         missing, twice = set(wanted) - set(held), [key for key, count in held.items() if count > 1 and key in wanted]
         for (t, n), what in [(key, "in none") for key in sorted(missing)] + [(key, "in several") for key in twice]:
             self.require(
                 False, "passes", f"{name}: the decisions of segment {n} of {self.trajectories[t].key} are {what}"
             )
+
+    def _dearest(self, t: int) -> int:
+        """Slots of the segment that takes most when it is scored alone: no division can go below it."""
+        trajectory = self.trajectories[t]
+
+        def alone(n: int) -> Trajectory:
+            segments = [replace(s, trained=s.trained and m == n) for m, s in enumerate(trajectory.segments)]
+            return replace(trajectory, segments=segments)
+
+        scored = [n for number, n, segment in self.written if number == t and _scored(segment)]
+        return max(forwarded(self.policy.passes([alone(n)])) for n in scored)
 
     def _table(self, passes: Sequence[Pass], scored: Scored) -> LogProbs:
         number = {id(trajectory): t for t, trajectory in enumerate(self.trajectories)}

@@ -103,8 +103,8 @@ class GrpoConfig(Section):
         ge=1,
         description="Slots of one forward pass: ids, with those of guidance branches and, where attention takes no "
         "rows end to end (eager, flash_attention_2), the padding to the longest row. A trajectory that takes more is "
-        "divided at segments; a segment that takes more by itself gets a pass of its own, and the log says so. What "
-        "fits a CPU's cache is quickest there.",
+        "divided at segments, though not below what its dearest segment takes with all that it sees; a pass that is "
+        "over for that reason is named in the log. What fits a CPU's cache is quickest there.",
     )
     idle_limit: int | None = Field(
         None,

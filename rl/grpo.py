@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from rewards.alarms import AlarmRaised
-from rl.conformance import check_writers
+from rl.conformance import check_first, check_writers
 from rl.rounds import rollout_and_score
 from rl.run import Run, Stop, log
 from rl.state import RunState
@@ -51,7 +51,7 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
                     work = interruption.breakable(lambda: rollout_and_score(run, state.cursor, step))  # noqa: B023
                     ledger, state.metrics = state.on_main(work)
                     trajectories = [trajectory for group in ledger.trained for trajectory in group]
-                    trainer.check_on_policy(trajectories)  # once, on the first that can be scored
+                    check_first(run, trainer, weight_sync, trajectories)  # once, on the first that can be scored
                     state.metrics |= trainer.update(ledger.trained)
                     state.keep_probe(trajectories)
 

@@ -30,17 +30,12 @@ from rl.inexact import any_inexact, checked_gap, mean_gap_by_role, sampling_metr
 from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
 from rl.packing import tell_over_budget
-from rollout.weights.wire import fingerprint
-from runtime.errors import UserError
+from rl.trainer_state import TrainingError, check_names, checked_start, restore, starting_weights, state_of
 from training.precision import half_precision
-from training.random_state import random_state, set_random_state
+from training.random_state import set_random_state
 from training.ranks import rank_local
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(UserError):
-    """A run that must not go on: what it would learn from here is not what it was asked to learn."""
 
 
 class _Scorer(nn.Module):
@@ -105,7 +100,7 @@ class Trainer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
         )
-        self._start = _start(policy, source)
+        self._start = starting_weights(policy, source)
         policy.model.to(accelerator.device)
         if config.beta:
             with policy.reference():  # the weights as they are now, before anything wraps, moves or overwrites them
@@ -129,9 +124,11 @@ class Trainer:
         return self.scheduler.last_epoch
 
     # ---- checks ----
-    def check_on_policy(self, trajectories: Sequence[Trajectory]) -> None:
-        """Once in a process's life, on the first trajectories that there are: see on_policy_gap. Collective."""
-        if trajectories and not self._on_policy:
+    def check_on_policy(self, trajectories: Sequence[Trajectory]) -> bool:
+        """Once in a process's life, on the first trajectories that there are: see on_policy_gap. Returns whether it was
+        done now. Collective."""
+        due = bool(trajectories) and not self._on_policy
+        if due:
             exact = [t for t in trajectories if t.exact]
             if exact:
                 logger.info("on-policy gap: %.2g", self.on_policy_gap(exact))
@@ -139,6 +136,7 @@ class Trainer:
                 gap = self.sampling_gap([t for t in trajectories if not t.exact])
                 logger.info("the writer's log-probs are off the trainer's by %.2g on average", gap)
             self._on_policy = True
+        return due
 
     def sampling_gap(self, trajectories: Sequence[Trajectory]) -> float:
         """The largest mean |trainer's - recorded log-prob| of a role, where the recorded ones are another engine's.
@@ -332,14 +330,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Trained parameters, optimiser, schedule, version, what the run started from, and every process's random
         state. All processes call it."""
-        return {
-            "parameters": {name: p.detach() for name, p in self._trained().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "version": self.version,
-            "start": self._start,
-            "random": gather_object([random_state()]),
-        }
+        learned = state_of(self._trained(), self.optimizer, self.scheduler)
+        return learned | {"version": self.version, "start": self._start}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up a state() again; a process that it does not know of takes another's random state.
@@ -351,74 +343,15 @@ class Trainer:
             TrainingError: the parameters are not those of this policy; the sentence names the first one. Or the weights
                 that the policy was built from are not those that the run started from.
         """
-        trained, saved = self._trained(), state["parameters"]
-        for name in sorted(trained.keys() ^ saved.keys()):
-            where = "is in the checkpoint but not trained here" if name in saved else "is not in the checkpoint"
-            raise TrainingError(f"parameter '{name}' {where}. Resume with the recipe of that run")
+        check_names(self._trained(), state)
         if "start" in state:
-            self._check_start(state["start"])
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                if parameter.shape != saved[name].shape:
-                    raise TrainingError(
-                        f"parameter '{name}' is {list(saved[name].shape)} in the checkpoint and "
-                        f"{list(parameter.shape)} here. Resume with the recipe of that run"
-                    )
-                parameter.copy_(saved[name])
-        options = [
-            {key: value for key, value in group.items() if key not in ("params", "lr")}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        # Both have just taken over what the checkpoint's recipe said.
-        self.scheduler.base_lrs = [group["initial_lr"] for group in options]
-        self.scheduler._last_lr = [
-            base * factor(self.scheduler.last_epoch)
-            for base, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
-        ]
-        for group, option, rate in zip(self.optimizer.param_groups, options, self.scheduler._last_lr, strict=True):
-            group.update(option, lr=rate)
+            self._start = checked_start(self._start, state["start"], compared=bool(self.config.beta))
+        restore(self._trained(), self.optimizer, self.scheduler, state)
         self.version = state["version"]
         set_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
 
-    def _check_start(self, saved: dict[str, str | None]) -> None:
-        """A checkpoint holds what is trained. The rest, and what a KL term compares with, are the starting weights."""
-        here = self._start
-        for kind in ("frozen", "trained"):
-            if here[kind] == saved[kind]:
-                continue
-            if kind == "trained" and not self.config.beta:
-                self._start = saved  # all of them are about to be replaced; a KL term may yet be turned on
-                continue
-            what = (
-                "the weights that are not trained"
-                if kind == "frozen"
-                else "the weights that the KL term (grpo.beta) compares with"
-            )
-            elsewhere = saved["source"] not in (None, here["source"])
-            raise TrainingError(
-                f"{what} are not those of the checkpoint's run: it started from {saved['source'] or 'a policy'} "
-                f"(fingerprint {str(saved[kind])[:8]}), this one from {here['source'] or 'a policy'} "
-                f"({str(here[kind])[:8]}). Resume with the weights that it started from: "
-                + (f"--weights {saved['source']}" if elsewhere else "--weights and a folder that holds them")
-            )
-
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
-
-
-def _start(policy: Policy, source: Path | str | None) -> dict[str, str | None]:
-    """What the policy holds before it is trained: `source`, and fingerprints of its `frozen` and `trained` weights."""
-    state = policy.model.state_dict()
-    trained = {name for name, p in policy.model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    # Fresh adapters are chance, and the reference is without them.
-    adapters = getattr(policy, "has_adapters", False)
-    return {
-        "source": None if source is None else str(source),
-        "frozen": fingerprint({name: t for name, t in state.items() if name not in trained}),
-        "trained": None if adapters else fingerprint({name: t for name, t in state.items() if name in trained}),
-    }
 
 
 def loss_settings(config: GrpoConfig) -> LossSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from formats.base import Format
@@ -17,6 +18,8 @@ class Capabilities:
     guidance: bool = True  # several contexts a decision, combined
     full_constraint: bool = True  # every decision is held to the format's grammar, not only where images begin and end
     kept_sets: bool = True  # of top-p and top-k it says which ids were left, so that scoring renormalises over the same
+    forks: bool = True  # it goes on from a request's prefix, with the parent's segments and their contexts
+    tools: bool = True  # it calls tools where the format has the environment answer
 
 
 class WriterError(UserError):
@@ -24,7 +27,14 @@ class WriterError(UserError):
 
 
 def check_capabilities(
-    name: str, can: Capabilities, fmt: Format, constrain: str, config: RolloutConfig, draws: bool = True
+    name: str,
+    can: Capabilities,
+    fmt: Format,
+    constrain: str,
+    config: RolloutConfig,
+    draws: bool = True,
+    forks: bool = False,
+    tools: Collection[str] = (),
 ) -> None:
     """Hold a recipe to what its writer can do.
 
@@ -32,6 +42,8 @@ def check_capabilities(
         name: of the writer, as the recipe says it.
         constrain: the recipe's format.constrain.
         draws: whether the policy's family draws at all.
+        forks: whether members are to go on from prefixes (grpo.fork).
+        tools: names of the recipe's tools.
 
     Raises:
         WriterError: the recipe asks for something else; the sentence names the key, and what would be right.
@@ -58,6 +70,16 @@ def check_capabilities(
             f"rollout.{key}: the writer '{name}' does not say which ids were left to choose from, so that what it "
             f"samples could not be scored; set it to {off}, or set rollout.writer: native"
         )
+    if forks and not can.forks:
+        raise WriterError(
+            f"grpo.fork: the writer '{name}' cannot go on from a trajectory's first segments; leave the section out, "
+            "or set rollout.writer: native"
+        )
+    if tools and not can.tools:
+        raise WriterError(
+            f"tools: the writer '{name}' calls none, and the recipe names {_quoted(tuple(tools))}; leave the section "
+            "out, or set rollout.writer: native"
+        )
 
 
 def drawing_roles(fmt: Format) -> tuple[str, ...]:
@@ -68,5 +90,5 @@ def drawing_roles(fmt: Format) -> tuple[str, ...]:
     return tuple(role.name for role in grammar.drawn)
 
 
-def _quoted(roles: tuple[str, ...]) -> str:
-    return ", ".join(f"'{role}'" for role in roles)
+def _quoted(names: tuple[str, ...]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

@@ -23,15 +23,17 @@ def open_rollouts(
     config: RolloutConfig,
     words: Sequence[str] = (),
     tools: Mapping[str, ToolConfig] | None = None,
+    forks: bool = False,
 ) -> Rollouts:
     """The pool that the recipe asks for: actors that load a policy of their own, or, with `workers: 0`, a writer in
-    this process, of which the native one samples with `policy` itself."""
+    this process, of which the native one samples with `policy` itself. `forks`: whether members are to go on from
+    prefixes (grpo.fork)."""
     if config.workers == 0:
         if config.writer != NATIVE:
-            made = make_writer(policy_config, format_config, config, words, build_tools(tools or {}))
+            made = make_writer(policy_config, format_config, config, words, build_tools(tools or {}), forks)
             return LocalRollouts(made, config.threads, config.sleep)
         engine = Engine(policy, format_config.build(), config, format_config.constrain, build_tools(tools or {}))
         return LocalRollouts(engine, config.threads, config.sleep)
     from rollout.pool.ray_rollouts import RayRollouts
 
-    return RayRollouts(engine_spec(policy_config, format_config, config, words, tools), config)
+    return RayRollouts(engine_spec(policy_config, format_config, config, words, tools, forks), config)

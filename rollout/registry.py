@@ -8,7 +8,7 @@ that will write. An attribute `capabilities` on it lets a recipe be refused befo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from formats.base import Format
@@ -58,11 +58,20 @@ def _takes_tools(factory: Callable[..., Any]) -> bool:
     return "tools" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values())
 
 
-def check_writer_config(config: RolloutConfig, fmt: Format, constrain: str) -> None:
-    """What can be known to be wrong before a process is started. Raises WriterError."""
+def check_writer_config(
+    config: RolloutConfig, fmt: Format, constrain: str, forks: bool = False, tools: Collection[str] = ()
+) -> None:
+    """What can be known to be wrong before a process is started.
+
+    Args:
+        forks: whether members are to go on from prefixes (grpo.fork).
+        tools: names of the recipe's tools.
+
+    Raises WriterError.
+    """
     can = getattr(writer_factory(config.writer), "capabilities", None)
     if can is not None:
-        check_capabilities(config.writer, can, fmt, constrain, config)
+        check_capabilities(config.writer, can, fmt, constrain, config, forks=forks, tools=tools)
 
 
 def make_writer(
@@ -71,8 +80,12 @@ def make_writer(
     config: RolloutConfig,
     words: Sequence[str] = (),
     tools: Tools | None = None,
+    forks: bool = False,
 ) -> Writer:
     """The writer that the recipe names.
+
+    Args:
+        forks: whether members are to go on from prefixes (grpo.fork).
 
     Raises:
         WriterError: as `writer_factory`; what the factory returns is no writer; or it cannot do what the recipe asks.
@@ -96,5 +109,9 @@ def make_writer(
             f"{where} gave a value of type {type(writer).__name__}, which is no Writer: it has no '{missing[0]}' "
             "(rollout/writer.py lists what it must offer)"
         )
-    check_capabilities(config.writer, writer.capabilities, fmt.build(), fmt.constrain, config)
+    check_capabilities(
+        *(config.writer, writer.capabilities, fmt.build(), fmt.constrain, config),
+        forks=forks,
+        tools=() if tools is None else tools.by_name,
+    )
     return writer

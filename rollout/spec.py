@@ -37,8 +37,10 @@ def engine_spec(
     rollout: RolloutConfig,
     words: Sequence[str] = (),
     tools: Mapping[str, ToolConfig] | None = None,
+    forks: bool = False,
 ) -> EngineSpec:
-    """The spec of a recipe's sections `policy`, `format`, `rollout` and `tools`. `words`: of the task's language."""
+    """The spec of a recipe's sections `policy`, `format`, `rollout` and `tools`. `words`: of the task's language.
+    `forks`: whether members are to go on from prefixes (grpo.fork)."""
     built = build_tools(tools or {})
     return EngineSpec(
         {
@@ -47,6 +49,7 @@ def engine_spec(
             "rollout": rollout.model_dump(mode="json"),
             "words": list(words),
             "tools": {name: config.model_dump(mode="json") for name, config in (tools or {}).items()},
+            "forks": forks,
         },
         repeatable=built is None or built.repeatable,
     )
@@ -58,6 +61,7 @@ def build_writer(
     rollout: dict[str, Any],
     words: Sequence[str],
     tools: Mapping[str, dict[str, Any]] | None = None,
+    forks: bool = False,
 ) -> Writer:
     """The writer that a recipe's sections, as plain data, ask for."""
     from formats.config import FormatConfig
@@ -70,4 +74,5 @@ def build_writer(
         RolloutConfig(**rollout),
         words,
         build_tools({name: ToolConfig(**config) for name, config in (tools or {}).items()}),
+        forks,
     )

@@ -11,15 +11,17 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.processes import MARK, end_tree, new_mark
+from runtime.processes import MARK, end_tree, family, lives, new_mark
+from runtime.ray_cluster import ClusterError, check_alive
 
 LOOKS, LOOK_S = 40, 0.05  # how long a stack is waited for
 REMOTE_END_S = 10.0  # how long another node may take to end a process
+LEAVE_S, LEAVE_LOOK_S = 1.0, 0.01  # how long Ray may take to end processes of this node, and between looks at them
 
 
 class TraceableActor:
@@ -104,12 +106,42 @@ class ActorProcess:
 
 def end_actor(actor: Any, process: ActorProcess | None) -> None:
     """End a Ray actor, whatever it is doing. process: None while it has not said which it is."""
+    end_actors([(actor, process)])
+
+
+def end_actors(actors: Iterable[tuple[Any, ActorProcess | None]]) -> None:
+    """End Ray actors with all that they started, whatever they are doing.
+
+    On this node Ray is asked to end them first: a process that is gone without its doing it takes for a crash, and says
+    so on the terminal. What outlasts LEAVE_S is killed.
+
+    Args:
+        actors: each with its process; None while it has not said which it is. An actor that is None is none.
+    """
     import ray
 
-    if actor is not None and ray.is_initialized():
-        if process is not None:
+    if not ray.is_initialized():
+        return
+    ending = [(actor, process) for actor, process in actors if actor is not None]
+    try:
+        check_alive()
+    except ClusterError:  # it ends nothing more, and would end a program that waits for it
+        for actor, process in ending:
+            if process is not None:
+                process.end()
+            ray.kill(actor)
+        return
+    # Before they end: what they started is found by its parent where it has lost the mark.
+    here = [(process, *family(process.pid)) for _, process in ending if process is not None and process.is_local()]
+    for actor, process in ending:
+        if process is not None and not process.is_local():
             process.end()
         ray.kill(actor)
+    until = time.monotonic() + LEAVE_S
+    while any(lives(root) for _, root, _ in here if root is not None) and time.monotonic() < until:
+        time.sleep(LEAVE_LOOK_S)
+    for process, root, below in here:
+        end_tree(process.pid if root is not None and lives(root) else None, process.mark, below)
 
 
 def read_until_stable(read: Callable[[], bytes]) -> str:

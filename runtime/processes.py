@@ -103,6 +103,12 @@ def bearing(mark: str | None) -> set[Any]:
     return {*marked, *(child for process in marked for child in _below(process))}
 
 
+def family(pid: int) -> tuple[Any, list[Any]]:
+    """The psutil.Process of a process, None where it has ended, and its descendants."""
+    root = _process(pid)
+    return root, _below(root)
+
+
 def lives(process: Any) -> bool:
     """Whether a psutil.Process runs: one that has ended and was not waited for does not."""
     import psutil

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from formats.segments import media_segment, text_segment
-from record.trajectory import Author, Modality
+from record.trajectory import Author, Modality, Segment
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
 from rollout.native import NativeWriter, native
@@ -81,6 +82,56 @@ class Hot(NativeWriter):
                 if segment.decisions is not None:
                     segment.decisions.sampling.temperature_N[:] = 1.0
             yield trajectory
+
+
+class FromElsewhere(NativeWriter):
+    """It goes on from another prompt than the one that it was given a prefix of, and hands over what it made of it."""
+
+    def stream(self, requests):
+        asked = [replace(r, prefix=(other_word(r.prefix[0]), *r.prefix[1:])) if r.prefix else r for r in requests]
+        yield from super().stream(asked)
+
+
+class FromElsewhereInSecret(FromElsewhere):
+    """Likewise, but what it records is the prefix that it was given."""
+
+    def stream(self, requests):
+        given = {request.key: request.prefix for request in requests}
+        for trajectory in super().stream(requests):
+            if trajectory.parent is not None:
+                trajectory.segments[0] = given[trajectory.group, trajectory.parent][0]
+            yield trajectory
+
+
+class TrainsPrefixes(NativeWriter):
+    """What it has of a parent counts in the loss once more."""
+
+    def stream(self, requests):
+        for trajectory in super().stream(requests):
+            for segment in trajectory.segments:
+                segment.trained = segment.decisions is not None
+            yield trajectory
+
+
+class Lying(NativeWriter):
+    """It says that it samples with the trainer's weights, and has a copy of them."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(copy_of(engine))
+
+    def shares(self, policy) -> bool:
+        return True
+
+
+def copy_of(engine: Engine) -> Engine:
+    return Engine(copy.deepcopy(engine.policy), engine.fmt, engine.config)
+
+
+def other_word(prompt: Segment) -> Segment:
+    """A prompt whose last word is the next one in the fakes' vocabulary."""
+    ids = prompt.ids.copy()
+    ids[-1] = 6 + (ids[-1] - 6 + 1) % 10
+    return replace(prompt, ids=ids)
 
 
 class Changed(NativeWriter):

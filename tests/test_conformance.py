@@ -24,9 +24,13 @@ from tests.broken_writers import (
     Blind,
     Changed,
     Deaf,
+    FromElsewhere,
+    FromElsewhereInSecret,
     HalfDeaf,
     Hot,
+    Lying,
     ShownFormat,
+    TrainsPrefixes,
     cut_trace,
     encoded_again,
     engine_over,
@@ -101,7 +105,31 @@ def test_fresh_adapters_are_moved_though_they_are_zero(writer_class):
         assert check_writer(writer, trainer, asked, fmt).moved > 1e-3
 
 
+@pytest.mark.parametrize("view", ["plain", "window", "flow"])
+def test_the_native_writer_goes_on_from_prefixes(view):
+    found = examine(NativeWriter(engine_over(TrainedFake(flow=view == "flow"), view)), view, forks=True)
+    assert found.gap < 1e-4
+
+
 # ---- planted faults ----
+
+
+@pytest.mark.parametrize(
+    "writer_class, message",
+    [
+        (
+            FromElsewhere,
+            r"goes on from member \d after \d segments: segment 0 \('prompt'\) is another than the parent's",
+        ),
+        (FromElsewhereInSecret, "as it recorded them in forks, are off the trainer's by up to .*a context that"),
+        (TrainsPrefixes, r"goes on from member \d after \d segments: segment \d .* is trained: .* in the loss twice"),
+    ],
+)
+def test_a_fork_from_another_prefix_is_found(writer_class, message):
+    examine(writer_class(engine_over(TrainedFake())))  # nothing is wrong with what begins at a prompt
+    with pytest.raises(ConformanceError, match=message) as raised:
+        examine(writer_class(engine_over(TrainedFake())), forks=True)
+    assert raised.value.exit_code == 2
 
 
 def changed(change, view="plain"):
@@ -320,3 +348,12 @@ def test_a_writer_that_shares_the_trainers_weights_is_not_asked(tmp_path):
     run = fake_run(tmp_path, LocalRollouts(engine), policy=engine.policy)
     assert WeightSynchronizer(run.policy, run.rollouts).shared()
     assert rl.grpo.check_writers(run, None, WeightSynchronizer(run.policy, run.rollouts)) is None
+
+
+def test_a_writer_that_only_says_that_it_shares_is_found_before_anything_is_trained(tmp_path):
+    engine = fake_engine()
+    before = copy.deepcopy(engine.policy.model.state_dict())
+    with pytest.raises(ConformanceError, match=r"the writer says that it samples with .* \(shares\), and it does not"):
+        rl.grpo.train(fake_run(tmp_path, LocalRollouts(Lying(engine)), policy=engine.policy))
+    assert all(torch.equal(before[name], value) for name, value in engine.policy.model.state_dict().items())
+    rl.grpo.train(fake_run(tmp_path / "true", LocalRollouts(engine), policy=engine.policy, steps=1))

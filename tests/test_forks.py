@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from formats.base import Codes, Latent
+from formats.base import Codes, ContextSpec, Latent, whole_history
 from formats.contract import _sample, spans_to_trajectory
 from formats.declared import DeclaredFormat
 from formats.grammar import END, START, Grammar, Role
@@ -29,7 +29,7 @@ from rollout.pool.contract import WorkersError, check_requests
 from rollout.requests import RolloutError, RolloutRequest
 from rollout.tools.config import ToolConfig
 from rollout.tools.registry import Tools, build_tools
-from tests.fakes import FakeCursor, FakeFormat
+from tests.fakes import FakeCursor, FakeFormat, FakePolicy
 from tests.test_engine import CASES, engine, requests
 from tests.test_engine_chameleon import CASES as CHAMELEON
 from tests.test_engine_chameleon import policy, rollouts  # noqa: F401
@@ -257,6 +257,30 @@ def test_the_context_counts_the_prefix():
     children = rollouts.run(forks_of(trunk, (7, 8)))
     assert all(t.num_tokens() <= 17 for t in children)
     assert any(t.stop is StopReason.MAX_CONTEXT for t in children)
+
+
+class Peephole(FakeFormat):
+    """Every other segment sees the one before it alone, the others all that there is."""
+
+    def contexts(self, trajectory, segment):
+        pieces = whole_history(segment).pieces
+        return (ContextSpec("full", pieces[-1:] if segment % 2 else pieces),)
+
+
+def test_a_later_context_may_hold_more_than_the_one_that_a_fork_begins_with():
+    """The cache has room for the prompt, though the fork's first segment does not see it."""
+
+    def fresh():  # an engine keeps the longest cache that it had
+        return Engine(FakePolicy(), Peephole(max_images=0), RolloutConfig(rows=4, max_tokens=24))
+
+    prompt = "a red dot big small left right fine wrong blue"
+    trunk = {t.member: t for t in fresh().run([RolloutRequest(0, prompt, members=(3, 6, 13, 15))])}
+    lengths = {member: [len(s.ids) for s in t.segments] for member, t in trunk.items()}
+    assert lengths[3] == [11, 2, 3, 1, 3, 4, 2, 5, 1]  # a fork's first context has 3 slots, its last one 31, of 3 + 24
+    assert lengths[15][:7] == [11, 3, 7, 2, 1, 8, 1]  # 7, and 32 after the sixth, of 7 + 24
+    for parent in trunk.values():
+        (child,) = fresh().run([fork(parent, 3, (parent.member,))])
+        assert contents(child) == contents(parent) and child.stop is parent.stop
 
 
 def drawn_first(**settings):

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 import rl.grpo
+from policy.base import score_trajectories
 from rl.config import GrpoConfig
 from rl.run import Run
 from rl.state import RunState
@@ -72,6 +73,9 @@ class BigramRollouts:
 
     def set_version(self, version):
         self.version = version
+
+    def probe(self, trajectories):
+        return [score_trajectories(self.policy, trajectories).logprob_N.detach().numpy()]
 
 
 @dataclass

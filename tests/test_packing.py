@@ -193,11 +193,33 @@ def test_a_guided_trajectory_counts_what_it_forwards():
     assert sorted(other.rows) == sorted(rows) and forwarded([other]) == 11 * 153 == 1683
     assert whole.decisions == 3 * 29 + 3 * 17
 
-    for each in (policy, padded(policy)):
-        for budget in (1000, 400, 200):
-            passes = each.passes([trajectory], budget)
-            assert [n for p in passes for n in p.segments] == [2, 3, 4, 5, 6, 7]
-            assert all(forwarded([p]) <= budget or len(p.segments) == 1 for p in passes)
+    # Alone, the last image takes 153 + 54 + 18 + 21 + 30 = 276, and 5 x 153 = 765 where rows are padded: no pass can be
+    # made to take less. The first two texts with the first image: 88 in full, 18 + 18 + 21 + 30 of its branches.
+    def divided(each, budget):
+        return [(p.segments, forwarded([p])) for p in each.passes([trajectory], budget)]
+
+    assert divided(policy, 414) == [((2, 3, 4, 5, 6, 7), 414)]
+    assert divided(policy, 400) == [((2, 3, 4, 5, 6), 309), ((7,), 276)]  # 135, 36, 2 x 18, 2 x 21, 2 x 30
+    assert divided(policy, 276) == divided(policy, 1) == [((2, 3, 4), 175), ((5, 6), 240), ((7,), 276)]
+    # padded: 5 x 88; the second image has a row of 106 and one of 36 beside 18, 21 and 30, the text after it 135
+    assert divided(padded(policy), 765) == [((2, 3, 4), 5 * 88), ((5, 6), 5 * 135), ((7,), 765)]
+    assert divided(padded(policy), 1) == divided(padded(policy), 765)
+
+
+def test_a_row_over_the_budget_is_one_pass_for_its_end_takes_all_of_it():
+    """Divided at segments each pass would repeat the row before it: 45 + 50 + 55 + ... + 90 = 675 slots in ten passes,
+    and the last one no smaller."""
+    policy = small_policy()
+    [row] = sampled(policy, [["text"] * 16])
+    assert len(row.segments[0].ids) == 10 and row.num_tokens() == 10 + 16 * 5 == 90
+    [one] = policy.passes([row], 45)
+    assert one.segments == tuple(range(1, 17)) and one.cost == 90
+    # Where its end is not scored, it is not forwarded either; and what need not be in a pass with it is not.
+    row.segments[-1].trained = False
+    assert [p.cost for p in policy.passes([row], 45)] == [85]
+    [windows] = sampled(policy, [["text"] * 4], context=windowed)
+    # 10 and 5; then 10, the last 3 of the segment before and 5
+    assert [p.cost for p in policy.passes([windows], 1)] == [15, 18, 18, 18]
 
 
 @cache

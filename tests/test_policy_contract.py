@@ -210,6 +210,13 @@ class NeverDivides(Bagel):
         return super().passes(trajectories)
 
 
+class NeverDividesWindows(Thinker):
+    """Its segments have rows of their own: passes could be smaller."""
+
+    def passes(self, trajectories, budget=None):
+        return super().passes(trajectories)
+
+
 class ScoresOtherwiseInParts(Bagel):
     def score(self, passes, *args, **kwargs):
         scored = super().score(passes, *args, **kwargs)
@@ -261,11 +268,26 @@ FAULTS = {
     DropsAPass: ("lvm", "passes: of a budget of .* are in none"),
     RepeatsAPass: ("lvm", "passes: of a budget of .* are in several"),
     NeverDivides: ("bagel", "passes: of a budget of .* and could be divided"),
+    NeverDividesWindows: ("thinker", "passes: of a budget of .* and could be divided"),
     ScoresOtherwiseInParts: ("bagel", "passes: .* is not scored as it is in whole trajectories"),
     KeepsTheReference: ("lvm", "reference: within it the weights changed"),
     SavesHalf: ("lvm", "save: what is loaded scores otherwise"),
     MaySampleAnything: ("lvm", "vocabulary: .* an id that may never be sampled"),
 }
+
+
+class TakesNoMoreThanItsDearest(Bagel):
+    """As if all segments stood in one causal row, whose end takes all of it however it is divided."""
+
+    def passes(self, trajectories, budget=None):
+        def row(one):
+            return sum(len(segment.ids) for segment in one.trajectory.segments[: one.segments[-1] + 1])
+
+        return [replace(one, cost=row(one)) for one in super().passes(trajectories)]
+
+
+def test_a_pass_that_no_division_makes_smaller_is_sound():
+    check_policy(TakesNoMoreThanItsDearest(), sound("bagel"))
 
 
 @cache

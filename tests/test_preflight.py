@@ -88,3 +88,19 @@ def test_half_precision_is_refused_where_weights_are_trained(capsys, recipe, com
     assert "policy.dtype: weights in bfloat16 are to be trained" in said and "set policy.dtype: float32" in said
     assert main([command, str(recipe), "--dry-run", "policy.dtype=bfloat16", "policy.lora={r: 4}"]) == 0
     assert main(["rollout", str(recipe), "--dry-run", "policy.dtype=bfloat16"]) == 0
+
+
+def test_forks_and_tools_are_refused_where_the_writer_has_none(capsys, recipe):
+    file = recipe.parent / "own.py"
+    file.write_text(
+        "from rollout.capabilities import Capabilities\n"
+        "def words(policy, fmt, rollout, words):\n"
+        "    raise AssertionError('it was built')\n"
+        "words.capabilities = Capabilities(forks=False, tools=False)\n"
+    )
+    writer, forks = f"rollout.writer={file}:words", "grpo.fork={roles: [sketch], candidates: 2}"
+    said = refused(capsys, "grpo", recipe, "--dry-run", writer, forks)
+    assert said.startswith(f"underdrawing: grpo.fork: the writer '{file}:words' cannot go on from a trajectory's first")
+    assert main(["rollout", str(recipe), "--dry-run", writer, forks]) == 0  # it forks nothing
+    said = refused(capsys, "rollout", recipe, "--dry-run", writer, "tools={look: {tool: look}}")
+    assert f"tools: the writer '{file}:words' calls none, and the recipe names 'look'; leave the section out" in said

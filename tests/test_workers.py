@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -36,6 +37,7 @@ from rollout.spec import EngineSpec, engine_spec
 from rollout.weights.wire import WeightSyncError
 from runtime import ray_cluster
 from runtime.errors import UserError
+from runtime.processes import bearing
 from runtime.ray_cluster import ClusterError, start_ray
 from tests.worker_factories import engine, nudge
 
@@ -399,6 +401,20 @@ def test_if_all_die_the_first_crash_is_quoted(cluster):
         assert [type(done) for done in mixed] == [FinishedGroup, FailedGroup] and mixed[1].reason == "crash"
     finally:
         pool.close()
+
+
+def test_a_closed_worker_is_no_crash_and_leaves_nothing(cluster, capfd):
+    """Ray writes to the terminal of processes that are gone without its doing."""
+    pool = lone_worker()
+    pool.generate(requests(1))
+    (worker,) = pool.health()
+    mark = pool._slots[0].process.mark
+    pool.close()
+    assert not psutil.pid_exists(worker.pid) or psutil.Process(worker.pid).status() == psutil.STATUS_ZOMBIE
+    assert not bearing(mark)
+    time.sleep(1.0)  # it would be said by now
+    said = "".join(capfd.readouterr())
+    assert "died" not in said and str(worker.pid) not in said
 
 
 def test_an_engine_that_cannot_be_built_stops_the_run(cluster):

@@ -19,6 +19,7 @@ from rollout.native import NativeWriter
 from rollout.pool.local import LocalRollouts
 from rollout.registry import check_writer_config, make_writer
 from rollout.requests import RolloutRequest
+from rollout.spec import engine_spec
 from rollout.weights.receive import UNPUBLISHED
 from rollout.weights.wire import WeightSyncError, pack
 from rollout.writer import take_up, write_groups
@@ -185,6 +186,20 @@ def words_only(policy, fmt, rollout, words):
 words_only.capabilities = Capabilities(images=False, guidance=False, full_constraint=False, kept_sets=False)
 
 
+def prompts_only(policy, fmt, rollout, words):
+    pytest.fail("it was built")
+
+
+prompts_only.capabilities = Capabilities(forks=False, tools=False)
+
+
+def from_the_prompt(policy, fmt, rollout, words):
+    """A writer that only says what it cannot do once it is built."""
+    writer = NativeWriter(engine({"rows": rollout.rows, "max_tokens": rollout.max_tokens}))
+    writer.capabilities = Capabilities(forks=False, tools=False)
+    return writer
+
+
 def no_writer(policy, fmt, rollout, words):
     return object()
 
@@ -229,6 +244,29 @@ def test_what_a_writer_cannot_do_is_known_before_it_is_built():
     ):
         check_writer_config(config, get_format("strokes"), "images")
     check_writer_config(RolloutConfig(guidance=True, top_p=0.9), get_format("strokes"), "full")
+
+
+def test_forks_and_tools_are_known_before_a_writer_is_built():
+    config = RolloutConfig(writer="tests.test_writer.prompts_only")
+    with pytest.raises(WriterError, match=r"^grpo.fork: the writer 'tests.test_writer.prompts_only' cannot go on"):
+        check_writer_config(config, get_format("strokes"), "images", forks=True)
+    with pytest.raises(WriterError, match=r"^tools: the writer .* calls none, and the recipe names 'look'; leave"):
+        check_writer_config(config, get_format("strokes"), "images", tools=["look"])
+    check_writer_config(config, get_format("strokes"), "images")
+    check_writer_config(RolloutConfig(), get_format("strokes"), "images", True, ["look"])  # the native one can
+
+
+def test_a_writer_that_says_so_when_it_is_built_is_refused_in_its_own_process():
+    config = RolloutConfig(writer="tests.test_writer.from_the_prompt", **ROLLOUT)
+    for forks in (False, True):
+        spec = engine_spec(ChameleonPolicyConfig(tiny=TINY), FormatConfig(), config, ["a", "dot"], forks=forks)
+        if forks:
+            with pytest.raises(
+                WriterError, match=r"^grpo.fork: .*from_the_prompt' cannot go on .* rollout.writer: nat"
+            ):
+                spec.build()
+        else:
+            assert spec.build().policy.family == "fake"
 
 
 # ---- capabilities ----

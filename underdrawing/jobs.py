@@ -132,9 +132,8 @@ def run_grpo(
             manager = build.build_reward_manager(recipe, task, fmt)
             closing.callback(manager.close)
             config = recipe.policy.model_copy(update={"path": str(start)}) if start else recipe.policy
-            rollouts = open_rollouts(
-                policy, config, recipe.format, recipe.rollout, build.words(recipe, task, start), recipe.tools
-            )
+            words, forks = build.words(recipe, task, start), recipe.grpo.fork is not None
+            rollouts = open_rollouts(policy, config, recipe.format, recipe.rollout, words, recipe.tools, forks)
             closing.callback(rollouts.close)
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             closing.callback(tracker.close)

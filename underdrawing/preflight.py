@@ -29,7 +29,8 @@ def preflight(recipe: Recipe, rolls_out: bool = True, trains: bool = False) -> t
     build.check_policy_path(recipe)
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     if rolls_out:
-        check_writer_config(recipe.rollout, fmt, recipe.format.constrain)
+        forks = trains and recipe.grpo.fork is not None
+        check_writer_config(recipe.rollout, fmt, recipe.format.constrain, forks, recipe.tools)
         build.build_recipe_tools(recipe, fmt)
     # A tiny policy's tokenizer is made by the warm start, of the task's words; all others read it from its folder.
     if not rolls_out:

@@ -64,8 +64,10 @@ class _Plan:
 def divide(trajectory: Trajectory, budget: int | None, packed: bool = True) -> list[Pass]:
     """A trajectory's passes: one forward each, divided at segments where all of it would take more than `budget`.
 
-    Segments whose rows are their own (a planner that sees its last frame alone) are passes of their own. A segment that
-    takes more than the budget by itself is a pass that is over it. `packed`: rows are not padded.
+    Segments whose rows are their own (a planner that sees its last frame alone) are passes of their own. Segments that
+    share rows stay together up to the budget or, where one of them takes more than that by itself, up to what that one
+    takes: each pass repeats the rows before it, and smaller ones would not lower the peak. `packed`: rows are not
+    padded.
 
     Raises RecordError for a decision that is no token, or a context that is not recorded.
     """
@@ -78,9 +80,10 @@ def divide(trajectory: Trajectory, budget: int | None, packed: bool = True) -> l
         if budget is None or forwarded([whole]) <= budget:
             passes.append(whole)
             continue
+        limit = max(budget, *(forwarded([_pass(trajectory, [item], packed)]) for item in together))
         taken: list[_Chosen] = []
         for item in together:
-            if taken and forwarded([_pass(trajectory, [*taken, item], packed)]) > budget:
+            if taken and forwarded([_pass(trajectory, [*taken, item], packed)]) > limit:
                 passes.append(_pass(trajectory, taken, packed))
                 taken = []
             taken.append(item)

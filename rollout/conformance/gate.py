@@ -7,6 +7,7 @@ fault that runs elsewhere have had for weeks without an error:
     record     media or prompt ids lost on the way (prime-rl#2786, trl#6718); a sampler's trace cut (UniRL#397)
     weights    a publication that reaches nothing that samples (verl-omni#552, verl#7495)
     images     an image that the writer's later turns do not see (slime#1847)
+    forks      members that go on from another prefix than the one that was asked for
     log-probs  sampling parameters or a context on one side only (trl#6789)
 
 Letters: N scored decisions of the trajectories, W writers of a pool.
@@ -26,8 +27,9 @@ from torch import nn
 from formats.base import Format
 from policy.base import Policy
 from record.trajectory import DecisionKind, Trajectory
+from rollout.conformance.forks import States, check_prefixes, fork_requests, written_segments
 from rollout.conformance.images import scored_segments, swap_images
-from rollout.conformance.record import ConformanceError, check_record
+from rollout.conformance.record import ConformanceError, check_record, check_segments
 from rollout.pool.contract import Rollouts
 from rollout.pool.local import LocalRollouts
 from rollout.requests import RolloutRequest
@@ -71,6 +73,7 @@ def check_writer(
     fmt: Format | None = None,
     tolerance: float = TOLERANCE,
     sampling_tolerance: float = SAMPLING_TOLERANCE,
+    forks: bool = False,
 ) -> Conformance:
     """Whether a writer of your own can be trained with `policy`, whose weights it has afterwards (as version 0).
 
@@ -79,6 +82,7 @@ def check_writer(
         fmt: the format that it writes in; None: prompts are not compared.
         tolerance: of the largest difference of log-probs, for a writer that calls itself exact.
         sampling_tolerance: of the mean difference, for one that does not.
+        forks: ask it to go on from prefixes of what it wrote, too.
 
     Raises:
         ConformanceError: it names the fault, and what would be right.
@@ -100,7 +104,8 @@ def check_writer(
         publish,
         [p for p in policy.model.parameters() if p.requires_grad],
     )
-    found = conform(sides, policy, requests, fmt, rollouts.exact, tolerance, sampling_tolerance)
+    states = written_segments if forks else None
+    found = conform(sides, policy, requests, fmt, rollouts.exact, tolerance, sampling_tolerance, states)
     publish(0)
     return found
 
@@ -121,14 +126,19 @@ def conform(
     exact: bool,
     tolerance: float,
     sampling_tolerance: float,
+    states: States | None = None,
 ) -> Conformance:
     """The gate. The writers are left with moved weights: publish the true ones next. See `check_writer`.
+
+    Args:
+        states: where what they write is forked; None: it is not.
 
     Nothing is learned from what they write, so tools that are not `repeatable` are not called for it.
     """
     sides.publish(REHEARSAL)
     trajectories = sides.generate([replace(request, rehearsal=True) for request in requests])
     check_record(trajectories, requests, policy, fmt, REHEARSAL)
+    children = _forked(sides, policy, trajectories, states) if states is not None else []
     places = scored_segments(trajectories)
     if not len(places):
         logger.warning(
@@ -169,6 +179,11 @@ def conform(
         for said_N in said:
             gap = max(gap, _check_gap(what, said_N, trainer_N, trajectories, places, exact, limit))
     _check_weights_whole(trainer_change_N, change_WN)
+    if len(placed := scored_segments(children)):
+        said_N = sides.score(children)
+        gap = max(
+            gap, _check_gap("recorded them in forks", _recorded(children), said_N, children, placed, exact, limit)
+        )
     logger.info(
         "the writer conforms: log-probs of %d decisions within %.2g, moved by %.2g with the weights%s",
         len(places),
@@ -177,6 +192,52 @@ def conform(
         "" if sight is None else f", by {sight:.2g} with the images",
     )
     return Conformance(gap, len(places), change, sight)
+
+
+def _forked(sides: Sides, policy: Policy, trajectories: Sequence[Trajectory], states: States) -> list[Trajectory]:
+    """What the writers write from prefixes of what they wrote. Raises ConformanceError where it is not from those."""
+    asked = fork_requests(trajectories, states)
+    children = sides.generate(asked) if asked else []
+    check_prefixes(children, asked)
+    for child in children:
+        check_segments(child, policy, REHEARSAL)
+    return children
+
+
+def check_sharing(
+    sides: Sides,
+    name: str,
+    trajectories: Sequence[Trajectory],
+    exact: bool,
+    tolerance: float,
+    sampling_tolerance: float,
+) -> float:
+    """Whether a writer that says so samples with the trainer's own weights: it scores a few trajectories as the trainer
+    does, and so it does while these are others. Returns the gap; nothing is published.
+
+    Raises:
+        ConformanceError: it names the writer, and what would be right.
+    """
+    places = scored_segments(trajectories)
+    if not len(places):
+        return 0.0
+    trainer_N, (writer_N, *_) = sides.score(trajectories), sides.probe(trajectories)
+    if writer_N.shape != trainer_N.shape:
+        raise ConformanceError(
+            f"{name} scored {len(writer_N)} decisions of the trajectories, the trainer {len(trainer_N)}"
+        )
+    least = min(max(LEAST_CHANGE, 10 * _mean(writer_N - trainer_N)), 1.0)
+    with _moved(sides, trajectories, trainer_N, least) as moved_N:
+        (writer_moved_N, *_) = sides.probe(trajectories)
+    wanted, off = _mean(moved_N - trainer_N), _mean((writer_moved_N - writer_N) - (moved_N - trainer_N))
+    if wanted >= LEAST_CHANGE and not off <= wanted / 4:
+        raise ConformanceError(
+            f"{name} says that it samples with the trainer's own weights (shares), and it does not: moving them "
+            f"changed the trainer's log-probs by {wanted:.3g} on average, and the writer's otherwise, {off:.3g} off. "
+            "Nothing is published to a writer that shares: let `shares` be true only of the very policy that is trained"
+        )
+    limit = tolerance if exact else sampling_tolerance
+    return _check_gap("scores them", writer_N, trainer_N, trajectories, places, exact, limit)
 
 
 @contextmanager

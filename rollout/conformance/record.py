@@ -54,16 +54,21 @@ def check_record(
             if trajectory.group not in prompts:
                 prompts[trajectory.group] = _prompt(by_group[trajectory.group], policy, fmt)
             _check_prompt(trajectory, prompts[trajectory.group])
-        for number, segment in enumerate(trajectory.segments):
-            where = f"trajectory {trajectory.key}, segment {number} ('{segment.role}')"
-            _check_media(segment, policy, where)
-            if segment.author is Author.POLICY and segment.trained:
-                _check_decisions(segment, number, policy, where)
-                if version is not None and segment.version != version:
-                    raise ConformanceError(
-                        f"{where}: it is stamped with version {segment.version} of the weights, and version {version} "
-                        "was published"
-                    )
+        check_segments(trajectory, policy, version)
+
+
+def check_segments(trajectory: Trajectory, policy: Policy, version: int | None = None) -> None:
+    """Hold one trajectory's segments to what the record asks for. See check_record."""
+    for number, segment in enumerate(trajectory.segments):
+        where = f"trajectory {trajectory.key}, segment {number} ('{segment.role}')"
+        _check_media(segment, policy, where)
+        if segment.author is Author.POLICY and segment.trained:
+            _check_decisions(segment, number, policy, where)
+            if version is not None and segment.version != version:
+                raise ConformanceError(
+                    f"{where}: it is stamped with version {segment.version} of the weights, and version {version} "
+                    "was published"
+                )
 
 
 def _prompt(request: RolloutRequest, policy: Policy, fmt: Format) -> list[Segment]:

@@ -38,7 +38,8 @@ def lay_out_prompts(
     engine: EngineState, requests: Sequence[RolloutRequest], image: ImageRoom
 ) -> tuple[list[list[Segment]], list[int]]:
     """By request: its prompt's segments, then what guidance sees beside them (a negative prompt); and how many slots
-    the first segment's context takes.
+    contexts may take beside what the policy writes, of which max_tokens counts the ids: the first one's, or all that
+    others say and show, since a later segment may see of it what the first one does not.
 
     Raises RolloutError where nothing could be written after a prompt or a prefix.
     """
@@ -64,19 +65,31 @@ def lay_out_prompts(
         policy.perceive(shown)
     slots = []
     for request, segments in zip(requests, prompts, strict=True):
-        first = Segment("", Author.POLICY, Modality.TEXT, trained=False)
-        trajectory = Trajectory(request.prompt, request.record, fmt.name, [*segments, first])
+        opened = Segment("", Author.POLICY, Modality.TEXT, trained=False)
+        trajectory = Trajectory(request.prompt, request.record, fmt.name, [*segments, opened])
         specs = fmt.contexts(trajectory, len(segments))
-        slots.append(resolve(policy, trajectory, specs[:1])[0].slots)
+        first = resolve(policy, trajectory, specs[:1])[0].slots
+        slots.append(max(first, _slots_of_others(policy, segments)))
         # Where the first thing is an image without a marker, it begins at once.
         cursor = fmt.cursor(policy.vocabulary, engine.constrain)
         ids = len(follow(cursor, fmt, request).ids) if request.parent is not None else None
         least = image if cursor.in_image else ImageRoom(1, 1)
         if ids is None:
-            _check_prompt(request, slots[-1], least, policy.max_length, bool(shown))
+            _check_prompt(request, first, least, policy.max_length, bool(shown))
         else:
-            _check_prefix(request, ids, slots[-1], least, config.max_tokens, policy.max_length)
+            _check_prefix(request, ids, first, least, config.max_tokens, policy.max_length)
     return prompts, slots
+
+
+def _slots_of_others(policy: Policy, segments: Sequence[Segment]) -> int:
+    """What the user and the environment say and show takes, in every form in which it is seen."""
+    taken = [
+        policy.extent(segment, form)
+        for segment in segments
+        if segment.author is not Author.POLICY
+        for form in policy.forms(segment)
+    ]
+    return sum(extent.slots for extent in taken if extent is not None)
 
 
 def _check_prompt(request: RolloutRequest, slots: int, least: ImageRoom, length: int, shows: bool) -> None:

@@ -38,7 +38,7 @@ from rollout.spec import EngineSpec
 from rollout.weights.probe import Probe
 from rollout.weights.receive import UNPUBLISHED
 from rollout.weights.wire import WeightSyncError, WeightUpdate
-from runtime.actor_process import ActorProcess, end_actor
+from runtime.actor_process import ActorProcess, end_actors
 from runtime.errors import UserError
 from runtime.ray_cluster import check_alive, start_ray
 
@@ -172,9 +172,7 @@ class RayRollouts:
                 for slot, reason, crash in self._timed_out(timeout_s):
                     self._on_worker_lost(slot, reason, crash, assignment, requests)
         finally:
-            for slot in self._slots:
-                if slot.call is not None:  # nobody will read what it writes
-                    self._kill(slot)
+            self._kill(*(slot for slot in self._slots if slot.call is not None))  # nobody will read what they write
 
     def sync_weights(self, update: WeightUpdate, probe: Probe | None = None) -> float:
         if update.version <= self.version:
@@ -228,8 +226,7 @@ class RayRollouts:
         ]
 
     def close(self) -> None:
-        for slot in self._slots:
-            self._kill(slot)
+        self._kill(*self._slots)
         self._published, self._carried = [], {}
         self.cluster.stop()
 
@@ -331,9 +328,10 @@ class RayRollouts:
                 f"rollout workers keep dying: {len(self._crashes)} in a row. The first one: {self._crashes[0]}"
             )
 
-    def _kill(self, slot: _Slot) -> None:
-        end_actor(slot.actor, slot.process)
-        slot.actor, slot.starting, slot.call, slot.stream, slot.probe = None, [], None, None, None
+    def _kill(self, *slots: _Slot) -> None:
+        end_actors((slot.actor, slot.process) for slot in slots)
+        for slot in slots:
+            slot.actor, slot.starting, slot.call, slot.stream, slot.probe = None, [], None, None, None
 
     def _reap(self) -> None:
         """Vacate the places of idle workers that died since the last call, which costs no group an attempt."""
