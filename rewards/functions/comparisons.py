@@ -39,7 +39,7 @@ _OPERATOR = re.compile(
     rf"(?P<left>(?<![^\W_]){_TERM}|(?<=\d)|[)\]}}])(?P<gap>\s*)(?P<sign>[-+*/=<>])\s*(?=(?P<right>{_TERM}|[(\[{{]))"
 )
 _KEPT = str.maketrans({sign: chr(0xE000 + number) for number, sign in enumerate("-+*/=<>")})  # no punctuation
-_RESTORED = {chr(code): chr(sign) for sign, code in ((sign, ord(kept)) for sign, kept in _KEPT.items())}
+_RESTORED: dict[int, int] = {ord(kept): sign for sign, kept in _KEPT.items()}
 _FRACTION = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
 _POWER = re.compile(r"(?<=[\d.])\s*(?:[x*\u00d7\u22c5\u00b7]|\\times|\\cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
@@ -68,7 +68,7 @@ def normalised(text: str) -> str:
         c if not _is_punctuation(c) or at in of_names or _belongs_to_an_operand(bare, at) else ""
         for at, c in enumerate(bare)
     )
-    kept = re.sub(r"(?<![\w.])\.(?=\d)", "0.", kept).translate(str.maketrans(_RESTORED))
+    kept = re.sub(r"(?<![\w.])\.(?=\d)", "0.", kept).translate(_RESTORED)
     return " ".join(re.sub(rf"(?<![-+*/=<>]){_ARTICLES.pattern}(?![-+#*/=<>])", " ", kept).split())
 
 
