@@ -224,6 +224,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=expanded_path, help="a run's folder, or a folder of stored trajectories")
     sub.add_argument("--out", type=expanded_path, help="file to write (default report.html in the folder)")
 
+    sub = command("replay", _replay, "compute a kept training step again, and compare to the last bit", recipe=False)
+    sub.add_argument("folder", type=expanded_path, metavar="RUN", help="a run's folder, kept with grpo.keep_rollouts")
+    sub.add_argument("--step", type=Whole(1), help="which kept step (default: the last one)")
+    sub.add_argument("--call-judges", action="store_true", help="ask judges again; default: what they said is stored")
+    sub.add_argument(
+        "--stored", action="append", default=[], metavar="PART", help="do not call this reward part again either"
+    )
+    sub.add_argument("--weights", type=expanded_path, help="folder that the run started from, if it was moved")
+    sub.add_argument("--threads", type=Whole(1, 4096), help="CPU threads (default: as many as the run had)")
+    sub.add_argument(
+        "--other-setup", action="store_true", help="replay although packages or the lock are not those of the run"
+    )
+
     sub = command("doctor", _doctor, "what works on this machine, and what to do about what doesn't", recipe=False)
     sub.add_argument("--no-ray", action="store_true", help="leave out the check that starts Ray")
     return parser
@@ -395,6 +408,13 @@ def _view(options: argparse.Namespace) -> int:
         data = report_data(folder)
     print(f"report: {write_report(data, page)}")
     return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from underdrawing.replay import Options, run_replay
+
+    given = Options(options.call_judges, options.stored, options.weights, options.threads, options.other_setup)
+    return run_replay(options.folder, options.step, given)
 
 
 def _doctor(options: argparse.Namespace) -> int:
