@@ -216,6 +216,20 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--label", help="of two runs: the evaluations of this label")
     chosen.add_argument("--all", action="store_true", help="of two runs: every label that both have")
 
+    sub = commands.add_parser(
+        "diff",
+        help="the same prompts and noise by two sets of weights, and where their thoughts part",
+        description="The same held-out prompts and noise by two sets of weights, and where their thoughts part.",
+    )
+    sub.set_defaults(run=_diff)
+    place = "a folder of weights, a run's folder (its newest weights), or RUN@STEP"
+    sub.add_argument("a", metavar="A", help=place)
+    sub.add_argument("b", metavar="B", help="the same; gained and lost are B's")
+    sub.add_argument("--recipe", type=expanded_path, required=True, help=RECIPE_HELP)
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
+    sub.add_argument("--prompts", type=Whole(1), default=24, help="held-out prompts, over all tags (default 24)")
+    sub.add_argument("--out", type=expanded_path, help="file to write (default run_dir/diff.html)")
+
     from underdrawing import rewards_cli
 
     rewards_cli.add_parser(commands)
@@ -408,6 +422,12 @@ def _view(options: argparse.Namespace) -> int:
         data = report_data(folder)
     print(f"report: {write_report(data, page)}")
     return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from underdrawing.diff import run_diff
+
+    return run_diff(_recipe(options), options.a, options.b, options.prompts, options.out)
 
 
 def _replay(options: argparse.Namespace) -> int:
