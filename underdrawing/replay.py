@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 TITLES: dict[Stage, str] = {
     "rewards": "rewards",
     "advantages": "advantages and ledger",
-    "loss": "loss, from the kept log-ratios",
-    "update": "update, with the weights before the step",
+    "loss": "loss, by the kept log-ratios",
+    "update": "update, by new log-probs",
 }
 
 
@@ -341,4 +341,4 @@ def _reasons(kept: KeptStep, replay: Replay, setup: Sequence[str]) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.9g}"
+    return "–" if value is None else f"{value:.7g}"
