@@ -215,7 +215,7 @@ def _judge(
                 mine = [value for value in again if value.what == part]
                 if mine:
                     notes.append(
-                        f"rewards.parts.{part} is not deterministic: called twice here it gives two values "
+                        f"the reward part '{part}' is not deterministic: called twice here it gives two values "
                         f"(trajectory {mine[0].trajectory}: {mine[0].stored} and {mine[0].replayed})"
                     )
     return metrics
