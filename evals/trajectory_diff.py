@@ -164,8 +164,9 @@ def _id(segment: Segment, number: int) -> int:
 def _same_content(one: Segment, other: Segment) -> bool:
     if not np.array_equal(one.ids, other.ids) or one.text != other.text:
         return False
-    images = one.image, other.image
-    return (images[0] is None) == (images[1] is None) and (images[0] is None or np.array_equal(*images))
+    if one.image is None or other.image is None:
+        return one.image is other.image
+    return bool(np.array_equal(one.image, other.image))
 
 
 def _choice(trajectory: Trajectory, at: tuple[int, int], vocabulary: Vocabulary, whose: Literal["a", "b"]) -> Choice:
