@@ -164,9 +164,11 @@ def _id(segment: Segment, number: int) -> int:
 def _same_content(one: Segment, other: Segment) -> bool:
     if not np.array_equal(one.ids, other.ids) or one.text != other.text:
         return False
-    if one.image is None or other.image is None:
-        return one.image is other.image
-    return bool(np.array_equal(one.image, other.image))
+    media = (
+        (one.image, other.image),
+        (one.frames and one.frames.frames_F, other.frames and other.frames.frames_F),
+    )
+    return all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in media)
 
 
 def _choice(trajectory: Trajectory, at: tuple[int, int], vocabulary: Vocabulary, whose: Literal["a", "b"]) -> Choice:

@@ -110,11 +110,12 @@ def from_bytes(content: bytes, source: str) -> dict[Place, KeptForward]:
         raise UserError(f"{source}: no kept decisions can be read from it ({error})") from None
 
 
-def by_step(forwards: dict[Place, KeptForward]) -> list[list[KeptForward]]:
-    """The forwards of each optimiser step, all processes' together, in the order in which the update made them."""
-    steps: dict[tuple[int, int], list[KeptForward]] = {}
-    for place in sorted(forwards):
-        steps.setdefault(place[:2], []).append(forwards[place])
+def by_step(forwards: dict[Place, KeptForward]) -> list[dict[int, list[KeptForward]]]:
+    """The forwards of each optimiser step in their order, by process."""
+    steps: dict[tuple[int, int], dict[int, list[KeptForward]]] = {}
+    for iteration, minibatch, process, number in sorted(forwards):
+        step = steps.setdefault((iteration, minibatch), {})
+        step.setdefault(process, []).append(forwards[iteration, minibatch, process, number])
     return list(steps.values())
 
 

@@ -221,25 +221,35 @@ def loss_again(kept: KeptStep, ledger: Ledger, config: GrpoConfig) -> dict[str, 
     settings = loss_settings(config)
     parts = [part for part in (trainable(p, config) for p in split_groups(ledger.trained, config.num_minibatches))
              if part]  # fmt: skip
-    sums_KM = torch.zeros(len(DecisionKind), len(SUMS), dtype=torch.float64)
+    # Each process adds up its own forwards before they are added together: sums are rounded by their order.
+    sums: dict[int, Tensor] = {}
     losses: list[Tensor] = []
-    for number, forwards in enumerate(steps):
+    for number, processes in enumerate(steps):
         by_key = {(t.group, t.member): t for t in parts[number % len(parts)]} if parts else {}
-        weight_of = _weights(by_key, forwards, config)
+        weight_of = _weights(by_key, [one for mine in processes.values() for one in mine], config)
         loss_2 = torch.zeros(2, dtype=torch.float64)
-        for forward in forwards:
-            loss = policy_loss(_decisions(forward, by_key, weight_of, config), settings)
-            loss_2 += torch.stack([loss.loss, loss.policy]).double()
-            sums_KM = sums_KM + loss.sums_KM
+        for process, forwards in processes.items():
+            mine_2 = torch.zeros(2, dtype=torch.float64)
+            mine_KM = torch.zeros(len(DecisionKind), len(SUMS), dtype=torch.float64)
+            for forward in forwards:
+                loss = policy_loss(_decisions(forward, by_key, weight_of, config), settings)
+                mine_2 += torch.stack([loss.loss, loss.policy]).double()
+                mine_KM = mine_KM + loss.sums_KM
+            loss_2 = loss_2 + mine_2
+            sums[process] = sums[process] + mine_KM if process in sums else mine_KM
         losses.append(loss_2)
     total, policy = torch.stack(losses).mean(0).tolist()
-    metrics = summarise(sums_KM) | {"loss/total": total, "loss/policy": policy, "loss/kl": total - policy}
+    metrics = summarise(sum(sums.values(), torch.zeros(()))) | {
+        "loss/total": total,
+        "loss/policy": policy,
+        "loss/kl": total - policy,
+    }
     trained = [t for part in parts for t in part]
     metrics |= {
         "trained/trajectories": float(len(trained)),
         "trained/tokens": float(sum(t.num_tokens() for t in trained)),
     }
-    ratios = _ratios(steps)
+    ratios = _ratios([[one for mine in processes.values() for one in mine] for processes in steps])
     if "on_policy_gap" not in kept.metrics:  # older weights sampled, or another engine: then it is no gap
         ratios.pop("on_policy_gap", None)
     return metrics | ratios

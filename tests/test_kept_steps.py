@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import rl.grpo
 from record.digests import altered_parts, digests_of
@@ -42,6 +43,7 @@ from tests.test_forks_grpo import FORK
 from tests.test_grpo import CodeJudge, lines, make
 from tests.test_grpo_chameleon import CodeJudge as OddCodes
 from tests.test_grpo_chameleon import make as make_chameleon
+from tests.test_trainer_processes import launch
 from training import checkpoint
 from training.tracking import read_metrics
 
@@ -159,6 +161,20 @@ def test_forks_and_replaced_groups_come_out_too(tmp_path):
         assert found.equal, found.first
         assert "forks/trained" in {m.name for m in found.metrics}
 
+    # An image of which one pixel was altered is told by its segment, though its file is a whole image.
+    path = sorted((tmp_path / "steps/000001/trajectories/images").glob("*.png"))[0]
+    image = np.array(Image.open(path))
+    image[0, 0, 0] ^= 1
+    Image.fromarray(image).save(path)
+    group, member, segment = path.stem.split("-")
+    with pytest.raises(
+        KeptStepError, match=rf"{path.name}: .*trajectory {group}-{member}, in its segment {segment} .*: image\."
+    ):
+        read_step(tmp_path, 1)
+    path.write_bytes(b"no image")
+    with pytest.raises(KeptStepError, match=rf"{path.name}: .*{path.name}: the image cannot be read"):
+        read_step(tmp_path, 1)
+
 
 def test_another_engines_log_probs_are_rescored_as_they_were(tmp_path):
     class Rounded(BigramPolicy):
@@ -177,6 +193,33 @@ def test_another_engines_log_probs_are_rescored_as_they_were(tmp_path):
     found = replayed(tmp_path, 2, BigramPolicy(), CodeJudge(), **config)
     assert found.equal, found.first
     assert {"importance/mean", "sampling/importance_sampling_ratio/max"} <= {m.name for m in found.metrics}
+
+
+TWO = """
+import sys
+from pathlib import Path
+from accelerate import Accelerator
+import rl.grpo
+from tests.test_grpo import make
+from tests.test_kept_steps import KEPT
+rl.grpo.train(make(Path(sys.argv[1]), accelerator=Accelerator(cpu=True), **KEPT, tokens_per_micro_batch=40))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_decisions_of_two_processes_are_kept_together(tmp_path):
+    """The loss by what both kept is equal to the last bit; one process's own forwards are others, and rounded so."""
+    launch(2, TWO, str(tmp_path))
+    step = read_step(tmp_path, 2)
+    assert step.setup["processes"] == 2 and {place[2] for place in step.forwards} == {0, 1}
+    assert max(place[3] for place in step.forwards) > 0  # several forwards each
+    config = config_of(tokens_per_micro_batch=40)
+    found = replayed(tmp_path, 2, None, CodeJudge(), weights=False, **config)
+    assert found.equal, found.first
+    found = replayed(tmp_path, 2, BigramPolicy(), CodeJudge(), **config)
+    for metric in found.metrics:
+        assert metric.replayed == pytest.approx(metric.stored, abs=1e-5, rel=1e-4), metric.name
 
 
 # ---- the loss by hand ----

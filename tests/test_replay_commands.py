@@ -125,6 +125,19 @@ def test_what_the_setup_differs_in_is_named():
     assert noted == ["1 CPU threads, here 4", "2 trainer processes, here 1"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_step_of_workers_on_ray_is_replayed_without_them(capsys, trained, tmp_path, monkeypatch):
+    own = f"{{function: '{trained.parent}/own.py:length', workers: {{kind: ray, batch_size: 3}}, scope: group}}"
+    more = [QUICKSTART, *RUN, f"rewards.parts={{length: {own}}}", "rewards.total=length", f"run_dir={tmp_path / 'run'}"]
+    weights = ["--weights", str(trained / "sft/model")]
+    assert main(["grpo", *more, *weights, "rollout.workers=1", "grpo.steps=1", "grpo.keep_rollouts=1"]) == 0
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("the replay started Ray"))
+    capsys.readouterr()
+    last, _ = said(capsys, 0, "replay", tmp_path / "run")
+    assert last["equal"] and last["whole"] and last["replayed"][-1] == "update"
+
+
 # ---- diff ----
 
 RECIPE = ["--recipe", QUICKSTART, *SMALL, "rollout.max_tokens=60"]

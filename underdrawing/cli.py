@@ -216,40 +216,14 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--label", help="of two runs: the evaluations of this label")
     chosen.add_argument("--all", action="store_true", help="of two runs: every label that both have")
 
-    sub = commands.add_parser(
-        "diff",
-        help="the same prompts and noise by two sets of weights, and where their thoughts part",
-        description="The same held-out prompts and noise by two sets of weights, and where their thoughts part.",
-    )
-    sub.set_defaults(run=_diff)
-    place = "a folder of weights, a run's folder (its newest weights), or RUN@STEP"
-    sub.add_argument("a", metavar="A", help=place)
-    sub.add_argument("b", metavar="B", help="the same; gained and lost are B's")
-    sub.add_argument("--recipe", type=expanded_path, required=True, help=RECIPE_HELP)
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
-    sub.add_argument("--prompts", type=Whole(1), default=24, help="held-out prompts, over all tags (default 24)")
-    sub.add_argument("--out", type=expanded_path, help="file to write (default run_dir/diff.html)")
+    from underdrawing import replay_cli, rewards_cli
 
-    from underdrawing import rewards_cli
-
+    replay_cli.add_parsers(commands, RECIPE_HELP)
     rewards_cli.add_parser(commands)
 
     sub = command("view", _view, "write the HTML report of a run, or of stored trajectories", recipe=False)
     sub.add_argument("folder", type=expanded_path, help="a run's folder, or a folder of stored trajectories")
     sub.add_argument("--out", type=expanded_path, help="file to write (default report.html in the folder)")
-
-    sub = command("replay", _replay, "compute a kept training step again, and compare to the last bit", recipe=False)
-    sub.add_argument("folder", type=expanded_path, metavar="RUN", help="a run's folder, kept with grpo.keep_rollouts")
-    sub.add_argument("--step", type=Whole(1), help="which kept step (default: the last one)")
-    sub.add_argument("--call-judges", action="store_true", help="ask judges again; default: what they said is stored")
-    sub.add_argument(
-        "--stored", action="append", default=[], metavar="PART", help="do not call this reward part again either"
-    )
-    sub.add_argument("--weights", type=expanded_path, help="folder that the run started from, if it was moved")
-    sub.add_argument("--threads", type=Whole(1, 4096), help="CPU threads (default: as many as the run had)")
-    sub.add_argument(
-        "--other-setup", action="store_true", help="replay although packages or the lock are not those of the run"
-    )
 
     sub = command("doctor", _doctor, "what works on this machine, and what to do about what doesn't", recipe=False)
     sub.add_argument("--no-ray", action="store_true", help="leave out the check that starts Ray")
@@ -422,19 +396,6 @@ def _view(options: argparse.Namespace) -> int:
         data = report_data(folder)
     print(f"report: {write_report(data, page)}")
     return 0
-
-
-def _diff(options: argparse.Namespace) -> int:
-    from underdrawing.diff import run_diff
-
-    return run_diff(_recipe(options), options.a, options.b, options.prompts, options.out)
-
-
-def _replay(options: argparse.Namespace) -> int:
-    from underdrawing.replay import Options, run_replay
-
-    given = Options(options.call_judges, options.stored, options.weights, options.threads, options.other_setup)
-    return run_replay(options.folder, options.step, given)
 
 
 def _doctor(options: argparse.Namespace) -> int:
