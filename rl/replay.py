@@ -250,9 +250,10 @@ def loss_again(kept: KeptStep, ledger: Ledger, config: GrpoConfig) -> dict[str, 
         "trained/tokens": float(sum(t.num_tokens() for t in trained)),
     }
     ratios = _ratios([[one for mine in processes.values() for one in mine] for processes in steps])
+    untold = needing_weights(kept)
     if "on_policy_gap" not in kept.metrics:  # older weights sampled, or another engine: then it is no gap
-        ratios.pop("on_policy_gap", None)
-    return metrics | ratios
+        untold += ("on_policy_gap",)
+    return metrics | {name: value for name, value in ratios.items() if name not in untold}
 
 
 def _weights(
@@ -302,12 +303,16 @@ def _decisions(
     )
 
 
+def needing_weights(kept: KeptStep) -> tuple[str, ...]:
+    """The loss's metrics that the kept decisions do not tell: of denoising steps they are of log-probs, and what is
+    kept are ratios of means."""
+    flow = any(bool((one.kind_N == DecisionKind.FLOW).any()) for one in kept.forwards.values())
+    return ("log_ratio/max", "on_policy_gap") if flow else ()
+
+
 def _ratios(steps: Sequence[Sequence[KeptForward]]) -> dict[str, float]:
-    """log_ratio/max and on_policy_gap; of denoising steps neither can be told without the weights, since their ratios
-    are of means."""
+    """log_ratio/max and on_policy_gap."""
     everything = [forward for step in steps for forward in step]
-    if any(bool((forward.kind_N == DecisionKind.FLOW).any()) for forward in everything):
-        return {}
     # Against the weights at the start of the update, which were scored if they had not sampled, or not alone.
     gaps = [one.log_ratio_N if one.behaviour_log_ratio_N is None else one.behaviour_log_ratio_N for one in everything]
     first = gaps[: len(steps[0])] if everything[0].behaviour_log_ratio_N is None else gaps

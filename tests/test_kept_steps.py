@@ -22,7 +22,7 @@ from record.trajectory import DecisionKind
 from rewards.config import RewardsConfig
 from rewards.replayed import ReplayManager, asking, on_this_machine, said
 from rl.config import GrpoConfig
-from rl.kept_forwards import KeptForward, first_difference, from_bytes, to_bytes
+from rl.kept_forwards import KeptForward, KeptUpdate, first_difference, from_bytes, to_bytes
 from rl.kept_steps import FINGERPRINT, KeptRound, KeptStep, KeptStepError, keeps, kept_steps, read_step
 from rl.ledger import Ledger
 from rl.replay import (
@@ -32,6 +32,7 @@ from rl.replay import (
     credit_again,
     judge_again,
     loss_again,
+    needing_weights,
     reward_differences,
     update_again,
 )
@@ -39,6 +40,8 @@ from rl.trainer import Trainer
 from rollout.pool.contract import FailedGroup
 from runtime.errors import UserError
 from tests.bigram import BigramPolicy, sampled_groups
+from tests.fakes import FakePolicy
+from tests.test_flow_training import credited, trainer_of
 from tests.test_forks_grpo import FORK
 from tests.test_grpo import CodeJudge, lines, make
 from tests.test_grpo_chameleon import CodeJudge as OddCodes
@@ -257,6 +260,22 @@ def test_the_loss_of_kept_decisions_by_hand():
     assert found["clip/high"] == 0.5 and found["clip/low"] == 0
     assert found["log_ratio/max"] == found["on_policy_gap"] == pytest.approx(math.log(1.5))
     assert loss_again(replace(step, forwards={}), Ledger(0), config) == {}
+
+
+@pytest.mark.parametrize("config", [{"beta": 0.1}, {"flow": {"ratio": "guard"}, "num_minibatches": 2}], ids=str)
+def test_the_loss_of_denoising_steps_comes_out_of_what_is_kept(config):
+    policy = FakePolicy(flow=True)
+    trainer = trainer_of(policy, **config)
+    groups = credited(policy, trainer.config)
+    made = KeptUpdate()
+    metrics = trainer.update(groups, made)
+    one = KeptRound([len(group) for group in groups], range(len(groups)), groups, {})
+    step = KeptStep(Path(), 1, [one], None, made.forwards, {}, {}, None, {}, metrics)
+    replay = Replay()
+    replay.compare("loss", step, loss_again(step, Ledger(len(groups), groups), trainer.config), needing_weights(step))
+    assert replay.equal, replay.first
+    assert {"loss/total", "trained/flow_decisions"} <= {m.name for m in replay.metrics}
+    assert "log_ratio/max" not in {m.name for m in replay.metrics}
 
 
 def test_kept_decisions_are_read_as_they_were_written(kept):

@@ -28,6 +28,7 @@ from rl.replay import (
     credit_again,
     judge_again,
     loss_again,
+    needing_weights,
     restore,
     reward_differences,
     update_again,
@@ -172,8 +173,7 @@ def _replay(
     replay.compare("advantages", kept, metrics)
 
     replay.values["loss"] = []
-    excused = ["importance/"] if not kept.forwards else []
-    replay.compare("loss", kept, loss_again(kept, ledger, recipe.grpo), excused)
+    replay.compare("loss", kept, loss_again(kept, ledger, recipe.grpo), needing_weights(kept))
     if trainer is None:
         notes.append(missing)
     else:
