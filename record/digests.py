@@ -24,10 +24,12 @@ _TRAJECTORY = ("prompt", "record", "format", "seed", "stop", "rewards", "segment
 
 def digests_of(trajectory: Trajectory) -> dict[str, str]:
     """A digest for each part of a trajectory as it is read from the store, by a name that a person understands:
-    'reward', 'segment 2 (sketch): ids'."""
+    'reward', 'segment 2 (sketch): ids'. What a segment does not have has none."""
     found = {name.removesuffix("_S"): digest(getattr(trajectory, name)) for name in _TRAJECTORY}
     for index, segment in enumerate(trajectory.segments):
-        found |= {f"segment {index} ({segment.role}): {name}": digest(getattr(segment, name)) for name in _SEGMENT}
+        parts = {name: getattr(segment, name) for name in _SEGMENT}
+        where = f"segment {index} ({segment.role})"
+        found |= {f"{where}: {name}": digest(value) for name, value in parts.items() if value is not None}
     return found
 
 

@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,14 +155,14 @@ class StepKeeper:
     ) -> dict[str, Any]:
         """Write the step, where it is to be kept and was made in this process's life. Collective.
 
-        Returns the fingerprint, for the step's line of metrics.
+        Returns the fingerprint and the seconds that it took, for the step's line of metrics.
 
         Raises:
             UserError: the disk is full or not writable; nothing half-written is left.
         """
         if self._update is None:
             return {}
-        update = self._update
+        began, update = time.perf_counter(), self._update
         forwards: dict[Place, KeptForward] = {}
         for theirs in gather_object([update.forwards]):
             forwards |= theirs
@@ -182,7 +183,7 @@ class StepKeeper:
             rounds = [*self._rounds, *([] if self._forks is None else [self._forks])]
             trajectories = [t for one in rounds for group in one.groups for t in group]
             sha256 = _write(_folder(self.folder, step), account, trajectories, forwards)
-            return {FINGERPRINT: sha256}
+            return {FINGERPRINT: sha256, "time/keep": time.perf_counter() - began}
 
         kept = run_on_main(accelerator, write)
         self.begin(step)
