@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rl.kept_steps import read_step
+from tests.judge_server import JudgeServer
 from tests.test_cli import LOOK, QUICKSTART, SMALL, refused
 from underdrawing import replay
 from underdrawing.cli import main
@@ -123,6 +124,37 @@ def test_what_the_setup_differs_in_is_named():
     refused_for, noted = replay.setup_differences(stored, here)
     assert refused_for == ["torch 2.9.1 (here missing)"]
     assert noted == ["1 CPU threads, here 4", "2 trainer processes, here 1"]
+
+
+JUDGED = """
+from rewards.judge.base import AnswerCheck
+
+def right(trajectories, judge):
+    said = judge.agrees([AnswerCheck(t.prompt, f"answer {t.key}", "any") for t in trajectories])
+    return [None if verdict is None else float(verdict) for verdict in said]
+"""
+
+
+def test_a_judge_is_asked_again_only_when_told_to(capsys, trained, tmp_path):
+    (tmp_path / "asks.py").write_text(JUDGED)
+    parts = (
+        f"{{length: {{function: '{trained.parent}/own.py:length', isolate: false}}, "
+        f"right: {{function: '{tmp_path}/asks.py:right', isolate: false}}}}"
+    )
+    more = [QUICKSTART, *RUN, f"rewards.parts={parts}", "rewards.total=length * right", f"run_dir={tmp_path / 'run'}"]
+    weights = ["--weights", str(trained / "sft/model")]
+    with JudgeServer(lambda body, number: "yes") as server:
+        judge = f"rewards.judge={{base_url: '{server.url}', model: judge, retries: 0}}"
+        assert main(["grpo", *more, *weights, judge, "grpo.steps=1"]) == 0
+        capsys.readouterr()
+        asked = len(server.requests)
+        last, text = said(capsys, 0, "replay", tmp_path / "run")
+        assert last["equal"] and not last["whole"] and len(server.requests) == asked
+        assert "stored values stand for it: right (--call-judges calls those that ask a judge)" in text
+        last, _ = said(capsys, 0, "replay", tmp_path / "run", "--call-judges")
+        assert last["equal"] and last["whole"] and len(server.requests) >= asked + 6  # one for each trajectory
+    assert said(capsys, 0, "replay", tmp_path / "run")[0]["equal"]  # nobody listens there any more
+    assert "rewards.judge" in refused(capsys, "replay", tmp_path / "run", "--call-judges")
 
 
 @pytest.mark.slow
