@@ -164,11 +164,14 @@ def _id(segment: Segment, number: int) -> int:
 def _same_content(one: Segment, other: Segment) -> bool:
     if not np.array_equal(one.ids, other.ids) or one.text != other.text:
         return False
-    media = (
-        (one.image, other.image),
-        (one.frames and one.frames.frames_F, other.frames and other.frames.frames_F),
+    return all(
+        np.array_equal(a, b) if a is not None and b is not None else a is b
+        for a, b in zip(_media(one), _media(other), strict=True)
     )
-    return all(a is b if a is None or b is None else np.array_equal(a, b) for a, b in media)
+
+
+def _media(segment: Segment) -> tuple[np.ndarray | None, np.ndarray | None]:
+    return segment.image, None if segment.frames is None else segment.frames.frames_F
 
 
 def _choice(trajectory: Trajectory, at: tuple[int, int], vocabulary: Vocabulary, whose: Literal["a", "b"]) -> Choice:

@@ -135,26 +135,22 @@ def restore(groups: Sequence[Group], judged: Mapping[str, Judged]) -> None:
 def judge_again(kept: KeptStep, manager: RewardManager) -> dict[str, float]:
     """Judge the step's trajectories anew, call by call as they were. Returns the step's reward metrics.
 
-    Raises UserError as RewardManager.score, but for its limits of failures in a row, which a step alone cannot reach
-    unless the recipe's is 1.
+    Raises UserError where a part breaks the contract, or the formula divides by zero.
     """
     for group in kept.groups:
         for trajectory in group:
             clear(trajectory)
-    rounds = [
-        (sum(map(len, one.groups)), _judged(one, kept.step, manager, counted=number == 0))
-        for number, one in enumerate(kept.rounds)
-    ]
+    rounds = [(sum(map(len, one.groups)), _judged(one, kept.step, manager)) for one in kept.rounds]
     metrics = merged(rounds)
     metrics.pop("rollout/rounds", None)
     if kept.forks is not None:
-        of_forks = _judged(kept.forks, kept.step, manager, counted=False) if kept.forks.asked else {}
+        of_forks = _judged(kept.forks, kept.step, manager) if kept.forks.asked else {}
         metrics = with_forks(metrics, fork_metrics(len(kept.forks.asked), kept.forks.groups, of_forks))
     return metrics
 
 
-def _judged(one: KeptRound, step: int, manager: RewardManager, counted: bool) -> dict[str, float]:
-    pending = manager.begin(step, one.asked, counted=counted)
+def _judged(one: KeptRound, step: int, manager: RewardManager) -> dict[str, float]:
+    pending = manager.begin(step, one.asked, counted=False)  # failures in a row are those of steps in a row
     for number, group in zip(one.came, one.groups, strict=True):
         pending.add(number, group)
     return pending.finish(one.groups).metrics
