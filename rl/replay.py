@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +39,6 @@ OF_STAGE: dict[Stage, tuple[str, ...]] = {
     "loss": _LOSS,
     "update": (*_LOSS, "grad_norm", "learning_rate", "optimizer_steps", "sampling/"),
 }
-NOT_REPLAYED = ("groups/replaced/",)  # which round a group replaced is an account of rounds, not of the step
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,8 @@ class Replay:
 
     def compare(self, stage: Stage, kept: KeptStep, found: Mapping[str, float], excused: Sequence[str] = ()) -> None:
         """Add a stage's metrics: each that either side has, but for the names that begin with one of `excused`."""
-        left_out = (*NOT_REPLAYED, *excused)
         for name in dict.fromkeys([*kept.metrics, *found]):
-            if name.startswith(OF_STAGE[stage]) and not (left_out and name.startswith(left_out)):
+            if name.startswith(OF_STAGE[stage]) and not (excused and name.startswith(tuple(excused))):
                 self.metrics.append(
                     ReplayedMetric(stage, name, _finite(kept.metrics.get(name)), _finite(found.get(name)))
                 )
@@ -178,8 +176,17 @@ def reward_differences(groups: Sequence[Group], stored: Mapping[str, Judged]) ->
 
 def credit_again(kept: KeptStep, config: GrpoConfig) -> tuple[Ledger, dict[str, float]]:
     """Advantages of the judged groups, and the ledger's metrics. Returns both."""
+    replaced: dict[str, int] = {}
+    if len(kept.rounds) > 1:  # what all rounds but the last one left to be replaced
+        earlier = replace(kept, rounds=kept.rounds[:-1], forks=None)
+        before = compute_advantages([list(group) for group in earlier.groups], config, earlier.failed)
+        drop_untrainable(before, config)
+        replaced = dict(before.dropped)
     ledger = compute_advantages([list(group) for group in kept.groups], config, kept.failed)
     drop_untrainable(ledger, config)
+    if config.max_rollout_rounds > 1:
+        ledger.replaced = replaced
+        ledger.check()
     metrics = ledger.metrics()
     if kept.forks is not None:
         metrics["forks/trained"] = float(sum(group[0].parent is not None for group in ledger.trained))

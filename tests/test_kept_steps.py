@@ -162,7 +162,8 @@ def test_forks_and_replaced_groups_come_out_too(tmp_path):
         assert read_step(tmp_path, step).forks.came[0] == 1
         found = replayed(tmp_path, step, make_chameleon(tmp_path / "x").policy, OddCodes(), **run.config.model_dump())
         assert found.equal, found.first
-        assert "forks/trained" in {m.name for m in found.metrics}
+        assert {"forks/trained", "groups/in"} <= {m.name for m in found.metrics}
+    assert any(name.startswith("groups/replaced/") for row in lines(tmp_path) for name in row)
 
     # An image of which one pixel was altered is told by its segment, though its file is a whole image.
     path = sorted((tmp_path / "steps/000001/trajectories/images").glob("*.png"))[0]
