@@ -72,7 +72,7 @@ class ValueDifference:
     replayed: Any
 
     def __str__(self) -> str:
-        return f"trajectory {self.trajectory}, {self.what}: {_shown(self.stored)} stored, {_shown(self.replayed)} here"
+        return f"trajectory {self.trajectory}, {self.what}: {shown(self.stored)} stored, {shown(self.replayed)} here"
 
 
 @dataclass
@@ -349,5 +349,6 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A trajectory's value as a person reads it."""
     return f"{value:.9g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -31,6 +31,7 @@ from rl.replay import (
     needing_weights,
     restore,
     reward_differences,
+    shown,
     update_again,
 )
 from rl.trainer import Trainer
@@ -106,7 +107,7 @@ def run_replay(run_dir: Path, step: int | None, options: Options) -> int:
                 "replayed": list(replay.values),
                 "whole": whole,
                 "metrics": len(replay.metrics),
-                "differing": [metric.name for metric in replay.metrics if not metric.equal],
+                "differing": list(dict.fromkeys(metric.name for metric in replay.metrics if not metric.equal)),
                 "first": None if first is None else [first.name, first.stored, first.replayed],
             }
         )
@@ -216,7 +217,7 @@ def _judge(
                 if mine:
                     notes.append(
                         f"the reward part '{part}' is not deterministic: called twice here it gives two values "
-                        f"(trajectory {mine[0].trajectory}: {mine[0].stored} and {mine[0].replayed})"
+                        f"(trajectory {mine[0].trajectory}: {shown(mine[0].stored)} and {shown(mine[0].replayed)})"
                     )
     return metrics
 
@@ -320,7 +321,7 @@ def _reasons(kept: KeptStep, replay: Replay, setup: Sequence[str]) -> list[str]:
         )
     for stage, values in replay.values.items():
         if values:
-            more = f", and {len(values) - 1} more" if len(values) > 1 else ""
+            more = f", and {len(values) - 1} more values" if len(values) > 1 else ""
             lines.append(f"In {stage}: {values[0]}{more}.")
             break
     parts = {value.what for value in replay.values["rewards"]}
@@ -332,8 +333,8 @@ def _reasons(kept: KeptStep, replay: Replay, setup: Sequence[str]) -> list[str]:
     elif parts - {"reward"}:
         named = ", ".join(sorted(parts - {"reward"}))
         lines.append(
-            f"The setup is the run's, so it is what {named} computes or reads: a function that is not deterministic, "
-            "or that was changed since."
+            f"The setup is the run's, so it is what {named} computes or reads: a function that is not deterministic, or "
+            "that was changed since."
         )
     else:
         lines.append("The setup is the run's, so it is this package's code, which is not the run's.")
