@@ -333,8 +333,8 @@ def _reasons(kept: KeptStep, replay: Replay, setup: Sequence[str]) -> list[str]:
     elif parts - {"reward"}:
         named = ", ".join(sorted(parts - {"reward"}))
         lines.append(
-            f"The setup is the run's, so it is what {named} computes or reads: a function that is not deterministic, or "
-            "that was changed since."
+            f"The setup is the run's, so it is what {named} computes or reads: a function that is not deterministic, "
+            "or that was changed since."
         )
     else:
         lines.append("The setup is the run's, so it is this package's code, which is not the run's.")
