@@ -14,8 +14,8 @@ def add_parsers(commands: Any, recipe_help: str) -> None:
     sub = commands.add_parser("diff", help=what, description=what)
     sub.set_defaults(run=_diff)
     place = "a folder of weights, a run's folder (its newest weights), or RUN@STEP"
-    sub.add_argument("a", metavar="A", help=place)
-    sub.add_argument("b", metavar="B", help="the same; gained and lost are B's")
+    sub.add_argument("a", type=expanded_path, metavar="A", help=place)
+    sub.add_argument("b", type=expanded_path, metavar="B", help="the same; gained and lost are B's")
     sub.add_argument("--recipe", type=expanded_path, required=True, help=recipe_help)
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; values are YAML")
     sub.add_argument("--prompts", type=Whole(1), default=24, help="held-out prompts, over all tags (default 24)")
@@ -42,7 +42,7 @@ def _diff(options: argparse.Namespace) -> int:
     from underdrawing.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    return run_diff(recipe, options.a, options.b, options.prompts, options.out)
+    return run_diff(recipe, str(options.a), str(options.b), options.prompts, options.out)
 
 
 def _replay(options: argparse.Namespace) -> int:
