@@ -199,6 +199,9 @@ def test_what_cannot_be_laid_side_by_side(capsys, run, tmp_path):
     assert "nowhere: no such folder" in refused(capsys, "diff", "nowhere", weights, *RECIPE)
     assert "no checkpoint of step 9; there are: 1, 2, 3" in refused(capsys, "diff", f"{run}@9", weights, *RECIPE)
     assert "holds neither weights" in refused(capsys, "diff", weights, tmp_path, *RECIPE)
+    assert "--out" in refused(capsys, "diff", weights, weights, *RECIPE, "--out", tmp_path)
+    kept = run / "steps/000003/trajectories/page.html"
+    assert "would lie in stored trajectories" in refused(capsys, "diff", weights, weights, *RECIPE, "--out", kept)
     assert side_of(str(run / "sft/model")).label == "run, warm start"
     with pytest.raises(DiffError, match="holds neither"):
         side_of(str(tmp_path))

@@ -21,6 +21,7 @@ from evals.trajectory_diff import DiffSummary, ThoughtPair, first_difference, sc
 from formats.base import Vocabulary
 from policy.base import Policy
 from policy.registry import load_vocabulary
+from record.store import check_beside
 from rollout.open import open_rollouts
 from rollout.weights.wire import fingerprint
 from runtime.errors import UserError
@@ -60,9 +61,13 @@ def run_diff(recipe: Recipe, a: str, b: str, prompts: int, out: Path | None = No
     """Print the summary and write the page; the last line is one JSON object. Returns 0.
 
     Raises:
-        DiffError: a side that holds no weights, or two of other families, vocabularies or formats.
+        DiffError: a side that holds no weights, or two of other families, vocabularies or formats; or `out` is a folder.
         UserError: as evaluations do.
     """
+    path = out or recipe.run_dir / "diff.html"
+    check_beside(path)
+    if path.is_dir():
+        raise DiffError(f"--out {path}: a folder; give the page's file, such as {path / 'diff.html'}")
     sides = side_of(a), side_of(b)
     check_comparable(recipe, *sides)
     section = recipe.evaluate.model_copy(update={"prompts": prompts})
@@ -71,7 +76,7 @@ def run_diff(recipe: Recipe, a: str, b: str, prompts: int, out: Path | None = No
     found = summarise(pairs)
     compared = compare_scores(answers[0].heldout.prompts, answers[1].heldout.prompts, answers[0].heldout.score_name)
     page = DiffPage(recipe.name, sides[0].label, sides[1].label, pairs, found, compared.score, compared.score_name)
-    path = write_diff(page, out or recipe.run_dir / "diff.html")
+    write_diff(page, path)
     same = answers[0].fingerprint == answers[1].fingerprint
     _print(Console(), sides, found, compared.score, compared.score_name, same)
     print(f"report: {path}")
