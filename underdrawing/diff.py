@@ -61,7 +61,7 @@ def run_diff(recipe: Recipe, a: str, b: str, prompts: int, out: Path | None = No
     """Print the summary and write the page; the last line is one JSON object. Returns 0.
 
     Raises:
-        DiffError: a side that holds no weights, or two of other families, vocabularies or formats; or `out` is a folder.
+        DiffError: a side without weights, or two of other families, vocabularies or formats; or `out` is a folder.
         UserError: as evaluations do.
     """
     path = out or recipe.run_dir / "diff.html"
