@@ -32,6 +32,7 @@ class MicroBatch:
     trajectory_P: Tensor  # int64: which passes are of one trajectory, counted within the batch
     weight_PS: Tensor  # float32: what one decision of the segment counts for; all 0 in a padding pass
     advantage_PS: Tensor  # float32
+    padding: bool = False  # made for the other processes' sake
 
     @property
     def decisions(self) -> int:
@@ -95,12 +96,13 @@ def plan(
     for number, forward in enumerate(forward for mine in dealt for forward in mine if not forward.padding):
         for row in forward.passes:
             local[number_of[id(passes[row].trajectory)]][list(passes[row].segments)] = number
-    weights = _weights(trajectories, local, config)
+    weights = segment_weights(trajectories, local, config)
     batches: list[MicroBatch] = []
     for forward in dealt[rank]:
         mine = [passes[row] for row in forward.passes]
         counts = 0.0 if forward.padding else 1.0
-        batches.append(_micro_batch(mine, [counts * weights[number_of[id(p.trajectory)]] for p in mine]))
+        weights_P = [counts * weights[number_of[id(p.trajectory)]] for p in mine]
+        batches.append(_micro_batch(mine, weights_P, forward.padding))
     return batches
 
 
@@ -119,7 +121,14 @@ def _divisible(config: GrpoConfig) -> int | None:
     return None if config.by_sequence else config.tokens_per_micro_batch
 
 
-def _weights(trajectories: Sequence[Trajectory], local: Sequence[np.ndarray], config: GrpoConfig) -> list[np.ndarray]:
+def segment_weights(
+    trajectories: Sequence[Trajectory], local: Sequence[np.ndarray], config: GrpoConfig
+) -> list[np.ndarray]:
+    """weight_S of each trajectory of one optimiser step: what one decision of a segment counts for, float64.
+
+    Args:
+        local: local_S of each: the number of the forward that scores the segment, -1 where none does.
+    """
     segments = [(number, segment) for number, t in enumerate(trajectories) for segment in t.segments]
     trajectory_S = np.array([number for number, _ in segments])
     layout = Layout(
@@ -134,7 +143,7 @@ def _weights(trajectories: Sequence[Trajectory], local: Sequence[np.ndarray], co
     return np.split(weight_S, np.cumsum([len(t.segments) for t in trajectories])[:-1])
 
 
-def _micro_batch(passes: list[Pass], weights: Sequence[np.ndarray]) -> MicroBatch:
+def _micro_batch(passes: list[Pass], weights: Sequence[np.ndarray], padding: bool) -> MicroBatch:
     shape = (len(passes), max(len(p.trajectory.segments) for p in passes))
     weight_PS, advantage_PS = torch.zeros(shape), torch.zeros(shape)
     number: dict[int, int] = {}
@@ -145,4 +154,5 @@ def _micro_batch(passes: list[Pass], weights: Sequence[np.ndarray]) -> MicroBatc
         number.setdefault(id(one.trajectory), len(number))
         weight_PS[row, : len(weight_S)] = torch.from_numpy(weight_S)
         advantage_PS[row, : len(weight_S)] = torch.from_numpy(advantage_S)
-    return MicroBatch(passes, torch.tensor([number[id(p.trajectory)] for p in passes]), weight_PS, advantage_PS)
+    trajectory_P = torch.tensor([number[id(p.trajectory)] for p in passes])
+    return MicroBatch(passes, trajectory_P, weight_PS, advantage_PS, padding)

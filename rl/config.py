@@ -114,6 +114,12 @@ class GrpoConfig(Section):
     )
     save_every: int = Field(10, ge=1, description="Steps between checkpoints; the last step is always saved.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
+    keep_rollouts: Annotated[int, Field(ge=1)] | Literal["none", "all"] = Field(
+        "none",
+        description="Steps that are kept whole, for `underdrawing replay`: every so many, beginning with the first; "
+        "all; or none. Where save_every divides the number, the weights before a kept step are a checkpoint, for as "
+        "long as keep_checkpoints leaves it there, and the whole step can be computed again.",
+    )
     evaluate_every: int | None = Field(None, ge=1, description="Steps between held-out evaluations; None: never.")
 
     # Optimisation

@@ -7,7 +7,7 @@ again asks for the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from record.trajectory import Author, Trajectory
@@ -25,6 +25,7 @@ class Forks:
     sets: list[list[Trajectory]]
     failed: list[FailedGroup]
     metrics: dict[str, float]
+    asked: Sequence[int] = ()  # members of each request
 
 
 def fork_requests(groups: Sequence[Sequence[Trajectory]], config: ForkConfig) -> list[RolloutRequest]:
@@ -68,11 +69,18 @@ def roll_out_forks(run: Run, groups: Sequence[Sequence[Trajectory]], config: For
     pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=False)
     rolled_out = run.rollouts.generate(requests, each=pending.add)
     report = pending.finish(rolled_out.groups)
-    metrics = {**rolled_out.metrics, **{f"forks/{name}": v for name, v in report.metrics.items() if "reward/" in name}}
-    metrics |= passed_over
-    metrics["forks/in"] = float(len(requests))
-    metrics["forks/candidates"] = float(sum(map(len, rolled_out.groups)))
-    return Forks(rolled_out.groups, rolled_out.failed, metrics)
+    metrics = {
+        **rolled_out.metrics,
+        **fork_metrics(len(requests), rolled_out.groups, report.metrics),
+        **passed_over,
+    }
+    return Forks(rolled_out.groups, rolled_out.failed, metrics, [len(request.members) for request in requests])
+
+
+def fork_metrics(asked: int, sets: Sequence[Sequence[Trajectory]], rewards: Mapping[str, float]) -> dict[str, float]:
+    """forks/in, forks/candidates, and the candidates' own reward metrics as forks/reward/*."""
+    metrics = {f"forks/{name}": value for name, value in rewards.items() if "reward/" in name}
+    return {**metrics, "forks/in": float(asked), "forks/candidates": float(sum(map(len, sets)))}
 
 
 def shown_first(groups: Sequence[Sequence[Trajectory]], sets: Sequence[Sequence[Trajectory]]) -> list[Trajectory]:

@@ -52,10 +52,11 @@ def train(run: Run, resume: Path | None = None) -> Trainer:
                     ledger, state.metrics = state.on_main(work)
                     trajectories = [trajectory for group in ledger.trained for trajectory in group]
                     check_first(run, trainer, weight_sync, trajectories)  # once, on the first that can be scored
-                    state.metrics |= trainer.update(ledger.trained)
+                    state.metrics |= trainer.update(ledger.trained, run.keeper.update(step))
                     state.keep_probe(trajectories)
 
             with state.finishing(step):
+                state.metrics |= run.keeper.keep(step, trainer.start, state.metrics, accelerator)
                 state.metrics |= weight_sync.sync_weights(trainer.version, state.probe).metrics()
                 if config.evaluate_every and (step == config.steps or step % config.evaluate_every == 0):
                     state.metrics |= run_on_main(accelerator, interruption.breakable(lambda: evaluate(run, step)))  # noqa: B023

@@ -35,6 +35,7 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     """Roll out, score, and compute advantages. The first process does it; `cursor` moves on."""
     assert run.rollouts is not None and run.reward_manager is not None
     config = run.config
+    run.keeper.begin(step)
     groups: list[list[Trajectory]] = []
     rounds: list[tuple[int, Mapping[str, float]]] = []  # trajectories, metrics
     failed, replaced, wanted = Counter[str](), dict[str, int](), config.prompts_per_step
@@ -43,6 +44,8 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
         pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=number == 0)
         rolled_out = run.rollouts.generate(requests, each=pending.add)
         report = pending.finish(rolled_out.groups)
+        lost = {one.index: _reason(one) for one in rolled_out.failed}
+        run.keeper.add([len(request.members) for request in requests], lost, rolled_out.groups)
         groups += rolled_out.groups
         failed.update(map(_reason, rolled_out.failed))
         rounds.append((sum(map(len, rolled_out.groups)), {**rolled_out.metrics, **report.metrics}))
@@ -56,6 +59,8 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     forks = Forks([], [], {})
     if config.fork is not None:
         forks = roll_out_forks(run, groups, config.fork, step)
+        lost = {one.index: _reason(one) for one in forks.failed}
+        run.keeper.add(forks.asked, lost, forks.sets, forks=True)
         failed.update(map(_reason, forks.failed))
         ledger = compute_advantages([*groups, *forks.sets], config, failed)
         drop_untrainable(ledger, config)

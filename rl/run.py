@@ -16,6 +16,7 @@ from rewards.alarms import Alarms
 from rewards.manager import RewardManager
 from rl.config import GrpoConfig
 from rl.idle import IdleSteps
+from rl.kept_steps import StepKeeper
 from rollout.pool.contract import Rollouts
 from training.tracking import Tracker
 
@@ -44,10 +45,13 @@ class Run:
     changed_prompts: bool = False  # resume with other prompts than the checkpoint's
     read_recipe: Callable[[dict[str, Any]], dict[str, Any]] = dict  # a checkpoint's, by today's names and defaults
     resume_command: str = "give the same command with --resume"
+    setup: dict[str, Any] = field(default_factory=dict)  # what it is made with, for kept steps: see StepKeeper
     idle: IdleSteps = field(init=False)
+    keeper: StepKeeper = field(init=False)
 
     def __post_init__(self) -> None:
         self.idle = IdleSteps(self.config.idle_limit)
+        self.keeper = StepKeeper(self.folder, self.config, self.recipe, self.setup)
 
     @property
     def checkpoints(self) -> Path:
@@ -62,7 +66,7 @@ class Stop:
     change: str
 
 
-def log(run: Run, step: int, metrics: dict[str, float]) -> Stop | None:
+def log(run: Run, step: int, metrics: dict[str, Any]) -> Stop | None:
     """Write the step's line, alarms included. Returns why the run is to stop here; None: it goes on."""
     fatal = None
     if run.alarms is not None:

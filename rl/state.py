@@ -42,6 +42,7 @@ RESUME_SAFE_KEYS = (
     "rewards.alarms",
     "grpo.save_every",
     "grpo.keep_checkpoints",
+    "grpo.keep_rollouts",
     "grpo.evaluate_every",
     "grpo.idle_limit",
 )
@@ -161,6 +162,7 @@ class RunState:
                 f"choose another run_dir"
             )
         checkpoint.rewind(run.checkpoints, self.step)
+        run.keeper.rewind(self.step)
         if run.tracker is not None:
             run.tracker.rewind(logged + 1, sampled=self.step + 1)
         done = [row for row in read_metrics(run.folder / "metrics.jsonl") if row["step"] <= logged]

@@ -27,10 +27,12 @@ from rl.batches import MicroBatch, plan, scored_decisions, share, trainable
 from rl.config import FLOW_EPSILON, ClipConfig, GrpoConfig, Kind
 from rl.flow_decisions import with_flow_terms
 from rl.inexact import any_inexact, checked_gap, mean_gap_by_role, sampling_metrics
+from rl.kept_forwards import KeptForward, KeptUpdate
 from rl.ledger import Group
 from rl.losses import SUMS, ClipRange, LossSettings, ScoredDecisions, policy_loss, summarise
 from rl.packing import tell_over_budget
 from rl.trainer_state import TrainingError, check_names, checked_start, restore, starting_weights, state_of
+from rollout.weights.wire import fingerprint
 from training.precision import half_precision
 from training.random_state import set_random_state
 from training.ranks import rank_local
@@ -185,8 +187,11 @@ class Trainer:
         return 1e-4 if full and self.accelerator.mixed_precision == "no" else 0.1
 
     # ---- learning ----
-    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+    def update(self, groups: Sequence[Group], kept: KeptUpdate | None = None) -> dict[str, float]:
         """num_iterations passes of num_minibatches optimiser steps over the credited groups.
+
+        Args:
+            kept: is filled with what a replay of this update needs; None: nothing is kept.
 
         Returns metrics, equal on every process: loss/*, kl, clip/*, entropy/*, ratio/max, importance/*, grad_norm,
         learning_rate, trained/*, optimizer_steps, time/update, perf/trained_tokens_per_s; on_policy_gap where the
@@ -199,7 +204,9 @@ class Trainer:
         """
         started, config = time.perf_counter(), self.config
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        parts = [trainable(part, config) for part in _split(groups, config.num_minibatches)]
+        if kept is not None:
+            kept.weights = self.trained_fingerprint()
+        parts = [trainable(part, config) for part in split_groups(groups, config.num_minibatches)]
         minibatches = [plan(self.policy, part, config, processes, rank) for part in parts if part]
         scored = [p for batches in minibatches for batch in batches for p in batch.passes]
         tell_over_budget(scored, config.tokens_per_micro_batch, self._told)
@@ -220,7 +227,12 @@ class Trainer:
         self.policy.model.train()
         for iteration in range(config.num_iterations):
             for number, batches in enumerate(minibatches):
-                loss_2, minibatch_sums_KM, log_ratio = self._accumulate(batches, old[number], reference[number])
+                forwards: list[KeptForward] | None = None if kept is None else []
+                loss_2, minibatch_sums_KM, log_ratio = self._accumulate(
+                    batches, old[number], reference[number], forwards
+                )
+                if kept is not None:
+                    kept.forwards |= {(iteration, number, rank, at): one for at, one in enumerate(forwards or ())}
                 if iteration == number == 0:
                     gap = _gap(old) if rescored else log_ratio
                 norms.append(self._step())
@@ -263,7 +275,11 @@ class Trainer:
             return [[self.score(batch.passes) for batch in batches] for batches in minibatches]
 
     def _accumulate(
-        self, batches: list[MicroBatch], old: list[Scored | None], reference: list[Scored | None]
+        self,
+        batches: list[MicroBatch],
+        old: list[Scored | None],
+        reference: list[Scored | None],
+        kept: list[KeptForward] | None = None,
     ) -> tuple[Tensor, Tensor, float]:
         """Add up gradients over micro-batches. Returns (total, policy) losses [2], sums_KM, largest |log-ratio|."""
         losses_2, sums_KM = torch.zeros(2, dtype=torch.float64), _no_sums(self.accelerator.device)
@@ -275,6 +291,8 @@ class Trainer:
                     scored = self.scorer(batch.passes, old=old[number], reference=reference[number], entropy=True)
                 with rank_local(self.accelerator):
                     decisions = self._decisions(batch, scored, old[number], reference[number])
+                if kept is not None:
+                    kept.append(KeptForward.of(batch, scored, decisions))
                 loss = policy_loss(decisions, self.settings)
                 # Gradients are averaged over processes, and the loss is already a share of the whole batch's sum.
                 self.accelerator.backward(loss.loss * self.accelerator.num_processes)
@@ -307,7 +325,7 @@ class Trainer:
         return with_flow_terms(decisions, scored, old, reference, batch.passes, self.config.flow)
 
     def _kind_weights(self) -> Tensor:
-        return torch.tensor([self.config.kind_weights.get(_name(kind), 1.0) for kind in DecisionKind])
+        return kind_weights(self.config)
 
     def _step(self) -> float:
         parameters = list(self._trained().values())
@@ -327,6 +345,17 @@ class Trainer:
         return self.accelerator.gather(local_1V).max(0).values.tolist()
 
     # ---- state ----
+    @property
+    def start(self) -> dict[str, str | None]:
+        """Where the weights came from, and fingerprints of those that are not trained and of those that are."""
+        return self._start
+
+    def trained_fingerprint(self) -> str | None:
+        """Of the trained parameters as they are now; None where each process holds a part of them alone."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            return None
+        return fingerprint({name: p.detach() for name, p in self._trained().items()})
+
     def state(self) -> dict[str, Any]:
         """Trained parameters, optimiser, schedule, version, what the run started from, and every process's random
         state. All processes call it."""
@@ -378,7 +407,12 @@ def _name(kind: DecisionKind) -> Kind:
     return cast(Kind, kind.name.lower())
 
 
-def _split(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+def kind_weights(config: GrpoConfig) -> Tensor:
+    """weight_K, float32."""
+    return torch.tensor([config.kind_weights.get(_name(kind), 1.0) for kind in DecisionKind])
+
+
+def split_groups(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
     """Consecutive parts, whole groups each, of nearly equal number."""
     edges = np.linspace(0, len(groups), parts + 1).round().astype(int)
     return [groups[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True)]

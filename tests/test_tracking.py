@@ -37,6 +37,21 @@ def test_metrics_are_lines_of_json_and_no_number_is_null(tmp_path: Path) -> None
     ]
 
 
+def test_text_is_in_the_line_and_told_to_no_listener(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+
+    class Display:
+        def on_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+            heard.append(dict(metrics))
+
+    tracker = Tracker(tmp_path)
+    tracker.listeners.append(Display())
+    tracker.log(1, {"kl": 0.5, "kept/sha256": "ab12"})
+    tracker.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "kl": 0.5, "kept/sha256": "ab12"}]
+    assert heard == [{"kl": 0.5}]
+
+
 def test_rewind_forgets_the_steps_that_a_resumed_run_writes_again(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     for step in range(5):

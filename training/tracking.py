@@ -1,6 +1,7 @@
 """One writer of metrics: `metrics.jsonl` always, W&B as its mirror, trajectories as images.
 
-A line of metrics.jsonl is {"step": int, name: number, ...}, written whole and flushed. Rank 0 alone holds a Tracker.
+A line of metrics.jsonl is {"step": int, name: number or text, ...}, written whole and flushed. Rank 0 alone holds a
+Tracker.
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ class Tracker:
         self._sampled: dict[int, Sequence[Trajectory]] = {}  # what trajectories() stored, until its step's line
         self.listeners: list[Any] = []  # each with heard(step, metrics): a progress display, say
 
-    def log(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Write one line. NaN and infinity are written as null: JSON has no such numbers."""
+    def log(self, step: int, metrics: Mapping[str, float | int | str | None]) -> None:
+        """Write one line. NaN and infinity are written as null: JSON has no such numbers. Text, such as a fingerprint,
+        is shown to no listener."""
         named = {**metrics, **{old_name(name): value for name, value in metrics.items()}}
         row = {"step": step, **{k: _finite(v) for k, v in named.items()}}
         mirror = self._started_mirror()  # with the lines before this one
@@ -114,7 +116,7 @@ class Tracker:
         sample = self._sampled.pop(step, None)
         if mirror is not None:
             mirror.log(row, self._stored(step) if sample is None else sample)
-        self.show(step, metrics)
+        self.show(step, {name: value for name, value in metrics.items() if not isinstance(value, str)})
 
     def show(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Tell the listeners without writing: for steps between logged ones."""
@@ -241,8 +243,8 @@ def _drop_half_line(path: Path) -> None:
             file.truncate(whole)
 
 
-def _finite(value: float | int | None) -> float | int | None:
-    if value is None or isinstance(value, int):
+def _finite(value: float | int | str | None) -> float | int | str | None:
+    if value is None or isinstance(value, int | str):
         return value
     value = float(value)
     return value if math.isfinite(value) else None

@@ -216,8 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--label", help="of two runs: the evaluations of this label")
     chosen.add_argument("--all", action="store_true", help="of two runs: every label that both have")
 
-    from underdrawing import rewards_cli
+    from underdrawing import replay_cli, rewards_cli
 
+    replay_cli.add_parsers(commands, RECIPE_HELP)
     rewards_cli.add_parser(commands)
 
     sub = command("view", _view, "write the HTML report of a run, or of stored trajectories", recipe=False)

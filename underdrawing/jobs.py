@@ -25,6 +25,7 @@ from training.ranks import run_on_main
 from underdrawing import build
 from underdrawing.denoising import check_denoising
 from underdrawing.evaluations import check_named, during_training
+from underdrawing.lock import lock_sha256
 from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe, as_now
@@ -158,6 +159,7 @@ def run_grpo(
             changed_prompts=changed_prompts,
             read_recipe=as_now,
             resume_command=resume_command,
+            setup={"lock": lock_sha256()},
         )
         train(run, newest if resume else None)
     final = saved()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,12 @@ class Differing:
 def find_lock() -> Path | None:
     """The lock of the checkout that this is; None in an installed wheel, which has none."""
     return LOCK if LOCK.is_file() and (ROOT / "pyproject.toml").is_file() else None
+
+
+def lock_sha256() -> str | None:
+    """Of the checkout's lock; None in an installed wheel, which has none."""
+    lock = find_lock()
+    return None if lock is None else hashlib.sha256(lock.read_bytes()).hexdigest()
 
 
 def locked_versions(lock: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ from rewards.config import ComponentConfig, Scope, WorkersConfig
 from rewards.contract import Logs, TrainerState, Value, is_broken, lightened
 from rewards.runtime.isolate import ProcessWorker
 from rewards.runtime.ray_worker import RayWorker
-from rewards.runtime.serving import RAISED, CallFailed, LoadedComponent, Spec, describe
+from rewards.runtime.serving import RAISED, CallFailed, Spec, describe
 from runtime.ending import leave_behind
 from runtime.errors import UserError
 from runtime.section import LONGEST_WAIT_S
@@ -171,6 +171,14 @@ class Outcome:
     ended: float = 0.0
 
 
+class Loaded(Protocol):
+    """serving.LoadedComponent, or what stands in for one."""
+
+    @property
+    def judge(self) -> Any: ...
+    def __call__(self, trajectories: Sequence[Trajectory], state: TrainerState) -> tuple[list[Value], Logs]: ...
+
+
 class Component:
     """One part of the recipe, with its lane."""
 
@@ -179,7 +187,7 @@ class Component:
         name: str,
         config: ComponentConfig,
         executor: Executor,
-        loaded: LoadedComponent | None,
+        loaded: Loaded | None,
         workers: Sequence[Worker] = (),
     ) -> None:
         """`loaded`: its function, of a part that stands in the driver; any other has workers."""

@@ -315,6 +315,7 @@ class Frame:
     parts: Sequence[tuple[str, float | None]] = ()  # rewards of this image alone
     inherited: bool = False  # it is the parent's
     pictures: int = 1  # side by side in `image`
+    marked: bool = False  # it is what the page is about
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,8 @@ class Film:
     continues: str = ""  # what a fork goes on from
 
 
-def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> Film:
-    """A trajectory as a filmstrip; `seen` is by segment."""
+def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None, marked: int | None = None) -> Film:
+    """A trajectory as a filmstrip; `seen` is by segment, and `marked` one that is outlined."""
     frames = []
     for index, segment in enumerate(trajectory.segments):
         pictures = pictures_of(segment)
@@ -356,6 +357,7 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None) -> F
                 (seen or {}).get(index),
                 inherited=trajectory.parent is not None and index < trajectory.parent[1],
                 pictures=max(1, len(pictures)),
+                marked=index == marked,
             )
         )
     return Film(
