@@ -188,13 +188,17 @@ class GrpoConfig(Section):
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group", description="What advantages are divided by: the standard deviation of the group, of the batch, or 1."
     )
-    advantage_level: Literal["trajectory", "segment"] = Field(
+    advantage_level: Literal["trajectory", "segment", "reward_to_go"] = Field(
         "trajectory",
         description="trajectory: every segment has its trajectory's advantage. segment: the baseline of "
-        "a segment is over the same role and occurrence in the group, and rewards by segment are added.",
+        "a segment is over the same role and occurrence in the group, and rewards by segment are added. reward_to_go: "
+        "the sum of the normalised rewards that are given at the segment's end or later, those of other segments and "
+        "the trajectory's own among them (UnifiedGRPO, arXiv:2603.09538).",
     )
     segment_reward_weights: dict[str, float] = Field(
-        {}, description="Weight of a reward part's values by segment, where advantage_level is segment; 1 if not named."
+        {},
+        description="Weight of a reward part's values by segment, where advantage_level is segment or reward_to_go; 1 "
+        "if not named.",
     )
 
     # Checks
@@ -209,6 +213,11 @@ class GrpoConfig(Section):
         description="The same for a writer whose log-probs are not the trainer's (rollout.writer): the largest mean "
         "|trainer's - writer's log-prob| over a role's decisions.",
     )
+
+    @property
+    def credits_segments(self) -> bool:
+        """Rewards by segment move advantages."""
+        return self.advantage_level != "trajectory"
 
     @property
     def by_sequence(self) -> bool:
@@ -235,6 +244,6 @@ class GrpoConfig(Section):
         negative = [role for role, weight in self.role_weights.items() if weight < 0]
         if negative:
             raise ValueError(f"role_weights.{negative[0]} is negative; 0 leaves a role out")
-        if self.segment_reward_weights and self.advantage_level != "segment":
-            raise ValueError("segment_reward_weights needs advantage_level: segment")
+        if self.segment_reward_weights and not self.credits_segments:
+            raise ValueError("segment_reward_weights needs advantage_level: segment or reward_to_go")
         return self

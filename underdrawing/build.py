@@ -123,7 +123,7 @@ def build_reward_manager(
 def build_alarms(recipe: Recipe) -> Alarms:
     """Watched are the parts that move no advantage: neither the formula names them, nor are segments credited by
     them."""
-    weighted, by_segment = recipe.rewards.expression().names, recipe.grpo.advantage_level == "segment"
+    weighted, by_segment = recipe.rewards.expression().names, recipe.grpo.credits_segments
     log_only = [
         name
         for name, part in recipe.rewards.parts.items()
