@@ -23,17 +23,23 @@ from rl.ledger import FAILED, UNJUDGED, ZERO_VARIANCE, Group, Ledger
 
 EPSILON = 1e-4  # TRL's: added to the standard deviation that advantages are divided by
 
+Worth = Mapping[tuple[int, int], Mapping[int, float]]  # (group, member) -> segment -> what its advantage gains
 Centred = list[dict[int, float]]  # one a member: segment -> its score less the baseline
 
 
-def compute_advantages(groups: Sequence[Group], config: GrpoConfig, failed: int | Mapping[str, int] = 0) -> Ledger:
+def compute_advantages(
+    groups: Sequence[Group], config: GrpoConfig, failed: int | Mapping[str, int] = 0, added: Worth | None = None
+) -> Ledger:
     """Fill `advantage_S` of every trajectory and say which groups are worth training on.
 
     A member without a reward leaves its group's baseline and gets zeros. A group with fewer than two judged members
     in any one state, or whose advantages are all zero, is dropped (its advantages are zeros) and counted in the ledger,
     which is checked.
-    `failed`: groups that were asked for and never came back, by reason where there are several; they are in the ledger
-    too.
+
+    Args:
+        failed: groups that were asked for and never came back, by reason where there are several; they are in the
+            ledger too.
+        added: what single segments gain beside that (rl/image_credit.py), in judged members.
     """
     lost = failed if isinstance(failed, Mapping) else {FAILED: failed}
     ledger = Ledger(groups_in=len(groups) + sum(lost.values()))
@@ -46,6 +52,9 @@ def compute_advantages(groups: Sequence[Group], config: GrpoConfig, failed: int 
         for trajectory, values in zip(group, credited.get(index, [{} for _ in group]), strict=True):
             advantage_S = np.zeros(len(trajectory.segments), np.float32)
             advantage_S[list(values)] = list(values.values())
+            if added and trajectory.reward is not None and index in credited:
+                for segment, gain in added.get((trajectory.group, trajectory.member), {}).items():
+                    advantage_S[segment] += gain if trajectory.segments[segment].trained else 0.0
             trajectory.advantage_S = advantage_S
             learns |= bool(advantage_S.any())
         if learns:

@@ -50,6 +50,42 @@ class ForkConfig(Section):
     )
 
 
+class ImageCreditConfig(Section):
+    """Credit for pictures: the reward less that of the same thought gone on from another picture in its place."""
+
+    arms: list[Literal["sibling", "blank", "other"]] = Field(
+        ["sibling"],
+        min_length=1,
+        description="What stands in a picture's place. sibling: what another member of the group drew in the same role "
+        "and occurrence. blank: a white picture. other: what a member of another prompt's group drew there. Each is "
+        "rolled out for each picture, and the worths are averaged.",
+    )
+    draws: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Continuations of each picture and arm, under as many noises. The first is the noise that the "
+        "thought itself went on with; each further one asks for a continuation of the thought's own picture too.",
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Factor on a picture's worth, which is divided by the root mean square of the step's worths "
+        "(scale_rewards: none: by 1) and added to the advantage of its segment.",
+    )
+    members: int | None = Field(
+        None, ge=1, description="Members of each group whose pictures are credited, the first ones. None: all."
+    )
+
+    @field_validator("arms")
+    @classmethod
+    def _once(cls, value: list[str]) -> list[str]:
+        again = [arm for arm in dict.fromkeys(value) if value.count(arm) > 1]
+        if again:
+            raise ValueError(f"'{again[0]}' stands there twice; name each arm once")
+        return value
+
+
 class FlowLossConfig(Section):
     """Ratios and divergences of denoising steps: rl/flow_losses.py defines them."""
 
@@ -95,6 +131,12 @@ class GrpoConfig(Section):
         None,
         description="Write candidates at states of each group's members once these are written (VPRL, arXiv:2505.11409)"
         ". None: every trajectory begins at its prompt.",
+    )
+    image_credit: ImageCreditConfig | None = Field(
+        None,
+        description="Continue each thought from right after its pictures with others in their place, under the same "
+        "noise, and credit a picture's segment with what its own was worth (a counterfactual baseline, as COMA's, "
+        "arXiv:1705.08926). None: no such rollouts.",
     )
     num_iterations: int = Field(1, ge=1, description="Passes over one step's groups (mu in the GRPO paper).")
     num_minibatches: int = Field(1, ge=1, description="Optimiser steps a pass: the groups are divided among them.")
@@ -241,6 +283,17 @@ class GrpoConfig(Section):
             raise ValueError(
                 f"fork.members is {self.fork.members}, but a group has only {self.num_generations} (num_generations)"
             )
+        if self.image_credit is not None:
+            if self.image_credit.members is not None and self.image_credit.members > self.num_generations:
+                raise ValueError(
+                    f"image_credit.members is {self.image_credit.members}, but a group has only {self.num_generations} "
+                    f"(num_generations)"
+                )
+            if "other" in self.image_credit.arms and self.prompts_per_step < 2:
+                raise ValueError(
+                    "image_credit.arms: a step of one prompt (prompts_per_step) has no other prompt's pictures; leave "
+                    "'other' out"
+                )
         negative = [role for role, weight in self.role_weights.items() if weight < 0]
         if negative:
             raise ValueError(f"role_weights.{negative[0]} is negative; 0 leaves a role out")

@@ -58,6 +58,8 @@ def build_format(recipe: Recipe) -> Format:
     """
     fmt = recipe.format.build()
     check_roles(recipe, fmt)
+    if recipe.grpo.image_credit is not None and not fmt.max_images:
+        raise UserError(f"grpo.image_credit: the format '{fmt.name}' draws no image; leave it out, or draw")
     for name, part in recipe.rewards.parts.items():
         roles = part.options.get("roles", ())
         if is_own(part.function) and isinstance(roles, list):

@@ -25,10 +25,12 @@ from runtime.errors import UserError  # noqa: E402
 from runtime.interrupt import heed_signals, name_of, number_of, uninterrupted  # noqa: E402
 from runtime.ray_cluster import stop_ray  # noqa: E402
 from underdrawing.options import (  # noqa: E402
+    ARMS,
     NEWEST,
     Number,
     Parser,
     Whole,
+    arm_names,
     checkpoint_name,
     expanded_path,
     join_resume,
@@ -196,6 +198,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", choices=("train", "heldout"), default="train")
     sub.add_argument("--out", type=expanded_path, help="file to write (default run_dir/difficulty.jsonl)")
 
+    sub = command("probe", _probe, "what the policy's pictures are worth to its thoughts: replace them, and write on")
+    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
+    sub.add_argument("--prompts", type=Whole(1), default=16, help="how many (default 16)")
+    sub.add_argument("--samples", type=Whole(1), default=2, help="thoughts of each prompt (default 2)")
+    sub.add_argument(
+        "--arms",
+        type=arm_names,
+        default=ARMS,
+        metavar="ARM,...",
+        help="what stands in a picture's place: sibling (the picture of another thought of the prompt), blank, other "
+        "(that of another prompt); default: all three",
+    )
+    sub.add_argument("--draws", type=Whole(1), default=1, help="continuations of each image and arm (default 1)")
+    sub.add_argument("--split", choices=("train", "heldout"), default="heldout")
+    sub.add_argument("--out", type=expanded_path, help="folder to write (default run_dir/probe)")
+
     from underdrawing import geneval
 
     sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of images in a folder")
@@ -340,6 +358,22 @@ def _difficulty(options: argparse.Namespace) -> int:
     print(f"{len(records)} prompts in {out}: passed never {counts['never']}, sometimes {counts['sometimes']}, always "
           f"{counts['always']}, not judged {counts['unjudged']}")  # fmt: skip
     print("To train on those in between: task.dataset.path of this file, task.dataset.where: {pass_rate: [0.1, 0.9]}")
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
+    if options.dry_run:
+        return _dry_run(recipe, weights=options.weights, splits=[options.split])
+    from rich.console import Console
+
+    from underdrawing.probe import ProbeOptions, print_probe, run_probe
+
+    asked = ProbeOptions(options.prompts, options.samples, options.arms, options.draws)
+    weights = _newest_weights(recipe, options.weights)
+    probe = run_probe(recipe, weights, asked, options.split, options.out or recipe.run_dir / "probe")
+    print_probe(Console(), probe)
+    print(json.dumps({"rows": [row.as_json() for row in probe.rows], "probe": str(probe.folder)}))
     return 0
 
 

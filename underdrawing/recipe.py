@@ -99,6 +99,8 @@ class Recipe(Section):
     def _what_is_paid_counts(self) -> Recipe:
         self.rewards.refuse_constant_format(self.format)
         self.rewards.refuse_lost_weight(self.grpo.scale_rewards)
+        if self.grpo.image_credit is not None:
+            self.rewards.refuse_compared("grpo.image_credit")
         return self
 
     @model_validator(mode="after")
