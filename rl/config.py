@@ -86,6 +86,32 @@ class ImageCreditConfig(Section):
         return value
 
 
+class RestartConfig(Section):
+    """Groups that begin from a picture of the latest steps: reflect on it, then leave it or redraw it."""
+
+    roles: Annotated[list[str], WRITTEN] = Field(
+        min_length=1, description="Images of these roles are begun from: the first one of each thought that went on."
+    )
+    share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Of a step's groups. At least one of them begins at its prompt, so that there are new pictures.",
+    )
+    every: int = Field(1, ge=1, description="In each `every`-th step alone. R3 alternates: 2, with a share near 1.")
+    steps: int = Field(1, ge=1, description="Of how many of the latest steps that drew pictures these are kept.")
+    perfect_share: float = Field(
+        0.15, ge=0, le=1, description="With this probability a group begins from a perfect picture, else from another."
+    )
+    perfect: float = Field(1.0, description="A picture is perfect whose own reward is at least this.")
+    reward: Literal["improvement", "result"] = Field(
+        "improvement",
+        description="improvement: the result's reward less the picture's; from a perfect picture the result's own; to "
+        "leave one that is not perfect costs what it lacks (the reward less `perfect`). result: the recipe's reward as "
+        "it is.",
+    )
+
+
 class FlowLossConfig(Section):
     """Ratios and divergences of denoising steps: rl/flow_losses.py defines them."""
 
@@ -137,6 +163,11 @@ class GrpoConfig(Section):
         description="Continue each thought from right after its pictures with others in their place, under the same "
         "noise, and credit a picture's segment with what its own was worth (a counterfactual baseline, as COMA's, "
         "arXiv:1705.08926). None: no such rollouts.",
+    )
+    restart: RestartConfig | None = Field(
+        None,
+        description="Begin a share of the groups from stored pictures of the latest steps (R3's buffered restarts, "
+        "arXiv:2602.15772). None: every group begins at its prompt.",
     )
     num_iterations: int = Field(1, ge=1, description="Passes over one step's groups (mu in the GRPO paper).")
     num_minibatches: int = Field(1, ge=1, description="Optimiser steps a pass: the groups are divided among them.")
@@ -294,6 +325,11 @@ class GrpoConfig(Section):
                     "image_credit.arms: a step of one prompt (prompts_per_step) has no other prompt's pictures; leave "
                     "'other' out"
                 )
+        if self.restart is not None and self.prompts_per_step < 2:
+            raise ValueError(
+                "restart: a step of one prompt (prompts_per_step) leaves no group to begin from a picture; give 2 or "
+                "more"
+            )
         negative = [role for role, weight in self.role_weights.items() if weight < 0]
         if negative:
             raise ValueError(f"role_weights.{negative[0]} is negative; 0 leaves a role out")

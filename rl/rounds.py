@@ -3,7 +3,8 @@
 Groups are scored as they finish, while the others are still being written. With grpo.max_rollout_rounds above 1 this is
 the dynamic sampling of DAPO (arXiv:2503.14476, section 3.2), bounded: what cannot be trained on is replaced by groups
 of the next prompts. With grpo.fork, candidates at states of all that was written follow (forks.py), each set of them a
-group more; with grpo.image_credit, continuations from other pictures (image_credit.py), which are compared and never
+group more; with grpo.restart some groups begin from stored pictures in place of prompts (restarts.py); with
+grpo.image_credit, continuations from other pictures (image_credit.py), which are compared and never
 trained on. The ledger accounts for every group of every round, and for every such arm.
 """
 
@@ -19,6 +20,7 @@ from rl.forks import Forks, roll_out_forks, shown_first
 from rl.image_credit import ImageCredit, added_by_images, credit_images
 from rl.ledger import FAILED, Ledger
 from rl.prompts import PromptCursor
+from rl.restarts import keep_pictures, restarts_in, roll_out_restarts
 from rl.run import Run
 from rollout.pool.contract import NOT_REPEATABLE, FailedGroup
 from rollout.requests import RolloutRequest, request_of
@@ -26,7 +28,7 @@ from rollout.requests import RolloutRequest, request_of
 SUMMED = ("rollout/trajectories", "rollout/tokens", "rollout/decisions", "rollout/images", "rollout/prompts",
           "rollout/refills", "rollout/reprefills", "rollout/groups", "rollout/groups_failed")  # fmt: skip
 
-OWN_METRICS = ("forks/", "image_credit/")  # of rollouts beside those of the prompts
+OWN_METRICS = ("forks/", "image_credit/", "restart/")  # of rollouts beside those of the prompts
 
 
 def next_requests(run: Run, cursor: PromptCursor, count: int) -> list[RolloutRequest]:
@@ -41,7 +43,9 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     config = run.config
     groups: list[list[Trajectory]] = []
     rounds: list[tuple[int, Mapping[str, float]]] = []  # trajectories, metrics
-    failed, replaced, wanted = Counter[str](), dict[str, int](), config.prompts_per_step
+    restarted = restarts_in(step, config, run.restarts)
+    from_prompts = config.prompts_per_step - restarted
+    failed, replaced, wanted = Counter[str](), dict[str, int](), from_prompts
     for number in range(config.max_rollout_rounds):
         requests = next_requests(run, cursor, wanted)
         pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=number == 0)
@@ -52,24 +56,28 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
         rounds.append((sum(map(len, rolled_out.groups)), {**rolled_out.metrics, **report.metrics}))
         ledger = compute_advantages(groups, config, failed)
         drop_untrainable(ledger, config)
-        wanted = config.prompts_per_step - len(ledger.trained)
+        wanted = from_prompts - len(ledger.trained)
         if not wanted:
             break
         if number + 1 < config.max_rollout_rounds:
             replaced = dict(ledger.dropped)
     forks, credit = Forks([], [], {}), ImageCredit()
+    restarts = roll_out_restarts(run, restarted, step)
+    failed.update(map(_reason, restarts.failed))
+    kept = keep_pictures(run, groups, step)
     if config.fork is not None:
         forks = roll_out_forks(run, groups, config.fork, step)
         failed.update(map(_reason, forks.failed))
     if config.image_credit is not None:
         credit = credit_images(run, groups, config.image_credit, step)
-    if config.fork is not None or config.image_credit is not None:
+    if restarted or config.fork is not None or config.image_credit is not None:
         added = added_by_images(credit, config)
-        ledger = compute_advantages([*groups, *forks.sets], config, failed, added)
+        ledger = compute_advantages([*groups, *restarts.groups, *forks.sets], config, failed, added)
         ledger.arms, ledger.arms_in = dict(credit.account), credit.asked
         drop_untrainable(ledger, config)
     if config.fork is not None:
-        forks.metrics["forks/trained"] = float(sum(group[0].parent is not None for group in ledger.trained))
+        candidates = {id(members[0]) for members in forks.sets}
+        forks.metrics["forks/trained"] = float(sum(id(group[0]) in candidates for group in ledger.trained))
     if config.max_rollout_rounds > 1:
         ledger.replaced = replaced
         ledger.check()
@@ -77,8 +85,10 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     measured = run.alarms.measure(groups) if run.alarms is not None else {}
     if run.tracker is not None and (step == 1 or step % run.show_every == 0):
         # The tracker keeps as many as it is told to.
-        run.tracker.trajectories(step, shown_first(groups, forks.sets))
-    metrics = with_added(with_added(merged(rounds), forks.metrics), credit.metrics)
+        run.tracker.trajectories(step, shown_first([*groups, *restarts.groups], forks.sets))
+    metrics: dict[str, float] = merged(rounds)
+    for beside in (restarts.metrics, kept, forks.metrics, credit.metrics):
+        metrics = with_added(metrics, beside)
     return ledger, {**metrics, **measured, **ledger.metrics()}
 
 

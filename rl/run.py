@@ -16,6 +16,7 @@ from rewards.alarms import Alarms
 from rewards.manager import RewardManager
 from rl.config import GrpoConfig
 from rl.idle import IdleSteps
+from rl.restart_buffer import RestartBuffer
 from rollout.pool.contract import Rollouts
 from training.tracking import Tracker
 
@@ -45,6 +46,7 @@ class Run:
     read_recipe: Callable[[dict[str, Any]], dict[str, Any]] = dict  # a checkpoint's, by today's names and defaults
     resume_command: str = "give the same command with --resume"
     idle: IdleSteps = field(init=False)
+    restarts: RestartBuffer = field(default_factory=RestartBuffer)  # the first process's; the others' is empty
 
     def __post_init__(self) -> None:
         self.idle = IdleSteps(self.config.idle_limit)

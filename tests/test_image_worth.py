@@ -53,20 +53,19 @@ def test_places_stand_in_the_order_in_which_they_are_drawn():
 @pytest.mark.parametrize("copies", [False, True])
 def test_a_picture_is_worth_what_the_policy_makes_of_it(copies):
     writer = engine(copies)
-    asked = [RolloutRequest(g, PROMPTS[g % 2], {}, (0, 1, 2), 3) for g in range(12)]
+    asked = [RolloutRequest(g, PROMPTS[g % 2], {}, (0, 1), 3) for g in range(12)]
     trunk = writer.run(asked)
-    groups = [trunk[at : at + 3] for at in range(0, len(trunk), 3)]
+    groups = [trunk[at : at + 2] for at in range(0, len(trunk), 2)]
     assert all([s.role for s in t.segments[1:]] == ["image", "say", "image", "say"] for t in trunk)
-    found = counterfactuals(groups, ARMS, 2, writer.policy)
+    found = counterfactuals(groups, ARMS, 1 + copies, writer.policy)
     written = iter(writer.run([one.request for one in found.arms]))
     sets = [[next(written) for _ in one.request.members] for one in found.arms]
     for trajectory in [*trunk, *(t for members in sets for t in members)]:
         trajectory.reward = reward(trajectory)
     swaps = swaps_of(found.arms, sets)
     rows = {(row.arm, row.occurrence): row for row in summarise(swaps)}
-    assert len(swaps) == 2 * 3 * 36 * (
-        1 + 1
-    )  # draws, arms, members, images: the last one is followed by the turn's end
+    # Draws, arms, members, images: the last one is followed by the turn's end.
+    assert len(swaps) == (1 + copies) * 3 * 24 * (1 + 1)
     first = {arm: rows[arm, 0] for arm in ARMS}
     if copies:
         # Own halves nearly always, the other prompt's half the other way; white is of the upper half.

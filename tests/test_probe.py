@@ -11,6 +11,7 @@ from policy.chameleon.config import ChameleonPolicyConfig, TinySection
 from policy.registry import load_policy
 from record.store import load_trajectories
 from runtime.errors import UserError
+from tasks.registry import get_task
 from underdrawing.cli import main
 from underdrawing.probe import ProbeOptions, check_reward
 from underdrawing.recipe import load_recipe
@@ -31,7 +32,7 @@ track: {{wandb: disabled}}
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     tiny = TinySection(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    load_policy(ChameleonPolicyConfig(tiny=tiny), ["a", "red", "circle"]).save(folder)
+    load_policy(ChameleonPolicyConfig(tiny=tiny), get_task("shapes").words).save(folder)
     return folder
 
 
@@ -44,7 +45,8 @@ def test_the_command_prints_a_table_and_keeps_every_pair(weights, tmp_path, caps
     asked = words(tmp_path, weights, "--prompts", "3", "--samples", "2", "--arms", "blank,sibling", "--draws", "2")
     assert main(asked) == 0
     said = capsys.readouterr().out
-    assert "a blank one" in said and "a sibling's" in said and "sketch" in said and "6 thoughts; kept in" in said
+    assert all(word in said for word in ("sketch", "blank", "sibling", "6 thoughts; kept in"))
+    assert max(map(len, said.splitlines()[:8])) <= 80
     told = json.loads(said.splitlines()[-1])
     kept = json.loads((tmp_path / "run/probe/probe.json").read_text())
     assert told["rows"] == kept["rows"] and kept["lost"] == 0 and kept["draws"] == 2

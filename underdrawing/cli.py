@@ -25,12 +25,10 @@ from runtime.errors import UserError  # noqa: E402
 from runtime.interrupt import heed_signals, name_of, number_of, uninterrupted  # noqa: E402
 from runtime.ray_cluster import stop_ray  # noqa: E402
 from underdrawing.options import (  # noqa: E402
-    ARMS,
     NEWEST,
     Number,
     Parser,
     Whole,
-    arm_names,
     checkpoint_name,
     expanded_path,
     join_resume,
@@ -198,23 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", choices=("train", "heldout"), default="train")
     sub.add_argument("--out", type=expanded_path, help="file to write (default run_dir/difficulty.jsonl)")
 
-    sub = command("probe", _probe, "what the policy's pictures are worth to its thoughts: replace them, and write on")
-    sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
-    sub.add_argument("--prompts", type=Whole(1), default=16, help="how many (default 16)")
-    sub.add_argument("--samples", type=Whole(1), default=2, help="thoughts of each prompt (default 2)")
-    sub.add_argument(
-        "--arms",
-        type=arm_names,
-        default=ARMS,
-        metavar="ARM,...",
-        help="what stands in a picture's place: sibling (the picture of another thought of the prompt), blank, other "
-        "(that of another prompt); default: all three",
-    )
-    sub.add_argument("--draws", type=Whole(1), default=1, help="continuations of each image and arm (default 1)")
-    sub.add_argument("--split", choices=("train", "heldout"), default="heldout")
-    sub.add_argument("--out", type=expanded_path, help="folder to write (default run_dir/probe)")
+    from underdrawing import geneval, probe_cli
 
-    from underdrawing import geneval
+    probe_cli.add_options(command("probe", _probe, probe_cli.HELP))
 
     sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of images in a folder")
     sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
@@ -362,14 +346,15 @@ def _difficulty(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    recipe = _recipe(options)
-    if options.dry_run:
-        return _dry_run(recipe, weights=options.weights, splits=[options.split])
     from rich.console import Console
 
-    from underdrawing.probe import ProbeOptions, print_probe, run_probe
+    from underdrawing.probe import ProbeOptions, check_reward, print_probe, run_probe
 
+    recipe = _recipe(options)
     asked = ProbeOptions(options.prompts, options.samples, options.arms, options.draws)
+    check_reward(recipe)
+    if options.dry_run:
+        return _dry_run(recipe, weights=options.weights, splits=[options.split])
     weights = _newest_weights(recipe, options.weights)
     probe = run_probe(recipe, weights, asked, options.split, options.out or recipe.run_dir / "probe")
     print_probe(Console(), probe)

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from runtime.errors import UserError, nearest
+from runtime.errors import UserError
 from runtime.paths import PathError, expand, expand_object
 from runtime.section import LARGEST_SEED as LARGEST_SEED
-
-ARMS = ("sibling", "blank", "other")  # rollout.counterfactuals.ARMS, which importing would take torch
 
 
 class OptionError(argparse.ArgumentTypeError):
@@ -113,15 +111,6 @@ def expanded_path(text: str) -> Path:
         return Path(expand(text))
     except PathError as error:
         raise OptionError(str(error)) from None
-
-
-def arm_names(text: str) -> tuple[str, ...]:
-    """Arms of a probe, with commas between them."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        if name not in ARMS:
-            raise OptionError(f"no arm '{name}'; {nearest(name, ARMS)}")
-    return names
 
 
 def object_path(text: str) -> str:

@@ -34,7 +34,6 @@ from underdrawing.preflight import preflight
 from underdrawing.recipe import Recipe
 
 RESULTS, TRAJECTORIES = "probe.json", "trajectories"
-INSTEAD = {"sibling": "a sibling's", "blank": "a blank one", "other": "another prompt's"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,11 @@ def run_probe(recipe: Recipe, weights: Path, options: ProbeOptions, split: Split
     by its arms.
 
     Raises:
-        UserError: a reward that compares thoughts with one another, a split with fewer prompts, thoughts that go on
-            from no image, or an arm for which no image had a picture.
+        UserError: a split with fewer prompts, thoughts that go on from no image, or an arm for which no image had a
+            picture.
         Busy: another process writes to `out`.
         Interrupted: a signal stopped it; nothing is kept.
     """
-    check_reward(recipe)
     check_folder(out / TRAJECTORIES)
     with (
         stopping(lambda: f"stopped; {out} is as it was"),
@@ -117,7 +115,7 @@ def run_probe(recipe: Recipe, weights: Path, options: ProbeOptions, split: Split
 
 
 def check_reward(recipe: Recipe) -> None:
-    """Raises UserError where a thought's reward rests on other thoughts."""
+    """Raises UserError where what a thought earns rests on other thoughts."""
     try:
         recipe.rewards.refuse_compared("probe")
     except ValueError as error:
@@ -181,12 +179,12 @@ def print_probe(console: Console, probe: Probe) -> None:
     """A line an image's place and arm."""
     table = Table()
     table.add_column("image", no_wrap=True)
-    table.add_column("in its place", no_wrap=True)
-    for name in ("images", "worth"):
+    table.add_column("instead", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("worth", justify="right", no_wrap=True)
+    table.add_column("95% interval", justify="right")  # on a narrow terminal this one is folded
+    for name in ("reward", "words", "drawn"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("95% interval", justify="right")
-    for name in ("reward changed", "words changed", "image changed"):
-        table.add_column(name, justify="right", max_width=8)
     before = None
     for row in probe.rows:
         place = row.role if not row.occurrence else f"{row.role} {row.occurrence + 1}"
@@ -195,24 +193,30 @@ def print_probe(console: Console, probe: Probe) -> None:
         sure = row.interval is not None and (row.interval.low > 0 or row.interval.high < 0)
         style = ("green" if (row.worth or 0) > 0 else "red") if sure else ""
         table.add_row(
-            place if place != before else "",
-            INSTEAD[row.arm],
+            Text(place if place != before else "", "bold"),
+            row.arm,
             str(row.images),
-            Text("not judged" if row.worth is None else f"{row.worth:+.3f}", style=style),
-            "" if row.interval is None else f"{row.interval.low:+.3f} to {row.interval.high:+.3f}",
-            _share(row.reward_changed),
-            _share(row.words_changed),
-            _share(row.image_changed),
+            Text("–" if row.worth is None else f"{row.worth:+.3f}", style=style),
+            "" if row.interval is None else f"{row.interval.low:+.2f} to {row.interval.high:+.2f}",
+            *(_share(value) for value in (row.reward_changed, row.words_changed, row.image_changed)),
         )
         before = place
     console.print(table)
-    notes = [f"{probe.thoughts} thoughts; kept in {probe.folder}"]
-    notes += [f"{count} images had no picture for the arm {arm}" for arm, count in probe.lacking.items() if count]
+    notes = [
+        "instead: the picture in its place; worth: the thought's reward less the one with that; reward, words, drawn: "
+        "the share whose reward, later words, last later image were others",
+        f"{probe.thoughts} thoughts; kept in {probe.folder}",
+    ]
+    notes += [
+        f"{count} images had no picture to put in their place for the arm '{arm}'"
+        for arm, count in probe.lacking.items()
+        if count
+    ]
     if probe.lost:
         notes.append(f"{probe.lost} arms never came back")
     unjudged = sum(row.unjudged for row in probe.rows)
     if unjudged:
-        notes.append(f"{unjudged} continuations were not judged, or their own picture's were not")
+        notes.append(f"{unjudged} continuations were not judged, or what they are compared with was not")
     for note in notes:
         console.print(Text(note), soft_wrap=True)
 

@@ -101,6 +101,8 @@ class Recipe(Section):
         self.rewards.refuse_lost_weight(self.grpo.scale_rewards)
         if self.grpo.image_credit is not None:
             self.rewards.refuse_compared("grpo.image_credit")
+        if self.grpo.restart is not None:
+            self.rewards.refuse_compared("grpo.restart")
         return self
 
     @model_validator(mode="after")
