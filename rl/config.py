@@ -98,12 +98,19 @@ class RestartConfig(Section):
         le=1,
         description="Of a step's groups. At least one of them begins at its prompt, so that there are new pictures.",
     )
-    every: int = Field(1, ge=1, description="In each `every`-th step alone. R3 alternates: 2, with a share near 1.")
+    every: int = Field(
+        1, ge=1, description="Only steps whose number is a multiple of this. R3 alternates: 2, share near 1."
+    )
     steps: int = Field(1, ge=1, description="Of how many of the latest steps that drew pictures these are kept.")
     perfect_share: float = Field(
         0.15, ge=0, le=1, description="With this probability a group begins from a perfect picture, else from another."
     )
     perfect: float = Field(1.0, description="A picture is perfect whose own reward is at least this.")
+    part: str | None = Field(
+        None,
+        description="The reward part by which pictures and results are compared, such as one that judges the last "
+        "image alone. None: the recipe's total, of which a picture by itself may earn less for its form.",
+    )
     reward: Literal["improvement", "result"] = Field(
         "improvement",
         description="improvement: the result's reward less the picture's; from a perfect picture the result's own; to "

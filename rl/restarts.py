@@ -83,10 +83,11 @@ def roll_out_restarts(run: Run, count: int, step: int) -> Restarts:
 def pay(trajectory: Trajectory, picture: float | None, config: RestartConfig) -> None:
     """Turn a judged thought's reward into that for what it made of the picture that it began from, and note both."""
     assert trajectory.parent is not None
-    result = trajectory.reward
+    result = judged_by(trajectory, config)
     own = trajectory.segments[trajectory.parent[1] :]
     left = not any(segment.author is Author.POLICY and segment.image is not None for segment in own)
-    trajectory.reward = result if config.reward == "result" else worth(picture, result, left, config.perfect)
+    if config.reward == "improvement" and trajectory.reward is not None:
+        trajectory.reward = worth(picture, result, left, config.perfect)
     trajectory.info[RESTART] = {"picture": picture, "result": result, "left": left}
 
 
@@ -103,6 +104,11 @@ def worth(picture: float | None, result: float | None, left: bool, perfect: floa
     return result - (perfect if left else picture)
 
 
+def judged_by(trajectory: Trajectory, config: RestartConfig) -> float | None:
+    """What pictures and results are compared by."""
+    return trajectory.reward if config.part is None else trajectory.rewards.get(config.part)
+
+
 def keep_pictures(run: Run, groups: Sequence[Sequence[Trajectory]], step: int) -> dict[str, float]:
     """Judge the first picture of each of a step's thoughts by itself, and keep it for the steps to come."""
     config = run.config.restart
@@ -115,6 +121,8 @@ def keep_pictures(run: Run, groups: Sequence[Sequence[Trajectory]], step: int) -
         return {"restart/pictures": 0.0}
     report = run.reward_manager.score(drawn, step, counted=False)
     pictures = [picture for group in drawn for picture in group]
+    for picture in pictures:
+        picture.reward = judged_by(picture, config)
     run.restarts.add(step, pictures, config.steps)
     judged = [picture.reward for picture in pictures if picture.reward is not None]
     return {
@@ -146,11 +154,11 @@ def measured(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
     """restart/*: means over judged thoughts: of the pictures, the results and the pay; the shares that left the
     picture, and that were better or worse than it."""
     members = [(t, t.info[RESTART]) for group in groups for t in group]
-    judged = [(t, said) for t, said in members if t.reward is not None]
+    judged = [(t, said) for t, said in members if None not in (t.reward, said["result"], said["picture"])]
     metrics = {"restart/trajectories": float(len(members))}
     if not judged:
         return metrics
-    gains = np.array([said["result"] - said["picture"] for _, said in judged if said["picture"] is not None])
+    gains = np.array([said["result"] - said["picture"] for _, said in judged])
     values: Mapping[str, Sequence[float]] = {
         "restart/picture": [said["picture"] for _, said in judged],
         "restart/result": [said["result"] for _, said in judged],

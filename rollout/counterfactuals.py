@@ -88,6 +88,7 @@ def counterfactuals(
             for segment in images_gone_on_from(trajectory):
                 asked = []
                 for arm in arms:
+                    picture: Segment | None
                     if arm == BLANK:
                         picture = _blank(trajectory.segments[segment], policy, blanks)
                     else:

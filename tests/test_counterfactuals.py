@@ -37,7 +37,7 @@ def alike(a: Trajectory, b: Trajectory) -> bool:
 def bagel() -> tuple[Engine, list[RolloutRequest]]:
     flow = {"steps": 4, "window": 2, "window_range": (0, 2)}
     config = RolloutConfig(rows=9, max_tokens=60, guidance=True, branches=2, flow=flow)
-    asked = [RolloutRequest(g, prompt, {}, (0, 1, 2), 4) for g, prompt in enumerate(("red dot", "left", "big blue"))]
+    asked = [RolloutRequest(g, prompt, {}, (0, 1), 4) for g, prompt in enumerate(("red dot", "left"))]
     return Engine(Bagel(), BagelFormat(max_images=3, max_tokens=3), config, "full"), asked
 
 

@@ -21,6 +21,7 @@ from tests.test_advantages import advantages, thought
 from tests.test_grpo import lines
 from tests.test_grpo_chameleon import CodeJudge, make
 from training import checkpoint
+from underdrawing.report.page import film_of
 
 WORTH = {(0, 0): {2: 0.6, 4: -0.8}, (0, 1): {2: 0.0}}  # sketch and redraw of the first member, sketch of the second
 ROLES = ("plan", "sketch", "inspect", "redraw")
@@ -58,6 +59,12 @@ def test_what_pictures_were_worth_saves_a_group_that_earned_the_same(level):
     assert advantages(group)[0] == pytest.approx([0, 0, 0, -0.8])
     ledger = compute_advantages([[group[0], group[2]]], config, added=added)
     assert ledger.dropped == {"unjudged": 1} and advantages([group[0]]) == [[0] * 4]
+
+
+def test_the_report_shows_it_beside_what_parts_credit():
+    shown = thought(1.0, ROLES, images={2: 0.5})
+    shown.info["image_worth"] = {"2": 0.6, "4": -0.8}
+    assert [frame.credit for frame in film_of(shown).frames] == ["", "images +0.50  worth +0.60", "", "worth -0.80"]
 
 
 def test_every_arm_is_accounted_for():

@@ -12,6 +12,7 @@ from policy.registry import load_policy
 from record.store import load_trajectories
 from runtime.errors import UserError
 from tasks.registry import get_task
+from underdrawing.build import build_format
 from underdrawing.cli import main
 from underdrawing.probe import ProbeOptions, check_reward
 from underdrawing.recipe import load_recipe
@@ -94,6 +95,14 @@ def test_a_reward_that_compares_thoughts_is_refused(weights, tmp_path):
             check_reward(load_recipe(file, overrides))
         with pytest.raises(UserError, match=f"grpo.image_credit: {words_}"):
             load_recipe(file, [*overrides, "grpo.image_credit={}"])
+        with pytest.raises(UserError, match=f"grpo.restart: {words_}"):
+            load_recipe(file, [*overrides, "grpo.restart={roles: [sketch]}"])
     check_reward(load_recipe(file, [part, "rewards.total=graded"]))  # what is not paid may compare
+    with pytest.raises(UserError, match="grpo.restart.part: no reward part 'grade'; did you mean 'graded'"):
+        load_recipe(file, ["grpo.restart={roles: [sketch], part: grade}"])
+    with pytest.raises(
+        UserError, match="in the role 'plan' the format 'strokes' draws no image; its images are sketch"
+    ):
+        build_format(load_recipe(file, ["grpo.restart={roles: [plan], part: graded}"]))
     with pytest.raises(UserError, match="--arms sibling"):
         ProbeOptions(4, 1, ("blank", "sibling"), 1)
