@@ -45,7 +45,8 @@ def credit_images(
     trained = [group for group in judged if len(group) > 1]
     asked = counterfactuals(trained, config.arms, config.draws, run.policy, config.members).arms
     if not asked:
-        return ImageCredit(metrics={"image_credit/images": 0.0, "image_credit/rollouts": 0.0})
+        nothing = dict.fromkeys(("measured", "unjudged", "failed"), 0)
+        return ImageCredit(account=nothing, metrics={"image_credit/images": 0.0, "image_credit/rollouts": 0.0})
     requests = [one.request for one in asked]
     pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=False)
     written = run.rollouts.generate(requests, each=pending.add)

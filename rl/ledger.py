@@ -67,7 +67,7 @@ class Ledger:
             "groups/cut_off": self.cut_off,
             **{f"groups/dropped/{reason}": float(count) for reason, count in dropped.items()},
             **{f"groups/replaced/{reason}": float(count) for reason, count in self.replaced.items()},
-            **({"image_credit/arms_in": float(self.arms_in)} if self.arms_in else {}),
+            **({"image_credit/arms_in": float(self.arms_in)} if self.arms else {}),
             **{f"image_credit/arms_{what}": float(count) for what, count in self.arms.items()},
             **(
                 {"trajectories/rescored": float(self.rescored), "trajectories/corrected": float(self.corrected)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from pydantic import ValidationError
 import rl.grpo
 from record.store import load_trajectories
 from rl.advantages import compute_advantages
-from rl.config import GrpoConfig
-from rl.image_credit import ImageCredit, added_by_images
+from rl.config import GrpoConfig, ImageCreditConfig
+from rl.image_credit import ImageCredit, added_by_images, credit_images
 from rl.ledger import Ledger, LedgerError
 from rollout.pool.contract import FailedGroup
 from tests.test_advantages import advantages, thought
@@ -71,6 +72,14 @@ def test_every_arm_is_accounted_for():
     Ledger(0, arms={"measured": 2, "failed": 1}, arms_in=3).check()
     with pytest.raises(LedgerError, match="4 arms of images asked for"):
         Ledger(0, arms={"measured": 2, "failed": 1}, arms_in=4).check()
+
+
+def test_a_step_without_pictures_has_an_empty_account():
+    run = SimpleNamespace(rollouts=object(), reward_manager=object(), policy=None)
+    found = credit_images(run, [[thought(1.0, ("plan",)), thought(0.0, ("plan",), member=1)]], ImageCreditConfig(), 1)
+    ledger = Ledger(0, arms=dict(found.account), arms_in=found.asked)
+    ledger.check()
+    assert found.worth == {} and ledger.metrics()["image_credit/arms_in"] == 0
 
 
 def test_what_cannot_be_is_refused():
