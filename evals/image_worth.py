@@ -114,10 +114,10 @@ def worth_by_image(swaps: Sequence[Swap]) -> dict[tuple[int, int], dict[int, flo
 
 def summarise(swaps: Sequence[Swap], **bootstrap: Any) -> list[PictureWorth]:
     """By role and occurrence, in the order in which they are drawn, and by arm; `bootstrap` is paired_bootstrap's."""
-    places: Mapping[tuple[str, int], int] = {}
+    places: dict[tuple[str, int], int] = {}  # to the first segment at which one stands
     for swap in swaps:
         place = swap.role, swap.occurrence
-        places = {**places, place: min(swap.segment, places.get(place, swap.segment))}
+        places[place] = min(swap.segment, places.get(place, swap.segment))
     arms = list(dict.fromkeys(swap.arm for swap in swaps))
     rows = []
     for role, occurrence in sorted(places, key=lambda place: (places[place], place)):

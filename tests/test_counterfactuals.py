@@ -60,6 +60,7 @@ def test_the_same_picture_sampled_by_nobody_is_gone_on_from_as_it_was(policy, la
         for t in trunk
         for segment in images_gone_on_from(t)
     ]
+    again = again[:6]
     assert len(again) > 2
     same = []
     for one in again:
@@ -75,7 +76,7 @@ def test_the_arms_differ_by_the_picture_alone(policy, layout, tmp_path):  # noqa
     writer, asked = of_each_family(policy, layout)
     trunk = writer.run(asked)
     groups = [[t for t in trunk if t.group == g] for g in range(len(asked))]
-    found = counterfactuals(groups, ARMS, 2, writer.policy, members=1 if layout == "bagel" else None)
+    found = counterfactuals(groups, ARMS, 2, writer.policy, members=1 if layout in ("bagel", "chameleon") else None)
     by_arm = {arm: [one for one in found.arms if one.arm == arm] for arm in (OWN, *ARMS)}
     assert len(by_arm["blank"]) == len(by_arm[OWN]) > 1 and by_arm["sibling"] and by_arm["other"]
     written = LocalRollouts(writer).generate([one.request for one in found.arms])

@@ -43,22 +43,22 @@ def words(folder: Path, weights: Path, *more: str, images: int = 2, tokens: int 
 
 
 def test_the_command_prints_a_table_and_keeps_every_pair(weights, tmp_path, capsys):
-    asked = words(tmp_path, weights, "--prompts", "3", "--samples", "2", "--arms", "blank,sibling", "--draws", "2")
+    asked = words(tmp_path, weights, "--prompts", "2", "--samples", "2", "--arms", "blank,sibling", "--draws", "2")
     assert main(asked) == 0
     said = capsys.readouterr().out
-    assert all(word in said for word in ("sketch", "blank", "sibling", "6 thoughts; kept in"))
+    assert all(word in said for word in ("sketch", "blank", "sibling", "4 thoughts; kept in"))
     assert max(map(len, said.splitlines()[:8])) <= 80
     told = json.loads(said.splitlines()[-1])
     kept = json.loads((tmp_path / "run/probe/probe.json").read_text())
     assert told["rows"] == kept["rows"] and kept["lost"] == 0 and kept["draws"] == 2
     first = next(row for row in kept["rows"] if (row["role"], row["occurrence"], row["arm"]) == ("sketch", 0, "blank"))
-    assert first["images"] == 6 and first["prompts"] == 3 and first["interval"] is not None
+    assert first["images"] == 4 and first["prompts"] == 2 and first["interval"] is not None
     mine = [s for s in kept["swaps"] if (s["role"], s["occurrence"], s["arm"]) == ("sketch", 0, "blank")]
-    assert len(mine) == 12 and all(s["worth"] == s["own"] - s["swapped"] for s in mine)
-    means = [[s["worth"] for s in mine if s["group"] == g] for g in range(3)]
-    assert first["worth"] == pytest.approx(sum(sum(m) / len(m) for m in means) / 3)
+    assert len(mine) == 8 and all(s["worth"] == s["own"] - s["swapped"] for s in mine)
+    means = [[s["worth"] for s in mine if s["group"] == g] for g in range(2)]
+    assert first["worth"] == pytest.approx(sum(sum(m) / len(m) for m in means) / 2)
     stored = load_trajectories(tmp_path / "run/probe/trajectories")
-    assert sum("arm" not in t.info for t in stored) == 6
+    assert sum("arm" not in t.info for t in stored) == 4
     at = [n for n, t in enumerate(stored) if "arm" not in t.info]
     assert all((stored[n + 1].group, stored[n + 1].parent[0]) == (stored[n].group, stored[n].member) for n in at)
     assert {t.info["arm"] for t in stored if "arm" in t.info} == {"own", "blank", "sibling"}
