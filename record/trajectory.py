@@ -17,6 +17,7 @@ import numpy as np
 from runtime.errors import UserError
 
 PARENT_GROUP = "parent_group"  # in Trajectory.info
+ARM = "arm"  # in Trajectory.info: which picture a counterfactual has in the place of its parent's last one
 
 
 class RecordError(UserError):
@@ -221,8 +222,10 @@ class Trajectory:
         if self.parent is None:
             return ""
         member, segments = self.parent
-        group = self.info.get(PARENT_GROUP)
-        return f"continues member {member}{'' if group is None else f' of group {group}'} after segment {segments - 1}"
+        group, arm = self.info.get(PARENT_GROUP), self.info.get(ARM)
+        of = "" if group is None else f" of group {group}"
+        instead = "" if arm is None else f", the image there: {arm}"
+        return f"continues member {member}{of} after segment {segments - 1}{instead}"
 
     def images(self) -> list[np.ndarray]:
         """The images that the policy drew, in order."""

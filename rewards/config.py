@@ -255,6 +255,23 @@ class RewardsConfig(Section):
             self.formula(), [name for name in (*self.parts, *self.schedules) if name not in log_only], withheld=log_only
         )
 
+    def refuse_compared(self, key: str, part: str | None = None) -> None:
+        """Raises ValueError where what a thought earns, in all or in `part`, rests on others of its group or step:
+        `key` compares it with what it would have earned, each by itself."""
+        expression = self.expression()
+        if expression.groupwise:
+            raise ValueError(
+                f"{key}: rewards.total ({self.formula()}) compares thoughts with one another; what is compared here "
+                "must be a thought's own, so take the functions over a group or a batch out"
+            )
+        for name in dict.fromkeys([*expression.names, *([part] if part else [])]):
+            if name in self.parts and self.parts[name].sees != "row":
+                own = is_own(self.parts[name].function)
+                raise ValueError(
+                    f"{key}: rewards.parts.{name} sees the {self.parts[name].sees}, and what is compared here must be "
+                    f"a thought's own; {'take it out of the formula' if own else 'say scope: row where that is so'}"
+                )
+
     @property
     def ray_cpus(self) -> int | None:
         """CPUs that the Ray actors of parts and detector ask for; None: there are none."""

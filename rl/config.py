@@ -50,6 +50,75 @@ class ForkConfig(Section):
     )
 
 
+class ImageCreditConfig(Section):
+    """Credit for pictures: the reward less that of the same thought gone on from another picture in its place."""
+
+    arms: list[Literal["sibling", "blank", "other"]] = Field(
+        ["sibling"],
+        min_length=1,
+        description="What stands in a picture's place. sibling: what another member of the group drew in the same role "
+        "and occurrence. blank: a white picture. other: what a member of another prompt's group drew there. Each is "
+        "rolled out for each picture, and the worths are averaged.",
+    )
+    draws: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Continuations of each picture and arm, under as many noises. The first is the noise that the "
+        "thought itself went on with; each further one asks for a continuation of the thought's own picture too.",
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Factor on a picture's worth, which is divided by the root mean square of the step's worths "
+        "(scale_rewards: none: by 1) and added to the advantage of its segment.",
+    )
+    members: int | None = Field(
+        None, ge=1, description="Members of each group whose pictures are credited, the first ones. None: all."
+    )
+
+    @field_validator("arms")
+    @classmethod
+    def _once(cls, value: list[str]) -> list[str]:
+        again = [arm for arm in dict.fromkeys(value) if value.count(arm) > 1]
+        if again:
+            raise ValueError(f"'{again[0]}' stands there twice; name each arm once")
+        return value
+
+
+class RestartConfig(Section):
+    """Groups that begin from a picture of the latest steps: reflect on it, then leave it or redraw it."""
+
+    roles: Annotated[list[str], WRITTEN] = Field(
+        min_length=1, description="Images of these roles are begun from: the first one of each thought that went on."
+    )
+    share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Of a step's groups. At least one of them begins at its prompt, so that there are new pictures.",
+    )
+    every: int = Field(
+        1, ge=1, description="Only steps whose number is a multiple of this. R3 alternates: 2, share near 1."
+    )
+    steps: int = Field(1, ge=1, description="Of how many of the latest steps that drew pictures these are kept.")
+    perfect_share: float = Field(
+        0.15, ge=0, le=1, description="With this probability a group begins from a perfect picture, else from another."
+    )
+    perfect: float = Field(1.0, description="A picture is perfect whose own reward is at least this.")
+    part: str | None = Field(
+        None,
+        description="The reward part by which pictures and results are compared, such as one that judges the last "
+        "image alone. None: the recipe's total, of which a picture by itself may earn less for its form.",
+    )
+    reward: Literal["improvement", "result"] = Field(
+        "improvement",
+        description="improvement: the result's reward less the picture's; from a perfect picture the result's own; to "
+        "leave one that is not perfect costs what it lacks (the reward less `perfect`). result: the recipe's reward as "
+        "it is.",
+    )
+
+
 class FlowLossConfig(Section):
     """Ratios and divergences of denoising steps: rl/flow_losses.py defines them."""
 
@@ -96,6 +165,17 @@ class GrpoConfig(Section):
         description="Write candidates at states of each group's members once these are written (VPRL, arXiv:2505.11409)"
         ". None: every trajectory begins at its prompt.",
     )
+    image_credit: ImageCreditConfig | None = Field(
+        None,
+        description="Continue each thought from right after its pictures with others in their place, under the same "
+        "noise, and credit a picture's segment with what its own was worth (a counterfactual baseline, as COMA's, "
+        "arXiv:1705.08926). None: no such rollouts.",
+    )
+    restart: RestartConfig | None = Field(
+        None,
+        description="Begin a share of the groups from stored pictures of the latest steps (R3's buffered restarts, "
+        "arXiv:2602.15772). None: every group begins at its prompt.",
+    )
     num_iterations: int = Field(1, ge=1, description="Passes over one step's groups (mu in the GRPO paper).")
     num_minibatches: int = Field(1, ge=1, description="Optimiser steps a pass: the groups are divided among them.")
     tokens_per_micro_batch: int = Field(
@@ -118,7 +198,8 @@ class GrpoConfig(Section):
         "none",
         description="Steps that are kept whole, for `underdrawing replay`: every so many, beginning with the first; "
         "all; or none. Where save_every divides the number, the weights before a kept step are a checkpoint, for as "
-        "long as keep_checkpoints leaves it there, and the whole step can be computed again.",
+        "long as keep_checkpoints leaves it there, and the whole step can be computed again. Not together with restart or "
+        "image_credit.",
     )
     evaluate_every: int | None = Field(None, ge=1, description="Steps between held-out evaluations; None: never.")
 
@@ -194,13 +275,17 @@ class GrpoConfig(Section):
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group", description="What advantages are divided by: the standard deviation of the group, of the batch, or 1."
     )
-    advantage_level: Literal["trajectory", "segment"] = Field(
+    advantage_level: Literal["trajectory", "segment", "reward_to_go"] = Field(
         "trajectory",
         description="trajectory: every segment has its trajectory's advantage. segment: the baseline of "
-        "a segment is over the same role and occurrence in the group, and rewards by segment are added.",
+        "a segment is over the same role and occurrence in the group, and rewards by segment are added. reward_to_go: "
+        "the sum of the normalised rewards that are given at the segment's end or later, those of other segments and "
+        "the trajectory's own among them (UnifiedGRPO, arXiv:2603.09538).",
     )
     segment_reward_weights: dict[str, float] = Field(
-        {}, description="Weight of a reward part's values by segment, where advantage_level is segment; 1 if not named."
+        {},
+        description="Weight of a reward part's values by segment, where advantage_level is segment or reward_to_go; 1 "
+        "if not named.",
     )
 
     # Checks
@@ -215,6 +300,11 @@ class GrpoConfig(Section):
         description="The same for a writer whose log-probs are not the trainer's (rollout.writer): the largest mean "
         "|trainer's - writer's log-prob| over a role's decisions.",
     )
+
+    @property
+    def credits_segments(self) -> bool:
+        """Rewards by segment move advantages."""
+        return self.advantage_level != "trajectory"
 
     @property
     def by_sequence(self) -> bool:
@@ -238,9 +328,31 @@ class GrpoConfig(Section):
             raise ValueError(
                 f"fork.members is {self.fork.members}, but a group has only {self.num_generations} (num_generations)"
             )
+        if self.keep_rollouts != "none" and (self.image_credit is not None or self.restart is not None):
+            key = "image_credit" if self.image_credit is not None else "restart"
+            raise ValueError(
+                f"keep_rollouts: steps are kept of groups that begin at prompts and of candidates at states, and {key} "
+                "rolls out more; take keep_rollouts: none"
+            )
+        if self.image_credit is not None:
+            if self.image_credit.members is not None and self.image_credit.members > self.num_generations:
+                raise ValueError(
+                    f"image_credit.members is {self.image_credit.members}, but a group has only {self.num_generations} "
+                    f"(num_generations)"
+                )
+            if "other" in self.image_credit.arms and self.prompts_per_step < 2:
+                raise ValueError(
+                    "image_credit.arms: a step of one prompt (prompts_per_step) has no other prompt's pictures; leave "
+                    "'other' out"
+                )
+        if self.restart is not None and self.prompts_per_step < 2:
+            raise ValueError(
+                "restart: a step of one prompt (prompts_per_step) leaves no group to begin from a picture; give 2 or "
+                "more"
+            )
         negative = [role for role, weight in self.role_weights.items() if weight < 0]
         if negative:
             raise ValueError(f"role_weights.{negative[0]} is negative; 0 leaves a role out")
-        if self.segment_reward_weights and self.advantage_level != "segment":
-            raise ValueError("segment_reward_weights needs advantage_level: segment")
+        if self.segment_reward_weights and not self.credits_segments:
+            raise ValueError("segment_reward_weights needs advantage_level: segment or reward_to_go")
         return self

@@ -31,6 +31,8 @@ class Ledger:
     replaced: dict[str, int] = field(default_factory=dict)  # those of the dropped in whose place others were rolled out
     cut_off: float = 0.0  # share of the members that hit a limit
     rescored: int = 0  # trained trajectories whose recorded log-probs are not the scorer's
+    arms: dict[str, int] = field(default_factory=dict)  # of grpo.image_credit, by what became of them
+    arms_in: int = 0  # that were asked for
     corrected: int = 0  # those of the rescored whose loss is weighted by importance sampling
 
     def drop(self, reason: str, count: int = 1) -> None:
@@ -48,6 +50,8 @@ class Ledger:
                 raise LedgerError(
                     f"{count} groups replaced for {reason}, but {self.dropped.get(reason, 0)} dropped for it"
                 )
+        if sum(self.arms.values()) != self.arms_in:
+            raise LedgerError(f"{self.arms_in} arms of images asked for, but of these came: {self.arms}")
         if not self.corrected <= self.rescored <= sum(map(len, self.trained)):
             raise LedgerError(
                 f"{self.corrected} trajectories corrected of {self.rescored} rescored, of {sum(map(len, self.trained))}"
@@ -63,6 +67,8 @@ class Ledger:
             "groups/cut_off": self.cut_off,
             **{f"groups/dropped/{reason}": float(count) for reason, count in dropped.items()},
             **{f"groups/replaced/{reason}": float(count) for reason, count in self.replaced.items()},
+            **({"image_credit/arms_in": float(self.arms_in)} if self.arms else {}),
+            **{f"image_credit/arms_{what}": float(count) for what, count in self.arms.items()},
             **(
                 {"trajectories/rescored": float(self.rescored), "trajectories/corrected": float(self.corrected)}
                 if self.rescored

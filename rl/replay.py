@@ -27,7 +27,7 @@ from rl.kept_forwards import KeptForward, KeptUpdate, by_step, first_difference
 from rl.kept_steps import KeptRound, KeptStep
 from rl.ledger import Group, Ledger
 from rl.losses import SUMS, ScoredDecisions, policy_loss, summarise
-from rl.rounds import merged, with_forks
+from rl.rounds import merged, with_added
 from rl.trainer import Trainer, kind_weights, loss_settings, split_groups
 
 Stage = Literal["rewards", "advantages", "loss", "update"]
@@ -143,7 +143,7 @@ def judge_again(kept: KeptStep, manager: RewardManager) -> dict[str, float]:
     metrics.pop("rollout/rounds", None)
     if kept.forks is not None:
         of_forks = _judged(kept.forks, kept.step, manager) if kept.forks.asked else {}
-        metrics = with_forks(metrics, fork_metrics(len(kept.forks.asked), kept.forks.groups, of_forks))
+        metrics = with_added(metrics, fork_metrics(len(kept.forks.asked), kept.forks.groups, of_forks))
     return metrics
 
 

@@ -3,7 +3,9 @@
 Groups are scored as they finish, while the others are still being written. With grpo.max_rollout_rounds above 1 this is
 the dynamic sampling of DAPO (arXiv:2503.14476, section 3.2), bounded: what cannot be trained on is replaced by groups
 of the next prompts. With grpo.fork, candidates at states of all that was written follow (forks.py), each set of them a
-group more. The ledger accounts for every group of every round.
+group more; with grpo.restart some groups begin from stored pictures in place of prompts (restarts.py); with
+grpo.image_credit, continuations from other pictures (image_credit.py), which are compared and never
+trained on. The ledger accounts for every group of every round, and for every such arm.
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ from record.trajectory import Trajectory
 from rl.advantages import compute_advantages
 from rl.batches import drop_untrainable
 from rl.forks import Forks, roll_out_forks, shown_first
+from rl.image_credit import ImageCredit, added_by_images, credit_images
 from rl.ledger import FAILED, Ledger
 from rl.prompts import PromptCursor
+from rl.restarts import keep_pictures, restarts_in, roll_out_restarts
 from rl.run import Run
 from rollout.pool.contract import NOT_REPEATABLE, FailedGroup
 from rollout.requests import RolloutRequest, request_of
 
 SUMMED = ("rollout/trajectories", "rollout/tokens", "rollout/decisions", "rollout/images", "rollout/prompts",
           "rollout/refills", "rollout/reprefills", "rollout/groups", "rollout/groups_failed")  # fmt: skip
+
+OWN_METRICS = ("forks/", "image_credit/", "restart/")  # of rollouts beside those of the prompts
 
 
 def next_requests(run: Run, cursor: PromptCursor, count: int) -> list[RolloutRequest]:
@@ -38,7 +44,9 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     run.keeper.begin(step)
     groups: list[list[Trajectory]] = []
     rounds: list[tuple[int, Mapping[str, float]]] = []  # trajectories, metrics
-    failed, replaced, wanted = Counter[str](), dict[str, int](), config.prompts_per_step
+    restarted = restarts_in(step, config, run.restarts)
+    from_prompts = config.prompts_per_step - restarted
+    failed, replaced, wanted = Counter[str](), dict[str, int](), from_prompts
     for number in range(config.max_rollout_rounds):
         requests = next_requests(run, cursor, wanted)
         pending = run.reward_manager.begin(step, [len(request.members) for request in requests], counted=number == 0)
@@ -51,20 +59,30 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
         rounds.append((sum(map(len, rolled_out.groups)), {**rolled_out.metrics, **report.metrics}))
         ledger = compute_advantages(groups, config, failed)
         drop_untrainable(ledger, config)
-        wanted = config.prompts_per_step - len(ledger.trained)
+        wanted = from_prompts - len(ledger.trained)
         if not wanted:
             break
         if number + 1 < config.max_rollout_rounds:
             replaced = dict(ledger.dropped)
-    forks = Forks([], [], {})
+    forks, credit = Forks([], [], {}), ImageCredit()
+    restarts = roll_out_restarts(run, restarted, step)
+    failed.update(map(_reason, restarts.failed))
+    kept = keep_pictures(run, groups, step)
     if config.fork is not None:
         forks = roll_out_forks(run, groups, config.fork, step)
         lost = {one.index: _reason(one) for one in forks.failed}
         run.keeper.add(forks.asked, lost, forks.sets, forks=True)
         failed.update(map(_reason, forks.failed))
-        ledger = compute_advantages([*groups, *forks.sets], config, failed)
+    if config.image_credit is not None:
+        credit = credit_images(run, groups, config.image_credit, step)
+    if restarted or config.fork is not None or config.image_credit is not None:
+        added = added_by_images(credit, config)
+        ledger = compute_advantages([*groups, *restarts.groups, *forks.sets], config, failed, added)
+        ledger.arms, ledger.arms_in = dict(credit.account), credit.asked
         drop_untrainable(ledger, config)
-        forks.metrics["forks/trained"] = float(sum(group[0].parent is not None for group in ledger.trained))
+    if config.fork is not None:
+        candidates = {id(members[0]) for members in forks.sets}
+        forks.metrics["forks/trained"] = float(sum(id(group[0]) in candidates for group in ledger.trained))
     if config.max_rollout_rounds > 1:
         ledger.replaced = replaced
         ledger.check()
@@ -72,8 +90,11 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
     measured = run.alarms.measure(groups) if run.alarms is not None else {}
     if run.tracker is not None and (step == 1 or step % run.show_every == 0):
         # The tracker keeps as many as it is told to.
-        run.tracker.trajectories(step, shown_first(groups, forks.sets))
-    return ledger, {**with_forks(merged(rounds), forks.metrics), **measured, **ledger.metrics()}
+        run.tracker.trajectories(step, shown_first([*groups, *restarts.groups], forks.sets))
+    metrics: dict[str, float] = merged(rounds)
+    for beside in (restarts.metrics, kept, forks.metrics, credit.metrics):
+        metrics = with_added(metrics, beside)
+    return ledger, {**metrics, **measured, **ledger.metrics()}
 
 
 def _reason(lost: FailedGroup) -> str:
@@ -81,13 +102,14 @@ def _reason(lost: FailedGroup) -> str:
     return NOT_REPEATABLE if lost.reason == NOT_REPEATABLE else FAILED
 
 
-def with_forks(metrics: Mapping[str, float], forks: Mapping[str, float]) -> dict[str, float]:
-    """A step's metrics with those of its forks: counts and seconds added up; means are of what began at a prompt."""
-    together = {**metrics, **{name: value for name, value in forks.items() if name.startswith("forks/")}}
-    for name, value in forks.items():
+def with_added(metrics: Mapping[str, float], added: Mapping[str, float]) -> dict[str, float]:
+    """A step's metrics with those of what was rolled out beside its prompts: counts and seconds added up; means are of
+    what began at a prompt."""
+    together = {**metrics, **{name: value for name, value in added.items() if name.startswith(OWN_METRICS)}}
+    for name, value in added.items():
         if _is_summed(name):
             together[name] = together.get(name, 0.0) + value
-    return _with_rate(together) if forks else together
+    return _with_rate(together) if added else together
 
 
 def merged(rounds: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from rewards.manager import RewardManager
 from rl.config import GrpoConfig
 from rl.idle import IdleSteps
 from rl.kept_steps import StepKeeper
+from rl.restart_buffer import RestartBuffer
 from rollout.pool.contract import Rollouts
 from training.tracking import Tracker
 
@@ -48,6 +49,7 @@ class Run:
     setup: dict[str, Any] = field(default_factory=dict)  # what it is made with, for kept steps: see StepKeeper
     idle: IdleSteps = field(init=False)
     keeper: StepKeeper = field(init=False)
+    restarts: RestartBuffer = field(default_factory=RestartBuffer)  # the first process's; the others' is empty
 
     def __post_init__(self) -> None:
         self.idle = IdleSteps(self.config.idle_limit)

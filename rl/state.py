@@ -32,6 +32,7 @@ T = TypeVar("T")
 PROBE_TRAJECTORIES = 2
 # In a checkpoint: the metrics of its step, where that is trained but not logged. Release 0.1 wrote the second name.
 PENDING_METRICS, OLD_PENDING_METRICS = "pending_metrics.json", "owed.json"
+RESTARTS = "restarts"  # in a checkpoint: the pictures that groups may begin from
 # Keys of a recipe, sections whole, that may change on resuming without the steps to come being others.
 RESUME_SAFE_KEYS = (
     "name",
@@ -120,6 +121,7 @@ class RunState:
             run.policy.save(folder / "weights")
             if self.probe:
                 save_trajectories(self.probe, folder / "probe")
+            run.restarts.save(folder / RESTARTS)
             if pending is not None:
                 (folder / PENDING_METRICS).write_text(json.dumps(pending, default=float))
 
@@ -149,6 +151,7 @@ class RunState:
             )
         if (folder / "probe").is_dir():
             self.probe = load_trajectories(folder / "probe")
+        self.run.restarts.load(folder / RESTARTS)
         for name in (PENDING_METRICS, OLD_PENDING_METRICS):
             if (folder / name).is_file():
                 self.metrics, self.pending = json.loads((folder / name).read_text()), True
@@ -174,12 +177,14 @@ class RunState:
     def _saved_on_error(self, step: int) -> Iterator[None]:
         """Save `step`, whose weights these are, where a fault that a user can fix ends the run."""
         before, taken = self.cursor.state(), self.trainer.optimizer_steps
+        pictures = list(self.run.restarts.pictures)
         try:
             yield
         except BrokenOffError:
             raise
         except UserError as error:
             self.cursor.load(before)
+            self.run.restarts.pictures = pictures
             newest = run_on_main(self.run.accelerator, lambda: checkpoint.latest(self.run.checkpoints))
             # Weights between two steps: a run that went on from them would be another.
             if self.trainer.optimizer_steps != taken:

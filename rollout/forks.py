@@ -99,7 +99,8 @@ def follow(cursor: Cursor, fmt: Format, request: RolloutRequest) -> Inherited:
         raise _not_the_formats(request, fmt, f"it reads {[span.role for span in cursor.spans]} there")
     own = [segment for segment in segments if segment.author is Author.POLICY]
     ids = np.concatenate([segment.ids for segment in own]).astype(np.int64) if own else NOTHING.ids
-    return Inherited(ids, sum(len(segment.decisions) for segment in own if segment.decisions is not None))
+    held = sum(len(segment.decisions) for segment in own if segment.decisions is not None)
+    return Inherited(ids, held if request.decided is None else request.decided)
 
 
 def stands_in_call(request: RolloutRequest, fmt: Format, vocabulary: Vocabulary) -> bool:

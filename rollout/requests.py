@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from record.trajectory import Media, Segment
+from record.trajectory import ARM, Media, Segment, Trajectory
 from rollout.config import FlowConfig
 from runtime.errors import UserError
 from tasks.media import media_of
 
-RequestKey = tuple[int, tuple[int, int] | None]  # group, parent
+RequestKey = tuple[int, tuple[int, int] | None, str]  # group, parent, arm
 
 
 class RolloutError(UserError):
@@ -44,6 +44,10 @@ class RolloutRequest:
     parent_group: int | None = None  # the parent's group; None: this one
     prefix: tuple[Segment, ...] = field(default=(), compare=False)  # the parent's first segments, whole
     unanswered: bool = False  # where the prefix ends with a call, the environment answered it with nothing
+    # Of a counterfactual (rollout/counterfactuals.py): what stands in the place of the prefix's last image. Its arms go
+    # on from one state with the same members' noise, so each is a request of its own.
+    arm: str = ""
+    decided: int | None = None  # decisions that the prefix counts as in the noise; None: those that it holds
     flow: FlowConfig | None = None  # how its images are denoised; None: as the recipe's rollouts say
     # Written to try the writer: a call of a tool that is not `repeatable` is not made, and answered by an error.
     rehearsal: bool = False
@@ -51,7 +55,12 @@ class RolloutRequest:
     @property
     def key(self) -> RequestKey:
         """What tells the requests of one generation apart."""
-        return self.group, self.parent
+        return self.group, self.parent, self.arm
+
+
+def key_of(trajectory: Trajectory) -> RequestKey:
+    """The key of the request that a trajectory answers."""
+    return trajectory.group, trajectory.parent, trajectory.info.get(ARM, "")
 
 
 def request_of(

@@ -17,7 +17,7 @@ from torch import Tensor
 from policy.base import Policy
 from record.trajectory import Trajectory
 from rollout.capabilities import Capabilities, WriterError
-from rollout.requests import RequestKey, RolloutRequest
+from rollout.requests import RequestKey, RolloutRequest, key_of
 from rollout.weights.receive import UNPUBLISHED
 from rollout.weights.wire import Manifest, WeightSyncError, unpack
 
@@ -97,7 +97,7 @@ def write_groups(
     try:
         for trajectory in stream:
             trajectory.exact = writer.exact
-            key = (trajectory.group, trajectory.parent)
+            key = key_of(trajectory)
             members = found.get(key)
             if members is None or trajectory.member not in wanted[key] or trajectory.member in members:
                 raise WriterError(
@@ -124,7 +124,7 @@ def write_groups(
 
 
 def _named(member: int, key: RequestKey) -> str:
-    group, parent = key
+    group, parent, _ = key
     return f"{group}-{member}" + ("" if parent is None else f" (continuing member {parent[0]})")
 
 

@@ -18,6 +18,7 @@ from formats.base import Codes, Cursor, Format, Span
 from policy.base import Policy
 from policy.context import Resolved, resolve
 from record.trajectory import (
+    ARM,
     PARENT_GROUP,
     Author,
     Context,
@@ -83,6 +84,8 @@ class SequenceWriter:
             self.inherited = follow(self.cursor, fmt, request)
             if request.parent_group is not None:
                 self.trajectory.info[PARENT_GROUP] = request.parent_group
+            if request.arm:
+                self.trajectory.info[ARM] = request.arm
         self.closed = len(self.cursor.spans)  # spans that have become segments
         self.start = len(self.inherited.ids)  # index of the open segment's first id among the policy's ids
         self.contexts: tuple[Context, ...] = ()

@@ -222,7 +222,8 @@ class FakePolicy:
     def encode_images(self, images):
         if self.latent_shape:  # what decode_images makes an image of
             return [np.arctanh(np.clip(image[0] / 127 - 1, -0.99, 0.99)).astype(np.float32) for image in images]
-        return [self.vocabulary.code_ids[image[0, :, 0] - 1] for image in images]
+        codes = self.vocabulary.code_ids
+        return [codes[np.clip(image[0, :, 0].astype(int) - 1, 0, len(codes) - 1)] for image in images]
 
     def decode_images(self, contents):
         """One pixel a code (its number + 1), or a latent's channels as colors."""

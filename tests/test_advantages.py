@@ -161,7 +161,7 @@ rewards = st.one_of(st.none(), st.floats(-10, 10, allow_nan=False).map(lambda x:
 @given(
     st.lists(st.lists(rewards, min_size=2, max_size=6), max_size=5),
     st.sampled_from(["group", "batch", "none"]),
-    st.sampled_from(["trajectory", "segment"]),
+    st.sampled_from(["trajectory", "segment", "reward_to_go"]),
 )
 def test_every_group_is_accounted_for_and_advantages_sum_to_nothing(groups, scale, level):
     made = [group_of(*group) for group in groups]

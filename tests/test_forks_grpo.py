@@ -18,7 +18,7 @@ from record.trajectory import Author, Modality, Segment, Trajectory
 from rl.advantages import compute_advantages
 from rl.config import ForkConfig, GrpoConfig
 from rl.forks import fork_requests, shown_first, states
-from rl.rounds import with_forks
+from rl.rounds import with_added
 from rollout.pool.contract import FailedGroup
 from runtime.errors import UserError
 from tests.test_grpo import lines
@@ -143,7 +143,7 @@ def test_a_candidate_is_shown_after_its_parent():
 def test_counts_are_added_up_and_means_are_of_what_began_at_a_prompt():
     trunk = {"rollout/tokens": 10.0, "time/rollout": 2.0, "reward/mean": 0.5, "rollout/mean_rows": 3.0}
     forks = {"rollout/tokens": 20.0, "time/rollout": 1.0, "reward/mean": 0.9, "forks/in": 2.0, "rollout/mean_rows": 9.0}
-    assert with_forks(trunk, forks) == {
+    assert with_added(trunk, forks) == {
         "rollout/tokens": 30.0,
         "time/rollout": 3.0,
         "reward/mean": 0.5,
@@ -151,7 +151,7 @@ def test_counts_are_added_up_and_means_are_of_what_began_at_a_prompt():
         "forks/in": 2.0,
         "rollout/tokens_per_s": 10.0,
     }
-    assert with_forks(trunk, {}) == trunk
+    assert with_added(trunk, {}) == trunk
 
 
 def test_a_role_that_is_none_is_named_and_one_candidate_is_none():

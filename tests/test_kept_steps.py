@@ -453,3 +453,9 @@ def test_rays_actors_become_processes_with_the_same_calls():
     here = on_this_machine(config).parts["format"].workers
     assert here is not None and (here.kind, here.count, here.batch_size) == ("process", 2, 3)
     assert on_this_machine(config).ray_cpus is None
+
+
+@pytest.mark.parametrize("key, section", [("restart", {"roles": ["sketch"]}), ("image_credit", {})])
+def test_steps_that_roll_out_more_than_is_kept_are_refused(key, section):
+    with pytest.raises(ValueError, match=f"keep_rollouts: .* {key} rolls out more"):
+        GrpoConfig.model_validate({"keep_rollouts": "all", key: section})

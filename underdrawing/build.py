@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from formats.base import Format, Latent
-from formats.roles import check_names, check_roles
+from formats.roles import check_names, check_roles, roles_of
 from policy.base import Policy
 from policy.registry import FAMILIES, load_policy, load_vocabulary
 from rewards.alarms import Alarms
 from rewards.loader import is_own
 from rewards.manager import RewardManager
+from rollout.capabilities import drawing_roles
 from rollout.shown import ShownSlots
 from rollout.tools.fitting import check_fit
 from rollout.tools.registry import Tools, build_tools
@@ -59,6 +60,16 @@ def build_format(recipe: Recipe) -> Format:
     """
     fmt = recipe.format.build()
     check_roles(recipe, fmt)
+    if recipe.grpo.image_credit is not None and not fmt.max_images:
+        raise UserError(f"grpo.image_credit: the format '{fmt.name}' draws no image; leave it out, or draw")
+    if recipe.grpo.restart is not None:
+        images = drawing_roles(fmt)
+        for role in recipe.grpo.restart.roles:
+            if roles_of(fmt) is not None and role not in images:
+                known = f"its images are {', '.join(images)}" if images else "and none in any other"
+                raise UserError(
+                    f"grpo.restart.roles: in the role '{role}' the format '{fmt.name}' draws no image; {known}"
+                )
     for name, part in recipe.rewards.parts.items():
         roles = part.options.get("roles", ())
         if is_own(part.function) and isinstance(roles, list):
@@ -132,7 +143,7 @@ def build_reward_manager(
 def build_alarms(recipe: Recipe) -> Alarms:
     """Watched are the parts that move no advantage: neither the formula names them, nor are segments credited by
     them."""
-    weighted, by_segment = recipe.rewards.expression().names, recipe.grpo.advantage_level == "segment"
+    weighted, by_segment = recipe.rewards.expression().names, recipe.grpo.credits_segments
     log_only = [
         name
         for name, part in recipe.rewards.parts.items()

@@ -196,7 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", choices=("train", "heldout"), default="train")
     sub.add_argument("--out", type=expanded_path, help="file to write (default run_dir/difficulty.jsonl)")
 
-    from underdrawing import geneval
+    from underdrawing import geneval, probe_cli
+
+    probe_cli.add_options(command("probe", _probe, probe_cli.HELP))
 
     sub = command("evaluate", _evaluate, "held-out score of some weights; `evaluate geneval`: of images in a folder")
     sub.add_argument("--weights", type=expanded_path, help="folder of the weights; default: the newest of the run")
@@ -345,6 +347,23 @@ def _difficulty(options: argparse.Namespace) -> int:
     print(f"{len(records)} prompts in {out}: passed never {counts['never']}, sometimes {counts['sometimes']}, always "
           f"{counts['always']}, not judged {counts['unjudged']}")  # fmt: skip
     print("To train on those in between: task.dataset.path of this file, task.dataset.where: {pass_rate: [0.1, 0.9]}")
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from underdrawing.probe import ProbeOptions, check_reward, print_probe, run_probe
+
+    recipe = _recipe(options)
+    asked = ProbeOptions(options.prompts, options.samples, options.arms, options.draws)
+    check_reward(recipe)
+    if options.dry_run:
+        return _dry_run(recipe, weights=options.weights, splits=[options.split])
+    weights = _newest_weights(recipe, options.weights)
+    probe = run_probe(recipe, weights, asked, options.split, options.out or recipe.run_dir / "probe")
+    print_probe(Console(), probe)
+    print(json.dumps({"rows": [row.as_json() for row in probe.rows], "probe": str(probe.folder)}))
     return 0
 
 

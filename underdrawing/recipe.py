@@ -99,6 +99,10 @@ class Recipe(Section):
     def _what_is_paid_counts(self) -> Recipe:
         self.rewards.refuse_constant_format(self.format)
         self.rewards.refuse_lost_weight(self.grpo.scale_rewards)
+        if self.grpo.image_credit is not None:
+            self.rewards.refuse_compared("grpo.image_credit")
+        if self.grpo.restart is not None:
+            self.rewards.refuse_compared("grpo.restart", self.grpo.restart.part)
         return self
 
     @model_validator(mode="after")
@@ -108,6 +112,9 @@ class Recipe(Section):
         for name in self.grpo.segment_reward_weights:
             if name not in parts:
                 raise ValueError(f"grpo.segment_reward_weights: no reward part '{name}'; {nearest(name, parts)}")
+        by = self.grpo.restart.part if self.grpo.restart is not None else None
+        if by is not None and by not in parts:
+            raise ValueError(f"grpo.restart.part: no reward part '{by}'; {nearest(by, parts)}")
         for metric in self.rewards.alarms.watch:
             section, _, part = metric.partition("/")
             if section == "reward" and part.split("/")[0] not in (*parts, "mean", "std", "none", "schedule"):

@@ -75,7 +75,7 @@ class Trial:
         """Whether what it says of segments moves their advantages."""
         grpo = self.recipe.grpo
         return (
-            grpo.advantage_level == "segment"
+            grpo.credits_segments
             and grpo.segment_reward_weights.get(part, 1.0) != 0
             and any(part in t.segment_rewards for t in self.trajectories)
         )

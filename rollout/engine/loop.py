@@ -312,7 +312,10 @@ class Batch(Rows):
         self.wait(sequence)
         self.stats.trajectories += 1
         self.stats.tokens += int(self.count_A[i]) - len(sequence.inherited.ids)
-        self.stats.decisions += trajectory.num_decisions() - sequence.inherited.decisions
+        inherited = trajectory.segments[: trajectory.parent[1]] if trajectory.parent is not None else ()
+        self.stats.decisions += trajectory.num_decisions() - sum(
+            len(segment.decisions) for segment in inherited if segment.decisions is not None
+        )
         if int(self.count_A[i]) != sequence.start:
             raise RuntimeError(
                 f"format '{self.fmt.name}': {int(self.count_A[i]) - sequence.start} ids at the end belong to no segment"

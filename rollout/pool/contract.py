@@ -150,6 +150,9 @@ def check_requests(requests: Sequence[RolloutRequest]) -> None:
             )
         if not request.members or len(set(request.members)) < len(request.members):
             raise WorkersError(f"group {request.group}: its members are {list(request.members)}; name each one once")
+        if request.arm:  # the arms of one state share their members' noise: that is what they are compared by
+            seen.add(request.key)
+            continue
         taken = numbers.setdefault(request.group, set())
         if again := taken & set(request.members):
             raise WorkersError(

@@ -30,6 +30,9 @@ from underdrawing.report.charts import PALETTE, Series, bars, line_chart
 CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (
     ("Reward", (r"reward/mean",), (None, None)),
     ("Reward of candidates at a state", (r"forks/reward/mean",), (None, None)),
+    ("What a picture was worth, in reward", (r"image_credit/worth/.+",), (None, None)),
+    ("Groups begun from a picture: means of reward", (r"restart/(picture|result|reward)",), (None, None)),
+    ("Groups begun from a picture: shares", (r"restart/(left|better|worse)",), (0.0, 1.0)),
     ("Held-out score", (r"heldout/(first_sketch|final_image)",), (0.0, None)),
     ("Held-out reward", (r"heldout/reward",), (None, None)),
     ("Reward parts", (r"reward/(?!mean$|std$)[^/]+",), (None, None)),
@@ -345,6 +348,8 @@ def film_of(trajectory: Trajectory, seen: Mapping[int, Seen] | None = None, mark
             for part, credits in trajectory.segment_rewards.items()
             if (value := credits.get(index)) is not None
         )
+        if (worth := trajectory.info.get("image_worth", {}).get(str(index))) is not None:
+            credit = f"{credit}  worth {worth:+.2f}".strip()
         frames.append(
             Frame(
                 segment.role,
