@@ -198,8 +198,8 @@ class GrpoConfig(Section):
         "none",
         description="Steps that are kept whole, for `underdrawing replay`: every so many, beginning with the first; "
         "all; or none. Where save_every divides the number, the weights before a kept step are a checkpoint, for as "
-        "long as keep_checkpoints leaves it there, and the whole step can be computed again. Not together with restart or "
-        "image_credit.",
+        "long as keep_checkpoints leaves it there, and the whole step can be computed again. Not together with "
+        "restart or image_credit.",
     )
     evaluate_every: int | None = Field(None, ge=1, description="Steps between held-out evaluations; None: never.")
 

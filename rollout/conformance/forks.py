@@ -10,7 +10,7 @@ import numpy as np
 from record.trajectory import Author, Segment, Trajectory
 from rollout.conformance.record import ConformanceError
 from rollout.forks import fork
-from rollout.requests import RolloutRequest
+from rollout.requests import RolloutRequest, key_of
 
 CANDIDATES = 2  # members at a state
 
@@ -45,7 +45,7 @@ def check_prefixes(children: Sequence[Trajectory], requests: Sequence[RolloutReq
     """
     by_key = {request.key: request for request in requests}
     for child in children:
-        check_prefix(child, by_key[child.group, child.parent].prefix)
+        check_prefix(child, by_key[key_of(child)].prefix)
 
 
 def check_prefix(child: Trajectory, prefix: Sequence[Segment]) -> None:
