@@ -18,7 +18,7 @@ from tests.test_cli import QUICKSTART, SMALL, refused
 from tests.test_evaluations import by_reward
 from underdrawing.cli import main
 
-TINY = [*SMALL, "rollout.max_tokens=110", "evaluate.samples=2", "evaluate.prompts=3"]
+TINY = [*SMALL, "rollout.max_tokens=110", "evaluate.samples=2", "evaluate.prompts=2"]
 BARE = ["sft.role_weights={}", "grpo.role_weights={}"]  # of no format in particular
 STUDY = ["scaling.rounds=[1,2]", "scaling.samples=[1,3]"]
 
@@ -50,9 +50,9 @@ def test_all_arms_come_of_two_passes_and_stand_beside_the_evaluation(capsys, run
     folder, said = evaluate(capsys, run, *STUDY, "--label", "both")
     content = json.loads((folder / SCALING).read_text())
     assert {point["arm"] for point in content["points"]} == {arm.name for arm in ARMS}
-    assert content["thoughts_per_prompt"] == {"own_end": 3, "forced": 2} and content["judged"] == 3
+    assert content["thoughts_per_prompt"] == {"own_end": 3, "forced": 2} and content["judged"] == 2
     thoughts = thoughts_of(folder)
-    for name, count in (("own_end", 9), ("forced", 6)):
+    for name, count in (("own_end", 6), ("forced", 4)):
         rows = [row for row in thoughts if row["pass"] == name]
         assert len(rows) == count == content["passes"][name]["thoughts"]
         assert sum(row["tokens"] for row in rows) == content["passes"][name]["tokens"]
