@@ -127,6 +127,22 @@ def evaluate(
         raise EvaluationError("there are no held-out prompts to evaluate on")
     for evaluation in evaluations:
         evaluation.check(records)
+    groups, metrics = answer(rollouts, records, seed, samples, each, flow)
+    return measure(evaluations, records, groups, metrics)
+
+
+def answer(
+    rollouts: Rollouts,
+    records: Sequence[dict[str, Any]],
+    seed: int,
+    samples: int = 1,
+    each: Callable[[int, list[Trajectory]], None] | None = None,
+    flow: FlowConfig | None = None,
+) -> tuple[Sequence[list[Trajectory]], Mapping[str, float]]:
+    """Every record's answers, and the metrics of the rollouts; arguments as `evaluate` has them.
+
+    Raises EvaluationError where some prompts got no answer, so that a mean over the others would not compare.
+    """
     requests = [request_of(number, record, range(samples), seed, flow) for number, record in enumerate(records)]
     result = rollouts.generate(requests, each=each)
     if result.failed:
@@ -136,7 +152,20 @@ def evaluate(
             f"'{records[first.index]['prompt']}' ({first.reason}: {first.detail})"
         )
 
-    trajectories = [trajectory for group in result.groups for trajectory in group]
+    return result.groups, result.metrics
+
+
+def measure(
+    evaluations: Sequence[Evaluation],
+    records: Sequence[dict[str, Any]],
+    groups: Sequence[list[Trajectory]],
+    metrics: Mapping[str, float],
+) -> Heldout:
+    """Answers by record, scored.
+
+    Raises EvaluationError where nothing at all was judged.
+    """
+    trajectories = [trajectory for group in groups for trajectory in group]
     values: dict[str, list[float | None]] = {}
     shown: list[dict[str, float | None]] = [{} for _ in trajectories]
     for evaluation in evaluations:
@@ -147,11 +176,11 @@ def evaluate(
         trajectory.rewards = scores
 
     prompts, row = [], 0
-    for record, group in zip(records, result.groups, strict=True):
+    for record, group in zip(records, groups, strict=True):
         rows = slice(row, row := row + len(group))
         measures = {name: _mean(column[rows]) for name, column in values.items()}
         prompts.append(PromptScore(record["prompt"], tag_of(record), measures))
-    heldout = Heldout(prompts, result.groups, result.metrics, evaluations[0].score)
+    heldout = Heldout(prompts, groups, metrics, evaluations[0].score)
     if heldout.unjudged == len(prompts):
         raise EvaluationError(
             f"none of {len(prompts)} held-out prompts has a score: evaluation '{evaluations[0].name}' judged nothing"

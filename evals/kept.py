@@ -4,6 +4,8 @@
         summary.json     scores, weights, settings, time
         prompts.jsonl    scores by prompt, one a line
         trajectories/    some of the answers, to look at; not of evaluations during training
+        scaling.json     score by cost of every arm, scaling.svg its plot and scaling.jsonl the thoughts that both are
+                         of, where the recipe has a section `scaling`; forced/: some of its thoughts that had to go on
 
 A folder is written whole or not at all. Settings are what the scores depend on besides the weights; `prompts` in them
 is a fingerprint of the records.
@@ -22,10 +24,13 @@ from typing import Any
 from evals.heldout import Heldout, PromptScore, mean_of_measure, measures_of
 from evals.measures import FINAL_IMAGE
 from record.store import check_folder, save_trajectories
+from record.trajectory import Trajectory
 from runtime.errors import UserError, writing
 from runtime.files import whole_folder, write_whole
 
 SUMMARY, PROMPTS, TRAJECTORIES = "summary.json", "prompts.jsonl", "trajectories"
+SCALING, SCALING_PLOT, SCALING_THOUGHTS = "scaling.json", "scaling.svg", "scaling.jsonl"
+FORCED = "forced"
 DURING = "training-"  # and the step: label of an evaluation during training
 STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look at, small on disk
 # What makes scores incomparable, and what a person does about it. Other settings may differ: they are what is compared.
@@ -100,6 +105,24 @@ class KeptEvaluation:
         """Prompts without a score."""
         return sum(p.measures.get(self.score_name) is None for p in self.prompts)
 
+    def scaling(self) -> dict[str, Any] | None:
+        """What is kept of its test-time scaling; None: it was not measured.
+
+        Raises EvaluationsError where it cannot be read.
+        """
+        path = self.folder / SCALING
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            if not isinstance(content, dict) or not {"points", "equal_cost", "passes", "notes"} <= content.keys():
+                raise ValueError("it is none that `underdrawing evaluate` wrote")
+        except (OSError, ValueError) as error:
+            raise EvaluationsError(
+                f"{path}: cannot be read, it may be cut or altered ({error}); remove {self.folder} and evaluate again"
+            ) from None
+        return dict(content)
+
     @property
     def by_tag(self) -> dict[str, float]:
         return dict(self.summary["by_tag"])
@@ -115,11 +138,20 @@ def fingerprint_of(records: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def keep(heldout: Heldout, folder: Path, of: Evaluated, answers: int = STORED_ANSWERS) -> None:
+def keep(
+    heldout: Heldout,
+    folder: Path,
+    of: Evaluated,
+    answers: int = STORED_ANSWERS,
+    beside: Mapping[str, str] | None = None,
+    forced: Sequence[Trajectory] = (),
+) -> None:
     """Write an evaluation's folder, in place of one that is there.
 
     Args:
         answers: how many trajectories go with it, at most one a prompt; 0: none.
+        beside: further files, by name, with their text.
+        forced: trajectories that had to go on; at most `answers` are written.
 
     Raises:
         EvaluationsError: the folder holds what replacing it would delete.
@@ -145,19 +177,25 @@ def keep(heldout: Heldout, folder: Path, of: Evaluated, answers: int = STORED_AN
         heldout.save(fresh / PROMPTS)
         if answers:
             save_trajectories(of_each[:: max(1, len(of_each) // answers)], fresh / TRAJECTORIES)
+        if answers and forced:
+            save_trajectories(forced[:: max(1, len(forced) // answers)], fresh / FORCED)
+        for name, text in (beside or {}).items():
+            write_whole(fresh / name, text)
         write_whole(fresh / SUMMARY, json.dumps(summary, indent=1))
 
 
 def check_replaceable(folder: Path) -> None:
     """Raises EvaluationsError, or StoreError, where `folder` holds what is no part of an evaluation."""
     if folder.is_dir():
-        foreign = sorted({path.name for path in folder.iterdir()} - {SUMMARY, PROMPTS, TRAJECTORIES})
+        own = {SUMMARY, PROMPTS, TRAJECTORIES, SCALING, SCALING_PLOT, SCALING_THOUGHTS, FORCED}
+        foreign = sorted({path.name for path in folder.iterdir()} - own)
         if foreign:
             raise EvaluationsError(
                 f"{folder}: holds '{foreign[0]}', which is no part of an evaluation and would be deleted; move it "
                 f"away, or choose another --label"
             )
     check_folder(folder / TRAJECTORIES)
+    check_folder(folder / FORCED)
 
 
 def read(folder: Path) -> KeptEvaluation:

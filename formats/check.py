@@ -99,7 +99,7 @@ class _Check:
                     f"the image of '{self.trajectory.segments[index].role}' has {size} ids; "
                     f"the others have {max(sizes.values())}",
                 )
-        self._read_end(last)
+        self._read_end(last, images)
 
     def _items(self) -> Iterator[_Run | int]:
         """Runs of the policy's text, and the indices of its images and of what the environment said, in order."""
@@ -260,7 +260,7 @@ class _Check:
 
     # ---- the end ----
 
-    def _read_end(self, last: int | None) -> None:
+    def _read_end(self, last: int | None, images: int) -> None:
         stop = self.trajectory.stop
         broken = [v for v in self.found if v.segment == last]
         if stop.cut_off:
@@ -276,3 +276,5 @@ class _Check:
             self.add(None, f"nothing was written; expected {self._expected()}")
         elif END not in self._may_follow() and not broken:
             self.add(last, f"the turn ends after '{self.position}'; expected {self._expected()}")
+        elif images < self.grammar.min_images:
+            self.add(last, f"the turn ends with {images} images; at least {self.grammar.min_images} are asked for")

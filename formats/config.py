@@ -22,6 +22,12 @@ class FormatConfig(Section):
     max_images: int | None = Field(
         None, ge=1, description="At most so many images a trajectory; none: the format's own limit."
     )
+    min_images: int | None = Field(
+        None,
+        ge=0,
+        description="The policy cannot end a trajectory before it has drawn so many images; none: the format's own "
+        "limit, as a rule 0.",
+    )
     constrain: Literal["images", "full"] = Field(
         "images",
         description="images: an image is exactly its codes, words are free, so that well-formed tags are "
@@ -35,9 +41,10 @@ class FormatConfig(Section):
 
     def build(self) -> Format:
         """The format. Raises UserError naming the wrong key."""
-        if self.max_images is not None and "max_images" in self.options:
-            raise UserError("format.max_images and format.options.max_images are both set; keep the first")
-        limits = {} if self.max_images is None else {"max_images": self.max_images}
+        limits = {key: value for key in ("max_images", "min_images") if (value := getattr(self, key)) is not None}
+        for key in limits:
+            if key in self.options:
+                raise UserError(f"format.{key} and format.options.{key} are both set; keep the first")
         return get_format(self.name, **{**limits, **self.options})
 
     @property

@@ -161,6 +161,8 @@ def _check_walk(fmt: Format, vocabulary: Vocabulary, constrain: str, limit: int,
     edges = [0, *(span.stop for span in cursor.spans)]
     assert [s.start for s in cursor.spans] == edges[:-1] and edges[-1] == len(ids), f"{fmt.name}: spans do not tile"
     assert cursor.images == images <= fmt.max_images, f"{fmt.name}: more images than max_images"
+    least = getattr(fmt, "min_images", 0)
+    assert stop is not StopReason.END or images >= least, f"{fmt.name}: a turn ends with fewer images than min_images"
     trajectory = spans_to_trajectory(fmt, vocabulary, ids, cursor.spans, stop, answers=answers)
     found = fmt.violations(trajectory)
     if constrain == "full" and stop is StopReason.END:

@@ -59,7 +59,28 @@ class ImagesCursor:
     def allowed(self) -> AllowedSet:
         if self.in_image:
             return self._lexicon.codes
+        if not self._may_end():
+            return self._going_on()
         return self._lexicon.text if self.images < self._grammar.max_images else self._lexicon.words
+
+    def _may_end(self) -> bool:
+        """Whether the end-of-turn id may come: enough is drawn for the end, or it calls the environment."""
+        if self.images >= self._grammar.min_images:
+            return True
+        role = self._grammar.by_name.get(self._span[0]) if self._span is not None else None
+        stray = self._mode == _SEEK and self._pending is not None and not self._pending_blank
+        return role is not None and role.ends_turn and self._mode in (_SEEK, _PLAIN) and not stray
+
+    def _going_on(self) -> AllowedSet:
+        """Too little is drawn for the end. Where the turn could end here, only what the grammar has follow instead may
+        begin: what is left of a policy's choice when its end is taken away is seldom the beginning of anything."""
+        followers = self._grammar.followers(self._positions)
+        if self._mode == _SEEK and self._pending is None and END in followers:
+            others = [name for name in followers if name != END]
+            begins = self._lexicon.beginnings(tuple(self._grammar.affordable(others, self.images)))
+            if begins is not None:
+                return begins
+        return self._lexicon.going_on
 
     @property
     def open_span(self) -> Span | None:

@@ -36,6 +36,7 @@ class DeclaredFormat:
     Args:
         grammar: roles and their order.
         max_images: at most so many images a turn; None: the declaration's.
+        min_images: the policy cannot end its turn before it has drawn so many; None: the declaration's.
         max_tokens: by text role, the longest body under full constraint; one number: of every text role.
         instruction: put before every prompt.
         guidance: the kind of the first image, the second, ...; the last one holds for all further images. Empty: none.
@@ -52,15 +53,16 @@ class DeclaredFormat:
         grammar: Grammar,
         *,
         max_images: int | None = None,
+        min_images: int | None = None,
         max_tokens: Mapping[str, int] | int | None = None,
         instruction: str = "",
         guidance: Sequence[str] | str = (),
         scales: Mapping[str, float] | None = None,
         negative_prompt: str = "",
     ) -> None:
-        self.grammar = grammar.with_limits(max_images, max_tokens)
+        self.grammar = grammar.with_limits(max_images, max_tokens, min_images)
         self.name = grammar.name
-        self.max_images = self.grammar.max_images
+        self.max_images, self.min_images = self.grammar.max_images, self.grammar.min_images
         self.instruction = instruction
         self.guidance_kinds = (guidance,) if isinstance(guidance, str) else tuple(guidance)
         self.scales = {**SCALES, **(scales or {})}

@@ -61,13 +61,15 @@ class Grammar:
 
     Raises:
         UserError: the declaration cannot be decoded: an unknown or unreachable role, a tag used twice, a role from
-            which no end can be reached, or free text followed by text (nothing would mark the border).
+            which no end can be reached, free text followed by text (nothing would mark the border), or limits that no
+            turn keeps.
     """
 
     name: str
     roles: tuple[Role, ...]
     follow: Mapping[str, tuple[str, ...]]
     max_images: int
+    min_images: int = 0  # the policy cannot end a turn before it has drawn so many
 
     def __post_init__(self) -> None:
         names = [role.name for role in self.roles]
@@ -120,6 +122,11 @@ class Grammar:
                 f"format '{self.name}': needs at least {self.images_needed[START]:.0f} images, "
                 f"max_images is {self.max_images}"
             )
+        if not self.affordable([START], 0):
+            raise UserError(
+                f"format '{self.name}': no turn has {self.min_images} to {self.max_images} images (min_images, "
+                f"max_images); it may have {', '.join(map(str, sorted(self.image_counts[START])))}"
+            )
 
     def _check_calls(self) -> None:
         for role in self.roles:
@@ -170,6 +177,22 @@ class Grammar:
                     needed[name] = own + min(needed[follower] for follower in self.follow[name])
         return needed
 
+    @cached_property
+    def image_counts(self) -> dict[str, frozenset[int]]:
+        """By role: how many images a turn may have from this role (its own included) to the end, up to max_images."""
+        counts: dict[str, frozenset[int]] = {name: frozenset() for name in (START, *self.by_name)}
+        counts[END] = frozenset({0})
+        settled = False
+        while not settled:
+            settled = True
+            for name in (START, *self.by_name):
+                own = name != START and self.by_name[name].is_image and self.by_name[name].by_policy
+                found = {own + count for follower in self.follow[name] for count in counts[follower]}
+                reached = frozenset(count for count in found if count <= self.max_images)
+                settled &= reached == counts[name]
+                counts[name] = reached
+        return counts
+
     @property
     def drawn(self) -> list[Role]:
         """The roles in which the policy draws."""
@@ -194,8 +217,14 @@ class Grammar:
         return list(dict.fromkeys(follower for position in positions for follower in self.follow[position]))
 
     def affordable(self, names: Iterable[str], images: int) -> list[str]:
-        """Those from which the end can be reached when `images` have been drawn."""
-        return [name for name in names if images + self.images_needed[name] <= self.max_images]
+        """Those from which an end with min_images to max_images can be reached when `images` have been drawn."""
+        if not self.min_images:
+            return [name for name in names if images + self.images_needed[name] <= self.max_images]
+        return [
+            name
+            for name in names
+            if any(self.min_images <= images + count <= self.max_images for count in self.image_counts[name])
+        ]
 
     def describe(self, names: Iterable[str]) -> str:
         """The followers in words: "<refine> (refine), an image (sketch) or the end"."""
@@ -213,7 +242,12 @@ class Grammar:
                 words.append(f"{self.by_name[name].tags[0][0]} ({name})")
         return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
-    def with_limits(self, max_images: int | None, max_tokens: Mapping[str, int] | int | None) -> Grammar:
+    def with_limits(
+        self,
+        max_images: int | None,
+        max_tokens: Mapping[str, int] | int | None,
+        min_images: int | None = None,
+    ) -> Grammar:
         """The same grammar under a recipe's limits. One number of tokens is for every text role.
 
         Raises:
@@ -227,4 +261,9 @@ class Grammar:
             if limit < 1:
                 raise UserError(f"format '{self.name}': max_tokens.{name} is {limit}; a body has at least one token")
         roles = tuple(replace(role, max_tokens=limits.get(role.name, role.max_tokens)) for role in self.roles)
-        return replace(self, roles=roles, max_images=self.max_images if max_images is None else max_images)
+        return replace(
+            self,
+            roles=roles,
+            max_images=self.max_images if max_images is None else max_images,
+            min_images=self.min_images if min_images is None else min_images,
+        )

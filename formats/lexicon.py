@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
 
 from formats.base import AllowedSet, Codes, SeenOnly, Vocabulary
-from formats.grammar import Grammar
+from formats.grammar import Grammar, Role
 from record.trajectory import ranges_of
 from runtime.errors import UserError
 
@@ -24,6 +24,7 @@ class Lexicon:
         self.vocabulary = vocabulary
         self._looks: dict[int, tuple[str, int, bool]] = {}
         self._sets: dict[bytes, AllowedSet] = {}
+        self._beginnings: dict[tuple[str, ...], AllowedSet | None] = {}
         self.imaging = vocabulary.imaging
         self.code_ids = self.imaging.ids if isinstance(self.imaging, Codes) else np.empty(0, np.int32)
         self.open = None if isinstance(self.imaging, SeenOnly) else self.imaging.open
@@ -33,6 +34,8 @@ class Lexicon:
         words = np.setdiff1d(np.arange(vocabulary.size), sorted(self.special))
         self.words = self.intern("words", words)  # the image limit is reached
         self.text = self.words if self.open is None else self.intern("text", [*words, self.open])
+        # Before the turn may end: no end of turn.
+        self.going_on = self.intern("going on", [*np.setdiff1d(words, [*_one(vocabulary.eos)]), *_one(self.open)])
         self.codes = self.intern("codes", self.code_ids)
         self._check_imaging()
 
@@ -83,6 +86,23 @@ class Lexicon:
             )
         return ids
 
+    def beginnings(self, names: tuple[str, ...]) -> AllowedSet | None:
+        """With which ids one of these roles begins; None: with any word, or with none that is known."""
+        if names not in self._beginnings:
+            self._beginnings[names] = self._find_beginnings([self.grammar.by_name[name] for name in names])
+        return self._beginnings[names]
+
+    def _find_beginnings(self, roles: Sequence[Role]) -> AllowedSet | None:
+        own = [role for role in roles if role.by_policy]
+        try:
+            ids = [self.spell(role.tags[0][0])[0] for role in own if role.tags]
+        except UserError:  # under the constraint of images nobody has promised that tags can be spelt
+            return None
+        if any(role.is_free for role in own):
+            return None
+        ids += _one(self.open) if any(role.is_image for role in own) else []
+        return self.intern("begins " + ", ".join(role.name for role in own), ids) if ids else None
+
     @cached_property
     def body(self) -> list[int]:
         """Ids of which a fully constrained body is made: neither special nor able to begin a tag."""
@@ -105,3 +125,7 @@ class Lexicon:
         if not ids:
             raise UserError(f"format '{self.grammar.name}': the vocabulary has no word that a body could begin with")
         return ids
+
+
+def _one(id: int | None) -> list[int]:
+    return [] if id is None else [id]

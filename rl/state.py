@@ -39,6 +39,7 @@ RESUME_SAFE_KEYS = (
     "run_dir",
     "track",
     "evaluate",
+    "scaling",
     "sft",
     "rewards.alarms",
     "grpo.save_every",

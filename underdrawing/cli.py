@@ -379,10 +379,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from underdrawing.evaluations import run_evaluate
+    from underdrawing.scaling_table import print_scaling
     from underdrawing.tables import print_evaluation
 
     kept = run_evaluate(recipe, _newest_weights(recipe, options.weights), options.label)
     print_evaluation(Console(), kept)
+    scaling = kept.scaling()
+    if scaling is not None:
+        print_scaling(Console(), scaling, kept.folder)
     print(
         json.dumps(
             {

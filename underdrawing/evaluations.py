@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,19 @@ from typing import Any
 
 from evals import kept
 from evals.bootstrap import Interval, compare
-from evals.heldout import EvaluationError, Heldout, spread_over_tags
+from evals.heldout import EvaluationError, Heldout, answer, measure, spread_over_tags
 from evals.heldout import evaluate as evaluate_heldout
 from evals.kept import Evaluated, EvaluationsError, KeptEvaluation
 from evals.measures import GENEVAL, NAMES, REWARD, GenevalScores, RewardScores
 from formats.base import Format
+from formats.config import FormatConfig
 from policy.base import Policy
 from rewards.contract import RewardContext
 from rewards.detectors.registry import DetectorConfig
 from rewards.manager import RewardManager, detector_of
 from rollout.config import FlowConfig
 from rollout.open import open_rollouts
+from rollout.pool.contract import Rollouts
 from rollout.weights.wire import fingerprint
 from runtime.errors import UserError, nearest, writing
 from runtime.files import write_whole
@@ -37,7 +39,7 @@ from runtime.interrupt import stopping, uninterrupted
 from runtime.locks import beside, only_writer
 from tasks.base import Evaluation, Record, Task
 from training import checkpoint
-from underdrawing import build
+from underdrawing import build, scaling
 from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe, load_recipe
@@ -61,12 +63,16 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
     """
     with stopping(lambda: "no score is kept. Give the same command again"), uninterrupted() as opened:
         task, fmt = preflight(recipe)
+        if recipe.scaling is not None:
+            scaling.check_scaling(recipe, task, fmt)
         evaluations = open_evaluations(recipe, task, fmt, opened)
         for evaluation in evaluations:  # before weights are loaded
             evaluation.check(heldout_records(recipe, task))
         policy = build.build_policy(recipe, task, weights)
         records = heldout_records(recipe, task, policy)
-        settings = settings_of(recipe, task, records)
+        if recipe.scaling is not None:
+            scaling.check_room(recipe, fmt, policy, records)
+        settings = _settings(recipe, task, records)
         named = None if label is None else check_label(label)
         folder = recipe.run_dir / "evaluations" / (named or default_label(recipe, task, policy, weights, settings))
         opened.enter_context(only_writer(beside(folder), folder, "choose another --label"))
@@ -74,6 +80,8 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
         of = Evaluated(settings, str(weights), fingerprint(policy.model.state_dict()), step_of(weights))
         if (folder / kept.SUMMARY).is_file():
             differs = kept.difference(kept.read(folder), of)
+            if differs is None and recipe.scaling is not None and not (folder / kept.SCALING).is_file():
+                differs = f"its {kept.SCALING} is missing"
             if differs is None:
                 logger.info("%s is this evaluation already; it is taken as it is. Remove it to measure again", folder)
                 return kept.read(folder)
@@ -85,15 +93,51 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
             logger.warning("%s: another evaluation was kept there, and is replaced: %s", folder, differs)
         config = recipe.rollout.model_copy(update={"temperature": {"default": recipe.evaluate.temperature}})
         policy_config = recipe.policy.model_copy(update={"path": str(weights)})
-        rollouts = open_rollouts(
-            policy, policy_config, recipe.format, config, build.words(recipe, task, weights), recipe.tools
-        )
-        opened.callback(rollouts.close)
-        progress, done = StepProgress("held-out prompts", len(records)), itertools.count(1)
+        known = build.words(recipe, task, weights)
+
+        def open_pool(format_config: FormatConfig) -> Rollouts:
+            rollouts = open_rollouts(policy, policy_config, format_config, config, known, recipe.tools)
+            opened.callback(rollouts.close)
+            return rollouts
+
+        passes = 2 if recipe.scaling is not None and recipe.scaling.rounds[-1] > 1 else 1
+        progress, done = StepProgress("held-out prompts", passes * len(records)), itertools.count(1)
         opened.callback(progress.close)
-        heldout = _evaluate(recipe, rollouts, evaluations, records, lambda *_: progress.on_metrics(next(done), {}))
-        kept.keep(heldout, folder, of)
-        return kept.read(folder)
+
+        def each(*_: Any) -> None:
+            progress.on_metrics(next(done), {})
+
+        if recipe.scaling is None:
+            heldout = _evaluate(recipe, open_pool(recipe.format), evaluations, records, each)
+            kept.keep(heldout, folder, of)
+        else:
+            heldout, found = _scale(recipe, task, fmt, policy, records, evaluations, open_pool, each)
+            kept.keep(heldout, folder, of, beside=found.files, forced=found.forced)
+        made = kept.read(folder)
+        if recipe.scaling is not None:
+            scaling.to_wandb(recipe, made)
+        return made
+
+
+def _scale(
+    recipe: Recipe,
+    task: Task,
+    fmt: Format,
+    policy: Policy,
+    records: Sequence[Record],
+    evaluations: Sequence[Evaluation],
+    open_pool: Callable[[FormatConfig], Rollouts],
+    each: Any,
+) -> tuple[Heldout, scaling.ScalingStudy]:
+    """The evaluation and its scaling, whose first answers are the evaluation's."""
+    section, pool = recipe.evaluate, open_pool(recipe.format)
+    groups, metrics = answer(pool, records, section.seed, scaling.samples_of(recipe), each, section.flow)
+    pool.close()  # its workers make room for those of the second pass
+    heldout = measure(evaluations, records, [group[: section.samples] for group in groups], metrics)
+    found = scaling.study(
+        recipe, task, fmt, policy, records, evaluations[0], groups, metrics["time/rollout"], open_pool, each
+    )
+    return heldout, found
 
 
 def heldout_records(recipe: Recipe, task: Task, policy: Policy | None = None) -> list[Record]:
@@ -177,6 +221,8 @@ def check_label(label: str) -> str:
 
 def check_evaluation(recipe: Recipe, task: Task, fmt: Format) -> None:
     """Raises UserError for evaluations that cannot be made: too few prompts, or one that cannot be scored."""
+    if recipe.scaling is not None:
+        scaling.check_scaling(recipe, task, fmt)
     records = heldout_records(recipe, task)
     with ExitStack() as opened:
         for evaluation in open_evaluations(recipe, task, fmt, opened):
@@ -196,7 +242,7 @@ def settings_of(recipe: Recipe, task: Task, records: Sequence[Record]) -> dict[s
         "top_k": recipe.rollout.top_k,
         "guidance": recipe.rollout.guidance,
         "max_tokens": recipe.rollout.max_tokens,
-        "format": recipe.format.model_dump(mode="json"),
+        "format": _format_of(recipe),
         "by": by,
     }
     flow = recipe.evaluate.flow or recipe.rollout.flow
@@ -221,6 +267,14 @@ def settings_of(recipe: Recipe, task: Task, records: Sequence[Record]) -> dict[s
     return dict(json.loads(json.dumps(settings)))
 
 
+def _settings(recipe: Recipe, task: Task, records: Sequence[Record]) -> dict[str, Any]:
+    """Those of `underdrawing evaluate`, which may also measure scaling."""
+    settings = settings_of(recipe, task, records)
+    if recipe.scaling is not None:
+        settings["scaling"] = scaling.settings_of_scaling(recipe.scaling)
+    return settings
+
+
 def default_label(recipe: Recipe, task: Task, policy: Policy, weights: Path, settings: Mapping[str, Any]) -> str:
     """`warm_start`, `step-000040`, or the name of weights from elsewhere; then each setting that is not the run's."""
     name = place_of(recipe.run_dir, weights)
@@ -230,7 +284,7 @@ def default_label(recipe: Recipe, task: Task, policy: Policy, weights: Path, set
     try:
         usual = load_recipe(run_recipe)
         usual_task = task if usual.task == recipe.task else build.build_task(usual)
-        usual_settings = settings_of(usual, usual_task, heldout_records(usual, usual_task, policy))
+        usual_settings = _settings(usual, usual_task, heldout_records(usual, usual_task, policy))
     except UserError:  # of another release, say: then the label says no settings, and another evaluation is refused
         return name
     differing = [key for key in settings if settings[key] != usual_settings.get(key)]
@@ -324,6 +378,13 @@ def _evaluate(
 ) -> Heldout:
     section = recipe.evaluate
     return evaluate_heldout(rollouts, evaluations, records, section.seed, section.samples, each, section.flow)
+
+
+def _format_of(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.format.model_dump(mode="json")
+    if values["min_images"] is None:  # evaluations without the key are of the same format
+        del values["min_images"]
+    return values
 
 
 def _name(evaluation: str | Evaluation) -> str:

@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from evals.scaling_config import ScalingConfig
 from formats.config import FormatConfig
 from policy.config import PolicyConfig
 from policy.registry import DEFAULT, policy_section, section_of
@@ -93,6 +94,11 @@ class Recipe(Section):
     rewards: RewardsConfig
     grpo: GrpoConfig = Field(default_factory=GrpoConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    scaling: ScalingConfig | None = Field(
+        None,
+        description="with it `underdrawing evaluate` also measures test-time scaling: the score against rounds, "
+        "samples, pictures, tokens and seconds. Default: it does not; `scaling={}` takes all its defaults",
+    )
     track: TrackConfig = Field(default_factory=TrackConfig)
 
     @model_validator(mode="after")
@@ -210,7 +216,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     at: Any = data
     *parents, last = key.split(".")
     for parent in parents:
-        at = at.setdefault(parent, {})
+        if at.get(parent) is None:  # a section that is left out, as a resolved recipe writes it
+            at[parent] = {}
+        at = at[parent]
         if not isinstance(at, dict):
             raise RecipeError(f"override '{override}': '{parent}' is a value, not a section")
     try:

@@ -25,6 +25,7 @@ from tasks.images import data_url
 from training.tracking import read_metrics
 from training.wandb_mirror import filmstrip, pictures_of
 from underdrawing.report.charts import PALETTE, Series, bars, line_chart
+from underdrawing.report.scaling import plot_of
 
 # Curves in the order of what one looks at first: (title, patterns of metric names, y range).
 CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (
@@ -68,6 +69,7 @@ class Evaluation:
     step: int | None = None  # of the run; None: not known
     time: str = ""  # when, in UTC
     settings: Mapping[str, Any] = field(default_factory=dict)  # empty: not known
+    scaling: str = ""  # the plot of its test-time scaling; empty: it was not measured
 
     @property
     def score_means(self) -> str:
@@ -241,6 +243,7 @@ def _load_evaluation(path: Path) -> Evaluation:
             step=None if summary.get("step") is None else int(summary["step"]),
             time=str(summary.get("time") or ""),
             settings=dict(summary.get("settings") or {}),
+            scaling=plot_of(path.parent),
         )
 
 
