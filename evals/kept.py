@@ -3,6 +3,8 @@
     evaluations/<label>/
         summary.json     scores, weights, settings, time
         prompts.jsonl    scores by prompt, one a line
+        critiques.jsonl  verdicts on the policy's own images, one a line; where they were judged
+        answers.jsonl    measures and credit by role of each answer, one a line; where the recipe's reward is a measure
         trajectories/    some of the answers, to look at; not of evaluations during training
 
 A folder is written whole or not at all. Settings are what the scores depend on besides the weights; `prompts` in them
@@ -14,11 +16,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from evals import answers as each_answer
+from evals.answers import Answer
+from evals.calibration import Calibration, Critique, lines_of
 from evals.heldout import Heldout, PromptScore, mean_of_measure, measures_of
 from evals.measures import FINAL_IMAGE
 from record.store import check_folder, save_trajectories
@@ -26,6 +31,8 @@ from runtime.errors import UserError, writing
 from runtime.files import whole_folder, write_whole
 
 SUMMARY, PROMPTS, TRAJECTORIES = "summary.json", "prompts.jsonl", "trajectories"
+CRITIQUES, ANSWERS = "critiques.jsonl", "answers.jsonl"
+OURS = {SUMMARY, PROMPTS, CRITIQUES, ANSWERS, TRAJECTORIES}
 DURING = "training-"  # and the step: label of an evaluation during training
 STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look at, small on disk
 # What makes scores incomparable, and what a person does about it. Other settings may differ: they are what is compared.
@@ -39,6 +46,9 @@ COMPARED_UNDER = {
     "detector": "give both the same rewards.detector",
     "reward": "give both the same rewards.parts and rewards.total",
 }
+
+
+Row = TypeVar("Row", Critique, Answer)
 
 
 class EvaluationsError(UserError):
@@ -69,6 +79,12 @@ class KeptEvaluation:
     prompts: Sequence[PromptScore]
     summary: Mapping[str, Any]
     settings: Mapping[str, Any] = field(default_factory=dict)  # empty: release 0.1 wrote none
+    critiques: Sequence[Critique] | None = None  # None: they were not judged
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """See Heldout."""
+        return Calibration.of(self.critiques) if self.critiques else None
 
     @property
     def label(self) -> str:
@@ -135,6 +151,8 @@ def keep(heldout: Heldout, folder: Path, of: Evaluated, answers: int = STORED_AN
         "prompts": len(heldout.prompts),
         "samples": len(heldout.trajectories[0]),
         "metrics": heldout.as_metrics(),
+        **({"formula": dict(heldout.formula)} if heldout.formula is not None else {}),
+        **({"calibration": heldout.calibration.as_json()} if heldout.calibration else {}),
         "weights": of.weights,
         "fingerprint": of.fingerprint,
         "step": of.step,
@@ -143,6 +161,10 @@ def keep(heldout: Heldout, folder: Path, of: Evaluated, answers: int = STORED_AN
     }
     with writing(folder), whole_folder(folder) as fresh:
         heldout.save(fresh / PROMPTS)
+        if heldout.critiques is not None:
+            write_whole(fresh / CRITIQUES, lines_of(heldout.critiques))
+        if heldout.answers:
+            write_whole(fresh / ANSWERS, each_answer.lines_of(heldout.answers))
         if answers:
             save_trajectories(of_each[:: max(1, len(of_each) // answers)], fresh / TRAJECTORIES)
         write_whole(fresh / SUMMARY, json.dumps(summary, indent=1))
@@ -151,7 +173,7 @@ def keep(heldout: Heldout, folder: Path, of: Evaluated, answers: int = STORED_AN
 def check_replaceable(folder: Path) -> None:
     """Raises EvaluationsError, or StoreError, where `folder` holds what is no part of an evaluation."""
     if folder.is_dir():
-        foreign = sorted({path.name for path in folder.iterdir()} - {SUMMARY, PROMPTS, TRAJECTORIES})
+        foreign = sorted({path.name for path in folder.iterdir()} - OURS)
         if foreign:
             raise EvaluationsError(
                 f"{folder}: holds '{foreign[0]}', which is no part of an evaluation and would be deleted; move it "
@@ -175,7 +197,8 @@ def read(folder: Path) -> KeptEvaluation:
         raise EvaluationsError(
             f"{path}: cannot be read, it may be cut or altered ({reason}); remove {folder} and evaluate again"
         ) from None
-    return KeptEvaluation(folder, read_prompt_scores(folder / PROMPTS), summary, settings)
+    prompts = read_prompt_scores(folder / PROMPTS)
+    return KeptEvaluation(folder, prompts, summary, settings, read_critiques(folder / CRITIQUES, len(prompts)))
 
 
 def read_prompt_scores(path: Path) -> list[PromptScore]:
@@ -202,6 +225,36 @@ def read_prompt_scores(path: Path) -> list[PromptScore]:
     if not scores:
         raise EvaluationsError(f"{path}: no scores in it; {again}")
     return scores
+
+
+def read_critiques(path: Path, prompts: int) -> list[Critique] | None:
+    """The critiques that `keep` wrote; None: it wrote none. Raises EvaluationsError as _read_rows."""
+    return _read_rows(path, Critique.of_json, prompts, "critiques")
+
+
+def read_answers(folder: Path, prompts: int) -> list[Answer] | None:
+    """The answers of an evaluation that `keep` wrote; None: it wrote none. Raises EvaluationsError as _read_rows."""
+    return _read_rows(folder / ANSWERS, Answer.of_json, prompts, "answers")
+
+
+def _read_rows(path: Path, of_json: Callable[[Mapping[str, Any]], Row], prompts: int, what: str) -> list[Row] | None:
+    """Raises EvaluationsError: the file is no text, or a line is none of its rows."""
+    try:
+        lines = path.read_text("utf-8").splitlines() if path.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationsError(
+            f"{path}: cannot be read, it may be cut or altered ({error}); remove {path.parent} and evaluate again"
+        ) from None
+    found = []
+    for number, line in enumerate(lines or (), 1):
+        try:
+            row = of_json(json.loads(line))
+            if not 0 <= row.prompt < prompts:
+                raise ValueError("no such prompt")
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise EvaluationsError(f"{path} line {number}: not a row of {what}") from None
+        found.append(row)
+    return None if lines is None else found
 
 
 def evaluations_of(run_dir: Path) -> list[KeptEvaluation]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from evals import kept
 from evals.bootstrap import Interval, compare
+from evals.critiques import Critics
 from evals.heldout import EvaluationError, Heldout, spread_over_tags
 from evals.heldout import evaluate as evaluate_heldout
 from evals.kept import Evaluated, EvaluationsError, KeptEvaluation
@@ -38,6 +39,7 @@ from runtime.locks import beside, only_writer
 from tasks.base import Evaluation, Record, Task
 from training import checkpoint
 from underdrawing import build
+from underdrawing.critiques import contexts_of, open_critics_of
 from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe, load_recipe
@@ -66,6 +68,7 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
             evaluation.check(heldout_records(recipe, task))
         policy = build.build_policy(recipe, task, weights)
         records = heldout_records(recipe, task, policy)
+        critics = open_critics_of(recipe, task, fmt, policy, records, contexts_of(evaluations))
         settings = settings_of(recipe, task, records)
         named = None if label is None else check_label(label)
         folder = recipe.run_dir / "evaluations" / (named or default_label(recipe, task, policy, weights, settings))
@@ -75,6 +78,11 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
         if (folder / kept.SUMMARY).is_file():
             differs = kept.difference(kept.read(folder), of)
             if differs is None:
+                if recipe.evaluate.calibration and not (folder / kept.CRITIQUES).is_file():
+                    raise EvaluationsError(
+                        f"{folder}: this evaluation is kept there without its critiques (evaluate.calibration). Give "
+                        f"this one a name of its own with --label, or remove that folder"
+                    )
                 logger.info("%s is this evaluation already; it is taken as it is. Remove it to measure again", folder)
                 return kept.read(folder)
             if not replace:
@@ -91,7 +99,8 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
         opened.callback(rollouts.close)
         progress, done = StepProgress("held-out prompts", len(records)), itertools.count(1)
         opened.callback(progress.close)
-        heldout = _evaluate(recipe, rollouts, evaluations, records, lambda *_: progress.on_metrics(next(done), {}))
+        each = lambda *_: progress.on_metrics(next(done), {})  # noqa: E731
+        heldout = _evaluate(recipe, rollouts, evaluations, records, each, critics)
         kept.keep(heldout, folder, of)
         return kept.read(folder)
 
@@ -176,11 +185,14 @@ def check_label(label: str) -> str:
 
 
 def check_evaluation(recipe: Recipe, task: Task, fmt: Format) -> None:
-    """Raises UserError for evaluations that cannot be made: too few prompts, or one that cannot be scored."""
+    """Raises UserError for evaluations that cannot be made: too few prompts, or one that cannot be scored; or
+    critiques to be judged that cannot be."""
     records = heldout_records(recipe, task)
     with ExitStack() as opened:
-        for evaluation in open_evaluations(recipe, task, fmt, opened):
+        evaluations = open_evaluations(recipe, task, fmt, opened)
+        for evaluation in evaluations:
             evaluation.check(records)
+        open_critics_of(recipe, task, fmt, None, records, contexts_of(evaluations))
 
 
 def settings_of(recipe: Recipe, task: Task, records: Sequence[Record]) -> dict[str, Any]:
@@ -289,9 +301,10 @@ class DuringTraining:
     records: Sequence[Record]
     rollouts: Any
     evaluations: Sequence[Evaluation]
+    critics: Critics | None = None
 
     def __call__(self, step: int) -> dict[str, float]:
-        heldout = _evaluate(self.recipe, self.rollouts, self.evaluations, self.records)
+        heldout = _evaluate(self.recipe, self.rollouts, self.evaluations, self.records, critics=self.critics)
         folder = self.recipe.run_dir / "evaluations"
         for path in folder.glob(f"{kept.DURING}*"):
             number = path.name.removeprefix(kept.DURING)
@@ -304,11 +317,19 @@ class DuringTraining:
 
 
 def during_training(
-    recipe: Recipe, task: Task, fmt: Format, policy: Policy, rollouts: Any, manager: RewardManager
+    recipe: Recipe,
+    task: Task,
+    fmt: Format,
+    policy: Policy,
+    rollouts: Any,
+    manager: RewardManager,
+    scores: bool = True,
 ) -> DuringTraining | None:
     """None where the recipe has no evaluations during training. Raises as check_evaluation, before the first step.
 
-    `manager`: the training's.
+    Args:
+        manager: the training's.
+        scores: this process can score the policy by itself.
     """
     if not recipe.grpo.evaluate_every:
         return None
@@ -316,14 +337,21 @@ def during_training(
     evaluations = open_evaluations(recipe, task, fmt, ExitStack(), manager)
     for evaluation in evaluations:
         evaluation.check(records)
-    return DuringTraining(recipe, task, records, rollouts, evaluations)
+    contexts = [manager.context, *contexts_of(evaluations)]
+    critics = open_critics_of(recipe, task, fmt, policy, records, contexts, scores)
+    return DuringTraining(recipe, task, records, rollouts, evaluations, critics)
 
 
 def _evaluate(
-    recipe: Recipe, rollouts: Any, evaluations: Sequence[Evaluation], records: Sequence[Record], each: Any = None
+    recipe: Recipe,
+    rollouts: Any,
+    evaluations: Sequence[Evaluation],
+    records: Sequence[Record],
+    each: Any = None,
+    critics: Critics | None = None,
 ) -> Heldout:
     section = recipe.evaluate
-    return evaluate_heldout(rollouts, evaluations, records, section.seed, section.samples, each, section.flow)
+    return evaluate_heldout(rollouts, evaluations, records, section.seed, section.samples, each, section.flow, critics)
 
 
 def _name(evaluation: str | Evaluation) -> str:
