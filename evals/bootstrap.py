@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from evals.calibration import MEASURES, Critique, measures_of_sums, table_of
 from evals.heldout import EvaluationError, PromptScore, mean_of_tags, measures_of
 from evals.measures import FINAL_IMAGE, FIRST_SKETCH
 
@@ -139,6 +141,41 @@ def compare_scores(
         {name: found for name, found in others.items() if found is not None},
         pair(refined),
     )
+
+
+def compare_calibration(
+    a: Sequence[Critique],
+    b: Sequence[Critique],
+    tags: Sequence[str],
+    resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, ScorePair]:
+    """Every measure of evals/calibration.py that both have, and its difference with the percentile interval.
+
+    Prompts are drawn with replacement within each tag, and bring all critiques of both evaluations along. A measure is
+    pooled over the critiques of a resample; a resample in which it is over nothing counts for nothing.
+
+    Args:
+        tags: of the prompts, in their order.
+    """
+    tags_P = np.asarray(tags)
+    tables_PK = [table_of(critiques, len(tags)) for critiques in (a, b)]
+    rng = np.random.default_rng(seed)
+    times_RP = np.zeros((resamples, len(tags)))
+    for tag in np.unique(tags_P):
+        members = np.flatnonzero(tags_P == tag)
+        times_RP[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), resamples)
+    whole = [measures_of_sums(table_PK.sum(0)) for table_PK in tables_PK]
+    drawn = [measures_of_sums(times_RP @ table_PK) for table_PK in tables_PK]
+    found = {}
+    for name in MEASURES:
+        before, after = (float(measures[name]) for measures in whole)
+        if not (math.isfinite(before) and math.isfinite(after)):
+            continue
+        low, high = np.nanquantile(drawn[1][name] - drawn[0][name], [(1 - level) / 2, (1 + level) / 2])
+        found[name] = ScorePair(before, after, Interval(after - before, float(low), float(high), level))
+    return found
 
 
 def _paired(

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evals.answers import Answer
+from evals.calibration import Calibration, Critique
 from record.trajectory import Trajectory
+from rewards.credit import role_shares
 from rollout.requests import request_of
 from runtime.errors import UserError
 from tasks.base import Evaluation
@@ -63,6 +66,14 @@ class Heldout:
     trajectories: Sequence[list[Trajectory]]  # by prompt; their `rewards` are their own scores
     metrics: Mapping[str, float]  # of the rollouts
     score_name: str  # the measure that is the score
+    critiques: Sequence[Critique] | None = None  # None: they were not judged
+    answers: Sequence[Answer] = ()  # where the recipe's reward was measured
+    formula: Mapping[str, Any] | None = None  # that it was made by: `total`, and the values of `schedules`
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Of the policy's verdicts on its own images; None: they were not judged, or it gave none."""
+        return Calibration.of(self.critiques) if self.critiques else None
 
     @property
     def score(self) -> float:
@@ -88,12 +99,14 @@ class Heldout:
         return sum(p.measures.get(self.score_name) is None for p in self.prompts)
 
     def as_metrics(self) -> dict[str, float]:
-        """heldout/score, heldout/<measure>, heldout/tag/<tag>; heldout/unjudged where some prompts have no score."""
+        """heldout/score, heldout/<measure>, heldout/tag/<tag>; heldout/unjudged where some prompts have no score;
+        heldout/calibration/* where critiques were judged (calibration.py)."""
         return {
             "heldout/score": self.score,
             **{f"heldout/{measure}": mean for measure, mean in self.means.items()},
             **{f"heldout/tag/{tag}": score for tag, score in self.tags.items()},
             **({"heldout/unjudged": float(self.unjudged)} if self.unjudged else {}),
+            **(self.calibration.as_metrics("heldout/calibration") if self.calibration else {}),
         }
 
     def save(self, path: Path) -> None:
@@ -109,6 +122,7 @@ def evaluate(
     samples: int = 1,
     each: Callable[[int, list[Trajectory]], None] | None = None,
     flow: FlowConfig | None = None,
+    critics: Callable[[Sequence[Sequence[Trajectory]]], list[Critique]] | None = None,
 ) -> Heldout:
     """Answer every record `samples` times and measure each answer.
 
@@ -117,6 +131,7 @@ def evaluate(
         records: held-out; their order numbers them, so keep it between evaluations.
         each: is told a prompt's number and its answers as they are finished.
         flow: how images are denoised; None: as `rollouts` do.
+        critics: judges the policy's verdicts on its own images (critiques.py); None: nobody does.
 
     Raises:
         EvaluationError: there are no records; or some prompts got no answer, so that a mean over the others would not
@@ -128,7 +143,7 @@ def evaluate(
     for evaluation in evaluations:
         evaluation.check(records)
     groups, metrics = answer(rollouts, records, seed, samples, each, flow)
-    return measure(evaluations, records, groups, metrics)
+    return measure(evaluations, records, groups, metrics, critics)
 
 
 def answer(
@@ -160,8 +175,9 @@ def measure(
     records: Sequence[dict[str, Any]],
     groups: Sequence[list[Trajectory]],
     metrics: Mapping[str, float],
+    critics: Callable[[Sequence[Sequence[Trajectory]]], list[Critique]] | None = None,
 ) -> Heldout:
-    """Answers by record, scored.
+    """Answers by record, scored; their critiques judged where `critics` are given.
 
     Raises EvaluationError where nothing at all was judged.
     """
@@ -180,12 +196,23 @@ def measure(
         rows = slice(row, row := row + len(group))
         measures = {name: _mean(column[rows]) for name, column in values.items()}
         prompts.append(PromptScore(record["prompt"], tag_of(record), measures))
-    heldout = Heldout(prompts, groups, metrics, evaluations[0].score)
+    critiques = critics(groups) if critics is not None else None
+    formula = next((found for e in evaluations if (found := getattr(e, "formula", None)) is not None), None)
+    answers = _answers(groups, values) if formula is not None else ()
+    heldout = Heldout(prompts, groups, metrics, evaluations[0].score, critiques, answers, formula)
     if heldout.unjudged == len(prompts):
         raise EvaluationError(
             f"none of {len(prompts)} held-out prompts has a score: evaluation '{evaluations[0].name}' judged nothing"
         )
     return heldout
+
+
+def _answers(groups: Sequence[Sequence[Trajectory]], values: Mapping[str, Sequence[float | None]]) -> list[Answer]:
+    numbered = [(number, trajectory) for number, group in enumerate(groups) for trajectory in group]
+    return [
+        Answer(number, t.member, {name: column[row] for name, column in values.items()}, role_shares(t))
+        for row, (number, t) in enumerate(numbered)
+    ]
 
 
 def tag_of(record: Mapping[str, Any]) -> str:

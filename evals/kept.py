@@ -3,6 +3,8 @@
     evaluations/<label>/
         summary.json     scores, weights, settings, time
         prompts.jsonl    scores by prompt, one a line
+        critiques.jsonl  verdicts on the policy's own images, one a line; where they were judged
+        answers.jsonl    measures and credit by role of each answer, one a line; where the recipe's reward is a measure
         trajectories/    some of the answers, to look at; not of evaluations during training
         scaling.json     score by cost of every arm, scaling.svg its plot and scaling.jsonl the thoughts that both are
                          of, where the recipe has a section `scaling`; forced/: some of its thoughts that had to go on
@@ -16,11 +18,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from evals import answers as each_answer
+from evals.answers import Answer
+from evals.calibration import Calibration, Critique, lines_of
 from evals.heldout import Heldout, PromptScore, mean_of_measure, measures_of
 from evals.measures import FINAL_IMAGE
 from record.store import check_folder, save_trajectories
@@ -31,6 +36,8 @@ from runtime.files import whole_folder, write_whole
 SUMMARY, PROMPTS, TRAJECTORIES = "summary.json", "prompts.jsonl", "trajectories"
 SCALING, SCALING_PLOT, SCALING_THOUGHTS = "scaling.json", "scaling.svg", "scaling.jsonl"
 FORCED = "forced"
+CRITIQUES, ANSWERS = "critiques.jsonl", "answers.jsonl"
+OURS = {SUMMARY, PROMPTS, CRITIQUES, ANSWERS, TRAJECTORIES, SCALING, SCALING_PLOT, SCALING_THOUGHTS, FORCED}
 DURING = "training-"  # and the step: label of an evaluation during training
 STORED_ANSWERS = 60  # of an evaluation, spread over its prompts: enough to look at, small on disk
 # What makes scores incomparable, and what a person does about it. Other settings may differ: they are what is compared.
@@ -44,6 +51,9 @@ COMPARED_UNDER = {
     "detector": "give both the same rewards.detector",
     "reward": "give both the same rewards.parts and rewards.total",
 }
+
+
+Row = TypeVar("Row", Critique, Answer)
 
 
 class EvaluationsError(UserError):
@@ -74,6 +84,12 @@ class KeptEvaluation:
     prompts: Sequence[PromptScore]
     summary: Mapping[str, Any]
     settings: Mapping[str, Any] = field(default_factory=dict)  # empty: release 0.1 wrote none
+    critiques: Sequence[Critique] | None = None  # None: they were not judged
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """See Heldout."""
+        return Calibration.of(self.critiques) if self.critiques else None
 
     @property
     def label(self) -> str:
@@ -167,6 +183,8 @@ def keep(
         "prompts": len(heldout.prompts),
         "samples": len(heldout.trajectories[0]),
         "metrics": heldout.as_metrics(),
+        **({"formula": dict(heldout.formula)} if heldout.formula is not None else {}),
+        **({"calibration": heldout.calibration.as_json()} if heldout.calibration else {}),
         "weights": of.weights,
         "fingerprint": of.fingerprint,
         "step": of.step,
@@ -175,6 +193,10 @@ def keep(
     }
     with writing(folder), whole_folder(folder) as fresh:
         heldout.save(fresh / PROMPTS)
+        if heldout.critiques is not None:
+            write_whole(fresh / CRITIQUES, lines_of(heldout.critiques))
+        if heldout.answers:
+            write_whole(fresh / ANSWERS, each_answer.lines_of(heldout.answers))
         if answers:
             save_trajectories(of_each[:: max(1, len(of_each) // answers)], fresh / TRAJECTORIES)
         if answers and forced:
@@ -187,8 +209,7 @@ def keep(
 def check_replaceable(folder: Path) -> None:
     """Raises EvaluationsError, or StoreError, where `folder` holds what is no part of an evaluation."""
     if folder.is_dir():
-        own = {SUMMARY, PROMPTS, TRAJECTORIES, SCALING, SCALING_PLOT, SCALING_THOUGHTS, FORCED}
-        foreign = sorted({path.name for path in folder.iterdir()} - own)
+        foreign = sorted({path.name for path in folder.iterdir()} - OURS)
         if foreign:
             raise EvaluationsError(
                 f"{folder}: holds '{foreign[0]}', which is no part of an evaluation and would be deleted; move it "
@@ -213,7 +234,8 @@ def read(folder: Path) -> KeptEvaluation:
         raise EvaluationsError(
             f"{path}: cannot be read, it may be cut or altered ({reason}); remove {folder} and evaluate again"
         ) from None
-    return KeptEvaluation(folder, read_prompt_scores(folder / PROMPTS), summary, settings)
+    prompts = read_prompt_scores(folder / PROMPTS)
+    return KeptEvaluation(folder, prompts, summary, settings, read_critiques(folder / CRITIQUES, len(prompts)))
 
 
 def read_prompt_scores(path: Path) -> list[PromptScore]:
@@ -240,6 +262,36 @@ def read_prompt_scores(path: Path) -> list[PromptScore]:
     if not scores:
         raise EvaluationsError(f"{path}: no scores in it; {again}")
     return scores
+
+
+def read_critiques(path: Path, prompts: int) -> list[Critique] | None:
+    """The critiques that `keep` wrote; None: it wrote none. Raises EvaluationsError as _read_rows."""
+    return _read_rows(path, Critique.of_json, prompts, "critiques")
+
+
+def read_answers(folder: Path, prompts: int) -> list[Answer] | None:
+    """The answers of an evaluation that `keep` wrote; None: it wrote none. Raises EvaluationsError as _read_rows."""
+    return _read_rows(folder / ANSWERS, Answer.of_json, prompts, "answers")
+
+
+def _read_rows(path: Path, of_json: Callable[[Mapping[str, Any]], Row], prompts: int, what: str) -> list[Row] | None:
+    """Raises EvaluationsError: the file is no text, or a line is none of its rows."""
+    try:
+        lines = path.read_text("utf-8").splitlines() if path.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationsError(
+            f"{path}: cannot be read, it may be cut or altered ({error}); remove {path.parent} and evaluate again"
+        ) from None
+    found = []
+    for number, line in enumerate(lines or (), 1):
+        try:
+            row = of_json(json.loads(line))
+            if not 0 <= row.prompt < prompts:
+                raise ValueError("no such prompt")
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise EvaluationsError(f"{path} line {number}: not a row of {what}") from None
+        found.append(row)
+    return None if lines is None else found
 
 
 def evaluations_of(run_dir: Path) -> list[KeptEvaluation]:

@@ -79,6 +79,15 @@ class RewardScores:
     name: str = REWARD
     score: str = REWARD
 
+    @property
+    def formula(self) -> dict[str, Any]:
+        """What makes the reward: `total`, and each schedule's value."""
+        config = self.manager.config
+        return {
+            "total": config.formula(),
+            "schedules": {name: schedule.value(self.step) for name, schedule in config.schedules.items()},
+        }
+
     def check(self, records: Sequence[dict[str, Any]]) -> None:
         """The manager refused what it cannot judge when it was made."""
 

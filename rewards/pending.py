@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from record.trajectory import Trajectory
 from rewards.contract import TrainerState, Value
+from rewards.credit import mean_shares
 from rewards.limits import mean_or_nan
 from rewards.runtime.workers import CallFailure, Component, Outcome, RowSlice
 
@@ -211,6 +212,8 @@ def report_of(trajectories: Sequence[Trajectory], outcomes: Mapping[str, Compone
         metrics[f"reward/{name}/failed"] = outcome.failed_rows / total
         metrics[f"time/reward/{name}"] = math.fsum(call.ended - call.began for call in outcome.calls)
         metrics |= {f"reward/{name}/{metric}": value for metric, value in _logged(outcome.calls).items()}
+    for name, shares in mean_shares(trajectories).items():
+        metrics |= {f"reward/{name}/role/{role}": share for role, share in shares.items()}
     metrics |= _asked(outcomes)
     failures = [fault for outcome in outcomes.values() for fault in outcome.failures]
     return RewardReport(metrics, failures, len(rewards), total - len(rewards))

@@ -88,6 +88,8 @@ def rollout_and_score(run: Run, cursor: PromptCursor, step: int) -> tuple[Ledger
         ledger.check()
 
     measured = run.alarms.measure(groups) if run.alarms is not None else {}
+    if run.critiques is not None:
+        measured |= run.critiques(groups)
     if run.tracker is not None and (step == 1 or step % run.show_every == 0):
         # The tracker keeps as many as it is told to.
         run.tracker.trajectories(step, shown_first([*groups, *restarts.groups], forks.sets))

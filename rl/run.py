@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from formats.base import Format
 from policy.base import Policy
+from record.trajectory import Trajectory
 from rewards.alarms import Alarms
 from rewards.manager import RewardManager
 from rl.config import GrpoConfig
@@ -41,6 +42,7 @@ class Run:
     weights: Path | str | None = None  # the folder of the starting weights; None: not known
     evaluate: Callable[[int], dict[str, float]] | None = None  # heldout/* after a step
     alarms: Alarms | None = None
+    critiques: Callable[[Sequence[Sequence[Trajectory]]], dict[str, float]] | None = None  # calibration/* of a step
     fmt: Format | None = None  # what prompts are laid out by; None: those of a writer are not compared
     show_every: int = 10  # steps between trajectories for people to look at
     changed_prompts: bool = False  # resume with other prompts than the checkpoint's

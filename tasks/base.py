@@ -42,6 +42,16 @@ class Detection:
     cls: str = ""  # its class, where it does not stand in a mapping by class
 
 
+@dataclass(frozen=True)
+class VerdictSpan:
+    """Where a text that inspects an image gives its verdict."""
+
+    says: Literal["fine", "wrong"]
+    start: int  # characters of the text, half-open: the verdict's word
+    stop: int
+    otherwise: str  # the word that says the other
+
+
 class Evaluation(Protocol):
     """How held-out thoughts are scored. `geneval` and `reward` are the toolkit's (evals/measures.py)."""
 
@@ -72,6 +82,10 @@ class Task(Protocol):
     A task with measures of its own offers `evaluations()`: a sequence of Evaluations, or of the names of the toolkit's,
     the first of which gives the score. Without it, prompts with GenEval's ground truth are scored by GenEval's rule
     where something can detect, all others by the recipe's reward.
+
+    A task whose inspections can be read offers `claims`, `requirement`, `holds` and `seen_in`
+    (rewards/functions/critique_consistency.py), and `verdict(text) -> VerdictSpan | None`, by which evaluations tell
+    how well critiques are calibrated (evals/critiques.py); None: no verdict, or both at once.
     """
 
     name: str

@@ -218,6 +218,13 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--label", help="of two runs: the evaluations of this label")
     chosen.add_argument("--all", action="store_true", help="of two runs: every label that both have")
 
+    sub = command("why", _why, "what a run's reward went up by, and whether the truth went up with it", recipe=False)
+    sub.add_argument("run_dir", type=expanded_path, metavar="RUN", help="a run's folder")
+    place = "an evaluation's label, or a step"
+    sub.add_argument("--from", dest="start", metavar="A", help=f"{place} (default: the first that compares)")
+    sub.add_argument("--to", dest="end", metavar="B", help=f"{place} (default: the last evaluation)")
+    sub.add_argument("--json", action="store_true", help="print one JSON object in place of tables")
+
     from underdrawing import replay_cli, rewards_cli
 
     replay_cli.add_parsers(commands, RECIPE_HELP)
@@ -394,6 +401,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "score_of": kept.score_name,
                 **kept.means,
                 "by_tag": kept.by_tag,
+                **({"calibration": kept.calibration.as_json()} if kept.calibration else {}),
                 "prompts": len(kept.prompts),
                 "weights": kept.summary["weights"],
                 "evaluation": str(kept.folder),
@@ -407,6 +415,12 @@ def _compare(options: argparse.Namespace) -> int:
     from underdrawing.compare import run_compare
 
     return run_compare(options.a, options.b, options.label, options.all)
+
+
+def _why(options: argparse.Namespace) -> int:
+    from underdrawing.why_tables import run_why
+
+    return run_why(options.run_dir, options.start, options.end, options.json)
 
 
 def _view(options: argparse.Namespace) -> int:

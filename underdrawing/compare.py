@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from evals.bootstrap import compare_scores
+from evals.bootstrap import ScorePair, compare_calibration, compare_scores
 from evals.kept import PROMPTS, SUMMARY, EvaluationsError, KeptEvaluation, check_comparable, evaluations_of, read
 from runtime.errors import nearest
 from underdrawing.tables import print_comparison
@@ -22,9 +22,10 @@ def run_compare(a: Path, b: Path, label: str | None = None, every: bool = False)
     compared = []
     for one, other in pairs(a, b, label, every):
         notes = check_comparable(one, other)
-        compared.append((one, other, notes, compare_scores(one.prompts, other.prompts, one.score_name)))
-    for one, other, notes, found in compared:  # all of them are checked before any is printed
-        print_comparison(Console(), one, other, found, notes)
+        found = compare_scores(one.prompts, other.prompts, one.score_name)
+        compared.append((one, other, notes, found, calibrations(one, other)))
+    for one, other, notes, found, calibration in compared:  # all of them are checked before any is printed
+        print_comparison(Console(), one, other, found, notes, calibration)
     print(
         json.dumps(
             {
@@ -38,14 +39,26 @@ def run_compare(a: Path, b: Path, label: str | None = None, every: bool = False)
                         **{name: pair.as_json() for name, pair in found.others.items()},
                         "refinement": None if found.refinement is None else found.refinement.as_json(),
                         "by_tag": {tag: pair.as_json() for tag, pair in found.by_tag.items()},
+                        **(
+                            {"calibration": {name: pair.as_json() for name, pair in calibration.items()}}
+                            if calibration
+                            else {}
+                        ),
                         "notes": notes,
                     }
-                    for one, other, notes, found in compared
+                    for one, other, notes, found, calibration in compared
                 ]
             }
         )
     )
     return 0
+
+
+def calibrations(a: KeptEvaluation, b: KeptEvaluation) -> dict[str, ScorePair]:
+    """How the measures of the policy's critiques differ; empty where one evaluation has none."""
+    if not a.critiques or not b.critiques:
+        return {}
+    return compare_calibration(a.critiques, b.critiques, [prompt.tag for prompt in a.prompts])
 
 
 def pairs(a: Path, b: Path, label: str | None, every: bool) -> list[tuple[KeptEvaluation, KeptEvaluation]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from evals import kept
 from evals.bootstrap import Interval, compare
+from evals.critiques import Critics
 from evals.heldout import EvaluationError, Heldout, answer, measure, spread_over_tags
 from evals.heldout import evaluate as evaluate_heldout
 from evals.kept import Evaluated, EvaluationsError, KeptEvaluation
@@ -40,6 +41,7 @@ from runtime.locks import beside, only_writer
 from tasks.base import Evaluation, Record, Task
 from training import checkpoint
 from underdrawing import build, scaling
+from underdrawing.critiques import contexts_of, open_critics_of
 from underdrawing.preflight import preflight
 from underdrawing.progress import StepProgress
 from underdrawing.recipe import Recipe, load_recipe
@@ -72,6 +74,7 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
         records = heldout_records(recipe, task, policy)
         if recipe.scaling is not None:
             scaling.check_room(recipe, fmt, policy, records)
+        critics = open_critics_of(recipe, task, fmt, policy, records, contexts_of(evaluations))
         settings = _settings(recipe, task, records)
         named = None if label is None else check_label(label)
         folder = recipe.run_dir / "evaluations" / (named or default_label(recipe, task, policy, weights, settings))
@@ -83,6 +86,11 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
             if differs is None and recipe.scaling is not None and not (folder / kept.SCALING).is_file():
                 differs = f"its {kept.SCALING} is missing"
             if differs is None:
+                if recipe.evaluate.calibration and not (folder / kept.CRITIQUES).is_file():
+                    raise EvaluationsError(
+                        f"{folder}: this evaluation is kept there without its critiques (evaluate.calibration). Give "
+                        f"this one a name of its own with --label, or remove that folder"
+                    )
                 logger.info("%s is this evaluation already; it is taken as it is. Remove it to measure again", folder)
                 return kept.read(folder)
             if not replace:
@@ -108,10 +116,10 @@ def run_evaluate(recipe: Recipe, weights: Path, label: str | None = None, replac
             progress.on_metrics(next(done), {})
 
         if recipe.scaling is None:
-            heldout = _evaluate(recipe, open_pool(recipe.format), evaluations, records, each)
+            heldout = _evaluate(recipe, open_pool(recipe.format), evaluations, records, each, critics)
             kept.keep(heldout, folder, of)
         else:
-            heldout, found = _scale(recipe, task, fmt, policy, records, evaluations, open_pool, each)
+            heldout, found = _scale(recipe, task, fmt, policy, records, evaluations, open_pool, each, critics)
             kept.keep(heldout, folder, of, beside=found.files, forced=found.forced)
         made = kept.read(folder)
         if recipe.scaling is not None:
@@ -128,12 +136,13 @@ def _scale(
     evaluations: Sequence[Evaluation],
     open_pool: Callable[[FormatConfig], Rollouts],
     each: Any,
+    critics: Critics | None,
 ) -> tuple[Heldout, scaling.ScalingStudy]:
     """The evaluation and its scaling, whose first answers are the evaluation's."""
     section, pool = recipe.evaluate, open_pool(recipe.format)
     groups, metrics = answer(pool, records, section.seed, scaling.samples_of(recipe), each, section.flow)
     pool.close()  # its workers make room for those of the second pass
-    heldout = measure(evaluations, records, [group[: section.samples] for group in groups], metrics)
+    heldout = measure(evaluations, records, [group[: section.samples] for group in groups], metrics, critics)
     found = scaling.study(
         recipe, task, fmt, policy, records, evaluations[0], groups, metrics["time/rollout"], open_pool, each
     )
@@ -220,13 +229,16 @@ def check_label(label: str) -> str:
 
 
 def check_evaluation(recipe: Recipe, task: Task, fmt: Format) -> None:
-    """Raises UserError for evaluations that cannot be made: too few prompts, or one that cannot be scored."""
+    """Raises UserError for evaluations that cannot be made: too few prompts, or one that cannot be scored; or
+    critiques to be judged that cannot be."""
     if recipe.scaling is not None:
         scaling.check_scaling(recipe, task, fmt)
     records = heldout_records(recipe, task)
     with ExitStack() as opened:
-        for evaluation in open_evaluations(recipe, task, fmt, opened):
+        evaluations = open_evaluations(recipe, task, fmt, opened)
+        for evaluation in evaluations:
             evaluation.check(records)
+        open_critics_of(recipe, task, fmt, None, records, contexts_of(evaluations))
 
 
 def settings_of(recipe: Recipe, task: Task, records: Sequence[Record]) -> dict[str, Any]:
@@ -343,9 +355,10 @@ class DuringTraining:
     records: Sequence[Record]
     rollouts: Any
     evaluations: Sequence[Evaluation]
+    critics: Critics | None = None
 
     def __call__(self, step: int) -> dict[str, float]:
-        heldout = _evaluate(self.recipe, self.rollouts, self.evaluations, self.records)
+        heldout = _evaluate(self.recipe, self.rollouts, self.evaluations, self.records, critics=self.critics)
         folder = self.recipe.run_dir / "evaluations"
         for path in folder.glob(f"{kept.DURING}*"):
             number = path.name.removeprefix(kept.DURING)
@@ -358,11 +371,19 @@ class DuringTraining:
 
 
 def during_training(
-    recipe: Recipe, task: Task, fmt: Format, policy: Policy, rollouts: Any, manager: RewardManager
+    recipe: Recipe,
+    task: Task,
+    fmt: Format,
+    policy: Policy,
+    rollouts: Any,
+    manager: RewardManager,
+    scores: bool = True,
 ) -> DuringTraining | None:
     """None where the recipe has no evaluations during training. Raises as check_evaluation, before the first step.
 
-    `manager`: the training's.
+    Args:
+        manager: the training's.
+        scores: this process can score the policy by itself.
     """
     if not recipe.grpo.evaluate_every:
         return None
@@ -370,14 +391,21 @@ def during_training(
     evaluations = open_evaluations(recipe, task, fmt, ExitStack(), manager)
     for evaluation in evaluations:
         evaluation.check(records)
-    return DuringTraining(recipe, task, records, rollouts, evaluations)
+    contexts = [manager.context, *contexts_of(evaluations)]
+    critics = open_critics_of(recipe, task, fmt, policy, records, contexts, scores)
+    return DuringTraining(recipe, task, records, rollouts, evaluations, critics)
 
 
 def _evaluate(
-    recipe: Recipe, rollouts: Any, evaluations: Sequence[Evaluation], records: Sequence[Record], each: Any = None
+    recipe: Recipe,
+    rollouts: Any,
+    evaluations: Sequence[Evaluation],
+    records: Sequence[Record],
+    each: Any = None,
+    critics: Critics | None = None,
 ) -> Heldout:
     section = recipe.evaluate
-    return evaluate_heldout(rollouts, evaluations, records, section.seed, section.samples, each, section.flow)
+    return evaluate_heldout(rollouts, evaluations, records, section.seed, section.samples, each, section.flow, critics)
 
 
 def _format_of(recipe: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 
 from record.store import check_folder, save_trajectories
 from record.trajectory import Trajectory
@@ -23,6 +23,7 @@ from tasks.base import Split
 from training import checkpoint
 from training.ranks import run_on_main
 from underdrawing import build
+from underdrawing.critiques import of_rollouts
 from underdrawing.denoising import check_denoising
 from underdrawing.evaluations import check_named, during_training
 from underdrawing.lock import lock_sha256
@@ -139,12 +140,18 @@ def run_grpo(
             tracker = build.build_tracker(recipe, recipe.run_dir, "grpo")
             closing.callback(tracker.close)
             tracker.listeners.append(progress)
-        heldout = during_training(recipe, task, fmt, policy, rollouts, manager) if manager else None
+        prompts = build.prompts(recipe, task, fmt, policy, "train")
+        heldout = critiques = None
+        if manager:
+            # Sharded weights are whole in no process.
+            whole = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+            heldout = during_training(recipe, task, fmt, policy, rollouts, manager, scores=whole)
+            critiques = of_rollouts(recipe, task, fmt, policy, prompts, manager)
         run = Run(
             policy=policy,
             config=recipe.grpo,
             accelerator=accelerator,
-            prompts=build.prompts(recipe, task, fmt, policy, "train"),
+            prompts=prompts,
             rollouts=rollouts,
             reward_manager=manager,
             tracker=tracker,
@@ -155,6 +162,7 @@ def run_grpo(
             evaluate=heldout,
             fmt=fmt,
             alarms=build.build_alarms(recipe) if first else None,
+            critiques=critiques,
             show_every=recipe.track.trajectories_every,
             changed_prompts=changed_prompts,
             read_recipe=as_now,

@@ -66,6 +66,12 @@ class EvaluateConfig(Section):
         "steps than training takes. Also in evaluations during training. Default: as rollout.flow; what is not named "
         "here has rollout.flow's defaults, not its values",
     )
+    calibration: bool | None = Field(
+        None,
+        description="judge the policy's verdicts on its own images too, and how well they are calibrated; during "
+        "training their rates, on the rollouts. true: refused where nothing reads or sees them. Default: where the "
+        "task reads its critiques, the format has any, and something detects",
+    )
     seed: int = Field(
         1234, ge=0, le=LARGEST_SEED, description="of the sampling noise; the same for every evaluated policy"
     )

@@ -28,6 +28,8 @@ from rewards.detectors.base import Detections
 from rewards.functions.geneval import check_record, classes_of, evaluate, kept
 from runtime.errors import UserError
 
+READERS = ("claims", "requirement", "holds", "seen_in")  # what a task that reads inspections has
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -172,7 +174,7 @@ def _f1(said: Sequence[Any] | None, seen: Sequence[Any]) -> float:
 
 
 def _task_that_reads(context: RewardContext) -> Any:
-    lacking = [name for name in ("claims", "requirement", "holds", "seen_in") if not hasattr(context.task, name)]
+    lacking = [name for name in READERS if not hasattr(context.task, name)]
     if lacking:
         raise RewardError(
             f"critique_consistency needs a task that reads inspections; "

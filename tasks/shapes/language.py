@@ -20,8 +20,9 @@ stand next to each other long before it compares words with codes, or with words
 those that break a prompt under GenEval's rules: color, shape, place (the relation that was asked for does not hold; the
 object named is the one to move), missing, extra. "missing" names what the plan wanted.
 
-The reading half serves rewards/functions/critique_consistency.py: `claims`, `requirement`, `holds`. It reads what a
-policy wrote, so it takes any text and says None where there is no sense in it.
+The reading half serves rewards/functions/critique_consistency.py: `claims`, `requirement`, `holds`; and
+evals/critiques.py: `verdict`. It reads what a policy wrote, so it takes any text and says None where there is no sense
+in it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tasks.base import Detection, Record
+from tasks.base import Detection, Record, VerdictSpan
 from tasks.shapes.prompts import INVERSE, NUMBERS, plural, related
 from tasks.shapes.world import COLORS, PLACES, SHAPES, Object, Scene, place_of
 
@@ -235,6 +236,19 @@ def claims(text: str) -> Claim:
         if kind in KINDS and clause is not None:
             mistakes.append(Mistake(kind, clause))  # type: ignore[arg-type]
     return Claim("wrong", tuple(mistakes), None if seen is None else tuple(seen))
+
+
+def verdict(text: str) -> VerdictSpan | None:
+    """Where an inspection says "fine" or "wrong". None: where `claims` reads no verdict. Takes any text."""
+    said = claims(text).verdict
+    if said is None:
+        return None
+    blank = _TAG.sub(lambda tag: " " * len(tag[0]), text).split(";")[0]  # every character where it was
+    found = re.search(rf"(?<!\S){said}(?!\S)", blank[blank.rfind(":") + 1 :])
+    if found is None:  # a word that only the removal of a tag makes
+        return None
+    start = blank.rfind(":") + 1 + found.start()
+    return VerdictSpan(said, start, start + len(said), "wrong" if said == "fine" else "fine")
 
 
 # ---- what an image must show, and what is wrong with it ---------------------------------------------------------

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 
 from runtime.errors import UserError, nearest
 from runtime.section import Section
-from tasks.base import Demonstration, Detection, Record, Split
+from tasks.base import Demonstration, Detection, Record, Split, VerdictSpan
 from tasks.shapes import demonstrations, detector, language, prompts
 from tasks.shapes.language import Claim, Clause, Mistake
 from tasks.shapes.world import CANVAS, SHAPES
@@ -50,6 +50,9 @@ class ShapesTask:
 
     def claims(self, text: str) -> Claim:
         return language.claims(text)
+
+    def verdict(self, text: str) -> VerdictSpan | None:
+        return language.verdict(text)
 
     def requirement(self, record: Record, plan_text: str) -> Record:
         return language.requirement(record, plan_text)

@@ -15,7 +15,8 @@ from typing import Any
 
 import jinja2
 
-from evals.kept import COMPARED_UNDER, DURING
+from evals.calibration import Calibration
+from evals.kept import COMPARED_UNDER, CRITIQUES, DURING, read_critiques
 from evals.measures import FINAL_IMAGE, FIRST_SKETCH, REWARD
 from record.store import load_trajectories
 from record.trajectory import Author, Trajectory
@@ -25,7 +26,10 @@ from tasks.images import data_url
 from training.tracking import read_metrics
 from training.wandb_mirror import filmstrip, pictures_of
 from underdrawing.report.charts import PALETTE, Series, bars, line_chart
+from underdrawing.report.reliability import critiques_of
 from underdrawing.report.scaling import plot_of
+from underdrawing.report.why import why_of
+from underdrawing.why import Explanation, explain
 
 # Curves in the order of what one looks at first: (title, patterns of metric names, y range).
 CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ...] = (
@@ -38,6 +42,13 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("Held-out reward", (r"heldout/reward",), (None, None)),
     ("Reward parts", (r"reward/(?!mean$|std$)[^/]+",), (None, None)),
     ("Critiques", (r"reward/[^/]+/(rubber_stamp_rate|approves_wrong|right_fine|right_wrong)",), (0.0, 1.0)),
+    ("Critiques: approved but wrong", (r"(heldout/)?calibration/approved_but_wrong_of_\w+",), (0.0, 1.0)),
+    ("Critiques: called wrong but right", (r"(heldout/)?calibration/disturbed_but_right_of_\w+",), (0.0, 1.0)),
+    (
+        "Calibration of critiques",
+        (r"(heldout/)?calibration/(brier|expected_calibration_error)",),
+        (0.0, None),
+    ),
     ("Entropy of decisions, nats", (r"entropy/[^/]+",), (0.0, None)),
     ("KL to the reference", (r"kl",), (0.0, None)),
     ("Share of clipped decisions", (r"clip/(low|high)",), (0.0, None)),
@@ -70,6 +81,7 @@ class Evaluation:
     time: str = ""  # when, in UTC
     settings: Mapping[str, Any] = field(default_factory=dict)  # empty: not known
     scaling: str = ""  # the plot of its test-time scaling; empty: it was not measured
+    calibration: Calibration | None = None  # of its critiques; None: they were not judged
 
     @property
     def score_means(self) -> str:
@@ -103,6 +115,7 @@ class ReportData:
     evaluations: Sequence[Evaluation] = ()  # all of them, the earliest steps first
     sampled: Sequence[tuple[int, Sequence[Trajectory]]] = ()  # step, trajectories
     recipe: str = ""
+    why: Explanation | None = None  # why the reward went up; None: nothing to tell it by
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -120,6 +133,10 @@ def render(data: ReportData) -> str:
         curves=_curves(data.metrics),
         tag_bars=bars(data.before.by_tag, data.after.by_tag) if data.before and data.after else "",
         pairs=[(film_of(b), film_of(a)) for b, a in pairs],
+        why=None if data.why is None else why_of(data.why),
+        critiques=critiques_of(
+            [(e.label, e.calibration) for e in (data.before, data.after) if e is not None and e.calibration is not None]
+        ),
         sampled=[(step, [film_of(t) for t in trajectories]) for step, trajectories in data.sampled],
     )
 
@@ -184,8 +201,17 @@ def report_data(run_dir: Path, title: str | None = None) -> ReportData:
         evaluations=loaded,
         sampled=[sampled[i] for i in _spread(len(sampled), 5)],
         recipe=recipe.read_text() if recipe.exists() else "",
+        why=_why(run_dir),
         notes=alarms_of(metrics),
     )
+
+
+def _why(run_dir: Path) -> Explanation | None:
+    """None where the run has not both ends of a gain, or not the reward's parts."""
+    try:
+        return explain(run_dir, resamples=2000)
+    except UserError:
+        return None
 
 
 def _order(evaluation: Evaluation) -> tuple[int, int, str, str]:
@@ -231,19 +257,22 @@ def _load_evaluation(path: Path) -> Evaluation:
         summary = json.loads(path.read_text())
         of_release_0_1 = {name: summary[name] for name in (FIRST_SKETCH, FINAL_IMAGE) if name in summary}
         measures = summary.get("measures", of_release_0_1)
+        prompts = int(summary["prompts"])
+        critiques = read_critiques(path.parent / CRITIQUES, prompts)
         return Evaluation(
             label=label,
             score=float(summary["score"]),
             measures={name: float(mean) for name, mean in measures.items()},
             score_of=str(summary.get("score_of") or FINAL_IMAGE),
             by_tag={tag: float(score) for tag, score in summary["by_tag"].items()},
-            prompts=int(summary["prompts"]),
+            prompts=prompts,
             samples=int(summary.get("samples", 1)),
             trajectories=trajectories,
             step=None if summary.get("step") is None else int(summary["step"]),
             time=str(summary.get("time") or ""),
             settings=dict(summary.get("settings") or {}),
             scaling=plot_of(path.parent),
+            calibration=Calibration.of(critiques) if critiques else None,
         )
 
 
