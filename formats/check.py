@@ -89,7 +89,7 @@ class _Check:
             else:
                 last, images = item, images + 1
                 segment = self.trajectory.segments[item]
-                if segment.modality is Modality.IMAGE_TOKENS:
+                if segment.modality is Modality.IMAGE_TOKENS and len(segment.ids):  # else its codes come later
                     sizes[item] = len(segment.ids)
                 self._read_image(item, segment, images)
         for index, size in sizes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,11 +69,50 @@ def render(
             "give one array of codes an image"
         )
     segments = prompt_segments(fmt, prompt, media, vocabulary)
+    segments += _written(fmt, f"demonstration '{prompt}'", parts, vocabulary, codes)
+    _end(fmt, segments, vocabulary)
+    trajectory = Trajectory(prompt, record, fmt.name, segments, stop=StopReason.DEMONSTRATION)
+    wrong = fmt.violations(trajectory)
+    if wrong:
+        raise RecordError(f"demonstration '{prompt}': segment {wrong[0].segment}: {wrong[0].message}")
+    return trajectory
+
+
+def render_after(
+    fmt: Format, before: Trajectory, parts: Sequence[Part], vocabulary: Vocabulary, ends: bool = True
+) -> Trajectory:
+    """What was thought so far, and what somebody writes after it; images get their content later, as in `render`.
+
+    Args:
+        before: its segments stay as they are.
+        ends: the thought ends with the parts. False: more would have to follow, so nothing ends it.
+
+    Raises:
+        RecordError: the whole is no sentence of the format, or, where it does not end, no beginning of one.
+    """
+    segments = [*before.segments, *_written(fmt, f"demonstration '{before.prompt}'", parts, vocabulary, None)]
+    if ends:
+        _end(fmt, segments, vocabulary)
+    stop = StopReason.DEMONSTRATION if ends else StopReason.MAX_IMAGES
+    trajectory = replace(before, segments=segments, stop=stop, rewards={}, segment_rewards={}, reward=None)
+    # One that is cut off has one violation, which says so.
+    wrong = fmt.violations(trajectory)[: None if ends else -1]
+    if wrong:
+        raise RecordError(f"demonstration '{before.prompt}': segment {wrong[0].segment}: {wrong[0].message}")
+    trajectory.stop = StopReason.DEMONSTRATION
+    return trajectory
+
+
+def _written(
+    fmt: Format, where: str, parts: Sequence[Part], vocabulary: Vocabulary, codes: Sequence[np.ndarray] | None
+) -> list[Segment]:
+    """Parts as segments. Raises RecordError for codes that are none."""
+    segments = []
     given = iter(codes or ())
     for number, part in enumerate(parts):
         if part.image is not None:
-            where = f"demonstration '{prompt}': part {number} ({part.role})"
-            ids = with_codes(vocabulary, next(given), where) if codes is not None else []
+            at = f"{where}: part {number} ({part.role})"
+            ids = with_codes(vocabulary, next(given), at) if codes is not None else []
             drawn = fmt.author(part.role) is Author.POLICY
             modality = drawn_modality(vocabulary) if drawn else Modality.IMAGE
         else:
@@ -90,12 +130,7 @@ def render(
                 image=part.image,
             )
         )
-    _end(fmt, segments, vocabulary)
-    trajectory = Trajectory(prompt, record, fmt.name, segments, stop=StopReason.DEMONSTRATION)
-    wrong = fmt.violations(trajectory)
-    if wrong:
-        raise RecordError(f"demonstration '{prompt}': segment {wrong[0].segment}: {wrong[0].message}")
-    return trajectory
+    return segments
 
 
 def _ends_turn(fmt: Format, role: str) -> bool:

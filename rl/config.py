@@ -226,6 +226,13 @@ class GrpoConfig(Section):
     role_weights: Annotated[dict[str, float], WRITTEN] = Field(
         {}, description="Factor on the loss of a role's decisions; 1 if not named. 0 leaves the role out."
     )
+    changed_weight: float = Field(
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Factor on the loss of a redrawn image's visual codes that differ from the policy's image before "
+        "it; 1: none.",
+    )
     max_completion_length: int = Field(512, ge=1, description="The constant that dr_grpo divides by; nothing is cut.")
     epsilon: float = Field(0.2, ge=0, description="Clip range.")
     epsilon_high: float | None = Field(None, ge=0, description="Upper clip range; None: the same as epsilon.")

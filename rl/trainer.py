@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from policy.base import Pass, Policy, Scored
+from policy.scoring.changed import changed_weights, check_codes
 from record.trajectory import DecisionKind, Trajectory
 from rl.batches import MicroBatch, plan, scored_decisions, share, trainable
 from rl.config import FLOW_EPSILON, ClipConfig, GrpoConfig, Kind
@@ -92,6 +93,8 @@ class Trainer:
             raise TrainingError("no parameter of the policy requires a gradient: there is nothing to train")
         if (half := half_precision(policy.model)) is not None:
             raise TrainingError(half)
+        if config.changed_weight != 1:
+            check_codes(policy, "grpo.changed_weight")
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -312,11 +315,14 @@ class Trainer:
         device = scored.logprob_N.device
         at = (scored.pass_N, scored.segment_N)
         weight_K = self._kind_weights().to(device)
+        weight_N = batch.weight_PS.to(device)[at] * weight_K[scored.kind_N]
+        if self.config.changed_weight != 1:
+            weight_N = weight_N * changed_weights(batch.passes, scored, self.config.changed_weight)
         decisions = ScoredDecisions(
             log_ratio_N=scored.log_ratio_N,
             advantage_N=batch.advantage_PS.to(device)[at],
             kind_N=scored.kind_N,
-            weight_N=batch.weight_PS.to(device)[at] * weight_K[scored.kind_N],
+            weight_N=weight_N,
             trajectory_N=batch.trajectory_P.to(device)[scored.pass_N],
             divergence_N=scored.divergence_N,
             entropy_N=scored.entropy_N,

@@ -22,6 +22,8 @@ from sft.sources import load_demonstrations
 from tasks.base import Demonstration, Task
 
 SEE_BATCH = 256
+# In Trajectory.info: the segments of images that are known to be wrong; not there: nobody knows of any.
+WRONG_IMAGES = "wrong_images"
 
 
 def demonstrate(task: Task, fmt: Format, policy: Policy, config: SftConfig, seed: int) -> list[Trajectory]:
@@ -48,6 +50,7 @@ def render_all(
         first = next(n for n, segment in enumerate(trajectory.segments) if segment.author is not Author.USER)
         for index in (*d.needless, *(() if learn_mistakes else d.mistakes)):
             trajectory.segments[first + index].trained = False
+        trajectory.info[WRONG_IMAGES] = [first + index for index in d.mistakes]
         trajectories.append(trajectory)
     see(trajectories, policy)
     return trajectories

@@ -52,7 +52,7 @@ def load_demonstrations(
     folders = stored_folders(Path(config.data))
     if folders:
         stored = [(f, t) for f in folders for t in load_trajectories(f)]
-        return _selected(stored, config, fmt, {_identity(record) for record in heldout})
+        return _selected(stored, config, fmt, {identity(record) for record in heldout})
     _refuse_choosing(config)
     return _rendered(read_rows(config.data, KEY), fmt, policy)
 
@@ -105,7 +105,7 @@ def _selected(
     skipped: list[tuple[str, str]] = []  # reason, which
     kept: list[tuple[Path, Trajectory]] = []
     for folder, trajectory in stored:
-        held_out = _identity(trajectory.record) in heldout
+        held_out = identity(trajectory.record) in heldout
         reason = "of a held-out prompt" if held_out else _unfit(trajectory, config, fmt)
         if reason:
             skipped.append((reason, f"{folder.name}/{trajectory.key} ({trajectory.prompt!r})"))
@@ -132,7 +132,7 @@ def _selected(
     return chosen
 
 
-def _identity(record: Mapping[str, Any]) -> str:
+def identity(record: Mapping[str, Any]) -> str:
     """A record as JSON has it, which is how it comes back from the disk."""
     return json.dumps(record, sort_keys=True, default=str)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from formats.base import Codes, Format, Latent, SeenOnly, whole_history
+from formats.questions import questions
 from policy.base import Pass, Policy
 from policy.context import resolve
 from record.trajectory import (
@@ -27,6 +28,8 @@ from record.trajectory import (
     Trajectory,
 )
 from runtime.errors import UserError
+
+QUESTIONS: Format = questions()
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def examples(
     seed: int = 0,
     latents: bool = True,
 ) -> tuple[list[Example], Cut]:
-    """What the policy itself would have to decide. A demonstration that is longer than `max_length` slots loses whole
+    """What the policy itself would have to decide. Questions (formats/questions.py) have the contexts of their own
+    format, all others those of `fmt`. A demonstration that is longer than `max_length` slots loses whole
     segments from its end, so no image is ever cut.
 
     Args:
@@ -70,7 +74,8 @@ def examples(
     shortened = dropped = 0
     for index, trajectory in enumerate(trajectories):
         drops = np.random.default_rng([seed, index]) if dropout else None
-        forced = teacher_forced(trajectory, fmt, policy, max_length, dropout, drops)
+        own = QUESTIONS if trajectory.format == QUESTIONS.name else fmt
+        forced = teacher_forced(trajectory, own, policy, max_length, dropout, drops)
         shortened += len(forced.segments) < len(trajectory.segments)
         if learnable(forced, latents):
             found.append(_example(forced, policy))

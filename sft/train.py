@@ -17,13 +17,14 @@ from trl import SFTConfig as TrlSftConfig
 
 from formats.base import Format
 from policy.base import Policy
+from policy.scoring.changed import check_codes
 from record.trajectory import Trajectory
 from runtime.errors import UserError
 from runtime.files import write_whole
 from runtime.interrupt import Interrupted, interruptible, name_of
 from sft.checkpoints import chosen, finished_checkpoints, newest, prune, rewind, step_of, writing
 from sft.config import SftConfig
-from sft.losses import losses_of
+from sft.losses import losses_of, verdict_names
 from sft.teacher_forcing import Example, examples, examples_after_separator
 from sft.trainer import Mirror, StopAtSignal, trainer_of
 from training.precision import half_precision
@@ -77,6 +78,7 @@ def warm_start(
         section=config,
         examples=found,
         roles=role_names(trajectories),
+        verdicts=verdict_names(trajectories),
         train_dataset=Dataset.from_dict({"index": list(range(len(found)))}),
         args=_arguments(config, output_dir, seed, device.type == "cpu"),
     )
@@ -128,6 +130,8 @@ def _examples(
     # Before anything is written: those that the family lacks are refused.
     latents = any(loss.name == "flow" for loss in losses_of(policy, config.extra_losses(seed)))
     max_length = min(config.max_length or policy.max_length, policy.max_length)
+    if config.changed_weight != 1:
+        check_codes(policy, "sft.changed_weight")
     release = config.labels == "release"
     if release:
         found, cut = examples_after_separator(trajectories, policy, max_length)

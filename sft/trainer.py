@@ -24,6 +24,7 @@ from trl import SFTTrainer
 
 from policy.base import Policy
 from policy.extra_losses import ExtraLoss
+from policy.scoring.changed import changed_weights
 from runtime.errors import UserError
 from runtime.interrupt import Interruption
 from sft.checkpoints import WarmStartCheckpointError, prune, write_manifest, writing
@@ -58,17 +59,25 @@ class WarmStart(Trainer):
     Args:
         examples: what the data set's indices are of.
         roles: the names of all roles, by which the loss is logged too; none: it is not.
+        verdicts: names of `verdict_names`, by which it is logged besides.
         seed: of fresh weights in the family's losses.
     """
 
     def __init__(
-        self, policy: Policy, section: SftConfig, examples: Sequence[Example], roles: Sequence[str] = (), **kwargs: Any
+        self,
+        policy: Policy,
+        section: SftConfig,
+        examples: Sequence[Example],
+        roles: Sequence[str] = (),
+        verdicts: Sequence[str] = (),
+        **kwargs: Any,
     ) -> None:
         self.policy, self.section, self.examples = policy, section, examples
         self.roles = [*roles, PADDING] if section.labels == "release" and roles else list(roles)
+        self.verdicts = list(verdicts)
         self.last: dict[str, float] = {}
         self.extra: list[ExtraLoss] = losses_of(policy, section.extra_losses(kwargs["args"].seed))
-        self.means = Means(self.roles, [loss.name for loss in self.extra])
+        self.means = Means(self.roles, [loss.name for loss in self.extra], self.verdicts)
         self._forward = vars(policy.model).get("forward")
         self._attached: list[ExtraLoss] = []
         for loss in self.extra:
@@ -100,12 +109,16 @@ class WarmStart(Trainer):
             trajectories = [example.trajectory for example in batch]
             extra = [(loss, loss.loss(trajectories)) for loss in self.extra]
         logprob_N = scored.logprob_N
-        by = learned(passes, scored, self.roles, self.section.role_weights)
-        loss = weighted_cross_entropy(logprob_N, by.weight_N, by.code_N, self.section.image_weight)
+        by = learned(passes, scored, self.roles, self.section.role_weights, self.verdicts)
+        weight_N = by.weight_N
+        if self.section.changed_weight != 1:
+            weight_N = weight_N * changed_weights(passes, scored, self.section.changed_weight)
+        loss = weighted_cross_entropy(logprob_N, weight_N, by.code_N, self.section.image_weight)
         nll_N = -logprob_N.detach()
         self.means.add("loss_text", nll_N[~by.code_N])
         self.means.add("loss_image", nll_N[by.code_N])
         self.means.add_by_role(nll_N, by.role_N)
+        self.means.add_by_verdict(nll_N, by.verdict_N)
         for own, value in extra:
             if value is not None:
                 loss = loss + own.weight * value
@@ -217,31 +230,39 @@ def through(policy: Policy, model: nn.Module) -> Iterator[None]:
 class Means:
     """Losses since the last line of metrics: over ids where they are ids', over batches where they are batches'.
 
-    `loss/<role>` is over the role's learned ids, each counted once whatever it weighs in the total; `loss_<name>` is
-    the family's loss of that name.
+    `loss/<role>` is over the role's learned ids, each counted once whatever it weighs in the total; `loss/<role>/right`
+    and `loss/<role>/wrong` are over those that speak of a right or a wrong image; `loss_<name>` is the family's loss of
+    that name.
     """
 
-    def __init__(self, roles: Sequence[str] = (), extra: Sequence[str] = ()) -> None:
+    def __init__(self, roles: Sequence[str] = (), extra: Sequence[str] = (), verdicts: Sequence[str] = ()) -> None:
         self.names = ("loss", "loss_text", "loss_image", *(f"loss_{name}" for name in extra))
         self.by_role = [f"loss/{role}" for role in roles]
+        self.by_verdict = [f"loss/{verdict}" for verdict in verdicts]
         self.sums = self._empty()  # sum, count
         self.tokens = 0  # of this process, since it was last asked
 
     def _empty(self) -> dict[str, list[float]]:
-        return {name: [0.0, 0.0] for name in (*self.names, *self.by_role)}
+        return {name: [0.0, 0.0] for name in (*self.names, *self.by_role, *self.by_verdict)}
 
     def add(self, name: str, values: Tensor) -> None:
         self.sums[name][0] += float(values.double().sum())
         self.sums[name][1] += len(values)
 
     def add_by_role(self, values_N: Tensor, role_N: Tensor) -> None:
-        if not self.by_role:
+        self._add_by(self.by_role, values_N, role_N)
+
+    def add_by_verdict(self, values_N: Tensor, verdict_N: Tensor) -> None:
+        self._add_by(self.by_verdict, values_N, verdict_N)
+
+    def _add_by(self, names: Sequence[str], values_N: Tensor, role_N: Tensor) -> None:
+        if not names:
             return
-        number_R = torch.arange(len(self.by_role), device=role_N.device)
+        number_R = torch.arange(len(names), device=role_N.device)
         member_RN = (role_N == number_R[:, None]).double()
         # One product and one copy to the host, however many roles there are; the same in every run, on a GPU too.
         sums_R2 = member_RN @ torch.stack([values_N.double(), torch.ones_like(values_N, dtype=torch.float64)], 1)
-        for name, (total, count) in zip(self.by_role, sums_R2.tolist(), strict=True):
+        for name, (total, count) in zip(names, sums_R2.tolist(), strict=True):
             self.sums[name][0] += total
             self.sums[name][1] += count
 

@@ -31,6 +31,16 @@ class Demonstration:
     media: tuple[Media, ...] = ()  # what the prompt shows
 
 
+@dataclass(frozen=True)
+class Critique:
+    """What is true of an image, and how a thought goes on after it."""
+
+    fine: bool  # whether the image is what it had to be
+    parts: tuple[Part, ...]  # after the image, in the roles of the format; the first one says the verdict
+    mistakes: tuple[int, ...] = ()  # indices in `parts` of images that are still wrong
+    ends: bool = True  # the thought may end after them; False: more would have to follow, which is not written
+
+
 @dataclass(frozen=True, eq=False)
 class Detection:
     """One object that a detector sees in an image."""
@@ -114,4 +124,39 @@ class SeenTask(Task, Protocol):
 
     def detect(self, image: np.ndarray) -> list[Detection]:
         """Objects in an image, uint8 [height, width, 3], best score first."""
+        ...
+
+
+@runtime_checkable
+class CriticTask(Task, Protocol):
+    """A task that can say what is true of an image that it has not drawn itself."""
+
+    def critique(self, format: str, record: Record, before: Sequence[Part], images: int, seed: int) -> Critique | None:
+        """The true words on the last image of a thought, and the repair if it is wrong; a function of the arguments.
+
+        Args:
+            before: what was thought so far, without the prompt; the last part is the image.
+            images: how many may still be drawn.
+
+        Returns:
+            None where the format's words cannot say what is wrong with the image.
+
+        Raises:
+            UserError: it writes no critiques in that format.
+        """
+        ...
+
+
+@runtime_checkable
+class QuestionTask(Task, Protocol):
+    """A task that asks about images: each question is a Demonstration in the format `questions`."""
+
+    question_kinds: tuple[str, ...]
+
+    def questions(self, kind: str, count: int, seed: int) -> list[Demonstration]:
+        """`count` questions of one kind; a function of the arguments. `media` is the image, the only part the answer.
+
+        Raises:
+            UserError: there is no such kind.
+        """
         ...

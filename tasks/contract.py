@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from formats.base import Format
+from formats.base import Format, Part
 from record.trajectory import Author, Modality, Segment, StopReason, Trajectory
 from runtime.errors import UserError
 from tasks.base import Demonstration, Detection, Record, Split, Task
@@ -44,6 +44,7 @@ def check_task(
         images += check.demonstrations(fmt, demonstrations, seed, records)
     if hasattr(task, "detect"):
         check.detections(images or [np.full((32, 32, 3), 128, np.uint8)])
+    check.questions(seed)
     check.evaluations()
 
 
@@ -130,6 +131,8 @@ class _Check:
         heldout = {record["prompt"] for record in records["heldout"]} - {r["prompt"] for r in records["train"]}
         for number, one in enumerate(found):
             self._demonstration(fmt, f"number {number} {where}", one, heldout)
+            if hasattr(self.task, "critique"):
+                self._critiques(fmt, f"number {number} {where}", one, seed)
         try:
             self.task.demonstrations("no such format", 1, seed)
         except UserError:
@@ -163,6 +166,69 @@ class _Check:
         for index in one.needless:
             text = 0 <= index < len(one.parts) and one.parts[index].image is None
             self.require(text, "demonstrations", f"{where}: needless names part {index}, which is no text of it")
+
+    # ---- what is true of an image ----
+
+    def _critiques(self, fmt: Format, where: str, one: Demonstration, seed: int) -> None:
+        """What it says of the demonstration's own images, in a format in which it says anything."""
+        drawn = 0
+        for index, part in enumerate(one.parts[:-1]):
+            if part.image is None or fmt.author(part.role) is not Author.POLICY:
+                continue
+            drawn += 1
+            if one.parts[index + 1].image is not None:  # nobody speaks of it
+                continue
+            before, images = one.parts[: index + 1], max(fmt.max_images - drawn, 0)
+            try:
+                found = self.task.critique(fmt.name, one.record, before, images, seed)
+                again = self.task.critique(fmt.name, one.record, before, images, seed)
+            except UserError:
+                return
+            if found is None:
+                continue
+            at = f"{where}, image {index}"
+            told = "right" if found.fine else "wrong"
+            self.require(found.fine != (index in one.mistakes), "critique", f"{at}: it is called {told}, and is not")
+            same = again is not None and _texts(again.parts) == _texts(found.parts)
+            self.require(same, "critique", f"{at}: asked twice with one seed it is not the same")
+            segments = [Segment("prompt", Author.USER, Modality.TEXT, False, text=one.prompt)]
+            segments += [
+                Segment(
+                    part.role,
+                    fmt.author(part.role),
+                    Modality.TEXT if part.image is None else Modality.IMAGE,
+                    fmt.trained(part.role),
+                    text=part.text,
+                    image=part.image,
+                )
+                for part in (*before, *found.parts)
+            ]
+            for said in found.parts:
+                unknown = self._unknown(said.text, self.besides)
+                self.require(not unknown, "words", f"{at}: its critique says '{unknown}', which is none of them")
+            # One that is cut off has one violation, which says so.
+            stop = StopReason.DEMONSTRATION if found.ends else StopReason.MAX_IMAGES
+            trajectory = Trajectory(one.prompt, one.record, fmt.name, segments, stop=stop)
+            wrong = fmt.violations(trajectory)[: None if found.ends else -1]
+            self.require(not wrong, "critique", f"{at}: {wrong[0].message if wrong else ''}")
+
+    def questions(self, seed: int) -> None:
+        for kind in getattr(self.task, "question_kinds", ()):
+            found, again = (self.task.questions(kind, SHOWN, seed) for _ in range(2))
+            where = f"of the kind '{kind}'"
+            self.require(len(found) == SHOWN, "questions", f"{len(found)} for {SHOWN} {where}")
+            same = all(_content(a) == _content(b) for a, b in zip(found, again, strict=True))
+            self.require(same, "questions", f"asked twice with one seed, those {where} are not the same")
+            for one in found:
+                shape = len(one.media), [part.role for part in one.parts]
+                self.require(
+                    shape == (1, ["answer"]),
+                    "questions",
+                    f"'{one.prompt}' {where}: want one image in `media` and one part in the role 'answer'",
+                )
+                for text in (one.prompt, one.parts[0].text):
+                    unknown = self._unknown(text)
+                    self.require(not unknown, "words", f"a question {where} says '{unknown}', which is none of them")
 
     # ---- what it sees, and how it scores ----
 
@@ -210,9 +276,12 @@ def detection_fault(item: Detection, image: np.ndarray) -> str:
     return ""
 
 
+def _texts(parts: Sequence[Part]) -> list[Any]:
+    return [(part.role, part.text, None if part.image is None else part.image.tobytes()) for part in parts]
+
+
 def _content(one: Demonstration) -> Any:
-    parts = [(part.role, part.text, None if part.image is None else part.image.tobytes()) for part in one.parts]
-    return one.prompt, one.record, parts, one.mistakes, one.needless
+    return one.prompt, one.record, _texts(one.parts), one.mistakes, one.needless
 
 
 def _difference(record: Record, kept: Record) -> str:

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 from PIL import Image
 
+from formats.base import Part
 from formats.registry import get_format
 from rewards.detectors.base import Detection
 from rewards.detectors.colors import Colored, ColorNamer
@@ -61,6 +62,13 @@ def _no(split):
 def _demonstrations(change):
     def changed(self, format, count, seed):
         return change(ShapesTask.demonstrations(self, format, count, seed))
+
+    return changed
+
+
+def _critique(change):
+    def changed(self, format, record, before, images, seed):
+        return change(ShapesTask.critique(self, format, record, before, images, seed))
 
     return changed
 
@@ -118,6 +126,23 @@ TASKS = {
     "detect: image 0: a score of 1.5": {"detect": lambda self, image: [replace(SEEN, score=1.5)]},
     "detect: image 0: a mask of float64": {"detect": lambda self, image: [replace(SEEN, mask=np.ones((32, 32)))]},
     "detect: image 0: the best does not come first": {"detect": lambda self, image: [SEEN, replace(SEEN, score=0.9)]},
+    "critique: number 0 .* image 1: it is called (right|wrong), and is not": {
+        "critique": _critique(lambda found: replace(found, fine=not found.fine))
+    },
+    "words: number 0 .* its critique says 'zebra'": {
+        "critique": _critique(
+            lambda found: replace(found, parts=(Part("inspect", "<inspect> zebra </inspect>"), *found.parts[1:]))
+        )
+    },
+    "critique: number 0 .* image 1: ": {"critique": _critique(lambda found: replace(found, parts=found.parts[1:]))},
+    "questions: 4 for 5 of the kind 'count'": {
+        "questions": lambda self, kind, count, seed: ShapesTask.questions(self, kind, count - 1, seed)
+    },
+    "questions: '.* =' of the kind 'count': want one image": {
+        "questions": lambda self, kind, count, seed: [
+            replace(one, media=()) for one in ShapesTask.questions(self, kind, count, seed)
+        ]
+    },
     "evaluations: .* has no 'score'": {"evaluations": lambda self: [type("Own", (), {"name": "own"})()]},
 }
 

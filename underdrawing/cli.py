@@ -263,6 +263,7 @@ def _dry_run(
         splits: whose prompts it asks; held to the vocabulary of the weights, where there are any by now.
     """
     from rewards.tree import lines
+    from sft.mixture import check_mixture
     from sft.sources import check_data
     from underdrawing import build
     from underdrawing.evaluations import check_evaluation, check_named
@@ -273,6 +274,8 @@ def _dry_run(
     # The other commands begin with weights, and may run where what these were taught with is not.
     if not rolls_out and recipe.sft.data is not None:
         check_data(recipe.sft, recipe.policy.fresh_tags)
+    if not rolls_out:
+        check_mixture(recipe.sft, task)
     with build.build_reward_manager(recipe, task, fmt):
         pass
     build.check_run_dir(recipe)

@@ -47,6 +47,7 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
     """
     from sft.checkpoints import finished_checkpoints
     from sft.demonstrations import check_demonstrations, demonstrate
+    from sft.mixture import check_mixture, rows_beside
     from sft.train import warm_start
 
     def saved() -> Path | None:
@@ -57,6 +58,7 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
     with stopping(lambda: _saved_at(saved(), resume_command)), uninterrupted() as closing:
         run_on_main(state, lambda: closing.enter_context(training_lock(recipe.run_dir)))
         task, fmt = preflight(recipe, rolls_out=False, trains=True)
+        check_mixture(recipe.sft, task)
         first = state.is_main_process
         if first:
             # A GRPO run's recipe stays: its evaluations are labelled by what differs from it.
@@ -65,6 +67,7 @@ def run_sft(recipe: Recipe, resume: bool | str = False, resume_command: str = RE
         policy = build.build_policy(recipe, task)
         demonstrations = demonstrate(task, fmt, policy, recipe.sft, recipe.seed)
         check_demonstrations(demonstrations, fmt)
+        demonstrations += rows_beside(task, fmt, policy, recipe.sft, len(demonstrations), recipe.seed)
         tracker = None
         if first:
             tracker = build.build_tracker(recipe, recipe.run_dir / "sft", "sft")

@@ -124,6 +124,18 @@ def slots(owed: Record, scene: Scene) -> str:
     An object stands in a slot of its own shape (and color, if it can); what is left stands where nothing fits, in
     reading order. A class without `exclude` may have more objects than were asked for: they are not listed.
     """
+    wanted, filled, left = assigned(owed, scene)
+    said = []
+    for index, (clause, item) in enumerate(zip(wanted, filled, strict=True)):
+        mark = "yes" if _agrees(index, wanted, filled) else "no"
+        said.append(f"{_wanted(clause)} = {clause_of(item) if item else 'nothing'} {mark}")
+    counted = {clause["class"] for clause in owed.get("exclude", ())}
+    said += [f"nothing = {clause_of(item)} no" for item in left if item.shape in counted]
+    return " , ".join(said)
+
+
+def assigned(owed: Record, scene: Scene) -> tuple[list[dict[str, Any]], list[Object | None], list[Object]]:
+    """The clause of each slot, the object that stands in it (None: none is left), and the objects without a slot."""
     wanted = [clause for clause in owed["include"] for _ in range(clause["count"])]
     left = sorted(scene.objects, key=lambda item: item.place)
     filled: list[Object | None] = [None] * len(wanted)
@@ -140,13 +152,7 @@ def slots(owed: Record, scene: Scene) -> str:
     for index, item in enumerate(filled):
         if item is None and left:
             filled[index] = left.pop(0)
-    said = []
-    for index, (clause, item) in enumerate(zip(wanted, filled, strict=True)):
-        mark = "yes" if _agrees(index, wanted, filled) else "no"
-        said.append(f"{_wanted(clause)} = {clause_of(item) if item else 'nothing'} {mark}")
-    counted = {clause["class"] for clause in owed.get("exclude", ())}
-    said += [f"nothing = {clause_of(item)} no" for item in left if item.shape in counted]
-    return " , ".join(said)
+    return wanted, filled, left
 
 
 def _wanted(clause: dict[str, Any]) -> str:

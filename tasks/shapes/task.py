@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from pydantic import Field, ValidationError
 
+from formats.base import Part
 from runtime.errors import UserError, nearest
 from runtime.section import Section
-from tasks.base import Demonstration, Detection, Record, Split, VerdictSpan
-from tasks.shapes import demonstrations, detector, language, prompts
+from tasks.base import Critique, Demonstration, Detection, Record, Split, VerdictSpan
+from tasks.shapes import critic, demonstrations, detector, language, prompts, questions
 from tasks.shapes.language import Claim, Clause, Mistake
 from tasks.shapes.world import CANVAS, SHAPES
 
@@ -23,6 +26,7 @@ class ShapesTask:
     name = "shapes"
     classes = SHAPES
     image_size = CANVAS  # px, both sides
+    question_kinds = tuple(questions.KINDS)
 
     def __init__(self, **options: object) -> None:
         try:
@@ -45,6 +49,16 @@ class ShapesTask:
 
     def detect(self, image: np.ndarray) -> list[Detection]:
         return detector.detect(image)
+
+    # What the warm start's perception rows, critiques and corrupted images ask (docs/perception.md).
+
+    def questions(self, kind: str, count: int, seed: int) -> list[Demonstration]:
+        return questions.questions(kind, count, seed)
+
+    def critique(self, format: str, record: Record, before: Sequence[Part], images: int, seed: int) -> Critique | None:
+        image = before[-1].image
+        assert image is not None
+        return critic.critique(format, record, before, detector.detect(image), images, seed)
 
     # What rewards/functions/critique_consistency.py asks of a task whose inspections can be read.
 

@@ -62,6 +62,7 @@ CURVES: tuple[tuple[str, tuple[str, ...], tuple[float | None, float | None]], ..
     ("Tokens a second", (r"rollout/tokens_per_s", r"perf/trained_tokens_per_s"), (0.0, None)),
     ("Warm-start loss, nats", (r"sft/loss_(text|image)",), (0.0, None)),
     ("Warm-start loss by role, nats", (r"sft/loss/[^/]+",), (0.0, None)),
+    ("Warm-start loss by verdict, nats", (r"sft/loss/[^/]+/(right|wrong)",), (0.0, None)),
 )
 
 
