@@ -13,6 +13,7 @@ from record.trajectory import Author, Modality, Segment
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
 from rollout.native import NativeWriter, native
+from rollout.requests import key_of
 from rollout.weights.receive import WeightReceiver
 from tests.fakes import FakeFormat, FakePolicy
 from tests.writer_runs import ROLLOUT, TrainedFake, fake_engine
@@ -99,7 +100,7 @@ class FromElsewhereInSecret(FromElsewhere):
         given = {request.key: request.prefix for request in requests}
         for trajectory in super().stream(requests):
             if trajectory.parent is not None:
-                trajectory.segments[0] = given[trajectory.group, trajectory.parent][0]
+                trajectory.segments[0] = given[key_of(trajectory)][0]
             yield trajectory
 
 
