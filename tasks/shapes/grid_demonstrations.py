@@ -115,7 +115,10 @@ def _still_missing(part: Scene, scene: Scene) -> list[Mistake]:
 
 
 def self_critique(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
-    """An image of the first step, words on what it still lacks, and an image of the whole; again while that is wrong."""
+    """An image of the first step, words on what it still lacks, and an image of the whole; again while that is wrong.
+
+    A whole that is right at once is called so and drawn a second time unchanged.
+    """
     scene = sample_scene_for(record, rng)
     part, whole = steps(scene, rng, most=2)
     out = Writer(render)
@@ -127,6 +130,9 @@ def self_critique(record: Record, rng: np.random.Generator, mistake_rate: float)
     for made in _slips(record, whole, new, rng, wrong):
         out.draw("redraw", made.scene, wrong=True)
         out.say("critique", _critique(record, made.scene, [made.mistake], made.target))
+    if not wrong:
+        out.draw("redraw", whole)
+        out.say("critique", _critique(record, whole, [], None))
     out.draw("redraw", whole)
     return out.finish(record)
 
