@@ -1,4 +1,4 @@
-"""Trains the shapes world's visual tokenizer: `python -m experiments.train_vq --out vq.safetensors`.
+"""Trains a visual tokenizer of the shapes world: `python -m experiments.train_vq --out vq.safetensors`.
 
 The class is Chameleon's (vq.py), only smaller. Everything that the tiny policy sees and draws passes through these
 codes, so the recipe aims at two things: every patch of the world survives the round trip, and a patch has the same
@@ -58,7 +58,7 @@ FAINT, SURE = 0.3, 0.9  # the scores from which GenEval sees an object, and coun
 
 
 class TrainVQConfig(BaseModel):
-    """The recipe's numbers; the command line sets the first three."""
+    """The recipe's numbers; the command line sets those that stand before `warmup`, and the learning rate."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -397,6 +397,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=defaults.seed)
     parser.add_argument("--minutes", type=Number(), default=defaults.minutes)
     parser.add_argument("--steps", type=Whole(1), default=defaults.steps)
+    parser.add_argument("--batch", type=Whole(1), default=defaults.batch, help="images a step")
+    parser.add_argument("--learning-rate", type=Number(), default=defaults.learning_rate)
     parser.add_argument("--resume", action="store_true", help="go on from the state beside --out, if there is one")
     parser.add_argument("--scenes", type=Whole(1), default=1000, help="scenes of the closing measurement")
     try:
@@ -407,6 +409,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed=given.seed,
             minutes=given.minutes,
             steps=given.steps,
+            batch=given.batch,
+            learning_rate=given.learning_rate,
         )
         train(config, given.out, given.resume)
     except (UserError, ValidationError) as error:

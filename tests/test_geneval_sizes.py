@@ -93,7 +93,10 @@ def test_the_rewards_judge_a_thought_of_the_grid():
     """Two images; the first lacks the large square, and the inspection after it says so."""
     task = get_task("shapes", level="middle")
     context = RewardContext(detector=CachedDetector(TaskDetector(task)), task=task)
-    circle, square = (Sized("circle", "red", CELLS.index("a1")), Sized("square", "blue", CELLS.index("c2"), size="large"))
+    circle, square = (
+        Sized("circle", "red", CELLS.index("a1")),
+        Sized("square", "blue", CELLS.index("c2"), size="large"),
+    )
     record = {
         "tag": "size",
         "prompt": "a small circle and a large square",

@@ -66,9 +66,7 @@ def as_judged(scene: Scene) -> dict:
     """A scene as the judge would see it if it saw perfectly."""
     seen: dict = {}
     for item in scene.objects:
-        seen.setdefault(item.shape, []).append(
-            {"box": item.box, "score": 1.0, "color": item.color, "size": item.size}
-        )
+        seen.setdefault(item.shape, []).append({"box": item.box, "score": 1.0, "color": item.color, "size": item.size})
     return seen
 
 

@@ -228,7 +228,9 @@ def test_mistakes_are_true_and_repairs_undo_them(kind, number, seed):
 @pytest.fixture(scope="module")
 def written():
     tasks = {level: get_task("shapes", level=level) for level in TAGS}
-    return {(level, name): task.demonstrations(name, COUNT, seed=0) for level, task in tasks.items() for name in FORMATS}
+    return {
+        (level, name): task.demonstrations(name, COUNT, seed=0) for level, task in tasks.items() for name in FORMATS
+    }
 
 
 def drawn(shown):

@@ -323,8 +323,11 @@ def load_vq(path: str | Path) -> ChameleonVQ:
 
 
 def load_committed_vq(name: str) -> ChameleonVQ:
-    """A tokenizer of the shapes world: 32x32 pixels, 4x4 codes (see weights/README.md). `name`: shapes (of 512 codes, for
-    the level easy) or shapes_grid (of 256, for middle and hard)."""
+    """A tokenizer of the shapes world: 32x32 pixels, 4x4 codes (see weights/README.md).
+
+    Args:
+        name: shapes (of 512 codes, for the level easy) or shapes_grid (of 256, for middle and hard).
+    """
     return load_vq(SHAPES_WEIGHTS.with_name(f"{name}_vq.safetensors"))
 
 

@@ -31,7 +31,9 @@ class TaskDetector:
         for image in images:
             objects: Detections = {}
             for seen in self.task.detect(image):
-                objects.setdefault(seen.cls, []).append(Detection(seen.box, seen.score, seen.color, seen.mask, size=seen.size))
+                objects.setdefault(seen.cls, []).append(
+                    Detection(seen.box, seen.score, seen.color, seen.mask, size=seen.size)
+                )
             found.append(objects)
         return found
 

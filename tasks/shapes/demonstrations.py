@@ -1,10 +1,11 @@
 """Thoughts that somebody wrote, in every format: what the warm start learns from.
 
-A demonstration draws what its prompt asks for in 2 to 4 images (in the format direct in one). In about half of them an image is wrong on purpose,
-by one mistake that breaks the prompt under GenEval's rules; the text after it names the mistake, the refinement repairs
-it, and everything else of the image stays as it was. In the others the inspection rightly finds nothing. The last
-image is always right. `Demonstration.mistakes` says which images are wrong, for a loss that would rather not learn
-to draw them; `Demonstration.needless` which plan goes on although the image before it was already right.
+A demonstration draws what its prompt asks for in 2 to 4 images (in the format direct in one). In about half of them an
+image is wrong on purpose, by one mistake that breaks the prompt under GenEval's rules; the text after it names the
+mistake, the refinement repairs it, and everything else of the image stays as it was. In the others the inspection
+rightly finds nothing. The last image is always right. `Demonstration.mistakes` says which images are wrong, for a loss
+that would rather not learn to draw them; `Demonstration.needless` which plan goes on although the image before it was
+already right.
 
 Formats (formats): strokes, subgoals, self_critique, look, in which the crops are the environment's and the boxes are in
 the words of the tool `look`, and direct, which is one right image without words.

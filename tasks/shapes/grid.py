@@ -219,5 +219,3 @@ def _arranged(
             taken |= covered(size, group[-1])
         places.append(sorted(group))
     return places
-
-

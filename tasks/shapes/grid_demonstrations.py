@@ -189,9 +189,7 @@ FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]
 }
 
 
-def demonstrations(
-    level: Level, format: str, count: int, seed: int, mistake_rate: float = 0.5
-) -> list[Demonstration]:
+def demonstrations(level: Level, format: str, count: int, seed: int, mistake_rate: float = 0.5) -> list[Demonstration]:
     """`count` demonstrations over train prompts, all tags equally often.
 
     Raises:

@@ -146,8 +146,12 @@ def _agrees(index: int, include: Sequence[dict[str, Any]], filled: Sequence[Sequ
 
 
 def refinement(mistakes: Sequence[Mistake], target: Object | None) -> str:
-    """How to repair it. target: the object as it should be; None where one is to be removed, or where what is missing is
-    named as it should be."""
+    """How to repair it.
+
+    Args:
+        mistakes: several where all of them are missing objects, which are named as they should be.
+        target: the object as it should be; None where one is to be removed, or where something is missing.
+    """
     mistake = mistakes[0]
     if mistake.kind == "missing":
         return f"add {' and '.join(groups(mistake.object for mistake in mistakes))}"

@@ -34,7 +34,7 @@ def weights(owed: Record) -> dict[str, float]:
 
 
 def slip(owed: Record, scene: Scene, among: Sequence[int], rng: np.random.Generator) -> Slip:
-    """One mistake with one of the objects `among` (indices into the scene's), such that it plainly breaks the record."""
+    """One mistake with one of the objects `among` (indices into the scene's), which plainly breaks the record."""
     kinds = weights(owed)
     shares = np.fromiter(kinds.values(), float)
     order = rng.choice(len(kinds), size=len(kinds), replace=False, p=shares / shares.sum())

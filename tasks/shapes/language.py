@@ -291,9 +291,7 @@ def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> 
     record, which is `requirement`'s for a partial stroke. Detections below the rules' threshold are for the caller
     to leave out.
     """
-    return holds_of(
-        mistake, record, [(item, d.box) for item, d in zip(seen_in(detections), detections, strict=True)]
-    )
+    return holds_of(mistake, record, [(item, d.box) for item, d in zip(seen_in(detections), detections, strict=True)])
 
 
 def holds_of(mistake: Mistake, record: Record, seen: Sequence[tuple[Clause, tuple[float, ...]]]) -> bool:
