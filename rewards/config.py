@@ -167,7 +167,7 @@ class RewardsConfig(Section):
     )
     detector: DetectorConfig | ObjectPath | None = Field(
         None,
-        description="One of the toolkit's (backend: mask2former, grounding_dino, owlv2, shapes; path ...), or "
+        description="One of the toolkit's (backend: mask2former, grounding_dino, owlv2, shapes, shapes_grid; path ...), or "
         "the dotted path or file of a function or class that makes a Detector; None: the task's own.",
     )
     detector_workers: WorkersConfig | None = Field(

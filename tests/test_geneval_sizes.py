@@ -9,6 +9,7 @@ from rewards_helpers import image_segment, text, trajectory_of
 from rewards.contract import RewardContext
 from rewards.detectors.base import CachedDetector, Detection
 from rewards.detectors.contract import check_detector
+from rewards.detectors.registry import DetectorConfig, build_detector
 from rewards.detectors.shapes import TaskDetector, shapes_detector
 from rewards.functions.critique_consistency import critique_consistency
 from rewards.functions.geneval import RecordColumnError, check_record, evaluate, geneval
@@ -73,6 +74,7 @@ def test_a_size_that_nothing_tells_is_refused_by_name():
 def test_a_detector_in_a_worker_says_its_sizes():
     assert LoadedDetector(TaskDetector(get_task("shapes", level="hard")))("about")["sizes"] == ("small", "large")
     assert LoadedDetector(shapes_detector())("about")["sizes"] == ()
+    assert build_detector(DetectorConfig(backend="shapes_grid")).sizes == ("small", "large")
 
 
 def test_the_grids_detector_keeps_its_contract():

@@ -39,7 +39,14 @@ class TaskDetector:
 
 
 def shapes_detector() -> TaskDetector:
-    """The shapes world's detector, for images that no run of the task made."""
+    """The shapes world's detector at its level easy, for images that no run of the task made."""
     from tasks.registry import get_task
 
     return TaskDetector(get_task("shapes"))
+
+
+def shapes_grid_detector() -> TaskDetector:
+    """That of its levels middle and hard, which see alike."""
+    from tasks.registry import get_task
+
+    return TaskDetector(get_task("shapes", level="hard"))

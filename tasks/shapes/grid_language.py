@@ -173,7 +173,7 @@ def _parse_group(words: Sequence[str]) -> list[Clause] | None:
     shape = rest.pop(0) if rest and rest[0] in SHAPES else None
     if shape is None or any(place not in CELLS for place in rest):
         return None
-    return [Clause(shape, color, place, size) for place in rest or [None]]
+    return [Clause(shape, color, place, size) for place in rest] or [Clause(shape, color, None, size)]
 
 
 def _parse_groups(texts: Iterable[str]) -> list[Clause] | None:

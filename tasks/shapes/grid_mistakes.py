@@ -40,10 +40,10 @@ def slip(owed: Record, scene: Scene, among: Sequence[int], rng: np.random.Genera
     order = rng.choice(len(kinds), size=len(kinds), replace=False, p=shares / shares.sum())
     for kind in (list(kinds)[i] for i in order):
         for _ in range(4):
-            made = _SLIPS[kind](owed, scene, int(among[rng.integers(len(among))]), rng)
+            made = _SLIPS[kind](owed, scene, among[int(rng.integers(len(among)))], rng)
             if made is not None and not satisfies(owed, made.scene, margin=-0.1):
                 return made
-    return _wrong_shape(owed, scene, int(among[rng.integers(len(among))]), rng)  # breaks every prompt
+    return _wrong_shape(owed, scene, among[int(rng.integers(len(among)))], rng)  # breaks every prompt
 
 
 def _other(rng: np.random.Generator, names: Sequence[str], name: str) -> str:

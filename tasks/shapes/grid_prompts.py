@@ -251,8 +251,8 @@ def prompts(level: Level, split: Split) -> list[Record]:
 
 
 def _copy(record: Record) -> Record:
-    lists = {key: [dict(clause) for clause in record[key]] for key in ("include", "exclude") if key in record}
-    return {**record, **lists}
+    copied: Record = {key: [dict(clause) for clause in record[key]] for key in ("include", "exclude") if key in record}
+    return {**record, **copied}
 
 
 def prompt_words() -> set[str]:
