@@ -10,7 +10,7 @@ from policy.chameleon.check import check
 from policy.chameleon.tiny import tiny_vq
 from policy.registry import load_policy
 from rollout.config import RolloutConfig
-from rollout.engine.loop import Engine
+from rollout.engine.engine import Engine
 from rollout.requests import RolloutRequest
 from underdrawing import build
 from underdrawing.recipe import RecipeError, check_recipe, dump_recipe, load_recipe
@@ -58,7 +58,7 @@ def test_a_tokenizer_of_ones_own_stands():
 
 
 def test_a_direct_thought_is_one_image_and_the_end():
-    recipe = load_recipe(MIDDLE, [*TINY, "format={name: direct}", "grpo.role_weights={}"])
+    recipe = load_recipe(MIDDLE, [*TINY, "format={name: direct}", "grpo.role_weights={}", "sft.role_weights={}"])
     task, fmt = build.build_task(recipe), build.build_format(recipe)
     policy = load_policy(recipe.policy, build.words(recipe, task))
     engine = Engine(policy, fmt, RolloutConfig(rows=2, max_tokens=30), "full")
