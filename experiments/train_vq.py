@@ -62,7 +62,7 @@ class TrainVQConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    world: Literal["easy", "grid"] = Field(default="easy", description="Whose images: vq_worlds.py has them.")
+    world: Literal["easy", "grid", "levels"] = Field(default="easy", description="Whose images: vq_worlds.py has them.")
     start: str | None = Field(default=None, description="Weights to begin with, the codebook apart; none: fresh ones.")
     seed: int = Field(default=0, description="Seed of weights, images and restarts.")
     minutes: float = Field(default=60.0, gt=0, description="Time budget; the run ends with the budget first spent.")
