@@ -58,7 +58,7 @@ FAINT, SURE = 0.3, 0.9  # the scores from which GenEval sees an object, and coun
 
 
 class TrainVQConfig(BaseModel):
-    """The recipe's numbers; the command line sets those that stand before `warmup`, and the learning rate."""
+    """The recipe's numbers; the command line sets the first six and three of the weights."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -399,6 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=Whole(1), default=defaults.steps)
     parser.add_argument("--batch", type=Whole(1), default=defaults.batch, help="images a step")
     parser.add_argument("--learning-rate", type=Number(), default=defaults.learning_rate)
+    parser.add_argument("--consistency", type=Number(), default=defaults.consistency, help="weight of a patch's spread")
+    parser.add_argument("--agreement", type=Number(), default=defaults.agreement, help="weight of a patch's one code")
     parser.add_argument("--resume", action="store_true", help="go on from the state beside --out, if there is one")
     parser.add_argument("--scenes", type=Whole(1), default=1000, help="scenes of the closing measurement")
     try:
@@ -411,6 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             steps=given.steps,
             batch=given.batch,
             learning_rate=given.learning_rate,
+            consistency=given.consistency,
+            agreement=given.agreement,
         )
         train(config, given.out, given.resume)
     except (UserError, ValidationError) as error:
