@@ -30,6 +30,7 @@ from runtime.errors import UserError
 from tasks.registry import get_task
 from tasks.shapes import grid
 from tasks.shapes.grid import SIZES, Sized, place_of, places_of
+from tasks.shapes.grid_prompts import prompts
 from tasks.shapes.render import render
 from tasks.shapes.world import CANVAS, COLORS, JITTERS, MAX_OBJECTS, SHAPES, Object, Scene, sample_scene
 
@@ -52,11 +53,13 @@ def test_scenes_are_read_right_after_the_round_trip():
     assert measured["patches"] == 193 and measured["patches_a_code"] <= 1.3
 
 
-def test_scenes_of_the_grid_are_read_right_after_the_round_trip():
-    rng, world = np.random.default_rng(2024), WORLDS["grid"]
-    measured = figures(load_committed_vq("shapes_grid"), [world.sample(rng) for _ in range(200)], world)
-    assert measured["read_right"] >= 0.995
-    assert measured["patches"] == 121 and measured["patches_a_code"] <= 1.1
+@pytest.mark.parametrize("level", ["middle", "hard"])
+def test_what_prompts_of_a_level_ask_for_is_read_right_after_the_round_trip(level):
+    rng = np.random.default_rng(2024)
+    asked = [grid.sample_scene_for(record, rng) for record in prompts(level, "heldout")]
+    measured = figures(load_committed_vq("shapes_grid"), asked, WORLDS["levels"])
+    assert measured["read_right"] >= (0.99 if level == "middle" else 0.97)
+    assert measured["patches_a_code"] <= 1.1 and measured["codes_a_patch"] <= 1.2
 
 
 def test_thoughts_of_the_grid_are_read_right_after_the_round_trip():
@@ -71,7 +74,7 @@ def test_thoughts_of_the_grid_are_read_right_after_the_round_trip():
             [sorted((d.cls, d.color, d.size, place_of(d.box, d.size)) for d in task.detect(image) if d.score > 0.9)]
             for image in (*images, *made)
         ]
-        assert np.mean([a == b for a, b in zip(seen[: len(made)], seen[len(made) :], strict=True)]) >= 0.99
+        assert np.mean([a == b for a, b in zip(seen[: len(made)], seen[len(made) :], strict=True)]) >= 0.98
 
 
 def test_every_object_of_the_grid_is_read_right_alone():
