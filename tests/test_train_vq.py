@@ -58,7 +58,7 @@ def test_what_prompts_of_a_level_ask_for_is_read_right_after_the_round_trip(leve
     rng = np.random.default_rng(2024)
     asked = [grid.sample_scene_for(record, rng) for record in prompts(level, "heldout")]
     measured = figures(load_committed_vq("shapes_grid"), asked, WORLDS["levels"])
-    assert measured["read_right"] >= (0.99 if level == "middle" else 0.97)
+    assert measured["read_right"] >= (0.995 if level == "middle" else 0.985)
     assert measured["patches_a_code"] <= 1.1 and measured["codes_a_patch"] <= 1.2
 
 
