@@ -112,9 +112,10 @@ def checked_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
                 or not isinstance(clause.get("count"), int)
                 or clause["count"] < 1
                 or not isinstance(clause.get("color"), str | None)
+                or not isinstance(clause.get("size"), str | None)
             ):
                 raise EvaluationError(
-                    f"{where}: {key} has {clause!r}; a clause is {{class, count from 1, color?, position?}}"
+                    f"{where}: {key} has {clause!r}; a clause is {{class, count from 1, color?, size?, position?}}"
                 )
     for index, clause in enumerate(record["include"]):
         position = clause.get("position")

@@ -1,4 +1,4 @@
-"""Trains the shapes world's visual tokenizer: `python -m experiments.train_vq --out vq.safetensors`.
+"""Trains a visual tokenizer of the shapes world: `python -m experiments.train_vq --out vq.safetensors`.
 
 The class is Chameleon's (vq.py), only smaller. Everything that the tiny policy sees and draws passes through these
 codes, so the recipe aims at two things: every patch of the world survives the round trip, and a patch has the same
@@ -28,7 +28,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,11 +36,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from experiments.vq_worlds import WORLDS, World
 from policy.chameleon.vq import ChameleonVQ, load_vq, save_vq, to_pixels, vq_config
 from runtime.errors import UserError
-from tasks.shapes.detector import detect
-from tasks.shapes.render import MASKS, render
-from tasks.shapes.world import CANVAS, COLORS, GROUND, MAX_OBJECTS, OBJECT, PATCH, Scene, sample_scene
+from tasks.shapes.world import CANVAS, COLORS, GROUND, MAX_OBJECTS, OBJECT, PATCH, Scene
 from underdrawing.options import LARGEST_SEED, Number, Parser, Whole, expanded_path
 
 SHAPES_VQ = {
@@ -59,10 +58,12 @@ FAINT, SURE = 0.3, 0.9  # the scores from which GenEval sees an object, and coun
 
 
 class TrainVQConfig(BaseModel):
-    """The recipe's numbers; the command line sets the first three."""
+    """The recipe's numbers; the command line sets the first six and three of the weights."""
 
     model_config = ConfigDict(extra="forbid")
 
+    world: Literal["easy", "grid", "levels"] = Field(default="easy", description="Whose images: vq_worlds.py has them.")
+    start: str | None = Field(default=None, description="Weights to begin with, the codebook apart; none: fresh ones.")
     seed: int = Field(default=0, description="Seed of weights, images and restarts.")
     minutes: float = Field(default=60.0, gt=0, description="Time budget; the run ends with the budget first spent.")
     steps: int = Field(default=4000, gt=0, description="Step budget, warm-up included.")
@@ -130,14 +131,15 @@ class Codebook:
 # ---- images ----
 
 
-def stray(rng: np.random.Generator) -> np.ndarray:
+def stray(rng: np.random.Generator, world: World = WORLDS["easy"]) -> np.ndarray:
     """An image outside the world's rules: objects at any pixel, overlapping, cut by the edge, shaded off color."""
     padded = np.full((CANVAS + 2 * OBJECT, CANVAS + 2 * OBJECT, 3), GROUND, np.uint8)
-    masks, colors = list(MASKS.values()), list(COLORS.values())
+    masks, colors = [mask for sized in world.masks for mask in sized.values()], list(COLORS.values())
     for _ in range(rng.integers(1, MAX_OBJECTS + 2)):
         x, y = rng.integers(0, CANVAS + OBJECT, 2)
         shade = np.clip(np.add(colors[rng.integers(len(colors))], rng.integers(-25, 26, 3)), 0, 255)
-        padded[y : y + OBJECT, x : x + OBJECT][masks[rng.integers(len(masks))]] = shade
+        mask = masks[rng.integers(len(masks))]
+        padded[y : y + len(mask), x : x + len(mask)][mask] = shade
     return padded[OBJECT:-OBJECT, OBJECT:-OBJECT]
 
 
@@ -151,13 +153,15 @@ def shuffled(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return dealt.swapaxes(2, 3).reshape(images.shape)
 
 
-def sample_images(count: int, rng: np.random.Generator, strays: bool = True) -> np.ndarray:
+def sample_images(
+    count: int, rng: np.random.Generator, strays: bool = True, world: World = WORLDS["easy"]
+) -> np.ndarray:
     """uint8 [count, CANVAS, CANVAS, 3]: of 16, 11 are scenes, 4 the patches of scenes shuffled, and 1 a stray."""
-    scenes = np.stack([render(sample_scene(rng, int(rng.integers(MAX_OBJECTS + 1)))) for _ in range(count)])
+    scenes = np.stack([world.render(world.sample(rng)) for _ in range(count)])
     mixed = count // 4
     scenes[:mixed] = shuffled(scenes[:mixed], rng)
     for index in range(mixed, mixed + (count // 16 if strays else 0)):
-        scenes[index] = stray(rng)
+        scenes[index] = stray(rng, world)
     return scenes
 
 
@@ -190,9 +194,9 @@ def patch_means(latent_MD: Tensor, identity_M: Tensor) -> tuple[Tensor, Tensor]:
 # ---- figures ----
 
 
-def read_right(image: np.ndarray, scene: Scene) -> bool:
+def read_right(image: np.ndarray, scene: Scene, world: World = WORLDS["easy"]) -> bool:
     """Whether the detector finds the scene's objects, surely enough to be counted and within 1 px, and no other."""
-    seen = [found for found in detect(image) if found.score > FAINT]
+    seen = [found for found in world.detect(image) if found.score > FAINT]
     left = list(seen)
     for item in scene.objects:
         near = [
@@ -218,10 +222,10 @@ def round_trip(vq: ChameleonVQ, images: Sequence[np.ndarray], chunk: int = 64) -
     return made, codes_BN
 
 
-def figures(vq: ChameleonVQ, scenes: Sequence[Scene]) -> dict[str, float]:
+def figures(vq: ChameleonVQ, scenes: Sequence[Scene], world: World = WORLDS["easy"]) -> dict[str, float]:
     """How well scenes survive the round trip: `read_right` by the detector, `pixels_right` by the nearest color of
     the world, `codes_a_patch` (1: one spelling), `patches_a_code` (1: none confused), codes used, their perplexity."""
-    images = [render(scene) for scene in scenes]
+    images = [world.render(scene) for scene in scenes]
     made, codes_BN = round_trip(vq, images)
     palette = np.array([GROUND, *COLORS.values()], np.int64)
 
@@ -233,7 +237,7 @@ def figures(vq: ChameleonVQ, scenes: Sequence[Scene]) -> dict[str, float]:
     pairs = torch.stack([identity_M, codes_M]).unique(dim=1).shape[1]
     used_K = torch.bincount(codes_M, minlength=vq.config.num_embeddings).double()
     share_K = used_K[used_K > 0] / used_K.sum()
-    right = [read_right(image, scene) for image, scene in zip(made, scenes, strict=True)]
+    right = [read_right(image, scene, world) for image, scene in zip(made, scenes, strict=True)]
     return {
         "read_right": float(np.mean(right)),
         "pixels_right": float(np.mean(pixels)),
@@ -254,11 +258,15 @@ class Training:
 
     def __init__(self, config: TrainVQConfig, model: dict[str, Any] | None = None):
         torch.manual_seed(config.seed)
-        self.config = config
-        self.vq = ChameleonVQ(vq_config(model or SHAPES_VQ)).train()
+        self.config, self.world = config, WORLDS[config.world]
+        self.vq = ChameleonVQ(vq_config(model or {**SHAPES_VQ, "num_embeddings": self.world.codes})).train()
         for module in self.vq.modules():
             if isinstance(module, nn.Conv2d):
                 module.reset_parameters()  # transformers' normal(0.02) is a slow start for so few channels
+        if config.start is not None:
+            begun = load_vq(config.start).state_dict()
+            del begun["quantize.embedding.weight"]
+            self.vq.load_state_dict(begun, strict=False)
         trained = [tensor for name, tensor in self.vq.named_parameters() if name != "quantize.embedding.weight"]
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -275,7 +283,7 @@ class Training:
     @torch.no_grad()
     def _latents(self, count: int, strays: bool) -> tuple[Tensor, Tensor]:
         """Latents and identities of the patches of `count` new images."""
-        images = sample_images(count, self.rng, strays)
+        images = sample_images(count, self.rng, strays, self.world)
         latents = [self.vq.quant_conv(self.vq.encoder(chunk)) for chunk in to_pixels(list(images)).split(64)]
         return _rows(torch.cat(latents)), patch_identity(images)
 
@@ -290,7 +298,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / 100) * cosine
 
-        images = sample_images(config.batch, self.rng)
+        images = sample_images(config.batch, self.rng, world=self.world)
         pixels, identity_M = to_pixels(list(images)), patch_identity(images)
         latent = vq.quant_conv(vq.encoder(pixels))
         latent_MD = _rows(latent)
@@ -384,20 +392,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     defaults = TrainVQConfig()
     parser = Parser(description="Train the shapes world's visual tokenizer.")
     parser.add_argument("--out", type=expanded_path, required=True, help="weights file to write (.safetensors)")
+    parser.add_argument("--world", choices=list(WORLDS), default=defaults.world)
+    parser.add_argument("--start", type=expanded_path, help="weights to begin with (.safetensors)")
     parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=defaults.seed)
     parser.add_argument("--minutes", type=Number(), default=defaults.minutes)
     parser.add_argument("--steps", type=Whole(1), default=defaults.steps)
+    parser.add_argument("--batch", type=Whole(1), default=defaults.batch, help="images a step")
+    parser.add_argument("--learning-rate", type=Number(), default=defaults.learning_rate)
+    parser.add_argument("--consistency", type=Number(), default=defaults.consistency, help="weight of a patch's spread")
+    parser.add_argument("--agreement", type=Number(), default=defaults.agreement, help="weight of a patch's one code")
     parser.add_argument("--resume", action="store_true", help="go on from the state beside --out, if there is one")
     parser.add_argument("--scenes", type=Whole(1), default=1000, help="scenes of the closing measurement")
     try:
         given = parser.parse_args(arguments)
-        config = TrainVQConfig(seed=given.seed, minutes=given.minutes, steps=given.steps)
+        config = TrainVQConfig(
+            world=given.world,
+            start=None if given.start is None else str(given.start),
+            seed=given.seed,
+            minutes=given.minutes,
+            steps=given.steps,
+            batch=given.batch,
+            learning_rate=given.learning_rate,
+            consistency=given.consistency,
+            agreement=given.agreement,
+        )
         train(config, given.out, given.resume)
     except (UserError, ValidationError) as error:
         parser.error(str(error))
     rng = np.random.default_rng(config.seed + 1)
-    scenes = [sample_scene(rng, int(rng.integers(MAX_OBJECTS + 1))) for _ in range(given.scenes)]
-    for name, value in figures(load_vq(given.out), scenes).items():
+    world = WORLDS[config.world]
+    scenes = [world.sample(rng) for _ in range(given.scenes)]
+    for name, value in figures(load_vq(given.out), scenes, world).items():
         print(f"{name} {value:.4f}")
 
 

@@ -16,8 +16,8 @@ from runtime.section import Section
 class FormatConfig(Section):
     name: ObjectPath = Field(
         "strokes",
-        description="The way of thinking: strokes, subgoals, self_critique, look, a registered "
-        "name, or the dotted path of a factory.",
+        description="The way of thinking: strokes, subgoals, self_critique, look, direct (one "
+        "image without words), a registered name, or the dotted path of a factory.",
     )
     max_images: int | None = Field(
         None, ge=1, description="At most so many images a trajectory; none: the format's own limit."

@@ -8,6 +8,7 @@ from typing import Any
 
 from formats.base import Format
 from formats.declared import DeclaredFormat
+from formats.direct import direct
 from formats.look import look
 from formats.self_critique import self_critique
 from formats.strokes import strokes
@@ -18,8 +19,14 @@ from runtime.options import checked, make
 
 Factory = Callable[..., Format]
 
-_BUILT_IN: tuple[Factory, ...] = (strokes, subgoals, self_critique, look)
-_FORMATS: dict[str, Factory] = {"strokes": strokes, "subgoals": subgoals, "self_critique": self_critique, "look": look}
+_BUILT_IN: tuple[Factory, ...] = (strokes, subgoals, self_critique, look, direct)
+_FORMATS: dict[str, Factory] = {
+    "strokes": strokes,
+    "subgoals": subgoals,
+    "self_critique": self_critique,
+    "look": look,
+    "direct": direct,
+}
 
 
 def register(name: str, factory: Factory) -> None:

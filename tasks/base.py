@@ -50,6 +50,7 @@ class Detection:
     color: str | None = None  # None: the detector does not judge colors, or was not asked to
     mask: np.ndarray | None = None  # bool [height, width]; None: the detector draws boxes only
     cls: str = ""  # its class, where it does not stand in a mapping by class
+    size: str | None = None  # by name; None: the detector does not tell sizes
 
 
 @dataclass(frozen=True)

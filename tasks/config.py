@@ -10,7 +10,7 @@ from runtime.paths import ObjectPath, Options, ReadPath
 from runtime.section import Section
 
 Range = tuple[float | None, float | None]
-TASK_BY_NAME = ("name", "options")  # what a data set takes the place of
+TASK_BY_NAME = ("name", "level", "options")  # what a data set takes the place of
 
 
 class DatasetConfig(Section):
@@ -70,6 +70,9 @@ class TaskConfig(Section):
         description="A task's name, or the dotted path or file of a class of your own (package.module.Class, "
         "file.py:Class) that is built with the options.",
     )
+    level: str | None = Field(
+        None, description="How hard it is, of a task that has levels: shapes has easy (its default), middle and hard."
+    )
     options: Options = Field(default_factory=dict, description="Keyword arguments of the task.")
     dataset: DatasetConfig | None = Field(None, description="Prompts from a data set, in place of a task by name.")
     max_prompt_length: int | None = Field(
@@ -89,8 +92,27 @@ class TaskConfig(Section):
                     raise ValueError(f"{key}: `dataset` is a task by itself; leave out `{key}`, or `dataset`")
         return self
 
+    @model_validator(mode="after")
+    def _one_level(self) -> TaskConfig:
+        if self.level is not None and "level" in self.options:
+            raise ValueError("level: options.level is given too; leave out one of them")
+        return self
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What the task is built with."""
+        return self.options if self.level is None else {**self.options, "level": self.level}
+
+    @property
+    def visual_tokenizer(self) -> str | None:
+        """The visual tokenizer that draws this task's images, by the name of committed weights; None: any."""
+        if self.dataset is not None or self.name != "shapes":
+            return None
+        return "shapes_grid" if self.keywords.get("level") in ("middle", "hard") else "shapes"
+
     @model_serializer(mode="wrap")
     def _readable(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A resolved recipe is a recipe: a data set has no name and options beside it there either."""
         data = serialise(self)
-        return data if self.dataset is None else {key: data[key] for key in data if key not in TASK_BY_NAME}
+        left_out = TASK_BY_NAME if self.dataset is not None else ("level",) if self.level is None else ()
+        return {key: value for key, value in data.items() if key not in left_out}

@@ -544,6 +544,7 @@ DEMONSTRATIONS = {
         ("error", "wrong"),
         ("inspect", "<inspect>fine</inspect>"),
     ],
+    "direct": [("final", None)],
 }
 
 

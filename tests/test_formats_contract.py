@@ -57,6 +57,7 @@ DEMONSTRATIONS = {
         ]
         for answer in ([draw("crop")], [Part("error", "wrong")], [draw("crop"), draw("crop"), Part("error", "wrong")])
     ],
+    "direct": [[draw("final")]],
 }
 
 

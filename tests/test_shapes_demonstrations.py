@@ -20,6 +20,7 @@ from tasks.shapes.world import PLACES, place_of
 
 TASK = get_task("shapes")
 COUNT = 600
+THOUGHTS = [name for name in FORMATS if name != "direct"]  # of more than one image, so that one may be wrong
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_demonstrations_are_sentences_of_their_format(written, name):
         assert fmt.violations(thought) == []
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", THOUGHTS)
 def test_two_to_four_images_and_the_last_is_right(written, name):
     counts = Counter(len(images(shown)) for shown in written[name])
     assert set(counts) == ({1, 2, 3} if name == "look" else {2, 3, 4})
@@ -91,7 +92,7 @@ def test_only_the_plan_to_keep_a_right_sketch_is_needless(written):
     assert not any(shown.needless for name in ("subgoals", "self_critique") for shown in written[name])
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", THOUGHTS)
 def test_half_of_them_have_a_mistake(written, name):
     share = np.mean([bool(shown.mistakes) for shown in written[name]])
     assert 0.4 < share < 0.6
@@ -226,6 +227,12 @@ def test_the_seed_decides():
         ]
 
     assert summary(1) == summary(1) and summary(1) != summary(2)
+
+
+def test_a_direct_one_is_one_right_image(written):
+    for shown in written["direct"]:
+        (part,) = shown.parts
+        assert (part.role, part.text, shown.mistakes) == ("final", "", ()) and judged(shown.record, part.image)
 
 
 def test_an_unknown_format_is_named():

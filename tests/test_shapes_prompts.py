@@ -174,8 +174,11 @@ def test_the_task_is_built_by_name_and_refuses_what_it_does_not_know():
 
 def test_the_task_imports_no_model():
     code = (
-        "import sys; from tasks.registry import get_task; task = get_task('shapes');"
-        "shown = task.demonstrations('strokes', 6, 0)[0]; task.detect(shown.parts[1].image);"
+        "import sys; from tasks.registry import get_task; from tasks.shapes import grid_prompts;"
+        "tasks = [get_task('shapes', level=level) for level in ('easy', 'middle', 'hard')];"
+        "assert grid_prompts.pool.cache_info().currsize == 0;"  # prompts are made when they are asked for
+        "shown = [task.demonstrations('strokes', 6, 0)[0] for task in tasks];"
+        "[task.detect(one.parts[1].image) for task, one in zip(tasks, shown)];"
         "heavy = {'torch', 'transformers', 'ray', 'policy', 'rewards', 'rl', 'sft'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,13 @@ from experiments.train_vq import (
     shuffled,
     stray,
 )
-from policy.chameleon.vq import SHAPES_WEIGHTS, load_shapes_vq, load_vq
+from experiments.vq_worlds import WORLDS
+from policy.chameleon.vq import SHAPES_WEIGHTS, load_committed_vq, load_shapes_vq, load_vq
 from runtime.errors import UserError
+from tasks.registry import get_task
+from tasks.shapes import grid
+from tasks.shapes.grid import SIZES, Sized, place_of, places_of
+from tasks.shapes.grid_prompts import prompts
 from tasks.shapes.render import render
 from tasks.shapes.world import CANVAS, COLORS, JITTERS, MAX_OBJECTS, SHAPES, Object, Scene, sample_scene
 
@@ -45,6 +51,43 @@ def test_scenes_are_read_right_after_the_round_trip():
     measured = figures(load_shapes_vq(), scenes(200, seed=2024))
     assert measured["read_right"] >= 0.95
     assert measured["patches"] == 193 and measured["patches_a_code"] <= 1.3
+
+
+@pytest.mark.parametrize("level", ["middle", "hard"])
+def test_what_prompts_of_a_level_ask_for_is_read_right_after_the_round_trip(level):
+    rng = np.random.default_rng(2024)
+    asked = [grid.sample_scene_for(record, rng) for record in prompts(level, "heldout")]
+    measured = figures(load_committed_vq("shapes_grid"), asked, WORLDS["levels"])
+    assert measured["read_right"] >= (0.995 if level == "middle" else 0.985)
+    assert measured["patches_a_code"] <= 1.1 and measured["codes_a_patch"] <= 1.2
+
+
+def test_thoughts_of_the_grid_are_read_right_after_the_round_trip():
+    """What demonstrations show is what a policy sees and learns to draw, mistakes included."""
+    vq = load_committed_vq("shapes_grid")
+    for level in ("middle", "hard"):
+        task = get_task("shapes", level=level)
+        thoughts = task.demonstrations("strokes", 24, seed=5)
+        images = [part.image for one in thoughts for part in one.parts if part.image is not None]
+        made, _ = round_trip(vq, images)
+        seen = [
+            [sorted((d.cls, d.color, d.size, place_of(d.box, d.size)) for d in task.detect(image) if d.score > 0.9)]
+            for image in (*images, *made)
+        ]
+        assert np.mean([a == b for a, b in zip(seen[: len(made)], seen[len(made) :], strict=True)]) >= 0.98
+
+
+def test_every_object_of_the_grid_is_read_right_alone():
+    singles = [
+        Scene((Sized(shape, color, place, size=size),))
+        for size in SIZES
+        for shape in SHAPES
+        for color in COLORS
+        for place in places_of(size)[::4]
+    ]
+    made, _ = round_trip(load_committed_vq("shapes_grid"), [grid.render(scene) for scene in singles])
+    wrong = [s for s, image in zip(singles, made, strict=True) if not read_right(image, s, WORLDS["grid"])]
+    assert not wrong
 
 
 def test_every_object_is_read_right_alone():
@@ -72,6 +115,12 @@ def test_committed_weights_are_small_and_half_stored():
     vq = load_shapes_vq()
     assert (vq.codes_per_image, vq.config.num_embeddings, vq.config.resolution) == (16, 512, CANVAS)
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in vq.state_dict().values())
+
+
+def test_the_easy_levels_tokenizer_is_what_it_was():
+    """Recipes keep their codes: what is committed for other levels is committed beside it."""
+    digest = hashlib.sha256(SHAPES_WEIGHTS.read_bytes()).hexdigest()
+    assert digest == "c5ddfd7c3fd27ca0ad49f433519e965437e602f19b6e1b985e4c41619fd452ae"
 
 
 # ---- images ----

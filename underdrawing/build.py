@@ -49,7 +49,7 @@ def seed_everything(seed: int) -> None:
 def build_task(recipe: Recipe) -> Task:
     if recipe.task.dataset is not None:
         return dataset.build(recipe.task.dataset)
-    return get_task(recipe.task.name, **recipe.task.options)
+    return get_task(recipe.task.name, **recipe.task.keywords)
 
 
 def build_format(recipe: Recipe) -> Format:

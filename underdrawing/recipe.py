@@ -26,6 +26,7 @@ from pydantic import (
 
 from evals.scaling_config import ScalingConfig
 from formats.config import FormatConfig
+from policy.chameleon.config import COMMITTED_VQ, TinySection
 from policy.config import PolicyConfig
 from policy.registry import DEFAULT, policy_section, section_of
 from rewards.config import RewardsConfig
@@ -115,6 +116,21 @@ class Recipe(Section):
             self.rewards.refuse_compared("grpo.image_credit")
         if self.grpo.restart is not None:
             self.rewards.refuse_compared("grpo.restart", self.grpo.restart.part)
+        return self
+
+    @model_validator(mode="after")
+    def _a_tokenizer_that_draws_the_task(self) -> Recipe:
+        """A tiny policy takes the visual tokenizer of the task's level by itself, and no committed one of another."""
+        wanted, tiny = self.task.visual_tokenizer, getattr(self.policy, "tiny", None)
+        if wanted is None or not isinstance(tiny, TinySection) or getattr(self.policy, "path", None) is not None:
+            return self
+        if "vq" not in tiny.model_fields_set:
+            tiny.vq = wanted
+        elif tiny.vq in COMMITTED_VQ and tiny.vq != wanted:
+            raise ValueError(
+                f"policy.tiny.vq: '{tiny.vq}' does not draw the objects of this level of the shapes world; leave it "
+                f"out, or give '{wanted}'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -322,6 +322,15 @@ def load_vq(path: str | Path) -> ChameleonVQ:
     return vq.requires_grad_(False)
 
 
+def load_committed_vq(name: str) -> ChameleonVQ:
+    """A tokenizer of the shapes world: 32x32 pixels, 4x4 codes (see weights/README.md).
+
+    Args:
+        name: shapes (of 512 codes, for the level easy) or shapes_grid (of 256, for middle and hard).
+    """
+    return load_vq(SHAPES_WEIGHTS.with_name(f"{name}_vq.safetensors"))
+
+
 def load_shapes_vq() -> ChameleonVQ:
-    """The committed tokenizer of the shapes world: 32x32 pixels, 4x4 codes of 512 (see weights/README.md)."""
+    """`load_committed_vq` of the level easy."""
     return load_vq(SHAPES_WEIGHTS)

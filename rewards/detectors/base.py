@@ -1,11 +1,12 @@
 """What sees an image for the rewards: objects by class, best score first. geneval.py judges what it returns.
 
 Any object with `classes` and `detect` is a detector; shapes.py, mask2former.py, grounding_dino.py and owlv2.py are the
-toolkit's own. Three members are optional and found by name:
+toolkit's own. Four members are optional and found by name:
 
     open_vocabulary = True          it sees whatever phrase it is asked for: `detect_phrases(images, phrases)`
     name_colors(images, objects)  colors are named afterwards, and only of the objects that somebody asks about
     colors = ("red", "grey")        every color that it names; without it GenEval's ten
+    sizes = ("small", "large")      every size that it tells; without it none
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class CachedDetector:
         self.open_vocabulary = bool(getattr(detector, "open_vocabulary", False))
         self.names_colors = hasattr(detector, "name_colors")
         self.colors = tuple(getattr(detector, "colors", ()))  # empty: GenEval's
+        self.sizes = tuple(getattr(detector, "sizes", ()))
         self.looks = 0  # images that went through the detector
         self._seen: dict[Any, Detections] = {}
         self._colors: dict[Any, str] = {}  # by image, class and place in its list

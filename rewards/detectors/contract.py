@@ -92,6 +92,8 @@ class _Check:
                 self.require(not fault, "detect", f"{where}, '{name}': {fault}")
                 named = item.color is None or item.color in colors
                 self.require(named, "colors", f"{where}, '{name}': the color '{item.color}' is none that it names")
+                told = item.size is None or item.size in getattr(self.detector, "sizes", ())
+                self.require(told, "sizes", f"{where}, '{name}': the size '{item.size}' is none that it tells")
             scores = [item.score for item in items]
             best_first = scores == sorted(scores, reverse=True)
             self.require(best_first, "detect", f"{where}, '{name}': the best does not come first")

@@ -28,6 +28,7 @@ BACKENDS = {
     "grounding_dino": "rewards.detectors.grounding_dino:GroundingDinoDetector",
     "owlv2": "rewards.detectors.owlv2:Owlv2Detector",
     "shapes": "rewards.detectors.shapes:shapes_detector",
+    "shapes_grid": "rewards.detectors.shapes:shapes_grid_detector",
 }
 # What is looked for in the hub cache where a recipe names no path.
 RELEASED = {
@@ -40,7 +41,7 @@ RELEASED = {
 class DetectorConfig(Section):
     """A detector of the toolkit's own. Keys that are None keep the backend's default."""
 
-    backend: str = Field(description="mask2former, grounding_dino, owlv2 or shapes.")
+    backend: str = Field(description="mask2former, grounding_dino, owlv2, shapes or shapes_grid.")
     path: ReadPath | None = Field(
         None,
         description="Folder in the released layout, or a hub id found in the hub cache. "
@@ -125,7 +126,7 @@ def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> A
             raise UserError(f"{where}.{key}: {config.backend} has no such key; it takes {', '.join(takes) or 'none'}")
         del given[key]
     detector = maker(**given)
-    if config.backend == "shapes" or config.colors is None:
+    if config.backend.startswith("shapes") or config.colors is None:
         return detector
     from rewards.detectors.colors import Colored, ColorNamer
     from rewards.detectors.encoders import OpenClipConfig

@@ -17,6 +17,7 @@ class TaskDetector:
         self.task = task
         self.classes: tuple[str, ...] = tuple(task.classes)
         self.colors: tuple[str, ...] = tuple(getattr(task, "colors", ()))  # empty: GenEval's
+        self.sizes: tuple[str, ...] = tuple(getattr(task, "sizes", ()))  # empty: it tells none
 
     @staticmethod
     def of(task: Any) -> TaskDetector | None:
@@ -30,13 +31,22 @@ class TaskDetector:
         for image in images:
             objects: Detections = {}
             for seen in self.task.detect(image):
-                objects.setdefault(seen.cls, []).append(Detection(seen.box, seen.score, seen.color, seen.mask))
+                objects.setdefault(seen.cls, []).append(
+                    Detection(seen.box, seen.score, seen.color, seen.mask, size=seen.size)
+                )
             found.append(objects)
         return found
 
 
 def shapes_detector() -> TaskDetector:
-    """The shapes world's detector, for images that no run of the task made."""
+    """The shapes world's detector at its level easy, for images that no run of the task made."""
     from tasks.registry import get_task
 
     return TaskDetector(get_task("shapes"))
+
+
+def shapes_grid_detector() -> TaskDetector:
+    """That of its levels middle and hard, which see alike."""
+    from tasks.registry import get_task
+
+    return TaskDetector(get_task("shapes", level="hard"))

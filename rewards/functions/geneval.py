@@ -7,6 +7,7 @@ Relation names inside a reason are sorted, where the scorer's order is that of a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -40,8 +41,9 @@ def evaluate(
     """Judge one image against one record.
 
     Args:
-        metadata: `tag`, `include` [{class, count, color?, position? [relation, index]}] and `exclude`.
-        detections: by class, Detection or mappings with `box`, `score`, `color`; in any order.
+        metadata: `tag`, `include` [{class, count, color?, size?, position? [relation, index]}] and `exclude`. `size` is
+            ours: it is judged as a color is, by what the detector says of the same objects.
+        detections: by class, Detection or mappings with `box`, `score`, `color`, `size`; in any order.
         mode: "standard" is the released scorer. "strict" wants the exact count of every included class and ignores
             `exclude`. "graded" gives a float in [0, 1] (see `grade`) that is 1 exactly where "standard" is correct,
             "graded_strict" one that is 1 exactly where "strict" is. "flow_grpo" is the graded score of the reward
@@ -89,7 +91,10 @@ def kept(
     best: Detections = {}
     for name, found in detections.items():
         objects = [
-            o if isinstance(o, Detection) else Detection(tuple(o["box"]), o["score"], o.get("color")) for o in found
+            o
+            if isinstance(o, Detection)
+            else Detection(tuple(o["box"]), o["score"], o.get("color"), size=o.get("size"))
+            for o in found
         ]
         above = [o for o in objects if o.score > threshold]
         best[name] = sorted(above, key=lambda o: -o.score)[:MAX_OBJECTS]
@@ -109,7 +114,7 @@ def _judge(metadata: Mapping[str, Any], objects: Detections, strict: bool) -> tu
         elif len(found) < count:
             fault = f"expected {name}>={count}, found {len(found)}"
         else:
-            fault = _color_fault(clause, found) or _position_fault(clause, found, groups)
+            fault = _color_fault(clause, found) or _size_fault(clause, found) or _position_fault(clause, found, groups)
         if fault:
             reasons.append(fault)
         groups.append(None if fault else found)
@@ -130,6 +135,18 @@ def _color_fault(clause: Mapping[str, Any], found: Sequence[Detection]) -> str |
     if hits >= count:
         return None
     seen = ", ".join(f"{colors.count(c)} {c}" for c in COLORS if c in colors)
+    return f"expected {wanted} {clause['class']}>={count}, found {hits} {wanted}; and {seen}"
+
+
+def _size_fault(clause: Mapping[str, Any], found: Sequence[Detection]) -> str | None:
+    wanted, count = clause.get("size"), clause["count"]
+    if wanted is None:
+        return None
+    sizes = [o.size for o in found]
+    hits = sizes.count(wanted)
+    if hits >= count:
+        return None
+    seen = ", ".join(f"{number} {size}" for size, number in Counter(s for s in sizes if s is not None).items())
     return f"expected {wanted} {clause['class']}>={count}, found {hits} {wanted}; and {seen}"
 
 
@@ -167,6 +184,7 @@ def grade(metadata: Mapping[str, Any], objects: Detections, strict: bool = False
     refuses the class, asks for
         count     f / n below n; 1 from n to k - 1; max(0, 1 - (f - k + 1) / n) from k on
         color    share of the n that have the color; what is missing counts as wrong
+        size      share of the n that have the size, likewise
         position  share of the n x targets pairs in which the relation holds; 0 where either side is missing
     An exclude clause of a class that is not included asks for one thing: 1 below its count, else 0. With `strict` an
     include clause refuses its class from n + 1 on, and `exclude` is ignored. Several clauses of one class ask each for
@@ -192,6 +210,8 @@ def grade(metadata: Mapping[str, Any], objects: Detections, strict: bool = False
             parts.append(len(found) / count)
         if clause.get("color") is not None:
             parts.append(sum(o.color == clause["color"] for o in found) / count)
+        if clause.get("size") is not None:
+            parts.append(sum(o.size == clause["size"] for o in found) / count)
         if clause.get("position") is not None:
             targets = _targets(clause, groups)
             wanted_targets = include[clause["position"][1]]["count"]
@@ -211,12 +231,20 @@ def flow_grpo_score(metadata: Mapping[str, Any], objects: Detections) -> float:
         color    1 - |n - hits| / n
         position  only where count and color are right: 0 without a target; else 1, and beside it a 0 where some pair
                   is in another relation, so that a wrong place costs half of what a missing one does
+
+    Raises:
+        RecordColumnError: a clause asks for a size, of which that server knows nothing.
     """
     entries: list[float] = []
     groups: list[list[Detection] | None] = []
     for clause in metadata.get("include") or ():
         count, found = clause["count"], objects.get(clause["class"], [])
         color, place = clause.get("color"), clause.get("position")
+        if clause.get("size") is not None:
+            raise RecordColumnError(
+                f"the prompt '{metadata.get('prompt', '')}' asks for the size '{clause['size']}', which the mode "
+                "flow_grpo does not grade; take graded or graded_strict"
+            )
         entries.append(1 - abs(count - len(found)) / count)
         matched = len(found) == count
         if not matched and (color is not None or place is not None):
@@ -253,17 +281,23 @@ def colored_of(record: Mapping[str, Any]) -> dict[str, int]:
 
 def check_record(detector: CachedDetector, record: Mapping[str, Any], where: str) -> None:
     """Raises RecordColumnError as `check_form`, UnknownClass for a class that the detector cannot see, UserError where
-    a color is asked for and nothing can name it, RecordColumnError as `check_clauses`."""
+    a color is asked for and nothing can name it, RecordColumnError as `check_clauses` and for a size that the detector
+    does not tell."""
     check_form(record, where)
     detector.require(classes_of(record), where)
     check_clauses(record, where, detector.colors or COLORS)
+    for clause in record.get("include") or ():
+        size = clause.get("size")
+        if size is not None and size not in detector.sizes:
+            known = nearest(size, detector.sizes) if detector.sizes else "it tells none"
+            raise RecordColumnError(f"{where} asks for the size '{size}', which the detector does not tell; {known}")
     if colored_of(record):
         detector.require_colors(where)
 
 
 def check_form(record: Mapping[str, Any], where: str) -> None:
-    """Raises RecordColumnError for an `include` or `exclude` that is no list of {class, count, color?, position?}, and
-    for more of a class than GenEval's rule looks at."""
+    """Raises RecordColumnError for an `include` or `exclude` that is no list of {class, count, color?, size?,
+    position?}, and for more of a class than GenEval's rule looks at."""
     for key in ("include", "exclude"):
         clauses = record.get(key) or ()
         for clause in clauses if isinstance(clauses, list | tuple) else (clauses,):
@@ -275,9 +309,10 @@ def check_form(record: Mapping[str, Any], where: str) -> None:
                 or isinstance(count, bool)
                 or count < 1
                 or not isinstance(fields.get("color"), str | None)
+                or not isinstance(fields.get("size"), str | None)
             ):
                 raise RecordColumnError(
-                    f"{where}: {key} has {clause!r}; it is a list of {{class, count from 1, color?, position?}}"
+                    f"{where}: {key} has {clause!r}; it is a list of {{class, count from 1, color?, size?, position?}}"
                 )
             if key == "include" and count > MAX_OBJECTS:
                 raise RecordColumnError(

@@ -29,12 +29,13 @@ class ServedDetector:
         self.open_vocabulary = False
         self.sees_colors = True
         self.colors: tuple[str, ...] = ()
+        self.sizes: tuple[str, ...] = ()
 
     def introduce(self) -> None:
         """Ask a worker what the detector is."""
         about = self.workers[0]("about")
         self.classes, self.open_vocabulary = about["classes"], about["open_vocabulary"]
-        self.sees_colors, self.colors = about["sees_colors"], about["colors"]
+        self.sees_colors, self.colors, self.sizes = about["sees_colors"], about["colors"], about["sizes"]
         if "name_colors" in about["has"]:  # CachedDetector looks for the member
             self.name_colors = self._name_colors
         if "require_colors" in about["has"]:

@@ -284,6 +284,7 @@ class LoadedDetector:
                 "open_vocabulary": bool(getattr(self.detector, "open_vocabulary", False)),
                 "sees_colors": getattr(self.detector, "sees_colors", True),
                 "colors": tuple(getattr(self.detector, "colors", ())),
+                "sizes": tuple(getattr(self.detector, "sizes", ())),
                 "has": [
                     name for name in ("name_colors", "detect_phrases", "require_colors") if hasattr(self.detector, name)
                 ],

@@ -1,13 +1,14 @@
 """Thoughts that somebody wrote, in every format: what the warm start learns from.
 
-A demonstration draws what its prompt asks for in 2 to 4 images. In about half of them an image is wrong on purpose,
-by one mistake that breaks the prompt under GenEval's rules; the text after it names the mistake, the refinement repairs
-it, and everything else of the image stays as it was. In the others the inspection rightly finds nothing. The last
-image is always right. `Demonstration.mistakes` says which images are wrong, for a loss that would rather not learn
-to draw them; `Demonstration.needless` which plan goes on although the image before it was already right.
+A demonstration draws what its prompt asks for in 2 to 4 images (in the format direct in one). In about half of them an
+image is wrong on purpose, by one mistake that breaks the prompt under GenEval's rules; the text after it names the
+mistake, the refinement repairs it, and everything else of the image stays as it was. In the others the inspection
+rightly finds nothing. The last image is always right. `Demonstration.mistakes` says which images are wrong, for a loss
+that would rather not learn to draw them; `Demonstration.needless` which plan goes on although the image before it was
+already right.
 
-Formats (formats): strokes, subgoals, self_critique, and look, in which the crops are the environment's and the boxes
-are in the words of the tool `look`.
+Formats (formats): strokes, subgoals, self_critique, look, in which the crops are the environment's and the boxes are in
+the words of the tool `look`, and direct, which is one right image without words.
 """
 
 from __future__ import annotations
@@ -139,10 +140,11 @@ def _put(scene: Scene, index: int, item: Object) -> Scene:
 # ---- building blocks --------------------------------------------------------------------------------------------
 
 
-class _Writer:
-    """Collects the parts of one demonstration."""
+class Writer:
+    """Collects the parts of one demonstration; `render` draws its images."""
 
-    def __init__(self) -> None:
+    def __init__(self, render: Callable[[Scene], np.ndarray] = render) -> None:
+        self.render = render
         self.parts: list[Part] = []
         self.mistakes: list[int] = []
         self.needless: list[int] = []
@@ -153,7 +155,7 @@ class _Writer:
     def draw(self, role: str, scene: Scene, wrong: bool = False) -> None:
         if wrong:
             self.mistakes.append(len(self.parts))
-        self.parts.append(Part(role, image=render(scene)))
+        self.parts.append(Part(role, image=self.render(scene)))
 
     def finish(self, record: Record) -> Demonstration:
         return Demonstration(record["prompt"], record, tuple(self.parts), tuple(self.mistakes), tuple(self.needless))
@@ -185,7 +187,7 @@ def strokes(record: Record, rng: np.random.Generator, mistake_rate: float) -> De
     """
     scene = sample_scene_for(record, rng)
     wrong = rng.random() < mistake_rate
-    out = _Writer()
+    out = Writer()
     if len(scene.objects) > 1 and rng.random() < TWO_STROKES:
         first, second = _split(scene)
         part = Scene(tuple(first))
@@ -207,7 +209,7 @@ def _how_often(rng: np.random.Generator) -> int:
     return min(int(rng.geometric(1 - ANOTHER_MISTAKE)), MAX_IMAGES - 1)
 
 
-def _stroke(out: _Writer, record: Record, scene: Scene, plan_text: str, rng: np.random.Generator, wrong: int) -> None:
+def _stroke(out: Writer, record: Record, scene: Scene, plan_text: str, rng: np.random.Generator, wrong: int) -> None:
     """One stroke with its inspections; the first `wrong` of its images have a mistake each."""
     out.say("plan", plan_text)
     role = "sketch"
@@ -227,7 +229,7 @@ def subgoals(record: Record, rng: np.random.Generator, mistake_rate: float) -> D
     """
     scene = sample_scene_for(record, rng)
     steps = [list(scene.objects)] if len(scene.objects) == 1 else list(_split(scene))
-    out = _Writer()
+    out = Writer()
     out.say("plan", " ; ".join(describe(Scene(tuple(step))) for step in steps))
     wrong = int(rng.integers(len(steps))) if rng.random() < mistake_rate else -1
     for index, step in enumerate(steps):
@@ -247,7 +249,7 @@ def subgoals(record: Record, rng: np.random.Generator, mistake_rate: float) -> D
 def self_critique(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
     """An image at once, words on it, and another image; again while the last one is wrong."""
     scene = sample_scene_for(record, rng)
-    out = _Writer()
+    out = Writer()
     role = "sketch"
     for made in _slips(record, scene, rng, _how_often(rng) if rng.random() < mistake_rate else 0):
         out.draw(role, made.scene, wrong=True)
@@ -267,30 +269,40 @@ def look(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demon
     image is its repair.
     """
     scene = sample_scene_for(record, rng)
-    out = _Writer()
+    out = Writer()
     text = describe(scene)
     wrong = min(_how_often(rng), MAX_LOOKED_AT - 1) if rng.random() < mistake_rate else 0
     for made in _slips(record, scene, rng, wrong):
         out.say("plan", f"<ins> {text} </ins>")
         out.draw("sketch", made.scene, wrong=True)
-        _glance(out, made.mistake.object.place or PLACES[0])
+        glance(out, _block(made.mistake.object.place or PLACES[0]))
         out.say("inspect", f"<inspect> {inspection(record, made.scene, made.mistake)} </inspect>")
         text = refinement(made.mistake, made.target)
     out.say("plan", f"<ins> {text} </ins>")
     out.draw("sketch", scene)
-    _glance(out, PLACES[scene.objects[rng.integers(len(scene.objects))].place])
+    glance(out, _block(PLACES[scene.objects[rng.integers(len(scene.objects))].place]))
     out.say("inspect", f"<inspect> {inspection(record, scene, None)} </inspect>")
     return out.finish(record)
 
 
-def _glance(out: _Writer, place: str) -> None:
-    """Ask for the block of a place in the image before, and be shown it."""
+def _block(place: str) -> tuple[int, int, int, int]:
     row, column = divmod(PLACES.index(place), 3)
-    box = (column * PATCH, row * PATCH, column * PATCH + BLOCK, row * PATCH + BLOCK)
+    return column * PATCH, row * PATCH, column * PATCH + BLOCK, row * PATCH + BLOCK
+
+
+def glance(out: Writer, box: tuple[int, int, int, int]) -> None:
+    """Ask for a part of the image before, and be shown it."""
     image = out.parts[-1].image
     assert image is not None
     out.say("look", f"<look> {' '.join(map(str, box))} </look>")
     out.parts.append(Part("crop", image=crop(image, box), author=Author.ENVIRONMENT))
+
+
+def direct(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
+    """The whole in one image, without a word."""
+    out = Writer()
+    out.draw("final", sample_scene_for(record, rng))
+    return out.finish(record)
 
 
 FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]] = {
@@ -298,6 +310,7 @@ FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]
     "subgoals": subgoals,
     "self_critique": self_critique,
     "look": look,
+    "direct": direct,
 }
 
 

@@ -8,6 +8,7 @@ Letters: P palette colors (ground first), K templates (shape by shift), W a wind
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
@@ -16,11 +17,10 @@ from skimage.measure import label
 from runtime.errors import UserError
 from tasks.base import Detection
 from tasks.shapes.render import MASKS
-from tasks.shapes.world import CANVAS, COLORS, GROUND, OBJECT, SHAPES
+from tasks.shapes.world import CANVAS, COLORS, GROUND
 
 MIN_AREA = 24  # px; smaller blobs are blur or dirt. A quarter of the smallest shape's area is 20
 SHIFT = 2  # px by which a blob's box may be off a template's
-_SIDE = OBJECT + 2 * SHIFT
 
 # A blob that covers a template to IoU 0.55 or less scores 0 (the shapes overlap one another by 0.52 to 0.78, so half
 # an object, or two halves of different ones, lies there), one at 0.85 or more scores 1: GenEval's thresholds of 0.3
@@ -54,19 +54,45 @@ def _color_table() -> np.ndarray:
     return np.where(share > 0.5, best + 1, 0).astype(np.uint8)
 
 
+class Templates:
+    """The masks of one size of object at every shift in a window, to compare blobs with.
+
+    Args:
+        masks: shape to bool [side, side].
+        shift: px by which a blob's box may be off a template's.
+    """
+
+    def __init__(self, masks: Mapping[str, np.ndarray], shift: int) -> None:
+        side = len(next(iter(masks.values())))
+        self.window = side + 2 * shift
+        self.shapes = tuple(masks)
+        templates, shape_K = [], []
+        for index, mask in enumerate(masks.values()):
+            for dy in range(2 * shift + 1):
+                for dx in range(2 * shift + 1):
+                    window = np.zeros((self.window, self.window), np.float32)
+                    window[dy : dy + side, dx : dx + side] = mask
+                    templates.append(window.ravel())
+                    shape_K.append(index)
+        self.templates_KW = np.stack(templates)  # float32
+        self.areas_K, self.shape_K = self.templates_KW.sum(1), shape_K
+
+    def match(self, mask: np.ndarray, box: tuple[float, ...], area: int) -> tuple[str, float]:
+        """The shape whose template, at the best shift, overlaps a blob most, and that overlap (IoU)."""
+        side = self.window
+        x = round((box[0] + box[2] - side) / 2)
+        y = round((box[1] + box[3] - side) / 2)
+        padded = np.pad(mask, side)
+        window = padded[y + side : y + 2 * side, x + side : x + 2 * side]
+        shared_K = self.templates_KW @ window.ravel().astype(np.float32)
+        iou_K = shared_K / (self.areas_K + area - shared_K)
+        best = int(iou_K.argmax())
+        return self.shapes[self.shape_K[best]], float(iou_K[best])
+
+
 @cache
-def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 [K, W] masks in a window of _SIDE x _SIDE at every shift, their areas [K], and the shape index [K]."""
-    masks, shapes = [], []
-    for index, shape in enumerate(SHAPES):
-        for dy in range(2 * SHIFT + 1):
-            for dx in range(2 * SHIFT + 1):
-                window = np.zeros((_SIDE, _SIDE), np.float32)
-                window[dy : dy + OBJECT, dx : dx + OBJECT] = MASKS[shape]
-                masks.append(window.ravel())
-                shapes.append(index)
-    templates_KW = np.stack(masks)
-    return templates_KW, templates_KW.sum(1), np.asarray(shapes)
+def _templates() -> Templates:
+    return Templates(MASKS, SHIFT)
 
 
 def color_map(image: np.ndarray) -> np.ndarray:
@@ -96,21 +122,8 @@ def detect(image: np.ndarray) -> list[Detection]:
         mask = blobs == index
         ys, xs = np.nonzero(mask)
         box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-        shape, iou = _match(mask, box, int(areas[index]))
+        shape, iou = _templates().match(mask, box, int(areas[index]))
         score = float(np.clip((iou - IOU_FLOOR) / (IOU_FULL - IOU_FLOOR), 0, 1))
         if score > 0:
             found.append(Detection(box, score, _COLOR_NAMES[colors[ys[0], xs[0]] - 1], mask, shape))
     return sorted(found, key=lambda d: (-d.score, d.box[1], d.box[0]))
-
-
-def _match(mask: np.ndarray, box: tuple[float, ...], area: int) -> tuple[str, float]:
-    """The shape whose template, at the best shift, overlaps the blob most, and that overlap (IoU)."""
-    templates_KW, areas_K, shapes_K = _templates()
-    x = round((box[0] + box[2] - _SIDE) / 2)
-    y = round((box[1] + box[3] - _SIDE) / 2)
-    padded = np.pad(mask, _SIDE)
-    window = padded[y + _SIDE : y + 2 * _SIDE, x + _SIDE : x + 2 * _SIDE]
-    shared_K = templates_KW @ window.ravel().astype(np.float32)
-    iou_K = shared_K / (areas_K + area - shared_K)
-    best = int(iou_K.argmax())
-    return SHAPES[shapes_K[best]], float(iou_K[best])

@@ -28,7 +28,7 @@ in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,13 +37,13 @@ from tasks.shapes.prompts import INVERSE, NUMBERS, plural, related
 from tasks.shapes.world import COLORS, PLACES, SHAPES, Object, Scene, place_of
 
 Verdict = Literal["fine", "wrong"]
-Kind = Literal["color", "shape", "place", "missing", "extra"]
+Kind = Literal["color", "shape", "place", "missing", "extra", "size"]  # size: of levels that have sizes
 KINDS: tuple[Kind, ...] = ("color", "shape", "place", "missing", "extra")
 COUNT_WORDS = {1: "one", **NUMBERS}
 VERBS = ("draw", "add", "keep", "make", "move", "remove", "all", "to")
 
-_TAG = re.compile(r"<[^<>\s]*>")
-_DES = re.compile(r"<des>(.*?)</des>", re.DOTALL)
+TAG = re.compile(r"<[^<>\s]*>")
+DES = re.compile(r"<des>(.*?)</des>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,16 @@ class Clause:
     shape: str
     color: str | None = None
     place: str | None = None
+    size: str | None = None  # of levels that have sizes
 
     def __str__(self) -> str:
-        return " ".join(word for word in (self.color, self.shape, self.place) if word)
+        return " ".join(word for word in (self.size, self.color, self.shape, self.place) if word)
 
     def matches(self, other: Clause) -> bool:
         """Whether nothing that both say differs."""
         return self.shape == other.shape and all(
             mine is None or theirs is None or mine == theirs
-            for mine, theirs in ((self.color, other.color), (self.place, other.place))
+            for mine, theirs in ((self.color, other.color), (self.place, other.place), (self.size, other.size))
         )
 
 
@@ -195,7 +196,7 @@ def _parse_clause(words: Sequence[str]) -> Clause | None:
 
 def parse_description(text: str) -> list[Clause] | None:
     """Clauses of a description; colors and places may be left out. None: it is no description."""
-    words = _TAG.sub(" ", text).split()
+    words = TAG.sub(" ", text).split()
     if words == ["nothing"]:
         return []
     clauses = [_parse_clause(part.split()) for part in " ".join(words).split(",")]
@@ -204,7 +205,7 @@ def parse_description(text: str) -> list[Clause] | None:
 
 def parse_plan(text: str) -> list[Clause] | None:
     """What the last <des> ... </des> of a plan describes. None: there is none, or it cannot be read."""
-    bodies = _DES.findall(text)
+    bodies = DES.findall(text)
     return parse_description(bodies[-1]) if bodies else None
 
 
@@ -226,7 +227,7 @@ def _parse_slots(text: str) -> list[Clause] | None:
 
 def claims(text: str) -> Claim:
     """What an inspection (or a critique: an inspection and a refinement joined by ";") says. Takes any text."""
-    said = " ".join(_TAG.sub(" ", text).split(";")[0].split())
+    said = " ".join(TAG.sub(" ", text).split(";")[0].split())
     before, colon, after = said.rpartition(":")
     seen = _parse_slots(before) if colon else None
     words = after.split()
@@ -244,12 +245,12 @@ def claims(text: str) -> Claim:
     return Claim("wrong", tuple(mistakes), None if seen is None else tuple(seen))
 
 
-def verdict(text: str) -> VerdictSpan | None:
-    """Where an inspection says "fine" or "wrong". None: where `claims` reads no verdict. Takes any text."""
-    said = claims(text).verdict
+def verdict(text: str, read: Callable[[str], Claim] | None = None) -> VerdictSpan | None:
+    """Where an inspection says "fine" or "wrong". None: where `read` (`claims`) reads no verdict. Takes any text."""
+    said = (read or claims)(text).verdict
     if said is None:
         return None
-    blank = _TAG.sub(lambda tag: " " * len(tag[0]), text).split(";")[0]  # every character where it was
+    blank = TAG.sub(lambda tag: " " * len(tag[0]), text).split(";")[0]  # every character where it was
     found = re.search(rf"(?<!\S){said}(?!\S)", blank[blank.rfind(":") + 1 :])
     if found is None:  # a word that only the removal of a tag makes
         return None
@@ -268,8 +269,11 @@ def requirement(record: Record, plan_text: str) -> Record:
     an unreadable one included, owes the whole prompt.
     """
     planned = parse_plan(plan_text)
-    if planned is None:
-        return record
+    return record if planned is None else owed_by(record, planned)
+
+
+def owed_by(record: Record, planned: Sequence[Clause]) -> Record:
+    """`requirement` of what a plan describes."""
     owed: list[dict[str, Any]] = []
     index_of: dict[int, int] = {}  # index in the record's include -> index in `owed`
     partial = False
@@ -307,14 +311,19 @@ def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> 
     record, which is `requirement`'s for a partial stroke. Detections below the rules' threshold are for the caller
     to leave out.
     """
+    return holds_of(mistake, record, [(item, d.box) for item, d in zip(seen_in(detections), detections, strict=True)])
+
+
+def holds_of(mistake: Mistake, record: Record, seen: Sequence[tuple[Clause, tuple[float, ...]]]) -> bool:
+    """`holds`, of what is seen as the language would name it, with its boxes."""
     include = record["include"]
-    seen = [(item, detection.box) for item, detection in zip(seen_in(detections), detections, strict=True)]
     clauses = [clause for clause in include if clause["class"] == mistake.object.shape]
     found = [item for item, _ in seen if item.shape == mistake.object.shape]
     if mistake.kind == "missing":
         return any(
             len(found) < clause["count"]
             and (None in (clause.get("color"), mistake.object.color) or clause["color"] == mistake.object.color)
+            and (None in (clause.get("size"), mistake.object.size) or clause["size"] == mistake.object.size)
             for clause in clauses
         )
     boxes = [box for item, box in seen if item.matches(mistake.object)]
@@ -329,6 +338,9 @@ def holds(mistake: Mistake, record: Record, detections: Sequence[Detection]) -> 
     if mistake.kind == "color":
         pointed_at = [item for item in found if item.matches(mistake.object)]
         return any(clause.get("color") not in (None, item.color) for clause in clauses for item in pointed_at)
+    if mistake.kind == "size":
+        pointed_at = [item for item in found if item.matches(mistake.object)]
+        return any(clause.get("size") not in (None, item.size) for clause in clauses for item in pointed_at)
     return any(_breaks_relation(mistake.object.shape, box, include, seen) for box in boxes)
 
 

@@ -15,6 +15,7 @@ discrete codes could be expected to draw them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from itertools import permutations
 from typing import Any
@@ -62,17 +63,22 @@ HELDOUT_COLORED = frozenset(
 )
 HELDOUT_PAIRS = frozenset({frozenset({"circle", "cross"}), frozenset({"square", "triangle"})})
 HELDOUT_COUNTS = frozenset({("circle", 3), ("square", 4), ("triangle", 2), ("cross", 3)})
-_HELDOUT_ARRANGEMENTS = (
+HELDOUT_ARRANGEMENTS = (
     ("circle", "left of", "square"),
     ("circle", "above", "triangle"),
     ("square", "right of", "cross"),
     ("triangle", "below", "cross"),
 )
-HELDOUT_RELATIONS = frozenset(
-    {(a, r, b) for a, r, b in _HELDOUT_ARRANGEMENTS}
-    | {(b, INVERSE[r], a) for a, r, b in _HELDOUT_ARRANGEMENTS}
-    | {(a, r, b) for a, b in permutations(SHAPES, 2) if frozenset({a, b}) in HELDOUT_PAIRS for r in INVERSE}
-)
+
+
+def both_ways(arrangements: Iterable[tuple[str, str, str]]) -> frozenset[tuple[str, str, str]]:
+    """(a, relation, b) and what says the same of b."""
+    return frozenset(either for a, r, b in arrangements for either in ((a, r, b), (b, INVERSE[r], a)))
+
+
+HELDOUT_RELATIONS = both_ways(HELDOUT_ARRANGEMENTS) | {
+    (a, r, b) for a, b in permutations(SHAPES, 2) if frozenset({a, b}) in HELDOUT_PAIRS for r in INVERSE
+}
 
 TRAIN_PER_TAG = 96  # of prompts("train"); single_object has 32
 HELDOUT_PER_TAG = 52  # of prompts("heldout"); single_object has 48
@@ -120,7 +126,7 @@ def split_of(record: Record, template: int) -> Split:
 # ---- wording ----------------------------------------------------------------------------------------------------
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -132,20 +138,20 @@ def _contents() -> list[tuple[str, str, list[dict[str, Any]]]]:
     """Every (tag, phrase after the template, include) of the world."""
     found: list[tuple[str, str, list[dict[str, Any]]]] = []
     for shape in SHAPES:
-        found.append(("single_object", _article(shape), [{"class": shape, "count": 1}]))
+        found.append(("single_object", article(shape), [{"class": shape, "count": 1}]))
         for count, word in NUMBERS.items():
             found.append(("counting", f"{word} {plural(shape)}", [{"class": shape, "count": count}]))
         for color in COLORS:
-            found.append(("colors", _article(f"{color} {shape}"), [{"class": shape, "count": 1, "color": color}]))
+            found.append(("colors", article(f"{color} {shape}"), [{"class": shape, "count": 1, "color": color}]))
     for a, b in permutations(SHAPES, 2):
         found.append(
-            ("two_object", f"{_article(a)} and {_article(b)}", [{"class": a, "count": 1}, {"class": b, "count": 1}])
+            ("two_object", f"{article(a)} and {article(b)}", [{"class": a, "count": 1}, {"class": b, "count": 1}])
         )
         for relation in INVERSE:  # clause 0 is the reference, as in GenEval
             found.append(
                 (
                     "position",
-                    f"{_article(a)} {relation} {_article(b)}",
+                    f"{article(a)} {relation} {article(b)}",
                     [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}],
                 )
             )
@@ -153,7 +159,7 @@ def _contents() -> list[tuple[str, str, list[dict[str, Any]]]]:
             found.append(
                 (
                     "color_attr",
-                    f"{_article(f'{color_a} {a}')} and {_article(f'{color_b} {b}')}",
+                    f"{article(f'{color_a} {a}')} and {article(f'{color_b} {b}')}",
                     [{"class": a, "count": 1, "color": color_a}, {"class": b, "count": 1, "color": color_b}],
                 )
             )

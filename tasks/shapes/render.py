@@ -10,19 +10,20 @@ import numpy as np
 from tasks.shapes.world import CANVAS, COLORS, GROUND, OBJECT, Object, Scene
 
 
-def _masks() -> dict[str, np.ndarray]:
-    y, x = np.mgrid[:OBJECT, :OBJECT] - (OBJECT - 1) / 2  # centred pixel coordinates, half-integers
-    row = np.arange(OBJECT)[:, None]
-    arm = OBJECT / 6
+def masks(side: int) -> dict[str, np.ndarray]:
+    """Shape name -> bool [side, side]."""
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2  # centred pixel coordinates, half-integers
+    row = np.arange(side)[:, None]
+    arm = side / 6
     return {
-        "circle": x**2 + y**2 <= (OBJECT / 2) ** 2,
-        "square": np.ones((OBJECT, OBJECT), bool),
+        "circle": x**2 + y**2 <= (side / 2) ** 2,
+        "square": np.ones((side, side), bool),
         "triangle": np.abs(x) <= (row + 1) / 2,  # apex up; the base fills the last row
         "cross": (np.abs(x) < arm) | (np.abs(y) < arm),
     }
 
 
-MASKS = _masks()  # shape name -> bool [OBJECT, OBJECT]
+MASKS = masks(OBJECT)
 
 
 def draw(image: np.ndarray, item: Object) -> None:

@@ -1,8 +1,13 @@
-"""The shapes world as a Task: this is the file that the registry builds."""
+"""The shapes world as a Task: this is the file that the registry builds.
+
+At the level easy it is made of world.py, prompts.py, language.py and demonstrations.py, at middle and hard of the
+grid's files of those names.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -11,22 +16,42 @@ from formats.base import Part
 from runtime.errors import UserError, nearest
 from runtime.section import Section
 from tasks.base import Critique, Demonstration, Detection, Record, Split, VerdictSpan
-from tasks.shapes import critic, demonstrations, detector, language, prompts, questions
+from tasks.shapes import (
+    critic,
+    demonstrations,
+    detector,
+    grid_demonstrations,
+    grid_detector,
+    grid_language,
+    grid_prompts,
+    language,
+    prompts,
+    questions,
+)
+from tasks.shapes.grid import SIZES
 from tasks.shapes.language import Claim, Clause, Mistake
 from tasks.shapes.world import CANVAS, SHAPES
 
 
 class ShapesOptions(Section):
+    level: Literal["easy", "middle", "hard"] = Field(
+        "easy",
+        description="easy: GenEval's six tags, up to 4 objects. middle: 3 to 5 objects, two sizes, relations of three. "
+        "hard: 6 to 8 objects",
+    )
     mistake_rate: float = Field(0.5, ge=0, le=1, description="share of demonstrations with a mistake to be repaired")
 
 
 class ShapesTask:
-    """Colored shapes on a canvas of 32 x 32 px. Options: see ShapesOptions."""
+    """Colored shapes on a canvas of 32 x 32 px. Options: see ShapesOptions.
+
+    Attributes:
+        sizes: the names of sizes that `detect` tells apart; empty at the level easy, where all objects are alike.
+    """
 
     name = "shapes"
     classes = SHAPES
     image_size = CANVAS  # px, both sides
-    question_kinds = tuple(questions.KINDS)
 
     def __init__(self, **options: object) -> None:
         try:
@@ -37,18 +62,27 @@ class ShapesTask:
             known = ShapesOptions.model_fields
             hint = nearest(key, known) if key not in known else f"it is {first['input']!r}"
             raise UserError(f"task.options.{key}: {first['msg']}; {hint}") from error
-        self.words = sorted(prompts.prompt_words() | language.vocabulary())
+        grid = self.options.level != "easy"
+        self.question_kinds: tuple[str, ...] = () if grid else tuple(questions.KINDS)
+        self.sizes: tuple[str, ...] = tuple(SIZES) if grid else ()
+        self._language = grid_language if grid else language
+        self._detect = grid_detector.detect if grid else detector.detect
+        self.words = sorted(grid_language.vocabulary() if grid else prompts.prompt_words() | language.vocabulary())
 
     def prompts(self, split: Split) -> list[Record]:
         if split not in ("train", "heldout"):
             raise UserError(f"task 'shapes' has no split '{split}'; {nearest(split, ('train', 'heldout'))}")
-        return prompts.prompts(split)
+        level = self.options.level
+        return prompts.prompts(split) if level == "easy" else grid_prompts.prompts(level, split)
 
     def demonstrations(self, format: str, count: int, seed: int) -> list[Demonstration]:
-        return demonstrations.demonstrations(format, count, seed, self.options.mistake_rate)
+        level, rate = self.options.level, self.options.mistake_rate
+        if level == "easy":
+            return demonstrations.demonstrations(format, count, seed, rate)
+        return grid_demonstrations.demonstrations(level, format, count, seed, rate)
 
     def detect(self, image: np.ndarray) -> list[Detection]:
-        return detector.detect(image)
+        return self._detect(image)
 
     # What the warm start's perception rows, critiques and corrupted images ask (docs/perception.md).
 
@@ -56,6 +90,11 @@ class ShapesTask:
         return questions.questions(kind, count, seed)
 
     def critique(self, format: str, record: Record, before: Sequence[Part], images: int, seed: int) -> Critique | None:
+        if self.options.level != "easy":
+            raise UserError(
+                f"task.level={self.options.level}: the task 'shapes' writes critiques of given images at the level "
+                "easy alone; leave out sft.critiques and sft.corruption"
+            )
         image = before[-1].image
         assert image is not None
         return critic.critique(format, record, before, detector.detect(image), images, seed)
@@ -63,16 +102,16 @@ class ShapesTask:
     # What rewards/functions/critique_consistency.py asks of a task whose inspections can be read.
 
     def claims(self, text: str) -> Claim:
-        return language.claims(text)
+        return self._language.claims(text)
 
     def verdict(self, text: str) -> VerdictSpan | None:
-        return language.verdict(text)
+        return language.verdict(text, self._language.claims)
 
     def requirement(self, record: Record, plan_text: str) -> Record:
-        return language.requirement(record, plan_text)
+        return self._language.requirement(record, plan_text)
 
     def holds(self, mistake: Mistake, record: Record, detections: list[Detection]) -> bool:
-        return language.holds(mistake, record, detections)
+        return self._language.holds(mistake, record, detections)
 
     def seen_in(self, detections: list[Detection]) -> list[Clause]:
-        return language.seen_in(detections)
+        return self._language.seen_in(detections)
