@@ -1,4 +1,4 @@
-"""Trains the shapes world's visual tokenizer: `python -m experiments.train_vq --out vq.safetensors`.
+"""Trains a world's visual tokenizer: `python -m experiments.train_vq --out vq.safetensors [--world digits]`.
 
 The class is Chameleon's (vq.py), only smaller. Everything that the tiny policy sees and draws passes through these
 codes, so the recipe aims at two things: every patch of the world survives the round trip, and a patch has the same
@@ -9,7 +9,8 @@ code wherever it stands, so that the policy has one spelling to learn.
 3. Straight-through training with commitment (van den Oord et al., arXiv:1711.00937, eq. 3; the codebook is their
    moving average, appendix A.1). Here a latent is assigned the code nearest to the mean latent of all patches in
    the batch that equal its own, and cross-entropy over the distances to all codes makes contexts agree on it. The
-   world has fewer patches than there are codes: where two of its patches share one, a dead code moves to the rarer.
+   world of shapes has fewer patches than there are codes: where two of its patches share one, a dead code moves to
+   the rarer. The world of digits has more, so similar ones share a code (experiments/_digits.py).
 
 Letters: B images, M latents of a batch (B x N), G distinct patches, K codes, D codebook dimensions.
 """
@@ -26,9 +27,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from experiments import _digits
 from policy.chameleon.vq import ChameleonVQ, load_vq, save_vq, to_pixels, vq_config
 from runtime.errors import UserError
 from tasks.shapes.detector import detect
@@ -55,14 +57,16 @@ SHAPES_VQ = {
 }
 
 
+WorldName = Literal["shapes", "digits"]
 FAINT, SURE = 0.3, 0.9  # the scores from which GenEval sees an object, and counts one
 
 
 class TrainVQConfig(BaseModel):
-    """The recipe's numbers; the command line sets the first three."""
+    """The recipe's numbers; the command line sets the first four."""
 
     model_config = ConfigDict(extra="forbid")
 
+    world: WorldName = Field(default="shapes", description="Whose images.")
     seed: int = Field(default=0, description="Seed of weights, images and restarts.")
     minutes: float = Field(default=60.0, gt=0, description="Time budget; the run ends with the budget first spent.")
     steps: int = Field(default=4000, gt=0, description="Step budget, warm-up included.")
@@ -151,13 +155,35 @@ def shuffled(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return dealt.swapaxes(2, 3).reshape(images.shape)
 
 
-def sample_images(count: int, rng: np.random.Generator, strays: bool = True) -> np.ndarray:
+def scene_of_shapes(rng: np.random.Generator) -> np.ndarray:
+    """An image of 0 to MAX_OBJECTS shapes."""
+    return render(sample_scene(rng, int(rng.integers(MAX_OBJECTS + 1))))
+
+
+@dataclass(frozen=True)
+class World:
+    """What a world's tokenizer is made of: its configuration, and the images that it is trained on."""
+
+    model: dict[str, Any]
+    scene: Callable[[np.random.Generator], np.ndarray]
+    stray: Callable[[np.random.Generator], np.ndarray]
+
+
+WORLDS: dict[WorldName, World] = {
+    "shapes": World(SHAPES_VQ, scene_of_shapes, stray),
+    "digits": World(_digits.DIGITS_VQ, _digits.scene, _digits.stray),
+}
+
+
+def sample_images(
+    count: int, rng: np.random.Generator, strays: bool = True, world: World = WORLDS["shapes"]
+) -> np.ndarray:
     """uint8 [count, CANVAS, CANVAS, 3]: of 16, 11 are scenes, 4 the patches of scenes shuffled, and 1 a stray."""
-    scenes = np.stack([render(sample_scene(rng, int(rng.integers(MAX_OBJECTS + 1)))) for _ in range(count)])
+    scenes = np.stack([world.scene(rng) for _ in range(count)])
     mixed = count // 4
     scenes[:mixed] = shuffled(scenes[:mixed], rng)
     for index in range(mixed, mixed + (count // 16 if strays else 0)):
-        scenes[index] = stray(rng)
+        scenes[index] = world.stray(rng)
     return scenes
 
 
@@ -255,7 +281,8 @@ class Training:
     def __init__(self, config: TrainVQConfig, model: dict[str, Any] | None = None):
         torch.manual_seed(config.seed)
         self.config = config
-        self.vq = ChameleonVQ(vq_config(model or SHAPES_VQ)).train()
+        self.world = WORLDS[config.world]
+        self.vq = ChameleonVQ(vq_config(model or self.world.model)).train()
         for module in self.vq.modules():
             if isinstance(module, nn.Conv2d):
                 module.reset_parameters()  # transformers' normal(0.02) is a slow start for so few channels
@@ -275,7 +302,7 @@ class Training:
     @torch.no_grad()
     def _latents(self, count: int, strays: bool) -> tuple[Tensor, Tensor]:
         """Latents and identities of the patches of `count` new images."""
-        images = sample_images(count, self.rng, strays)
+        images = sample_images(count, self.rng, strays, self.world)
         latents = [self.vq.quant_conv(self.vq.encoder(chunk)) for chunk in to_pixels(list(images)).split(64)]
         return _rows(torch.cat(latents)), patch_identity(images)
 
@@ -290,7 +317,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (self.step + 1) / 100) * cosine
 
-        images = sample_images(config.batch, self.rng)
+        images = sample_images(config.batch, self.rng, world=self.world)
         pixels, identity_M = to_pixels(list(images)), patch_identity(images)
         latent = vq.quant_conv(vq.encoder(pixels))
         latent_MD = _rows(latent)
@@ -382,8 +409,9 @@ def train(config: TrainVQConfig, out: Path, resume: bool = False, every: int = 1
 
 def main(arguments: Sequence[str] | None = None) -> None:
     defaults = TrainVQConfig()
-    parser = Parser(description="Train the shapes world's visual tokenizer.")
+    parser = Parser(description="Train a world's visual tokenizer.")
     parser.add_argument("--out", type=expanded_path, required=True, help="weights file to write (.safetensors)")
+    parser.add_argument("--world", choices=get_args(WorldName), default=defaults.world)
     parser.add_argument("--seed", type=Whole(0, LARGEST_SEED), default=defaults.seed)
     parser.add_argument("--minutes", type=Number(), default=defaults.minutes)
     parser.add_argument("--steps", type=Whole(1), default=defaults.steps)
@@ -391,13 +419,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=Whole(1), default=1000, help="scenes of the closing measurement")
     try:
         given = parser.parse_args(arguments)
-        config = TrainVQConfig(seed=given.seed, minutes=given.minutes, steps=given.steps)
+        config = TrainVQConfig(world=given.world, seed=given.seed, minutes=given.minutes, steps=given.steps)
         train(config, given.out, given.resume)
     except (UserError, ValidationError) as error:
         parser.error(str(error))
     rng = np.random.default_rng(config.seed + 1)
-    scenes = [sample_scene(rng, int(rng.integers(MAX_OBJECTS + 1))) for _ in range(given.scenes)]
-    for name, value in figures(load_vq(given.out), scenes).items():
+    if config.world == "digits":
+        found = _digits.figures(load_vq(given.out), given.scenes, rng)
+    else:
+        scenes = [sample_scene(rng, int(rng.integers(MAX_OBJECTS + 1))) for _ in range(given.scenes)]
+        found = figures(load_vq(given.out), scenes)
+    for name, value in found.items():
         print(f"{name} {value:.4f}")
 
 

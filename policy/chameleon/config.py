@@ -10,7 +10,7 @@ from policy.config import LoraSection, PolicyConfig
 from runtime.paths import ReadPath, read_path
 from runtime.section import LARGEST_SEED, Section
 
-SHAPES_VQ = "shapes"  # of policy.tiny.vq: a name, and no path
+SHAPES_VQ, DIGITS_VQ = "shapes", "digits"  # of policy.tiny.vq: names, and no paths
 
 
 class TinySection(Section):
@@ -28,8 +28,8 @@ class TinySection(Section):
     swin_norm: bool = Field(False, description="Normalise after attention and feed-forward (Chameleon-34B's way).")
     vq: str | dict[str, Any] = Field(
         default=SHAPES_VQ,
-        description="Visual tokenizer: 'shapes' (the committed weights of the shapes world), a path to a .safetensors "
-        "file with its .json, or a mapping of ChameleonVQVAEConfig's keys for random weights.",
+        description="Visual tokenizer: 'shapes' or 'digits' (the committed weights of these worlds), a path to a "
+        ".safetensors file with its .json, or a mapping of ChameleonVQVAEConfig's keys for random weights.",
     )
     words: list[str] = Field(default=[], description="Words of the text tokenizer beyond those of the task.")
     tags: list[str] = Field(
@@ -41,7 +41,7 @@ class TinySection(Section):
     @field_validator("vq")
     @classmethod
     def _found(cls, vq: str | dict[str, Any], info: ValidationInfo) -> str | dict[str, Any]:
-        return vq if isinstance(vq, dict) or vq == SHAPES_VQ else read_path(vq, info)
+        return vq if isinstance(vq, dict) or vq in (SHAPES_VQ, DIGITS_VQ) else read_path(vq, info)
 
     @model_validator(mode="after")
     def _divisible(self) -> TinySection:

@@ -14,10 +14,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import ChameleonConfig, PreTrainedTokenizerFast
 
-from policy.chameleon.config import SHAPES_VQ, TinySection
+from policy.chameleon.config import DIGITS_VQ, SHAPES_VQ, TinySection
 from policy.chameleon.model import InterleavedChameleon
 from policy.chameleon.vocabulary import BOI, BOS, EOI, EOS, IMAGE, PAD, SEP, UNK, VocabularyError, code_name
-from policy.chameleon.vq import ChameleonVQ, TokenizerError, load_shapes_vq, load_vq, vq_config
+from policy.chameleon.vq import ChameleonVQ, TokenizerError, load_digits_vq, load_shapes_vq, load_vq, vq_config
 from runtime.errors import UserError, first_line
 
 # What torch and transformers raise for sizes and kinds that make no network.
@@ -62,7 +62,8 @@ def tiny_vq(section: TinySection) -> ChameleonVQ:
             raise TokenizerError(
                 f"policy.tiny.vq: no tokenizer can be made of these keys ({first_line(error)})"
             ) from None
-    return load_shapes_vq() if section.vq == SHAPES_VQ else load_vq(Path(section.vq))
+    committed = {SHAPES_VQ: load_shapes_vq, DIGITS_VQ: load_digits_vq}
+    return committed[section.vq]() if section.vq in committed else load_vq(Path(section.vq))
 
 
 def tiny_config(section: TinySection, tokenizer: PreTrainedTokenizerFast, vq: ChameleonVQ) -> ChameleonConfig:

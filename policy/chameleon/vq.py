@@ -44,6 +44,7 @@ SIZES = {  # of a configuration: the least and the most
 }
 CHECKPOINT_PREFIX = "model.vqmodel."  # where a released Chameleon checkpoint keeps the tokenizer
 SHAPES_WEIGHTS = Path(__file__).with_name("weights") / "shapes_vq.safetensors"
+DIGITS_WEIGHTS = SHAPES_WEIGHTS.with_name("digits_vq.safetensors")
 
 
 class TokenizerError(UserError):
@@ -325,3 +326,8 @@ def load_vq(path: str | Path) -> ChameleonVQ:
 def load_shapes_vq() -> ChameleonVQ:
     """The committed tokenizer of the shapes world: 32x32 pixels, 4x4 codes of 512 (see weights/README.md)."""
     return load_vq(SHAPES_WEIGHTS)
+
+
+def load_digits_vq() -> ChameleonVQ:
+    """The committed tokenizer of the digits world, of the same size."""
+    return load_vq(DIGITS_WEIGHTS)

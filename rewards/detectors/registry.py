@@ -28,7 +28,10 @@ BACKENDS = {
     "grounding_dino": "rewards.detectors.grounding_dino:GroundingDinoDetector",
     "owlv2": "rewards.detectors.owlv2:Owlv2Detector",
     "shapes": "rewards.detectors.shapes:shapes_detector",
+    "digits_exact": "rewards.detectors.digits:digits_exact",
+    "digits_learned": "rewards.detectors.digits:DigitsLearned",
 }
+SEE_COLORS = ("shapes", "digits_exact", "digits_learned")  # the embedded worlds': nothing else is to name colors
 # What is looked for in the hub cache where a recipe names no path.
 RELEASED = {
     "mask2former": "facebook/mask2former-swin-small-coco-instance",
@@ -40,11 +43,11 @@ RELEASED = {
 class DetectorConfig(Section):
     """A detector of the toolkit's own. Keys that are None keep the backend's default."""
 
-    backend: str = Field(description="mask2former, grounding_dino, owlv2 or shapes.")
+    backend: str = Field(description="mask2former, grounding_dino, owlv2, shapes, digits_exact or digits_learned.")
     path: ReadPath | None = Field(
         None,
-        description="Folder in the released layout, or a hub id found in the hub cache. "
-        "None: the backend's usual release.",
+        description="Folder in the released layout, or a hub id found in the hub cache; of digits_learned a "
+        ".safetensors file. None: the backend's usual release, or the committed weights.",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU where there is one.")
     batch_size: int | None = Field(None, ge=1, description="Images of one forward pass.")
@@ -125,7 +128,7 @@ def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> A
             raise UserError(f"{where}.{key}: {config.backend} has no such key; it takes {', '.join(takes) or 'none'}")
         del given[key]
     detector = maker(**given)
-    if config.backend == "shapes" or config.colors is None:
+    if config.backend in SEE_COLORS or config.colors is None:
         return detector
     from rewards.detectors.colors import Colored, ColorNamer
     from rewards.detectors.encoders import OpenClipConfig
