@@ -1,4 +1,4 @@
-"""Trains a visual tokenizer of the shapes world: `python -m experiments.train_vq --out vq.safetensors`.
+"""Trains a visual tokenizer of an embedded world: `python -m experiments.train_vq --out vq.safetensors`.
 
 The class is Chameleon's (vq.py), only smaller. Everything that the tiny policy sees and draws passes through these
 codes, so the recipe aims at two things: every patch of the world survives the round trip, and a patch has the same
@@ -9,7 +9,8 @@ code wherever it stands, so that the policy has one spelling to learn.
 3. Straight-through training with commitment (van den Oord et al., arXiv:1711.00937, eq. 3; the codebook is their
    moving average, appendix A.1). Here a latent is assigned the code nearest to the mean latent of all patches in
    the batch that equal its own, and cross-entropy over the distances to all codes makes contexts agree on it. The
-   world has fewer patches than there are codes: where two of its patches share one, a dead code moves to the rarer.
+   world of shapes has fewer patches than there are codes: where two of its patches share one, a dead code moves to
+   the rarer. The world of digits has more, so similar ones share a code (experiments/_digits.py).
 
 Letters: B images, M latents of a batch (B x N), G distinct patches, K codes, D codebook dimensions.
 """
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from experiments import _digits
 from experiments.vq_worlds import WORLDS, World
 from policy.chameleon.vq import ChameleonVQ, load_vq, save_vq, to_pixels, vq_config
 from runtime.errors import UserError
@@ -54,6 +56,7 @@ SHAPES_VQ = {
 }
 
 
+WorldName = Literal["shapes", "digits"]
 FAINT, SURE = 0.3, 0.9  # the scores from which GenEval sees an object, and counts one
 
 
@@ -62,7 +65,9 @@ class TrainVQConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    world: Literal["easy", "grid", "levels"] = Field(default="easy", description="Whose images: vq_worlds.py has them.")
+    world: Literal["easy", "grid", "levels", "digits"] = Field(
+        default="easy", description="Whose images: vq_worlds.py has them."
+    )
     start: str | None = Field(default=None, description="Weights to begin with, the codebook apart; none: fresh ones.")
     seed: int = Field(default=0, description="Seed of weights, images and restarts.")
     minutes: float = Field(default=60.0, gt=0, description="Time budget; the run ends with the budget first spent.")
@@ -161,7 +166,7 @@ def sample_images(
     mixed = count // 4
     scenes[:mixed] = shuffled(scenes[:mixed], rng)
     for index in range(mixed, mixed + (count // 16 if strays else 0)):
-        scenes[index] = stray(rng, world)
+        scenes[index] = stray(rng, world) if world.stray is None else world.stray(rng)
     return scenes
 
 
@@ -390,7 +395,7 @@ def train(config: TrainVQConfig, out: Path, resume: bool = False, every: int = 1
 
 def main(arguments: Sequence[str] | None = None) -> None:
     defaults = TrainVQConfig()
-    parser = Parser(description="Train the shapes world's visual tokenizer.")
+    parser = Parser(description="Train a world's visual tokenizer.")
     parser.add_argument("--out", type=expanded_path, required=True, help="weights file to write (.safetensors)")
     parser.add_argument("--world", choices=list(WORLDS), default=defaults.world)
     parser.add_argument("--start", type=expanded_path, help="weights to begin with (.safetensors)")
@@ -421,8 +426,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     rng = np.random.default_rng(config.seed + 1)
     world = WORLDS[config.world]
-    scenes = [world.sample(rng) for _ in range(given.scenes)]
-    for name, value in figures(load_vq(given.out), scenes, world).items():
+    if config.world == "digits":  # read as whole scenes, by both of its detectors
+        found = _digits.figures(load_vq(given.out), given.scenes, rng)
+    else:
+        found = figures(load_vq(given.out), [world.sample(rng) for _ in range(given.scenes)], world)
+    for name, value in found.items():
         print(f"{name} {value:.4f}")
 
 

@@ -1,4 +1,4 @@
-"""What a visual tokenizer of the shapes world is trained on and measured by: the scenes of its levels."""
+"""What a visual tokenizer is trained on and measured by: the scenes of the shapes world's levels, and of the digits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from experiments import _digits
 from tasks.base import Detection
+from tasks.digits import world as digits_world
+from tasks.digits.detector import detect as digits_detect
 from tasks.shapes import detector, grid, grid_detector, grid_prompts, render
 from tasks.shapes.world import MAX_OBJECTS, Scene, sample_scene
 
@@ -16,13 +19,19 @@ MOST_SMALL = 8  # objects of a scene of the grid
 
 @dataclass(frozen=True)
 class World:
-    """One world of images. `masks` are of the sizes that its objects have."""
+    """One world of images.
+
+    Attributes:
+        masks: of the sizes that its objects have, for strays: images outside its rules.
+        stray: makes such an image where objects have no masks.
+    """
 
     sample: Callable[[np.random.Generator], Scene]
     render: Callable[[Scene], np.ndarray]
     detect: Callable[[np.ndarray], list[Detection]]
     masks: tuple[Mapping[str, np.ndarray], ...]
     codes: int  # of the codebook
+    stray: Callable[[np.random.Generator], np.ndarray] | None = None
 
 
 def _easy(rng: np.random.Generator) -> Scene:
@@ -49,4 +58,5 @@ WORLDS = {
     "easy": World(_easy, render.render, detector.detect, (render.MASKS,), 512),
     "grid": World(_grid, grid.render, grid_detector.detect, tuple(grid.MASKS_OF.values()), 256),
     "levels": World(_levels, grid.render, grid_detector.detect, tuple(grid.MASKS_OF.values()), 256),
+    "digits": World(_digits.sample, digits_world.render, digits_detect, (), 512, _digits.stray),
 }

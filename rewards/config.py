@@ -167,8 +167,9 @@ class RewardsConfig(Section):
     )
     detector: DetectorConfig | ObjectPath | None = Field(
         None,
-        description="One of the toolkit's (backend: mask2former, grounding_dino, owlv2, shapes, shapes_grid; path "
-        "...), or the dotted path or file of a function or class that makes a Detector; None: the task's own.",
+        description="One of the toolkit's (backend: mask2former, grounding_dino, owlv2, shapes, shapes_grid, "
+        "digits_exact, digits_learned; path ...), or the dotted path or file of a function or class that makes a "
+        "Detector; None: the task's own.",
     )
     detector_workers: WorkersConfig | None = Field(
         None, description="Who runs the detector for the parts that stand in the driver. None: the driver itself."

@@ -10,7 +10,7 @@ from runtime.loading import load_object
 from runtime.options import make
 from tasks.base import Task
 
-_BUILT_IN = {"shapes": "tasks.shapes.task.ShapesTask"}
+_BUILT_IN = {"shapes": "tasks.shapes.task.ShapesTask", "digits": "tasks.digits.task.DigitsTask"}
 
 
 def known_tasks() -> list[str]:

@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--detector",
         metavar="WHAT",
-        help="mask2former (default), grounding_dino, owlv2, shapes or shapes_grid; "
+        help="mask2former (default), grounding_dino, owlv2 or an embedded world's; "
         "mask2former:FOLDER; a mapping in YAML as under rewards.detector, or a file that holds one; or "
         "your own, package.module:Class",
     )

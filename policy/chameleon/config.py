@@ -10,9 +10,8 @@ from policy.config import LoraSection, PolicyConfig
 from runtime.paths import ReadPath, read_path
 from runtime.section import LARGEST_SEED, Section
 
-SHAPES_VQ = "shapes"  # of policy.tiny.vq: a name, and no path
-GRID_VQ = "shapes_grid"
-COMMITTED_VQ = (SHAPES_VQ, GRID_VQ)
+SHAPES_VQ, GRID_VQ, DIGITS_VQ = "shapes", "shapes_grid", "digits"  # of policy.tiny.vq: names, and no paths
+COMMITTED_VQ = (SHAPES_VQ, GRID_VQ, DIGITS_VQ)
 
 
 class TinySection(Section):
@@ -30,9 +29,9 @@ class TinySection(Section):
     swin_norm: bool = Field(False, description="Normalise after attention and feed-forward (Chameleon-34B's way).")
     vq: str | dict[str, Any] = Field(
         default=SHAPES_VQ,
-        description="Visual tokenizer: 'shapes' (the committed weights of the shapes world), 'shapes_grid' (of its "
-        "levels middle and hard, which take it by themselves), a path to a .safetensors file with its .json, or a "
-        "mapping of ChameleonVQVAEConfig's keys for random weights.",
+        description="Visual tokenizer: 'shapes' or 'digits' (the committed weights of these worlds), 'shapes_grid' (of "
+        "the shapes' levels middle and hard, which take it by themselves), a path to a .safetensors file with its "
+        ".json, or a mapping of ChameleonVQVAEConfig's keys for random weights.",
     )
     words: list[str] = Field(default=[], description="Words of the text tokenizer beyond those of the task.")
     tags: list[str] = Field(

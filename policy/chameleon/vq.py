@@ -44,6 +44,7 @@ SIZES = {  # of a configuration: the least and the most
 }
 CHECKPOINT_PREFIX = "model.vqmodel."  # where a released Chameleon checkpoint keeps the tokenizer
 SHAPES_WEIGHTS = Path(__file__).with_name("weights") / "shapes_vq.safetensors"
+DIGITS_WEIGHTS = SHAPES_WEIGHTS.with_name("digits_vq.safetensors")
 
 
 class TokenizerError(UserError):
@@ -323,10 +324,10 @@ def load_vq(path: str | Path) -> ChameleonVQ:
 
 
 def load_committed_vq(name: str) -> ChameleonVQ:
-    """A tokenizer of the shapes world: 32x32 pixels, 4x4 codes (see weights/README.md).
+    """A tokenizer of an embedded world: 32x32 pixels, 4x4 codes (see weights/README.md).
 
     Args:
-        name: shapes (of 512 codes, for the level easy) or shapes_grid (of 256, for middle and hard).
+        name: shapes (of 512 codes, for the level easy), shapes_grid (of 256, for middle and hard) or digits (of 512).
     """
     return load_vq(SHAPES_WEIGHTS.with_name(f"{name}_vq.safetensors"))
 
@@ -334,3 +335,8 @@ def load_committed_vq(name: str) -> ChameleonVQ:
 def load_shapes_vq() -> ChameleonVQ:
     """`load_committed_vq` of the level easy."""
     return load_vq(SHAPES_WEIGHTS)
+
+
+def load_digits_vq() -> ChameleonVQ:
+    """The committed tokenizer of the digits world, of the same size."""
+    return load_vq(DIGITS_WEIGHTS)

@@ -29,7 +29,15 @@ BACKENDS = {
     "owlv2": "rewards.detectors.owlv2:Owlv2Detector",
     "shapes": "rewards.detectors.shapes:shapes_detector",
     "shapes_grid": "rewards.detectors.shapes:shapes_grid_detector",
+    "digits_exact": "rewards.detectors.digits:digits_exact",
+    "digits_learned": "rewards.detectors.digits:DigitsLearned",
 }
+SEE_COLORS = (
+    "shapes",
+    "shapes_grid",
+    "digits_exact",
+    "digits_learned",
+)  # the embedded worlds': nothing else is to name colors
 # What is looked for in the hub cache where a recipe names no path.
 RELEASED = {
     "mask2former": "facebook/mask2former-swin-small-coco-instance",
@@ -41,11 +49,13 @@ RELEASED = {
 class DetectorConfig(Section):
     """A detector of the toolkit's own. Keys that are None keep the backend's default."""
 
-    backend: str = Field(description="mask2former, grounding_dino, owlv2, shapes or shapes_grid.")
+    backend: str = Field(
+        description="mask2former, grounding_dino, owlv2, shapes, shapes_grid, digits_exact or digits_learned."
+    )
     path: ReadPath | None = Field(
         None,
-        description="Folder in the released layout, or a hub id found in the hub cache. "
-        "None: the backend's usual release.",
+        description="Folder in the released layout, or a hub id found in the hub cache; of digits_learned a "
+        ".safetensors file. None: the backend's usual release, or the committed weights.",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU where there is one.")
     batch_size: int | None = Field(None, ge=1, description="Images of one forward pass.")
@@ -126,7 +136,7 @@ def build_detector(config: DetectorConfig, where: str = "rewards.detector") -> A
             raise UserError(f"{where}.{key}: {config.backend} has no such key; it takes {', '.join(takes) or 'none'}")
         del given[key]
     detector = maker(**given)
-    if config.backend.startswith("shapes") or config.colors is None:
+    if config.backend in SEE_COLORS or config.colors is None:
         return detector
     from rewards.detectors.colors import Colored, ColorNamer
     from rewards.detectors.encoders import OpenClipConfig

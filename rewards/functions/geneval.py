@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from record.trajectory import Trajectory
 from rewards.contract import RewardContext, policy_images
 from rewards.detectors.base import COLORS, CachedDetector, Detection, Detections
+from rewards.detectors.registry import BACKENDS, DetectorConfig, build_detector
 from runtime.errors import UserError, nearest
 
 Mode = Literal["standard", "strict", "graded", "graded_strict", "flow_grpo"]
@@ -375,6 +378,7 @@ def geneval(
     mode: Mode = "standard",
     threshold: float = SCORE_THRESHOLD,
     counting_threshold: float = COUNTING_THRESHOLD,
+    detector: str | None = None,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
     """Whether the final (or first) image shows what the prompt asks for: 1 or 0, or a share of it when graded.
@@ -382,9 +386,12 @@ def geneval(
     A thought without an image earns 0: the task was to draw. A record without `include` has no ground truth: None.
     With image "each", every image is scored and its own segment is credited: {segment: score}. An object counts
     above `threshold`, and in a record tagged counting above `counting_threshold`: the values are GenEval's, for
-    Mask2Former; another detector's scores mean something else.
+    Mask2Former; another detector's scores mean something else. `detector` names a backend that looks for this part
+    alone, with its defaults, in place of the recipe's `rewards.detector`: so one detector is paid and another watched.
     """
     check_mode(mode)
+    if detector is not None:
+        context = replace(context, detector=CachedDetector(_backend(detector)))
     thresholds = (threshold, counting_threshold)
     if not all(0 <= score < 1 for score in thresholds):
         raise UserError(
@@ -411,6 +418,14 @@ def geneval(
         float(verdicts[i][0]) if i in verdicts else 0.0 if t.record.get("include") else None
         for i, t in enumerate(trajectories)
     ]
+
+
+@cache
+def _backend(name: str) -> Any:
+    """A detector by its backend's name, loaded once. Raises UserError where there is none, or its weights are not."""
+    if name not in BACKENDS:
+        raise UserError(f"geneval: detector: no backend '{name}'; {nearest(name, BACKENDS)}")
+    return build_detector(DetectorConfig(backend=name), "geneval: detector")
 
 
 def _each(

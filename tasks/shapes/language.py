@@ -22,13 +22,13 @@ object named is the one to move), missing, extra. "missing" names what the plan 
 
 The reading half serves rewards/functions/critique_consistency.py: `claims`, `requirement`, `holds`; and
 evals/critiques.py: `verdict`. It reads what a policy wrote, so it takes any text and says None where there is no sense
-in it.
+in it. `shapes` are the names of what can stand in an image: tasks/digits speaks the same language of other objects.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,9 +84,9 @@ class Claim:
     seen: tuple[Clause, ...] | None = None  # None: it does not say, or not readably
 
 
-def vocabulary() -> set[str]:
+def vocabulary(shapes: Collection[str] = SHAPES, colors: Collection[str] = tuple(COLORS)) -> set[str]:
     """Every word of the language, prompts apart."""
-    words = {*SHAPES, *COLORS, *PLACES, *VERBS, *KINDS, *COUNT_WORDS.values(), *map(plural, SHAPES)}
+    words = {*shapes, *colors, *PLACES, *VERBS, *KINDS, *COUNT_WORDS.values(), *map(plural, shapes)}
     words |= {word for relation in INVERSE for word in relation.split()}
     return words | {"nothing", "fine", "wrong", "yes", "no", "=", ",", ":", ";"}
 
@@ -186,30 +186,30 @@ def refinement(mistake: Mistake, target: Object | None) -> str:
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def _parse_clause(words: Sequence[str]) -> Clause | None:
+def _parse_clause(words: Sequence[str], shapes: Collection[str] = SHAPES) -> Clause | None:
     rest = list(words)
     color = rest.pop(0) if rest and rest[0] in COLORS else None
-    shape = rest.pop(0) if rest and rest[0] in SHAPES else None
+    shape = rest.pop(0) if rest and rest[0] in shapes else None
     place = rest.pop(0) if rest and rest[0] in PLACES else None
     return Clause(shape, color, place) if shape and not rest else None
 
 
-def parse_description(text: str) -> list[Clause] | None:
+def parse_description(text: str, shapes: Collection[str] = SHAPES) -> list[Clause] | None:
     """Clauses of a description; colors and places may be left out. None: it is no description."""
     words = TAG.sub(" ", text).split()
     if words == ["nothing"]:
         return []
-    clauses = [_parse_clause(part.split()) for part in " ".join(words).split(",")]
+    clauses = [_parse_clause(part.split(), shapes) for part in " ".join(words).split(",")]
     return None if None in clauses else [clause for clause in clauses if clause is not None]
 
 
-def parse_plan(text: str) -> list[Clause] | None:
+def parse_plan(text: str, shapes: Collection[str] = SHAPES) -> list[Clause] | None:
     """What the last <des> ... </des> of a plan describes. None: there is none, or it cannot be read."""
     bodies = DES.findall(text)
-    return parse_description(bodies[-1]) if bodies else None
+    return parse_description(bodies[-1], shapes) if bodies else None
 
 
-def _parse_slots(text: str) -> list[Clause] | None:
+def _parse_slots(text: str, shapes: Collection[str] = SHAPES) -> list[Clause] | None:
     """The objects that an inspection sees; what it wants and whether it agrees may be left out."""
     seen: list[Clause] = []
     for part in text.split(","):
@@ -218,18 +218,18 @@ def _parse_slots(text: str) -> list[Clause] | None:
         words = words[:-1] if words and words[-1] in ("yes", "no") else words
         if words == ["nothing"]:
             continue
-        clause = _parse_clause(words)
+        clause = _parse_clause(words, shapes)
         if clause is None:
             return None
         seen.append(clause)
     return seen
 
 
-def claims(text: str) -> Claim:
+def claims(text: str, shapes: Collection[str] = SHAPES) -> Claim:
     """What an inspection (or a critique: an inspection and a refinement joined by ";") says. Takes any text."""
     said = " ".join(TAG.sub(" ", text).split(";")[0].split())
     before, colon, after = said.rpartition(":")
-    seen = _parse_slots(before) if colon else None
+    seen = _parse_slots(before, shapes) if colon else None
     words = after.split()
     verdicts = {word for word in words if word in ("fine", "wrong")}
     if len(verdicts) != 1:
@@ -239,7 +239,7 @@ def claims(text: str) -> Claim:
     mistakes = []
     for part in " ".join(words[words.index("wrong") + 1 :]).split(","):
         kind, *object_words = part.split() or [""]
-        clause = _parse_clause(object_words)
+        clause = _parse_clause(object_words, shapes)
         if kind in KINDS and clause is not None:
             mistakes.append(Mistake(kind, clause))  # type: ignore[arg-type]
     return Claim("wrong", tuple(mistakes), None if seen is None else tuple(seen))
@@ -261,14 +261,14 @@ def verdict(text: str, read: Callable[[str], Claim] | None = None) -> VerdictSpa
 # ---- what an image must show, and what is wrong with it ---------------------------------------------------------
 
 
-def requirement(record: Record, plan_text: str) -> Record:
+def requirement(record: Record, plan_text: str, shapes: Collection[str] = SHAPES) -> Record:
     """The record that the image drawn after this plan must satisfy.
 
     A plan whose description names fewer objects of the prompt's shapes than the prompt asks for is a partial stroke:
     its image owes only those (a relation only where both ends are planned; exact counts stay exact). Any other plan,
     an unreadable one included, owes the whole prompt.
     """
-    planned = parse_plan(plan_text)
+    planned = parse_plan(plan_text, shapes)
     return record if planned is None else owed_by(record, planned)
 
 
