@@ -161,7 +161,7 @@ def test_one_worker_runs_all_that_starts_a_ray_and_long_files_come_first(run, tm
 def test_the_files_that_start_a_ray_are_known():
     assert all((HERE / name).is_file() for name in (*RAY_FILES, *LONG_FILES))
     start_it = {path.name for path in HERE.glob("test_*.py") if "start_ray(" in path.read_text()}
-    assert start_it - {"test_grpo_ray.py"} <= set(RAY_FILES)  # of that one all tests are slow
+    assert start_it - {"test_grpo_ray.py", "test_credit_ray.py"} <= set(RAY_FILES)  # all tests of those two are slow
 
 
 def test_a_cluster_of_the_readers_is_not_joined(run):

@@ -140,6 +140,7 @@ READ = {
     "task.dataset.path": "$SCRATCH/rows.jsonl",
     "task.dataset.heldout_path": "$SCRATCH/rows.jsonl",
     "sft.data": "$SCRATCH/stored",
+    "sft.critiques.path": "$SCRATCH/stored",
     "rollout.writer": "$SCRATCH/mine.py:f",
     "tools.mine.tool": "$SCRATCH/mine.py:f",
     "rewards.parts.steps.function": "$SCRATCH/mine.py:f",
