@@ -101,10 +101,10 @@ def test_the_verdict_is_that_of_both_rules_and_every_word_of_it_holds(level, see
 @tried(0.5)
 @given(level=st.sampled_from(LEVELS), seed=st.integers(0, 10**6))
 def test_each_repair_changes_what_its_refinement_says_and_nothing_else(level, seed):
-    record, said, _, image = spoiled(level, seed)
+    record, said, owed, image = spoiled(level, seed)
     found = TASKS[level].critique("strokes", record, thought(said, image), 4, seed)
     texts = [] if found is None else found.parts
-    before = Counter(seen_in(TASKS[level].detect(image)))
+    before = Counter(seen_in(certain(owed, TASKS[level].detect(image))))  # torn pieces are not drawn again
     for number, part in enumerate(texts):
         if part.role != "refine":
             continue
@@ -129,7 +129,7 @@ def test_each_repair_changes_what_its_refinement_says_and_nothing_else(level, se
 def test_most_images_have_true_words_and_most_wrong_ones_are_repaired():
     counts: Counter = Counter()
     kinds: Counter = Counter()
-    for seed in range(240):
+    for seed in range(180):
         level = LEVELS[seed // 6 % 2]
         record, said, owed, image = spoiled(level, seed)
         found = TASKS[level].critique("strokes", record, thought(said, image), 4, seed)
@@ -140,7 +140,7 @@ def test_most_images_have_true_words_and_most_wrong_ones_are_repaired():
         kinds.update(mistake.kind for part in found.parts for mistake in claims(part.text).mistakes)
         last = found.parts[-1].text
         counts["fine" if found.fine else "repaired" if "fine" in last else "left"] += 1
-    assert counts["unsaid"] < 0.05 * 240 and counts["ambiguous"] < 0.1 * 240, counts
+    assert counts["unsaid"] < 0.05 * 180 and counts["ambiguous"] < 0.1 * 180, counts
     assert counts["repaired"] > 4 * counts["left"] and counts["fine"] > 60, counts
     assert set(kinds) == set(GRID_KINDS), kinds
 
