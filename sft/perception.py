@@ -78,7 +78,7 @@ def inspection_rows(task: Task, fmt: Format, policy: Policy, count: int, wrong: 
         for demonstration in task.demonstrations(fmt.name, max(count, 16), seed + attempt):
             place = first_words(demonstration.parts, fmt)
             if place is not None:
-                found[place[0] in demonstration.mistakes].append((demonstration, *place))
+                found[_called_wrong(task, demonstration, *place)].append((demonstration, *place))
     for verdict, number in wanted.items():
         if number and not found[verdict]:
             raise UserError(
@@ -109,6 +109,12 @@ def first_words(parts: Sequence[Part], fmt: Format) -> tuple[int, int] | None:
         elif image is not None and part.role not in calls:
             return image, index
     return None
+
+
+def _called_wrong(task: Any, d: Demonstration, image: int, words: int) -> bool:
+    """What the words say where the task can read them: an image that is no mistake may lack what comes next."""
+    span = task.verdict(d.parts[words].text) if hasattr(task, "verdict") else None
+    return image in d.mistakes if span is None else bool(span.says == "wrong")
 
 
 def _inspection(d: Demonstration, image: int, words: int, wrong: bool, fmt: Format, policy: Policy) -> Trajectory:

@@ -188,7 +188,8 @@ class _Check:
                 continue
             at = f"{where}, image {index}"
             told = "right" if found.fine else "wrong"
-            self.require(found.fine != (index in one.mistakes), "critique", f"{at}: it is called {told}, and is not")
+            wrong_one = self._called_wrong(one, index)
+            self.require(found.fine != wrong_one, "critique", f"{at}: it is called {told}, and is not")
             same = again is not None and _texts(again.parts) == _texts(found.parts)
             self.require(same, "critique", f"{at}: asked twice with one seed it is not the same")
             segments = [Segment("prompt", Author.USER, Modality.TEXT, False, text=one.prompt)]
@@ -211,6 +212,15 @@ class _Check:
             trajectory = Trajectory(one.prompt, one.record, fmt.name, segments, stop=stop)
             wrong = fmt.violations(trajectory)[: None if found.ends else -1]
             self.require(not wrong, "critique", f"{at}: {wrong[0].message if wrong else ''}")
+
+    def _called_wrong(self, one: Demonstration, index: int) -> bool:
+        """What a demonstration's own words say of its image; without any that can be read, whether it is a mistake.
+
+        An image that is not a mistake may still lack what the next one adds.
+        """
+        read = getattr(self.task, "verdict", None)
+        span = read(one.parts[index + 1].text) if read is not None else None
+        return index in one.mistakes if span is None else bool(span.says == "wrong")
 
     def questions(self, seed: int) -> None:
         for kind in getattr(self.task, "question_kinds", ()):

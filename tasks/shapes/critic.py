@@ -1,5 +1,7 @@
 """The true words on an image that somebody else drew: a policy's own sketch, or one that was corrupted.
 
+This is the level easy, and what grid_critic.py has in common with it: GenEval's rule, and the formats.
+
 What the detector sees is judged by GenEval's rule, put into the language's slots, and repaired one mistake at a time.
 Where slots and rule disagree (two circles of which one has the color: which of them does the rule look at?) there are
 no true words, and so no critique.
@@ -7,7 +9,7 @@ no true words, and so no critique.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +46,17 @@ class Fault:
     mistake: Mistake
     target: Object | None
     repaired: Scene | None
+    besides: tuple[Mistake, ...] = ()  # others that the same change mends
+
+
+@dataclass(frozen=True)
+class Speech:
+    """How a level judges, words and draws the scenes of one prompt."""
+
+    fault_of: Callable[[Scene], Fault | None]
+    inspection: Callable[[Scene, Fault | None], str]
+    refinement: Callable[[Fault], str]
+    render: Callable[[Scene], np.ndarray]
 
 
 def critique(
@@ -54,9 +67,8 @@ def critique(
     Raises:
         UserError: no critiques are written in that format.
     """
-    if format not in FORMATS:
-        raise UserError(f"task 'shapes' writes no critiques in the format '{format}'; {nearest(format, FORMATS)}")
-    said = next((part.text for part in reversed(before) if part.role == "plan"), "")
+    check_format(format)
+    said = plan_of(before)
     owed = requirement(record, said)
     seen = certain(owed, detections)
     if len(seen) > MAX_SEEN:
@@ -68,12 +80,24 @@ def critique(
     fine = satisfied(owed, seen)
     if fine != (fault is None):
         return None
-    write = _strokes if format == "strokes" else _self_critique
-    found = write(owed, scene, fault, planned, images, rng, before[-1].image)
-    if found is None:
-        return None
-    parts, mistakes, ends = found
-    return Critique(fine, tuple(parts), tuple(mistakes), ends and owed is record)
+    speech = Speech(
+        lambda scene: fault_of(owed, scene, planned, rng),
+        lambda scene, fault: inspection(owed, scene, None if fault is None else fault.mistake),
+        lambda fault: refinement(fault.mistake, fault.target),
+        render,
+    )
+    return written(format, speech, scene, fault, images, before[-1].image, whole=owed is record)
+
+
+def check_format(format: str) -> None:
+    """Raises UserError where no critiques are written in that format."""
+    if format not in FORMATS:
+        raise UserError(f"task 'shapes' writes no critiques in the format '{format}'; {nearest(format, FORMATS)}")
+
+
+def plan_of(before: Sequence[Part]) -> str:
+    """What was planned last; empty: nothing was."""
+    return next((part.text for part in reversed(before) if part.role == "plan"), "")
 
 
 # ---- what is so -------------------------------------------------------------------------------------------------
@@ -93,6 +117,8 @@ def satisfied(record: Record, seen: Sequence[Detection]) -> bool:
         right = len(group) == clause["count"]
         if "color" in clause:
             right &= all(one.color == clause["color"] for one in group)
+        if "size" in clause:
+            right &= all(one.size == clause["size"] for one in group)
         if "position" in clause:
             relation, target = clause["position"]
             others = groups[target]
@@ -227,53 +253,62 @@ def _tidy(scene: Scene) -> Scene | None:
 Written = tuple[list[Part], list[int], bool]  # parts, which of them are wrong images, whether the thought may end
 
 
-def _strokes(
-    owed: Record,
+def written(
+    format: str,
+    speech: Speech,
     scene: Scene,
     fault: Fault | None,
-    planned: Sequence[Clause],
     images: int,
-    rng: np.random.Generator,
     image: np.ndarray | None,
+    whole: bool,
+) -> Critique | None:
+    """The critique of an image of this scene, with this fault, in one of FORMATS. None: it has no words for it.
+
+    Args:
+        images: how many may still be drawn.
+        whole: whether the image owes all that the prompt asks for, so that the thought may end when it is right.
+    """
+    write = _strokes if format == "strokes" else _self_critique
+    found = write(speech, scene, fault, images, image)
+    if found is None:
+        return None
+    parts, mistakes, ends = found
+    return Critique(fault is None, tuple(parts), tuple(mistakes), ends and whole)
+
+
+def _strokes(
+    speech: Speech, scene: Scene, fault: Fault | None, images: int, image: np.ndarray | None
 ) -> Written | None:
     """inspect, (refine, redraw, inspect)* for as long as there are images left."""
     parts: list[Part] = []
     mistakes: list[int] = []
     while True:
-        mistake = None if fault is None else fault.mistake
-        parts.append(Part("inspect", f"<inspect> {inspection(owed, scene, mistake)} </inspect>"))
+        parts.append(Part("inspect", f"<inspect> {speech.inspection(scene, fault)} </inspect>"))
         if fault is None or fault.repaired is None or not images:
             return parts, mistakes, fault is None
-        parts.append(Part("refine", f"<refine> {refinement(fault.mistake, fault.target)} </refine>"))
+        parts.append(Part("refine", f"<refine> {speech.refinement(fault)} </refine>"))
         scene, images = fault.repaired, images - 1
-        fault = fault_of(owed, scene, planned, rng)
+        fault = speech.fault_of(scene)
         if fault is not None:
             mistakes.append(len(parts))
-        parts.append(Part("redraw", image=render(scene)))
+        parts.append(Part("redraw", image=speech.render(scene)))
 
 
 def _self_critique(
-    owed: Record,
-    scene: Scene,
-    fault: Fault | None,
-    planned: Sequence[Clause],
-    images: int,
-    rng: np.random.Generator,
-    image: np.ndarray | None,
+    speech: Speech, scene: Scene, fault: Fault | None, images: int, image: np.ndarray | None
 ) -> Written | None:
     """(critique, redraw)*; a right image is drawn once more as it is. None where no image may follow."""
     parts: list[Part] = []
     mistakes: list[int] = []
     while images and (fault is None or fault.repaired is not None):
         if fault is None:
-            parts.append(Part("critique", f"{inspection(owed, scene, None)} ; keep all"))
+            parts.append(Part("critique", f"{speech.inspection(scene, None)} ; keep all"))
             parts.append(Part("redraw", image=image))
             return parts, mistakes, True
-        words = f"{inspection(owed, scene, fault.mistake)} ; {refinement(fault.mistake, fault.target)}"
-        parts.append(Part("critique", words))
+        parts.append(Part("critique", f"{speech.inspection(scene, fault)} ; {speech.refinement(fault)}"))
         assert fault.repaired is not None
-        scene, images, image = fault.repaired, images - 1, render(fault.repaired)
-        fault = fault_of(owed, scene, planned, rng)
+        scene, images, image = fault.repaired, images - 1, speech.render(fault.repaired)
+        fault = speech.fault_of(scene)
         if fault is not None:
             mistakes.append(len(parts))
         parts.append(Part("redraw", image=image))

@@ -98,12 +98,32 @@ def inspection(owed: Record, scene: Scene, mistakes: Sequence[Mistake]) -> str:
     return f"{slots(owed, scene)} : {f'wrong {mistakes_said(mistakes)}' if mistakes else 'fine'}"
 
 
+def agrees(owed: Record, scene: Scene) -> bool:
+    """Whether every slot of an inspection is marked "yes"."""
+    return "no" not in slots(owed, scene).split()
+
+
 def slots(owed: Record, scene: Scene) -> str:
     """What is wanted beside what is seen, clause by clause, and whether they agree.
 
     A slot holds the objects of its class, those first that fit and then in reading order. What is left stands where
     something lacks, and else, where the class is counted, beside the others of it: one too many.
     """
+    include = owed["include"]
+    filled, extra = assigned(owed, scene)
+    for clause, group in zip(include, filled, strict=True):
+        group += [item for item in extra if item.shape == clause["class"]]
+        group.sort(key=lambda item: item.place)
+    said = []
+    for index, (clause, group) in enumerate(zip(include, filled, strict=True)):
+        mark = "yes" if _agrees(index, include, filled) else "no"
+        said.append(f"{_wanted(clause)} = {describe(group, ' and ')} {mark}")
+    return " , ".join(said)
+
+
+def assigned(owed: Record, scene: Scene) -> tuple[list[list[Object]], list[Object]]:
+    """The objects in the slot of each clause, at most as many as it asks for, and those that are one too many of a
+    counted class."""
     include = owed["include"]
     counted = {clause["class"] for clause in owed.get("exclude", ())}
     left = sorted(scene.objects, key=lambda item: item.place)
@@ -115,14 +135,8 @@ def slots(owed: Record, scene: Scene) -> str:
     for clause, group in zip(include, filled, strict=True):
         while left and len(group) < clause["count"]:
             group.append(left.pop(0))
-    for clause, group in zip(include, filled, strict=True):
-        group += [item for item in left if item.shape == clause["class"] and item.shape in counted]
-        group.sort(key=lambda item: item.place)
-    said = []
-    for index, (clause, group) in enumerate(zip(include, filled, strict=True)):
-        mark = "yes" if _agrees(index, include, filled) else "no"
-        said.append(f"{_wanted(clause)} = {describe(group, ' and ')} {mark}")
-    return " , ".join(said)
+    named = {clause["class"] for clause in include}
+    return filled, [item for item in left if item.shape in named & counted]
 
 
 def _fits(item: Object, clause: dict[str, Any]) -> bool:

@@ -112,19 +112,35 @@ def questions(kind: str, count: int, seed: int) -> list[Demonstration]:
     if kind not in KINDS:
         raise UserError(f"task 'shapes' asks no questions of the kind '{kind}'; {nearest(kind, KINDS)}")
     rng = np.random.default_rng([seed, list(KINDS).index(kind)])
+    return asked_of(kind, KINDS[kind], lambda: _scene(kind, rng), render, count, rng)
+
+
+def _scene(kind: str, rng: np.random.Generator) -> Scene:
+    scene = sample_scene(rng, int(rng.integers(1, MAX_OBJECTS + 1)))
+    if kind != "count":
+        return scene
+    # Else three of a shape would hardly ever be seen.
+    alike = rng.random(len(scene.objects)) < 0.6
+    first = scene.objects[0].shape
+    return Scene(
+        tuple(replace(o, shape=first if same else o.shape) for o, same in zip(scene.objects, alike, strict=True))
+    )
+
+
+def asked_of(
+    kind: str,
+    ask: Callable[[Scene, np.random.Generator], Asked | None],
+    scene_of: Callable[[], Scene],
+    draw: Callable[[Scene], np.ndarray],
+    count: int,
+    rng: np.random.Generator,
+) -> list[Demonstration]:
+    """`count` questions of a kind, each about a scene of its own. `ask` gives None where it has none about a scene."""
     made: list[Demonstration] = []
     while len(made) < count:
-        scene = sample_scene(rng, int(rng.integers(1, MAX_OBJECTS + 1)))
-        if kind == "count":  # else three of a shape would hardly ever be seen
-            alike = rng.random(len(scene.objects)) < 0.6
-            first = scene.objects[0].shape
-            scene = Scene(
-                tuple(
-                    replace(o, shape=first if same else o.shape) for o, same in zip(scene.objects, alike, strict=True)
-                )
-            )
-        asked = KINDS[kind](scene, rng)
+        scene = scene_of()
+        asked = ask(scene, rng)
         if asked is not None:
             question, answer = asked
-            made.append(Demonstration(question, {"kind": kind}, (Part("answer", answer),), media=(render(scene),)))
+            made.append(Demonstration(question, {"kind": kind}, (Part("answer", answer),), media=(draw(scene),)))
     return made

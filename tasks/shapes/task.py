@@ -20,10 +20,12 @@ from tasks.shapes import (
     critic,
     demonstrations,
     detector,
+    grid_critic,
     grid_demonstrations,
     grid_detector,
     grid_language,
     grid_prompts,
+    grid_questions,
     language,
     prompts,
     questions,
@@ -63,9 +65,10 @@ class ShapesTask:
             hint = nearest(key, known) if key not in known else f"it is {first['input']!r}"
             raise UserError(f"task.options.{key}: {first['msg']}; {hint}") from error
         grid = self.options.level != "easy"
-        self.question_kinds: tuple[str, ...] = () if grid else tuple(questions.KINDS)
+        self.question_kinds = tuple(grid_questions.KINDS if grid else questions.KINDS)
         self.sizes: tuple[str, ...] = tuple(SIZES) if grid else ()
         self._language = grid_language if grid else language
+        self._critique = grid_critic.critique if grid else critic.critique
         self._detect = grid_detector.detect if grid else detector.detect
         self.words = sorted(grid_language.vocabulary() if grid else prompts.prompt_words() | language.vocabulary())
 
@@ -87,17 +90,15 @@ class ShapesTask:
     # What the warm start's perception rows, critiques and corrupted images ask (docs/perception.md).
 
     def questions(self, kind: str, count: int, seed: int) -> list[Demonstration]:
-        return questions.questions(kind, count, seed)
+        level = self.options.level
+        if level == "easy":
+            return questions.questions(kind, count, seed)
+        return grid_questions.questions(level, kind, count, seed)
 
     def critique(self, format: str, record: Record, before: Sequence[Part], images: int, seed: int) -> Critique | None:
-        if self.options.level != "easy":
-            raise UserError(
-                f"task.level={self.options.level}: the task 'shapes' writes critiques of given images at the level "
-                "easy alone; leave out sft.critiques and sft.corruption"
-            )
         image = before[-1].image
         assert image is not None
-        return critic.critique(format, record, before, detector.detect(image), images, seed)
+        return self._critique(format, record, before, self._detect(image), images, seed)
 
     # What rewards/functions/critique_consistency.py asks of a task whose inspections can be read.
 
