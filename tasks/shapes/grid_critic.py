@@ -116,7 +116,7 @@ class Mender:
         """The first mistake that one change can mend, else the first one: what stands in a slot and is of another
         shape, color or size, slot by slot, then what is missing, then where things stand, then what is too many.
         None: nothing is wrong."""
-        first = None
+        first: Fault | None = None
         for fault in self._faults(scene):
             repaired = fault.repaired
             if repaired is not None and _tidy(repaired) and _plain(self.owed, repaired, exactly(repaired)):
@@ -151,7 +151,8 @@ class Mender:
             for index, clause in enumerate(self.owed["include"])
             for _ in range(clause["count"] - len(groups[index]))
         ]
-        objects, added = list(scene.objects), []
+        objects = list(scene.objects)
+        added: list[tuple[int, Object]] = []
         for index, clause in sorted(wanted, key=lambda one: one[1].size != "large"):
             item = self._somewhere(index, clause, groups, objects)
             if item is None:

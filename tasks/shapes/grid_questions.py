@@ -48,7 +48,8 @@ def _count(scene: Scene, rng: np.random.Generator) -> Asked | None:
         if there
         else (SHAPES[rng.integers(len(SHAPES))], list(COLORS)[rng.integers(len(COLORS))], _some_size(rng))
     )
-    named = ({}, {"color": color}, {"size": size})[rng.integers(3)]
+    ways: list[dict[str, str]] = [{}, {"color": color}, {"size": size}]
+    named = ways[rng.integers(3)]
     number = sum(
         one.shape == shape
         and one.color == named.get("color", one.color)
