@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policy.scoring.changed import changed_codes
 from record.trajectory import DecisionKind, Trajectory
 from rewards.manager import RewardManager
 from rewards.replayed import clear
@@ -292,6 +293,8 @@ def _decisions(
             advantage_PS[row, : len(advantage_S)] = torch.from_numpy(advantage_S)
     at = (forward.pass_N, forward.segment_N)
     weight_N = weight_PS[at] * kind_weights(config)[forward.kind_N]
+    if config.changed_weight != 1 and not bool(forward.padding):
+        weight_N = weight_N * _changed_weights(forward, by_key, config.changed_weight)
     if config.flow.ratio == "guard":  # which weighs a denoising step by its size, known to the policy alone
         weight_N = torch.where(forward.kind_N == DecisionKind.FLOW, forward.weight_N, weight_N)
     return ScoredDecisions(
@@ -304,6 +307,20 @@ def _decisions(
         forward.behaviour_log_ratio_N,
         forward.entropy_N,
     )
+
+
+def _changed_weights(forward: KeptForward, by_key: Mapping[tuple[int, int], Trajectory], weight: float) -> torch.Tensor:
+    """policy.scoring.changed.changed_weights, of kept decisions."""
+    weight_N = torch.ones(len(forward.pass_N))
+    for row, key in enumerate(forward.keys):
+        if key not in by_key:
+            continue
+        for segment in forward.segment_N[forward.pass_N == row].unique().tolist():
+            changed_C = changed_codes(by_key[key], segment)
+            if changed_C is not None:
+                at_C = torch.nonzero((forward.pass_N == row) & (forward.segment_N == segment))[:, 0]
+                weight_N[at_C[torch.from_numpy(changed_C)]] = weight
+    return weight_N
 
 
 def needing_weights(kept: KeptStep) -> tuple[str, ...]:

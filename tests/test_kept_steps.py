@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import rl.grpo
+from formats.registry import get_format
 from record.digests import altered_parts, digests_of
 from record.trajectory import DecisionKind
 from rewards.config import RewardsConfig
@@ -37,7 +38,10 @@ from rl.replay import (
     update_again,
 )
 from rl.trainer import Trainer
+from rollout.config import RolloutConfig
+from rollout.engine.engine import Engine
 from rollout.pool.contract import FailedGroup
+from rollout.pool.local import LocalRollouts
 from runtime.errors import UserError
 from tests.bigram import BigramPolicy, sampled_groups
 from tests.fakes import FakePolicy
@@ -111,6 +115,19 @@ def test_every_stage_of_a_step_comes_out_as_the_run_had_it(kept, step):
     assert {m.name: m.stored for m in found.metrics}["grad_norm"] == row["grad_norm"]
     if step > 1:
         assert row["loss/kl"] > 0 and row["log_ratio/max"] > 0
+
+
+def test_weights_of_changed_codes_are_those_of_the_run(tmp_path):
+    norms = []
+    for weight in (1.0, 3.0):
+        run = make_chameleon(tmp_path / str(weight), steps=1, keep_rollouts=1, changed_weight=weight)
+        two = get_format("strokes", max_images=2, min_images=2)  # so that there is a second image, which is weighed
+        run.rollouts = LocalRollouts(Engine(run.policy, two, RolloutConfig(rows=8, max_tokens=100)))
+        rl.grpo.train(run)
+        found = replayed(run.folder, 1, make_chameleon(tmp_path / "x").policy, OddCodes(), **run.config.model_dump())
+        assert found.equal, found.first
+        norms.append(read_metrics(run.folder / "metrics.jsonl")[0]["grad_norm"])
+    assert norms[0] != norms[1]
 
 
 def test_without_the_weights_everything_but_new_log_probs_comes_out(kept):

@@ -114,6 +114,15 @@ def test_an_unpaid_part_is_flagged_only_where_it_falls(capsys, tmp_path):
     assert told(capsys, planted(tmp_path / "fell", other=(0.5, moves - 0.3)))["flagged"]
 
 
+@pytest.mark.parametrize("level, watched", [("trajectory", True), ("segment", False), ("reward_to_go", False)])
+def test_a_part_that_credits_segments_is_paid(capsys, tmp_path, level, watched):
+    run = planted(tmp_path / "run")
+    recipe = RECIPE.replace("good * (1 + neat)", "good") + f"grpo: {{advantage_level: {level}}}\n"
+    (run / "recipe.yaml").write_text(recipe)
+    found = told(capsys, run)
+    assert ("reward/neat" in {each["name"] for each in found["watched"]}) == watched
+
+
 def test_a_reward_that_did_not_rise_explains_nothing_away(capsys, tmp_path):
     found = told(capsys, planted(tmp_path / "run", good=(0.4, 0.4), truth=(0.6, 0.4)))
     assert not found["flagged"] and found["verdict"][0].startswith("The trained reward did not rise beyond chance")
@@ -179,6 +188,9 @@ def test_what_cannot_be_explained_is_a_sentence(capsys, tmp_path):
     assert "no evaluation there; run `underdrawing evaluate RECIPE run_dir=" in said and "--from" not in said
     (empty / "metrics.jsonl").write_text('{"step": 3}\n{"step": 9}\n')
     assert "or give two steps of its training: --from 3 --to 9" in refused(capsys, "why", empty)
+    said = refused(capsys, "why", empty, "--from", 3, "--to", 9)
+    assert "2 steps of training are between those ends, and two windows of them need at least 4" in said
+    (empty / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(3, 10)))
     assert "nothing there has the parts of the reward" in refused(capsys, "why", empty, "--from", 3, "--to", 9)
 
     bare = planted(tmp_path / "bare", metrics=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -78,7 +79,9 @@ def run_diff(recipe: Recipe, a: str, b: str, prompts: int, out: Path | None = No
     page = DiffPage(recipe.name, sides[0].label, sides[1].label, pairs, found, compared.score, compared.score_name)
     write_diff(page, path)
     same = answers[0].fingerprint == answers[1].fingerprint
-    _print(Console(), sides, found, compared.score, compared.score_name, same)
+    tags = Counter(prompt.tag for prompt in answers[0].heldout.prompts)
+    alone = sum(count == 1 for count in tags.values())
+    _print(Console(), sides, found, compared.score, compared.score_name, same, alone)
     print(f"report: {path}")
     print(
         json.dumps(
@@ -247,8 +250,15 @@ def _pairs(a: _Answers, b: _Answers) -> list[ThoughtPair]:
 
 
 def _print(
-    console: Console, sides: tuple[Side, Side], found: DiffSummary, score: ScorePair, name: str, same_weights: bool
+    console: Console,
+    sides: tuple[Side, Side],
+    found: DiffSummary,
+    score: ScorePair,
+    name: str,
+    same_weights: bool,
+    alone: int,
 ) -> None:
+    """`alone`: kinds of prompt with one prompt each."""
     for letter, side in zip("AB", sides, strict=True):
         console.print(Text(f"{letter}: {side.label} ({side.weights})", "italic"), soft_wrap=True)
     if found.equal == found.pairs:
@@ -276,6 +286,12 @@ def _print(
         ),
         soft_wrap=True,
     )
+    if alone:
+        console.print(
+            f"{alone} of the kinds of prompt have one prompt each, whose spread the interval does not hold; give more "
+            "--prompts",
+            soft_wrap=True,
+        )
     console.print(
         "Decisions in common: the median number before the first that differs. Gained: prompts that B answers better.",
         soft_wrap=True,

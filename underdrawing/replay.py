@@ -293,9 +293,9 @@ def _print(console: Console, kept: KeptStep, replay: Replay, notes: Sequence[str
         soft_wrap=True,
     )
     table = Table()
-    table.add_column("metric", no_wrap=True)
-    for name in ("stored", "replayed", "difference"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("metric", overflow="fold")  # numbers stay whole where the terminal is narrow
+    for name, width in (("stored", 13), ("replayed", 13), ("differs", 9)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
     for stage in replay.values:
         table.add_section()
         table.add_row(Text(TITLES[stage], "bold"))

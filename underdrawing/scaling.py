@@ -241,7 +241,10 @@ def _held_to_rounds(recipe: Recipe) -> FormatConfig:
     try:
         held.build()
     except UserError as error:
-        raise EvaluationError(f"scaling.rounds: thoughts cannot be held to {least} rounds: {error}") from None
+        raise EvaluationError(
+            f"scaling.rounds: thoughts cannot be held to {least} rounds, so give fewer, or [1] for what the policy "
+            f"does by itself: {error}"
+        ) from None
     return held
 
 

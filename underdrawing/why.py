@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def explain(run: Path, start: str | None = None, end: str | None = None, resampl
         raise EvaluationsError(f"{run}: no such folder; give a run's")
     metrics = [row for row in read_metrics(run / "metrics.jsonl") if "step" in row]
     ends = _ends(run, metrics, start, end)
-    recipe, notes = _recipe(run)
+    recipe, notes = _recipe(run, metrics)
     before, after = (each if isinstance(each, KeptEvaluation) else None for each in ends)
     steps = tuple(each.step if isinstance(each, KeptEvaluation) else each for each in ends)
     both = windows.windows(metrics, 20 if recipe is None else recipe.rewards.alarms.window, *steps)
@@ -196,6 +196,12 @@ def explain(run: Path, start: str | None = None, end: str | None = None, resampl
         first, last = (f"steps {rows[0]['step']} to {rows[-1]['step']}" for rows in both)
         notes.append(f"training: {first} against {last}")
     if not parts:
+        inside = [row["step"] for row in metrics if _within(row["step"], *steps)]
+        if both is None and inside:
+            raise EvaluationsError(
+                f"{run}: {len(inside)} steps of training are between those ends, and two windows of them need at least "
+                f"4; {AGAIN}"
+            )
         raise EvaluationsError(
             f"{run}: nothing there has the parts of the reward at both ends, neither the evaluations nor "
             f"metrics.jsonl; {AGAIN}"
@@ -276,24 +282,35 @@ def _first_comparable(last: End, evaluations: Sequence[KeptEvaluation], run: Pat
     )
 
 
+def _within(step: int, start: int | None, end: int | None) -> bool:
+    return (start is None or step >= start) and (end is None or step <= end)
+
+
 def _labels(evaluations: Sequence[KeptEvaluation]) -> str:
     return ", ".join(kept.label for kept in evaluations) or "none"
 
 
-def _recipe(run: Path) -> tuple[Recipe | None, list[str]]:
+def _recipe(run: Path, metrics: Sequence[Mapping[str, Any]]) -> tuple[Recipe | None, list[str]]:
     """What the run was trained by, and what to say where that cannot be read."""
     path = run / "recipe.yaml"
     try:
         data = load_yaml(path.read_text("utf-8"))
         rewards = RewardsConfig.model_validate(data["rewards"], context=reading(path.parent))
         grpo = data.get("grpo") or {}
-        weights, by_segment = grpo.get("segment_reward_weights") or {}, grpo.get("advantage_level") == "segment"
+        weights = grpo.get("segment_reward_weights") or {}
+        by_segment = grpo.get("advantage_level", "trajectory") != "trajectory"
         beside = [
             name
             for name, part in rewards.parts.items()
             if by_segment and not part.log_only and name not in rewards.expression().names and weights.get(name, 1.0)
         ]
-        return Recipe(rewards, tuple(beside), tuple(name for name in beside if name in weights)), []
+        logged = {name for row in metrics for name in row}
+        credits = [  # of the others, those that credited a segment say so
+            name
+            for name in beside
+            if name in weights or any(metric.startswith(f"reward/{name}/role/") for metric in logged)
+        ]
+        return Recipe(rewards, tuple(beside), tuple(credits)), []
     except FileNotFoundError:
         reason = "it is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, UserError) as error:
