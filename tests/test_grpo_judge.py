@@ -90,7 +90,7 @@ def run_with(folder, server, retries):
     return [result.groups for result in kept], lines(folder / "run")
 
 
-@pytest.mark.parametrize("retries", [0, 1])
+@pytest.mark.parametrize("retries", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_judge_that_hangs_and_fails_leaves_rows_unjudged_and_never_at_zero(tmp_path, retries):
     answer = Troubled()
     with JudgeServer(answer) as server:

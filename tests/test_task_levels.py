@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from policy.registry import load_policy
 from rollout.config import RolloutConfig
 from rollout.engine.engine import Engine
 from rollout.requests import RolloutRequest
+from tasks.registry import get_task
 from underdrawing import build
 from underdrawing.recipe import RecipeError, check_recipe, dump_recipe, load_recipe
 
@@ -67,3 +69,10 @@ def test_a_direct_thought_is_one_image_and_the_end():
         _, image, *rest = trajectory.segments
         assert image.role == "final" and len(image.ids) == 18 and image.image.shape == (32, 32, 3)
         assert [segment.role for segment in rest] in ([], ["end"]) and fmt.violations(trajectory) == []
+
+
+@pytest.mark.parametrize("level", ["easy", "middle", "hard"])
+def test_the_task_travels_to_other_processes(level):
+    again = pickle.loads(pickle.dumps(get_task("shapes", level=level)))
+    text = again.demonstrations("strokes", 1, 0)[0].parts[2].text
+    assert again.options.level == level and again.verdict(text) is not None

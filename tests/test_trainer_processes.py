@@ -98,6 +98,7 @@ def launch(processes: int, script: str, *args: str) -> None:
         assert process.returncode == 0, errors
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # importing everything on a busy machine
 def test_two_processes_give_the_losses_and_weights_of_one(tmp_path):
     ones = three_steps(Accelerator(cpu=True))

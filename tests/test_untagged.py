@@ -101,7 +101,7 @@ def test_a_run_evaluates_without_tags(run, tmp_path):
     [
         ({}, "has no `include`, by which GenEval's rule scores an image"),
         ({"include": []}, "has no `include`"),
-        ({"include": 3}, "include has 3; it is a list of {class, count from 1, color?, position?}"),
+        ({"include": 3}, "include has 3; it is a list of {class, count from 1, color?, size?, position?}"),
         ({"include": [{"count": 1}]}, "include has {'count': 1}"),
         ({"include": CIRCLE, "exclude": ["circle"]}, "exclude has 'circle'"),
         ({"include": [{"class": "dog", "count": 1}]}, "'dog'"),

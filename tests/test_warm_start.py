@@ -130,7 +130,7 @@ def logprob_of_last_words(policy, fmt, trajectories) -> np.ndarray:
     return scored.logprob_N[scored.segment_N == 3].reshape(-1, 3).mean(0).numpy()
 
 
-@pytest.mark.parametrize("view", ["plain", "window"])
+@pytest.mark.parametrize("view", [pytest.param("plain", marks=pytest.mark.slow), "window"])
 def test_it_learns_under_the_contexts_that_it_samples_from(view, tmp_path):
     policy, fmt = FakePolicy(), FakeFormat(view)
     heldout = told(policy.vocabulary, 24, seed=1)

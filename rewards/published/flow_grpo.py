@@ -23,7 +23,8 @@ def flow_grpo_geneval(
     image: Literal["final", "first", "each"] = "final",
     threshold: float = SCORE_THRESHOLD,
     counting_threshold: float = COUNTING_THRESHOLD,
+    detector: str | None = None,
     **columns: Any,
 ) -> list[float | dict[int, float] | None]:
     """At most 1, unbounded below; 0 without an image; None for a record without `include`. Options are `geneval`'s."""
-    return geneval(trajectories, context, log_extra, image, "flow_grpo", threshold, counting_threshold)
+    return geneval(trajectories, context, log_extra, image, "flow_grpo", threshold, counting_threshold, detector)

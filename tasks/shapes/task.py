@@ -7,6 +7,7 @@ grid's files of those names.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -67,10 +68,13 @@ class ShapesTask:
         grid = self.options.level != "easy"
         self.question_kinds = tuple(grid_questions.KINDS if grid else questions.KINDS)
         self.sizes: tuple[str, ...] = tuple(SIZES) if grid else ()
-        self._language = grid_language if grid else language
         self._critique = grid_critic.critique if grid else critic.critique
         self._detect = grid_detector.detect if grid else detector.detect
         self.words = sorted(grid_language.vocabulary() if grid else prompts.prompt_words() | language.vocabulary())
+
+    @property
+    def _language(self) -> ModuleType:  # no attribute: the task travels to other processes, and modules do not
+        return language if self.options.level == "easy" else grid_language
 
     def prompts(self, split: Split) -> list[Record]:
         if split not in ("train", "heldout"):
