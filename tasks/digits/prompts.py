@@ -22,7 +22,7 @@ import numpy as np
 from tasks.base import Record, Split
 from tasks.digits.scans import DIGITS
 from tasks.digits.world import COLORS, Digit, digit
-from tasks.shapes.prompts import INVERSE, NUMBERS, RELATION_MARGIN, TAGS, TEMPLATES, compositions, related
+from tasks.shapes.prompts import INVERSE, NUMBERS, RELATION_MARGIN, TAGS, compositions, pools_of, related
 from tasks.shapes.world import Scene, layouts
 
 _NAMES = tuple(COLORS)
@@ -84,14 +84,7 @@ def _contents() -> list[tuple[str, str, list[dict[str, Any]]]]:
 
 @cache
 def _pools() -> dict[tuple[str, str], tuple[Record, ...]]:
-    pools: dict[tuple[str, str], list[Record]] = {}
-    for tag, phrase, include in _contents():
-        for index, template in enumerate(TEMPLATES):
-            record: Record = {"tag": tag, "prompt": f"{template} {phrase}", "include": include}
-            if tag == "counting":
-                record["exclude"] = [{"class": include[0]["class"], "count": include[0]["count"] + 1}]
-            pools.setdefault((split_of(record, index), tag), []).append(record)
-    return {key: tuple(records) for key, records in pools.items()}
+    return pools_of(_contents(), split_of)
 
 
 def pool(split: Split, tag: str) -> tuple[Record, ...]:

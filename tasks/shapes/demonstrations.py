@@ -13,7 +13,7 @@ the words of the tool `look`, and direct, which is one right image without words
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,27 +78,24 @@ def slip(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
     return _wrong_shape(record, scene, rng)  # breaks every prompt
 
 
-def _slips(record: Record, scene: Scene, rng: np.random.Generator, count: int) -> list[Slip]:
-    return [slip(record, scene, rng) for _ in range(count)]
-
-
-def _other(rng: np.random.Generator, names: tuple[str, ...], name: str) -> str:
-    names = tuple(n for n in names if n != name)
-    return names[rng.integers(len(names))]
+def other(rng: np.random.Generator, names: Iterable[str], name: str) -> str:
+    """Any of the names but this one."""
+    left = [one for one in names if one != name]
+    return left[rng.integers(len(left))]
 
 
 def _wrong_color(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
     index = int(rng.integers(len(scene.objects)))
     target = scene.objects[index]
-    wrong = replace(target, color=_other(rng, tuple(COLORS), target.color))
-    return Slip(_put(scene, index, wrong), Mistake("color", clause_of(wrong)), target)
+    wrong = replace(target, color=other(rng, tuple(COLORS), target.color))
+    return Slip(put(scene, index, wrong), Mistake("color", clause_of(wrong)), target)
 
 
 def _wrong_shape(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
     index = int(rng.integers(len(scene.objects)))
     target = scene.objects[index]
-    wrong = replace(target, shape=_other(rng, SHAPES, target.shape))
-    return Slip(_put(scene, index, wrong), Mistake("shape", clause_of(wrong)), target)
+    wrong = replace(target, shape=other(rng, SHAPES, target.shape))
+    return Slip(put(scene, index, wrong), Mistake("shape", clause_of(wrong)), target)
 
 
 def _wrong_place(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
@@ -106,7 +103,7 @@ def _wrong_place(record: Record, scene: Scene, rng: np.random.Generator) -> Slip
     target = scene.objects[index]
     places = free_places([item.place for i, item in enumerate(scene.objects) if i != index])
     wrong = replace(target, place=places[rng.integers(len(places))])
-    return Slip(_put(scene, index, wrong), Mistake("place", clause_of(wrong)), target)
+    return Slip(put(scene, index, wrong), Mistake("place", clause_of(wrong)), target)
 
 
 def _missing(record: Record, scene: Scene, rng: np.random.Generator) -> Slip:
@@ -133,8 +130,29 @@ _SLIPS: dict[str, Callable[[Record, Scene, np.random.Generator], Slip | None]] =
 }
 
 
-def _put(scene: Scene, index: int, item: Object) -> Scene:
+def put(scene: Scene, index: int, item: Object) -> Scene:
+    """The scene with another object in the place of one."""
     return Scene((*scene.objects[:index], item, *scene.objects[index + 1 :]))
+
+
+# ---- worlds -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """What the formats below are written of: tasks/digits has another one."""
+
+    sample_scene_for: Callable[[Record, np.random.Generator], Scene]
+    slip: Callable[[Record, Scene, np.random.Generator], Slip]
+    requirement: Callable[[Record, str], Record]
+    render: Callable[[Scene], np.ndarray]
+
+    def slips(self, record: Record, scene: Scene, rng: np.random.Generator, count: int) -> list[Slip]:
+        return [self.slip(record, scene, rng) for _ in range(count)]
+
+
+SHAPES_WORLD = World(sample_scene_for, slip, requirement, render)
+Write = Callable[[Record, np.random.Generator, float], Demonstration]  # a record, noise, the rate of mistakes
 
 
 # ---- building blocks --------------------------------------------------------------------------------------------
@@ -143,7 +161,7 @@ def _put(scene: Scene, index: int, item: Object) -> Scene:
 class Writer:
     """Collects the parts of one demonstration; `render` draws its images."""
 
-    def __init__(self, render: Callable[[Scene], np.ndarray] = render) -> None:
+    def __init__(self, render: Callable[[Scene], np.ndarray]) -> None:
         self.render = render
         self.parts: list[Part] = []
         self.mistakes: list[int] = []
@@ -178,29 +196,31 @@ def _split(scene: Scene) -> tuple[list[Object], list[Object]]:
 # ---- the formats ------------------------------------------------------------------------------------------------
 
 
-def strokes(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
+def strokes(
+    record: Record, rng: np.random.Generator, mistake_rate: float, world: World = SHAPES_WORLD
+) -> Demonstration:
     """plan, sketch, inspect, (refine, redraw, inspect)*, and again from plan where a stroke is left.
 
     The first sketch attempts the whole prompt but for one in four thoughts on several objects, which are drawn in two
     strokes. A whole sketch that is right at once is planned and drawn a second time unchanged ("keep all"), which shows
     how to copy; the plan to do so is needless, so a policy learns from the other thoughts that "fine" is the end.
     """
-    scene = sample_scene_for(record, rng)
+    scene = world.sample_scene_for(record, rng)
     wrong = rng.random() < mistake_rate
-    out = Writer()
+    out = Writer(world.render)
     if len(scene.objects) > 1 and rng.random() < TWO_STROKES:
         first, second = _split(scene)
         part = Scene(tuple(first))
         text = plan(instruction("draw", first), part)
         late, both = rng.random(2) < (0.5, ANOTHER_MISTAKE)  # where it goes wrong
-        _stroke(out, requirement(record, text), part, text, rng, int(wrong and (both or not late)))
-        _stroke(out, record, scene, plan(instruction("add", second), scene), rng, int(wrong and (both or late)))
+        _stroke(world, out, world.requirement(record, text), part, text, rng, int(wrong and (both or not late)))
+        _stroke(world, out, record, scene, plan(instruction("add", second), scene), rng, int(wrong and (both or late)))
     elif wrong:
-        _stroke(out, record, scene, plan("draw all", scene), rng, _how_often(rng))
+        _stroke(world, out, record, scene, plan("draw all", scene), rng, _how_often(rng))
     else:
-        _stroke(out, record, scene, plan("draw all", scene), rng, 0)
+        _stroke(world, out, record, scene, plan("draw all", scene), rng, 0)
         out.needless.append(len(out.parts))
-        _stroke(out, record, scene, plan("keep all", scene), rng, 0)
+        _stroke(world, out, record, scene, plan("keep all", scene), rng, 0)
     return out.finish(record)
 
 
@@ -209,11 +229,13 @@ def _how_often(rng: np.random.Generator) -> int:
     return min(int(rng.geometric(1 - ANOTHER_MISTAKE)), MAX_IMAGES - 1)
 
 
-def _stroke(out: Writer, record: Record, scene: Scene, plan_text: str, rng: np.random.Generator, wrong: int) -> None:
+def _stroke(
+    world: World, out: Writer, record: Record, scene: Scene, plan_text: str, rng: np.random.Generator, wrong: int
+) -> None:
     """One stroke with its inspections; the first `wrong` of its images have a mistake each."""
     out.say("plan", plan_text)
     role = "sketch"
-    for made in _slips(record, scene, rng, wrong):
+    for made in world.slips(record, scene, rng, wrong):
         out.draw(role, made.scene, wrong=True)
         out.say("inspect", f"<inspect> {inspection(record, made.scene, made.mistake)} </inspect>")
         out.say("refine", f"<refine> {refinement(made.mistake, made.target)} </refine>")
@@ -222,21 +244,23 @@ def _stroke(out: Writer, record: Record, scene: Scene, plan_text: str, rng: np.r
     out.say("inspect", f"<inspect> {inspection(record, scene, None)} </inspect>")
 
 
-def subgoals(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
+def subgoals(
+    record: Record, rng: np.random.Generator, mistake_rate: float, world: World = SHAPES_WORLD
+) -> Demonstration:
     """A plan in words, one or two images of its parts with words on each, then the image of the whole.
 
     Half of the parts that went wrong are drawn again before going on; the others are put right in the whole.
     """
-    scene = sample_scene_for(record, rng)
+    scene = world.sample_scene_for(record, rng)
     steps = [list(scene.objects)] if len(scene.objects) == 1 else list(_split(scene))
-    out = Writer()
+    out = Writer(world.render)
     out.say("plan", " ; ".join(describe(Scene(tuple(step))) for step in steps))
     wrong = int(rng.integers(len(steps))) if rng.random() < mistake_rate else -1
     for index, step in enumerate(steps):
         part = Scene(tuple(step))
-        owed = requirement(record, f"<des> {describe(part)} </des>")
+        owed = world.requirement(record, f"<des> {describe(part)} </des>")
         repeat = rng.random() < 0.5
-        for made in _slips(owed, part, rng, int(index == wrong)):
+        for made in world.slips(owed, part, rng, int(index == wrong)):
             out.draw("subgoal", made.scene, wrong=True)
             out.say("reflect", _critique(owed, made.scene, made))
         if index != wrong or repeat:
@@ -246,12 +270,14 @@ def subgoals(record: Record, rng: np.random.Generator, mistake_rate: float) -> D
     return out.finish(record)
 
 
-def self_critique(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
+def self_critique(
+    record: Record, rng: np.random.Generator, mistake_rate: float, world: World = SHAPES_WORLD
+) -> Demonstration:
     """An image at once, words on it, and another image; again while the last one is wrong."""
-    scene = sample_scene_for(record, rng)
-    out = Writer()
+    scene = world.sample_scene_for(record, rng)
+    out = Writer(world.render)
     role = "sketch"
-    for made in _slips(record, scene, rng, _how_often(rng) if rng.random() < mistake_rate else 0):
+    for made in world.slips(record, scene, rng, _how_often(rng) if rng.random() < mistake_rate else 0):
         out.draw(role, made.scene, wrong=True)
         out.say("critique", _critique(record, made.scene, made))
         role = "redraw"
@@ -269,10 +295,10 @@ def look(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demon
     image is its repair.
     """
     scene = sample_scene_for(record, rng)
-    out = Writer()
+    out = Writer(render)
     text = describe(scene)
     wrong = min(_how_often(rng), MAX_LOOKED_AT - 1) if rng.random() < mistake_rate else 0
-    for made in _slips(record, scene, rng, wrong):
+    for made in SHAPES_WORLD.slips(record, scene, rng, wrong):
         out.say("plan", f"<ins> {text} </ins>")
         out.draw("sketch", made.scene, wrong=True)
         glance(out, _block(made.mistake.object.place or PLACES[0]))
@@ -298,14 +324,14 @@ def glance(out: Writer, box: tuple[int, int, int, int]) -> None:
     out.parts.append(Part("crop", image=crop(image, box), author=Author.ENVIRONMENT))
 
 
-def direct(record: Record, rng: np.random.Generator, mistake_rate: float) -> Demonstration:
+def direct(record: Record, rng: np.random.Generator, mistake_rate: float, world: World = SHAPES_WORLD) -> Demonstration:
     """The whole in one image, without a word."""
-    out = Writer()
-    out.draw("final", sample_scene_for(record, rng))
+    out = Writer(world.render)
+    out.draw("final", world.sample_scene_for(record, rng))
     return out.finish(record)
 
 
-FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]] = {
+FORMATS: dict[str, Write] = {
     "strokes": strokes,
     "subgoals": subgoals,
     "self_critique": self_critique,
@@ -314,17 +340,31 @@ FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]
 }
 
 
-def demonstrations(format: str, count: int, seed: int, mistake_rate: float = 0.5) -> list[Demonstration]:
-    """`count` demonstrations over train prompts, all tags equally often.
+def format_of(task: str, formats: Mapping[str, Write], name: str) -> Write:
+    """Raises UserError for a format that has no demonstrations in that task."""
+    if name not in formats:
+        raise UserError(f"task '{task}' has no demonstrations in the format '{name}'; {nearest(name, formats)}")
+    return formats[name]
 
-    Raises:
-        UserError: a format that has no demonstrations here.
-    """
-    if format not in FORMATS:
-        raise UserError(f"task 'shapes' has no demonstrations in the format '{format}'; {nearest(format, FORMATS)}")
-    rng = np.random.default_rng([seed, list(FORMATS).index(format)])
+
+def spread(
+    write: Write,
+    count: int,
+    rng: np.random.Generator,
+    mistake_rate: float,
+    tags: Sequence[str],
+    pool_of: Callable[[str], Sequence[Record]],
+) -> list[Demonstration]:
+    """`count` demonstrations over the records of all tags, each tag equally often, in any order."""
     made = []
     for index in range(count):
-        records = pool("train", TAGS[index % len(TAGS)])
-        made.append(FORMATS[format](records[rng.integers(len(records))], rng, mistake_rate))
+        records = pool_of(tags[index % len(tags)])
+        made.append(write(records[int(rng.integers(len(records)))], rng, mistake_rate))
     return [made[i] for i in rng.permutation(count)]
+
+
+def demonstrations(format: str, count: int, seed: int, mistake_rate: float = 0.5) -> list[Demonstration]:
+    """`count` demonstrations over train prompts, all tags equally often. Raises UserError as `format_of`."""
+    write = format_of("shapes", FORMATS, format)
+    rng = np.random.default_rng([seed, list(FORMATS).index(format)])
+    return spread(write, count, rng, mistake_rate, TAGS, lambda tag: pool("train", tag))

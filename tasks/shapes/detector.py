@@ -8,7 +8,7 @@ Letters: P palette colors (ground first), K templates (shape by shift), W a wind
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import numpy as np
@@ -28,6 +28,7 @@ SHIFT = 2  # px by which a blob's box may be off a template's
 IOU_FLOOR, IOU_FULL = 0.55, 0.85
 
 _COLOR_NAMES = tuple(COLORS)
+Reading = tuple[str, str | None, float]  # of a blob: its shape, its size where there are several, its score
 
 
 class ImageError(UserError):
@@ -114,16 +115,33 @@ def detect(image: np.ndarray) -> list[Detection]:
     Raises:
         ImageError: another type or size.
     """
+    return read_blobs(image, MIN_AREA, _read)
+
+
+def _read(mask: np.ndarray, box: tuple[float, ...], area: int) -> Reading:
+    shape, iou = _templates().match(mask, box, area)
+    return shape, None, scored(iou, IOU_FLOOR, IOU_FULL)
+
+
+def scored(iou: float, floor: float, full: float) -> float:
+    """0 up to an overlap of `floor`, 1 from `full` on, linear between them."""
+    return float(np.clip((iou - floor) / (full - floor), 0, 1))
+
+
+def read_blobs(
+    image: np.ndarray, least: int, read: Callable[[np.ndarray, tuple[float, ...], int], Reading]
+) -> list[Detection]:
+    """Every blob of one color with `least` px or more that `read` (mask, box, area) takes for an object, best score
+    first, then in reading order. Raises ImageError as `detect`."""
     colors = color_map(image)
     blobs = label(colors, background=0, connectivity=1)
     areas = np.bincount(blobs.ravel())
     found = []
-    for index in np.flatnonzero(areas[1:] >= MIN_AREA) + 1:
+    for index in np.flatnonzero(areas[1:] >= least) + 1:
         mask = blobs == index
         ys, xs = np.nonzero(mask)
         box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-        shape, iou = _templates().match(mask, box, int(areas[index]))
-        score = float(np.clip((iou - IOU_FLOOR) / (IOU_FULL - IOU_FLOOR), 0, 1))
+        shape, size, score = read(mask, box, int(areas[index]))
         if score > 0:
-            found.append(Detection(box, score, _COLOR_NAMES[colors[ys[0], xs[0]] - 1], mask, shape))
+            found.append(Detection(box, score, _COLOR_NAMES[colors[ys[0], xs[0]] - 1], mask, shape, size))
     return sorted(found, key=lambda d: (-d.score, d.box[1], d.box[0]))

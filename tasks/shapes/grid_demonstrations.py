@@ -9,14 +9,22 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
 
-from runtime.errors import UserError, nearest
 from tasks.base import Demonstration, Record
-from tasks.shapes.demonstrations import ANOTHER_MISTAKE, MAX_IMAGES, MAX_LOOKED_AT, Writer, glance
+from tasks.shapes.demonstrations import (
+    ANOTHER_MISTAKE,
+    MAX_IMAGES,
+    MAX_LOOKED_AT,
+    Write,
+    Writer,
+    format_of,
+    glance,
+    spread,
+)
 from tasks.shapes.grid import SPAN, box_of, render, sample_scene_for, size_of
 from tasks.shapes.grid_language import clause_of, describe, inspection, plan, refinement, requirement
 from tasks.shapes.grid_mistakes import Slip, slip
@@ -180,7 +188,7 @@ def direct(record: Record, rng: np.random.Generator, mistake_rate: float) -> Dem
     return out.finish(record)
 
 
-FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]] = {
+FORMATS: dict[str, Write] = {
     "strokes": strokes,
     "subgoals": subgoals,
     "self_critique": self_critique,
@@ -190,16 +198,7 @@ FORMATS: dict[str, Callable[[Record, np.random.Generator, float], Demonstration]
 
 
 def demonstrations(level: Level, format: str, count: int, seed: int, mistake_rate: float = 0.5) -> list[Demonstration]:
-    """`count` demonstrations over train prompts, all tags equally often.
-
-    Raises:
-        UserError: a format that has no demonstrations here.
-    """
-    if format not in FORMATS:
-        raise UserError(f"task 'shapes' has no demonstrations in the format '{format}'; {nearest(format, FORMATS)}")
+    """`count` demonstrations over train prompts, all tags equally often. Raises UserError as `format_of`."""
+    write = format_of("shapes", FORMATS, format)
     rng = np.random.default_rng([seed, list(FORMATS).index(format), list(TAGS).index(level)])
-    made = []
-    for index in range(count):
-        records = pool(level, "train", TAGS[level][index % len(TAGS[level])])
-        made.append(FORMATS[format](records[rng.integers(len(records))], rng, mistake_rate))
-    return [made[i] for i in rng.permutation(count)]
+    return spread(write, count, rng, mistake_rate, TAGS[level], lambda tag: pool(level, "train", tag))

@@ -10,19 +10,15 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from skimage.measure import label
 
 from tasks.base import Detection
-from tasks.shapes.detector import IOU_FLOOR, IOU_FULL, Templates, color_map
+from tasks.shapes.detector import IOU_FLOOR, IOU_FULL, Reading, Templates, read_blobs, scored
 from tasks.shapes.grid import MASKS_OF, SIZES
-from tasks.shapes.world import COLORS
 
 MIN_AREA = 12  # px; smaller blobs are blur or dirt. The smallest object, a small cross, has 20
 SHIFT = {"small": 1, "large": 2}  # px by which a blob's box may be off a template's
 # IoU from which an object has a score above 0, and from which it has 1.
 SCORED = {"small": (0.8, 0.95), "large": (IOU_FLOOR, IOU_FULL)}
-
-_COLOR_NAMES = tuple(COLORS)
 
 
 @cache
@@ -39,20 +35,11 @@ def detect(image: np.ndarray) -> list[Detection]:
     Raises:
         ImageError: another type or size.
     """
-    colors = color_map(image)
-    blobs = label(colors, background=0, connectivity=1)
-    areas = np.bincount(blobs.ravel())
-    found = []
-    for index in np.flatnonzero(areas[1:] >= MIN_AREA) + 1:
-        mask = blobs == index
-        ys, xs = np.nonzero(mask)
-        box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-        side = max(box[2] - box[0], box[3] - box[1])
-        size = min(SIZES, key=lambda name: abs(SIZES[name] - side))
-        shape, iou = _templates(size).match(mask, box, int(areas[index]))
-        floor, full = SCORED[size]
-        score = float(np.clip((iou - floor) / (full - floor), 0, 1))
-        if score > 0:
-            color = _COLOR_NAMES[colors[ys[0], xs[0]] - 1]
-            found.append(Detection(box, score, color, mask, shape, size))
-    return sorted(found, key=lambda d: (-d.score, d.box[1], d.box[0]))
+    return read_blobs(image, MIN_AREA, _read)
+
+
+def _read(mask: np.ndarray, box: tuple[float, ...], area: int) -> Reading:
+    side = max(box[2] - box[0], box[3] - box[1])
+    size = min(SIZES, key=lambda name: abs(SIZES[name] - side))
+    shape, iou = _templates(size).match(mask, box, area)
+    return shape, size, scored(iou, *SCORED[size])

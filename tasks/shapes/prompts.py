@@ -15,7 +15,7 @@ discrete codes could be expected to draw them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from itertools import permutations
 from typing import Any
@@ -166,16 +166,23 @@ def _contents() -> list[tuple[str, str, list[dict[str, Any]]]]:
     return found
 
 
-@cache
-def _pools() -> dict[tuple[str, str], tuple[Record, ...]]:
+def pools_of(
+    contents: Iterable[tuple[str, str, list[dict[str, Any]]]], split_of: Callable[[Record, int], Split]
+) -> dict[tuple[str, str], tuple[Record, ...]]:
+    """Records by split and tag: every content (tag, phrase, clauses) in every template's words."""
     pools: dict[tuple[str, str], list[Record]] = {}
-    for tag, phrase, include in _contents():
+    for tag, phrase, include in contents:
         for index, template in enumerate(TEMPLATES):
             record: Record = {"tag": tag, "prompt": f"{template} {phrase}", "include": include}
             if tag == "counting":
                 record["exclude"] = [{"class": include[0]["class"], "count": include[0]["count"] + 1}]
             pools.setdefault((split_of(record, index), tag), []).append(record)
     return {key: tuple(records) for key, records in pools.items()}
+
+
+@cache
+def _pools() -> dict[tuple[str, str], tuple[Record, ...]]:
+    return pools_of(_contents(), split_of)
 
 
 def pool(split: Split, tag: str) -> tuple[Record, ...]:
