@@ -31,7 +31,7 @@ from rewards.functions.geneval import check_record
 from runtime.errors import UserError
 from tasks.base import VerdictSpan
 
-ROLES = ("inspect", "critique")
+ROLES = ("inspect", "critique")  # of the shipped formats, that criticise the image before them
 SLOTS = 4096  # of one forward pass
 
 

@@ -22,6 +22,8 @@ from rewards.alarms import Alarms
 from rewards.loader import is_own
 from rewards.manager import RewardManager
 from rollout.capabilities import drawing_roles
+from rollout.open import open_rollouts
+from rollout.pool.contract import Rollouts
 from rollout.shown import ShownSlots
 from rollout.tools.fitting import check_fit
 from rollout.tools.registry import Tools, build_tools
@@ -107,6 +109,18 @@ def build_policy(recipe: Recipe, task: Task, weights: Path | None = None) -> Pol
 def denoises(policy: Policy) -> bool:
     """Whether it makes images by denoising latents."""
     return isinstance(policy.vocabulary.imaging, Latent)
+
+
+def open_writers(recipe: Recipe, task: Task, policy: Policy, weights: Path) -> Rollouts:
+    """Who writes for a command that trains nothing: the weights, under the recipe's own sampling."""
+    return open_rollouts(
+        policy,
+        recipe.policy.model_copy(update={"path": str(weights)}),
+        recipe.format,
+        recipe.rollout,
+        words(recipe, task, weights),
+        recipe.tools,
+    )
 
 
 def words(recipe: Recipe, task: Task, weights: Path | None = None) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any
 
 from record.trajectory import Trajectory
 from rewards.manager import RewardManager
-from rollout.open import open_rollouts
 from rollout.pool.contract import Rollouts
 from rollout.requests import request_of
 from runtime.errors import UserError, writing
@@ -67,12 +66,9 @@ def run_difficulty(
         records = build.prompts(recipe, task, fmt, policy, split)
         settings = {"weights": str(weights), "samples": samples, "pass_at": pass_at, "part": part, "seed": recipe.seed}
         done = _finished(partial, settings, records)
-        config = recipe.policy.model_copy(update={"path": str(weights)})
         manager = build.build_reward_manager(recipe, task, fmt)
         closing.callback(manager.close)
-        rollouts = open_rollouts(
-            policy, config, recipe.format, recipe.rollout, build.words(recipe, task, weights), recipe.tools
-        )
+        rollouts = build.open_writers(recipe, task, policy, weights)
         closing.callback(rollouts.close)
         progress = StepProgress("prompts", len(records))
         closing.callback(progress.close)

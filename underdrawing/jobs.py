@@ -216,14 +216,7 @@ def run_rollout(
         records += build.prompts(recipe, task, fmt, policy, side)[:count]
         manager = build.build_reward_manager(recipe, task, fmt)
         closing.callback(manager.close)
-        rollouts = open_rollouts(
-            policy,
-            recipe.policy.model_copy(update={"path": str(weights)}),
-            recipe.format,
-            recipe.rollout,
-            build.words(recipe, task, weights),
-            recipe.tools,
-        )
+        rollouts = build.open_writers(recipe, task, policy, weights)
         closing.callback(rollouts.close)
         requests = [request_of(group, record, range(samples), recipe.seed) for group, record in enumerate(records)]
         try:

@@ -22,7 +22,6 @@ from evals.image_worth import PictureWorth, Swap, summarise, swaps_of
 from record.store import check_folder, save_trajectories
 from record.trajectory import Trajectory
 from rollout.counterfactuals import OTHER, SIBLING, Asked, counterfactuals
-from rollout.open import open_rollouts
 from rollout.requests import request_of
 from runtime.errors import UserError, writing
 from runtime.files import write_whole
@@ -89,14 +88,7 @@ def run_probe(recipe: Recipe, weights: Path, options: ProbeOptions, split: Split
         records = build.prompts(recipe, task, fmt, policy, split)[: options.prompts]
         manager = build.build_reward_manager(recipe, task, fmt)
         closing.callback(manager.close)
-        rollouts = open_rollouts(
-            policy,
-            recipe.policy.model_copy(update={"path": str(weights)}),
-            recipe.format,
-            recipe.rollout,
-            build.words(recipe, task, weights),
-            recipe.tools,
-        )
+        rollouts = build.open_writers(recipe, task, policy, weights)
         closing.callback(rollouts.close)
         members = range(options.samples)
         trunk = rollouts.generate(

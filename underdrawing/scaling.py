@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evals import kept
+from evals.critiques import ROLES
 from evals.heldout import EvaluationError, answer, tag_of
 from evals.scaling import Critic, SamplingPass, Scaling, compare_arms, measure_thoughts
 from evals.scaling_arms import Thought
@@ -32,8 +33,6 @@ from tasks.base import Evaluation, Record, Task
 from training.wandb_table import send_table
 from underdrawing.recipe import Recipe
 from underdrawing.report.scaling import plot
-
-CRITIQUES = ("inspect", "critique")  # roles of the shipped formats that criticise the picture before them
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def critic_of(config: ScalingConfig, task: Any, fmt: Format, vocabulary: Vocabul
     """Who reads critiques, and what is to be said where nobody does."""
     left_out = "so the arms that go by the policy's own critique are left out"
     known = roles_of(fmt)
-    roles = config.roles or [role for role in CRITIQUES if known is None or role in known]
+    roles = config.roles or [role for role in ROLES if known is None or role in known]
     if not roles:
         return None, [f"the format '{fmt.name}' has no role of critiques (scaling.roles), {left_out}"]
     if config.fine is not None:
